@@ -1,0 +1,151 @@
+"""What all commands share: reading the configuration from the command line, help, and how errors end.
+
+Imports neither torch nor Ray: help and mistakes are answered within a second. Exit codes: 0 done, 1 the run failed, 2
+the configuration or the data cannot be used, 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from detr_ray.config import Config, ConfigError, load_config
+from detr_ray.config.reference import WIDTH, reference_markdown, reference_text
+
+EXIT_FAILED = 1
+EXIT_UNUSABLE = 2
+EXIT_INTERRUPTED = 130
+
+_USER_ERRORS = (
+    ("detr_ray.data.errors", "DataError", EXIT_UNUSABLE),
+    ("detr_ray.model.weights", "WeightsError", EXIT_UNUSABLE),
+    ("detr_ray.engine.errors", "RunFailed", EXIT_FAILED),
+    ("detr_ray.engine.checkpoint", "CheckpointError", EXIT_FAILED),
+)
+
+_OVERRIDE = re.compile(r"(--)?[A-Za-z_]\w*(\.\w+)+=")
+
+_USAGE_NOTE = """\
+keys:
+  Defaults, then every --config FILE in its order, then key=value: what comes later wins. Values are
+  YAML: null, true, 0.5, 1e-4, [1, 2]. --key=value is the same as key=value.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=WIDTH)
+
+
+def run_command(
+    name: str,
+    description: str,
+    main: Callable[[Config, argparse.Namespace], int],
+    argv: Sequence[str] | None = None,
+    add_arguments: Callable[[argparse.ArgumentParser], object] | None = None,
+    check: Callable[[Config], object] | None = None,
+) -> int:
+    """Runs a command: command line -> configuration -> ``main``, errors -> one line each and an exit code.
+
+    Args:
+        name: the command's module in ``detr_ray``, for example ``train``.
+        description: what it does, for its help.
+        main: the command itself; gets the configuration and the parsed arguments, returns the exit code. It imports
+            what is heavy inside.
+        argv: arguments; None for those of the process.
+        add_arguments: adds arguments of the command's own.
+        check: raises `ConfigError` where the configuration lacks what this command needs, for example
+            ``Config.check_training``; called before ``main``, and not for ``--print-config``.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        return _run(name, description, main, sys.argv[1:] if argv is None else argv, add_arguments, check)
+    except ConfigError as error:
+        return _fail(error.errors, EXIT_UNUSABLE)
+    except KeyboardInterrupt:
+        return _fail(["stopped"], EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of the output went away (`... --help | head`); Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except Exception as error:
+        code = _exit_code(error)
+        if code is None:
+            raise
+        return _fail([str(error)], code)
+
+
+def render_reference() -> str:
+    """The reference of all keys as Markdown; ``docs/configuration.md`` holds it."""
+    return reference_markdown()
+
+
+def _run(
+    name: str,
+    description: str,
+    main: Callable[[Config, argparse.Namespace], int],
+    argv: Sequence[str],
+    add_arguments: Callable[[argparse.ArgumentParser], object] | None,
+    check: Callable[[Config], object] | None,
+) -> int:
+    parser = _Parser(
+        prog=f"python -m detr_ray.{name}", description=description, formatter_class=_Help, add_help=False,
+        allow_abbrev=False, usage="%(prog)s [--config FILE]... [options] [key=value]...",
+    )  # fmt: skip
+    parser.add_argument("-h", "--help", action="store_true", help="show this help, with all keys")
+    parser.add_argument("--config", metavar="FILE", action="append", default=[], help="YAML file; may be repeated")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    if add_arguments is not None:
+        add_arguments(parser)
+    if "-h" in argv or "--help" in argv:
+        parser.epilog = f"{_USAGE_NOTE}\n{reference_text()}"
+        sys.stdout.write(parser.format_help())
+        sys.stdout.flush()
+        return 0
+
+    overrides = [item for item in argv if _OVERRIDE.match(item)]
+    arguments, rest = parser.parse_known_args([item for item in argv if not _OVERRIDE.match(item)])
+    # What is left may be a key without its section, which gets a better error as a key.
+    strangers = [item for item in rest if "=" not in item]
+    errors = [f"'{item}' is neither an option nor key=value; see --help" for item in strangers]
+    try:
+        config = load_config(arguments.config, [*overrides, *(item for item in rest if "=" in item)])
+    except ConfigError as error:
+        raise ConfigError([*errors, *error.errors]) from None
+    if errors:
+        raise ConfigError(errors)
+    if arguments.print_config:
+        sys.stdout.write(config.to_yaml())
+        sys.stdout.flush()
+        return 0
+    if check is not None:
+        check(config)
+    return main(config, arguments)
+
+
+def _exit_code(error: Exception) -> int | None:
+    """Exit code of an error that is meant for users; None for what is a fault of the program."""
+    for module, name, code in _USER_ERRORS:
+        # An error can only be of a class that was imported, so nothing heavy needs to be imported to find out.
+        kind = getattr(sys.modules.get(module), name, None)
+        if kind is not None and isinstance(error, kind):
+            return code
+    return None
+
+
+def _fail(messages: Sequence[str], code: int) -> int:
+    sys.stdout.flush()
+    for message in messages:
+        sys.stderr.write(f"error: {message}\n")
+    return code

@@ -1,0 +1,111 @@
+"""What sections of the configuration are made of: checked numbers, rules over several keys, schedules.
+
+Knows no key of the configuration. Whole numbers are strict (``3.0``, ``"3"`` and ``true`` are refused); other numbers
+also come as text, because YAML reads some spellings of them as text, but are always finite and never booleans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
+
+from detr_ray.schedules import Curve, Interpolation, constant
+
+RULE_ERROR = "rules"
+"""Type under which broken rules arrive among pydantic's errors; their list is in the error's context."""
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """A broken rule over one or several keys.
+
+    Attributes:
+        keys: dotted keys the rule reads, relative to the section that has the rule; the first is the one to report.
+        message: what must hold, without the value found.
+    """
+
+    keys: tuple[str, ...]
+    message: str
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, no unknown keys, the docstring under a field is its meaning."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, hide_input_in_errors=True
+    )
+
+    def rules(self) -> Iterator[Violation]:
+        """Yields the broken rules that span several keys of this section."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _check_rules(self) -> Self:
+        broken = list(self.rules())
+        if broken:
+            text = "; ".join(f"{violation.keys[0]} {violation.message}" for violation in broken)
+            raise PydanticCustomError(RULE_ERROR, "{text}", {"text": text, "violations": broken})
+        return self
+
+
+def _refuse_boolean(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise PydanticCustomError("float_type", "must be a number")
+    return value
+
+
+Whole = Annotated[int, Field(strict=True)]
+Count = Annotated[int, Field(strict=True, ge=1)]
+CountOrZero = Annotated[int, Field(strict=True, ge=0)]
+Seed = Annotated[int, Field(strict=True, ge=0, lt=2**32)]
+Number = Annotated[float, BeforeValidator(_refuse_boolean), Field(allow_inf_nan=False)]
+Positive = Annotated[Number, Field(gt=0)]
+NonNegative = Annotated[Number, Field(ge=0)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+Text = Annotated[str, Field(min_length=1)]
+Counts = Annotated[tuple[Count, ...], Field(min_length=1)]
+
+
+class Schedule(Section):
+    """A weight that changes over the epochs."""
+
+    points: Annotated[tuple[tuple[NonNegative, NonNegative], ...], Field(min_length=1)]
+    """``[epoch, value]`` pairs, epochs ascending. The first value holds before them, the last one after them."""
+    interpolation: Interpolation = "linear"
+    """What lies between two points: ``constant`` keeps the earlier value, ``linear`` a straight line, ``cosine`` half a
+    cosine wave."""
+
+    def rules(self) -> Iterator[Violation]:
+        """The epochs must ascend."""
+        epochs = [epoch for epoch, _ in self.points]
+        if any(later <= earlier for earlier, later in pairwise(epochs)):
+            yield Violation(("points",), "must have ascending epochs")
+
+    def curve(self) -> Curve:
+        """The curve over epochs."""
+        return Curve(self.points, self.interpolation)
+
+
+NUMBER_BRANCH, SCHEDULE_BRANCH = "<number>", "<schedule>"
+"""Names of a weight's two forms in the locations of pydantic's errors; the brackets keep them apart from keys."""
+
+
+def _weight_branch(value: Any) -> str:
+    return SCHEDULE_BRANCH if isinstance(value, Mapping | Schedule) else NUMBER_BRANCH
+
+
+# The discriminator picks the form first, so that a faulty value gets the errors of the form it is meant to have.
+Weight = Annotated[
+    Annotated[NonNegative, Tag(NUMBER_BRANCH)] | Annotated[Schedule, Tag(SCHEDULE_BRANCH)],
+    Discriminator(_weight_branch),
+]
+
+
+def curve_of(weight: float | Schedule) -> Curve:
+    """Curve over epochs of a weight, which is a number or a schedule."""
+    return weight.curve() if isinstance(weight, Schedule) else constant(weight)

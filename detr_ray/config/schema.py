@@ -1,0 +1,146 @@
+"""What keys there are: walks the sections' types. Knows nothing of values that users give."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic.fields import FieldInfo
+
+from detr_ray.config.fields import Schedule, Section
+from detr_ray.config.sections import Config
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One key of the configuration.
+
+    Attributes:
+        path: dotted name.
+        kind: what values it takes, for people.
+        default: its default; for the keys of a section that is null by default, their defaults once it is given.
+        meaning: its docstring.
+        is_section: whether it holds further keys.
+    """
+
+    path: str
+    kind: str
+    default: Any
+    meaning: str
+    is_section: bool
+
+
+def nested_section(annotation: Any) -> type[Section] | None:
+    """The section that a field of this type may hold, a weight's schedule included; None for plain values."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    found = (nested_section(argument) for argument in get_args(annotation))
+    return next((section for section in found if section is not None), None)
+
+
+def accepts_null(annotation: Any) -> bool:
+    """Whether null is a value of this type."""
+    return NoneType in get_args(annotation)
+
+
+def is_text(annotation: Any) -> bool:
+    """Whether only text, or text and null, are values of this type."""
+    if get_origin(annotation) is Annotated:
+        return is_text(get_args(annotation)[0])
+    arguments = [argument for argument in get_args(annotation) if argument is not NoneType]
+    return annotation is str or (len(arguments) == 1 and accepts_null(annotation) and is_text(arguments[0]))
+
+
+def field_at(path: tuple[str, ...]) -> FieldInfo | None:
+    """The field that a key leads to; None where there is no such key."""
+    section: type[Section] | None = Config
+    field = None
+    for name in path:
+        field = None if section is None else section.model_fields.get(name)
+        if field is None:
+            return None
+        section = nested_section(field.annotation)
+    return field
+
+
+@cache
+def all_keys() -> tuple[Key, ...]:
+    """Every key in the order of the sections, each section before its keys."""
+    return tuple(_keys_of(Config, ()))
+
+
+def _keys_of(section: type[Section], prefix: tuple[str, ...]) -> Iterator[Key]:
+    for name, field in section.model_fields.items():
+        path = (*prefix, name)
+        nested = nested_section(field.annotation)
+        is_section = nested is not None and not issubclass(nested, Schedule)
+        meaning = " ".join((field.description or "").split())
+        if not prefix and nested is not None:
+            meaning = " ".join((nested.__doc__ or "").split())
+        yield Key(".".join(path), _kind(field.annotation, field.metadata), field.default, meaning, is_section)
+        if nested is not None and is_section:
+            yield from _keys_of(nested, path)
+
+
+def _kind(annotation: Any, metadata: Any = ()) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        details = [detail for extra in arguments[1:] for detail in getattr(extra, "metadata", [extra])]
+        return _kind(arguments[0], [*details, *metadata])
+    if origin is Literal:
+        return " or ".join(str(choice) for choice in arguments)
+    if origin is tuple:
+        if arguments[-1] is Ellipsis:
+            return f"list of {_kind(arguments[0])}"
+        return f"list of {len(arguments)}: {_kind(arguments[0])}"
+    if annotation in (int, float):
+        return ("whole number" if annotation is int else "number") + _range(metadata)
+    if isinstance(annotation, type):
+        if issubclass(annotation, Schedule):
+            return "schedule"
+        return {bool: "true or false", str: "text", NoneType: "null"}.get(annotation, "section")
+    return " or ".join(_kind(argument, metadata) for argument in arguments)
+
+
+def _range(metadata: Any) -> str:
+    lower = [f"at least {m.ge}" for m in metadata if isinstance(m, Ge)]
+    lower += [f"more than {m.gt}" for m in metadata if isinstance(m, Gt)]
+    upper = [f"at most {m.le}" for m in metadata if isinstance(m, Le)]
+    upper = [f"less than {m.lt}" for m in metadata if isinstance(m, Lt)] or upper
+    return "".join(f" {bound}" for bound in [" and ".join(lower[:1] + upper[:1])] if bound)
+
+
+def unknown_key(path: tuple[str, ...]) -> tuple[str, list[str]]:
+    """What to say about a key that there is not, and the keys it may have been meant to be."""
+    guesses = _nearest(".".join(path))
+    hint = " or ".join(f"'{guess}'" for guess in guesses)
+    said = f"; did you mean {hint}?" if guesses else "; --help lists all keys"
+    return f"unknown key '{'.'.join(path)}'{said}", guesses
+
+
+def _names_in(parent: str) -> Iterable[str]:
+    if not parent:
+        return Config.model_fields
+    field = field_at(tuple(parent.split(".")))
+    section = None if field is None else nested_section(field.annotation)
+    return () if section is None else section.model_fields
+
+
+def _nearest(path: str) -> list[str]:
+    known = [key.path for key in all_keys()]
+    parent, _, name = path.rpartition(".")
+    siblings = {sibling: f"{parent}.{sibling}".lstrip(".") for sibling in _names_in(parent)}
+    by_name = difflib.get_close_matches(name, siblings, n=1, cutoff=0.85)
+    if not by_name and len(name) >= 4:
+        by_name = [sibling for sibling in siblings if name in sibling][:3]
+    by_name = by_name or difflib.get_close_matches(name, siblings, n=1)
+    if by_name:
+        return [siblings[sibling] for sibling in by_name]
+    elsewhere = [key for key in known if key.rpartition(".")[2] == name]
+    elsewhere += [key for key in known if len(name) >= 4 and name in key.rpartition(".")[2] and key not in elsewhere]
+    return elsewhere[:3] or difflib.get_close_matches(path, known, n=1)

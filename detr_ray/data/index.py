@@ -1,0 +1,192 @@
+"""The data set as columns: which images there are, how large they are, and the boxes on them.
+
+An index holds no Python object per image or annotation: a million boxes are a few arrays, which travel between
+processes out of band. Reading pixels is `images.py`'s, the draws of the augmentation are `planner.py`'s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+
+from detr_ray.data.coco_json import read_coco_columns
+from detr_ray.data.label_map import LabelMap
+
+# A box may end this far outside of its image before it is counted: rounding in the file.
+ROUNDING_PX = 0.5
+
+PROBLEMS = {
+    "areas_missing": "annotations without a usable area (width x height is taken)",
+    "iscrowd_missing": "annotations without 'iscrowd' (0 is taken)",
+    "annotation_ids_renumbered": "annotations numbered anew: ids missing or repeated",
+    "category_names_repeated": "categories with the name of another one",
+    "boxes_not_finite": "boxes with NaN or infinity (left out everywhere)",
+    "boxes_clipped": "boxes partly outside of their image (clipped in training)",
+    "boxes_outside": "boxes wholly outside of their image (left out in training)",
+    "boxes_without_area": "boxes without area (left out in training)",
+    "images_without_boxes": "images without annotations (kept: all no-object)",
+}
+
+
+COLUMN_TYPES = {
+    "image_ids": np.int64,
+    "heights": np.int32,
+    "widths": np.int32,
+    "first_box": np.int64,
+    "boxes_xywh_px": np.float64,
+    "category_ids": np.int64,
+    "areas": np.float64,
+    "is_crowd": np.bool_,
+    "annotation_ids": np.int64,
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ShardPlaces:
+    """Where the stored bytes of each image lie inside larger files.
+
+    Attributes:
+        files: paths or URIs of the shards.
+        file_of: ``[I]`` int32, index into ``files``.
+        offsets: ``[I]`` int64, first byte of the image in its file.
+        lengths: ``[I]`` int64, bytes of the image.
+    """
+
+    files: tuple[str, ...]
+    file_of: np.ndarray
+    offsets: np.ndarray
+    lengths: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CocoIndex:
+    """Images and annotations of one split; ``I`` images by rising id, ``A`` annotations grouped by image.
+
+    Attributes:
+        image_ids: ``[I]`` int64, rising.
+        heights: ``[I]`` int32, pixels.
+        widths: ``[I]`` int32, pixels.
+        file_names: ``[I]`` strings, as the annotation file has them.
+        first_box: ``[I+1]`` int64; the annotations of image ``i`` are the rows ``first_box[i]:first_box[i+1]``.
+        boxes_xywh_px: ``[A, 4]`` float64 (left, top, width, height), as in the file (finite; else unchecked).
+        category_ids: ``[A]`` int64.
+        areas: ``[A]`` float64, square pixels.
+        is_crowd: ``[A]`` bool.
+        annotation_ids: ``[A]`` int64, unique.
+        categories: (id, name) by rising id.
+        source: what to call the data set in messages.
+        images_root: folder or URI that the file names are relative to; None where the images lie in shards.
+        shards: where the images lie in shards; None where they are files in a folder.
+        problems: what was put right or left out on the way, counted; the keys are those of `PROBLEMS`. The reader gives
+            its own; what can be seen in the columns is added when the index is made.
+        fingerprint: sha256 of the content, the same wherever and in whichever format the data set lies.
+    """
+
+    image_ids: np.ndarray
+    heights: np.ndarray
+    widths: np.ndarray
+    file_names: pa.StringArray
+    first_box: np.ndarray
+    boxes_xywh_px: np.ndarray
+    category_ids: np.ndarray
+    areas: np.ndarray
+    is_crowd: np.ndarray
+    annotation_ids: np.ndarray
+    categories: tuple[tuple[int, str], ...]
+    source: str
+    images_root: str | None = None
+    shards: ShardPlaces | None = None
+    problems: dict[str, int] = field(default_factory=dict)
+    fingerprint: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        for name, dtype in COLUMN_TYPES.items():
+            object.__setattr__(self, name, np.ascontiguousarray(getattr(self, name), dtype=dtype))
+        object.__setattr__(self, "categories", tuple(sorted(self.categories)))
+        problems = self.problems | _box_problems(self)
+        object.__setattr__(self, "problems", {key: problems[key] for key in PROBLEMS if problems.get(key)})
+        object.__setattr__(self, "fingerprint", _fingerprint(self))
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def file_name(self, i: int) -> str:
+        """File name of image ``i``, as the annotation file has it."""
+        return self.file_names[i].as_py()
+
+    def training_boxes(self, i: int, label_map: LabelMap) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Boxes of image ``i`` to learn from: no crowds, clipped to the image, those without area left out.
+
+        Returns:
+            labels ``[n]`` int64; boxes_xyxy_px ``[n, 4]`` float32; areas ``[n]`` float32, square pixels, as annotated.
+        """
+        rows = slice(self.first_box[i], self.first_box[i + 1])
+        boxes = self.boxes_xywh_px[rows].astype(np.float32)
+        boxes[:, 2:] += boxes[:, :2]
+        boxes[:, 0::2] = boxes[:, 0::2].clip(0, self.widths[i])
+        boxes[:, 1::2] = boxes[:, 1::2].clip(0, self.heights[i])
+        keep = ~self.is_crowd[rows] & (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+        labels = label_map.labels_of(self.category_ids[rows][keep])
+        return labels, boxes[keep], self.areas[rows][keep].astype(np.float32)
+
+
+def read_coco_index(annotations: str, images: str) -> CocoIndex:
+    """Reads a COCO annotation file.
+
+    Args:
+        annotations: path or URI of the JSON.
+        images: folder or URI that the file names are relative to; not looked into here.
+
+    Raises:
+        DataError: see `read_coco_columns`.
+    """
+    columns = read_coco_columns(annotations)
+    image_order = np.argsort(columns.image_ids, kind="stable")
+    image_ids = columns.image_ids[image_order]
+    image_of = np.searchsorted(image_ids, columns.box_image_ids)
+    box_order = np.argsort(image_of, kind="stable")
+    return CocoIndex(
+        image_ids=image_ids,
+        heights=columns.heights[image_order],
+        widths=columns.widths[image_order],
+        file_names=pa.array(columns.file_names, pa.string()).take(image_order),
+        first_box=np.concatenate([[0], np.bincount(image_of, minlength=len(image_ids)).cumsum()]),
+        boxes_xywh_px=columns.boxes_xywh_px[box_order],
+        category_ids=columns.category_ids[box_order],
+        areas=columns.areas[box_order],
+        is_crowd=columns.is_crowd[box_order],
+        annotation_ids=columns.annotation_ids[box_order],
+        categories=columns.categories,
+        source=annotations,
+        images_root=images,
+        problems=columns.problems,
+    )
+
+
+def _box_problems(index: CocoIndex) -> dict[str, int]:
+    counts = np.diff(index.first_box)
+    left, top, width, height = index.boxes_xywh_px.T
+    image_width, image_height = np.repeat(index.widths, counts), np.repeat(index.heights, counts)
+    flat = (width <= 0) | (height <= 0)
+    outside = ~flat & ((left >= image_width) | (top >= image_height) | (left + width <= 0) | (top + height <= 0))
+    beyond = np.maximum.reduce([-left, -top, left + width - image_width, top + height - image_height])
+    return {
+        "boxes_without_area": int(flat.sum()),
+        "boxes_outside": int(outside.sum()),
+        "boxes_clipped": int((~flat & ~outside & (beyond > ROUNDING_PX)).sum()),
+        "images_without_boxes": int((counts == 0).sum()),
+    }
+
+
+def _fingerprint(index: CocoIndex) -> str:
+    digest = hashlib.sha256()
+    for name in COLUMN_TYPES:
+        column = getattr(index, name)
+        digest.update(f"{name} {column.dtype.str} {column.shape}\n".encode())
+        digest.update(column.tobytes())
+    digest.update(json.dumps([index.file_names.to_pylist(), index.categories]).encode())
+    return digest.hexdigest()

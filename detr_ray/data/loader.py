@@ -1,0 +1,149 @@
+"""From planned samples to a padded batch: read, decode, augment, pad. Plain functions of the plan, without Ray.
+
+Also turns a batch into an Arrow table of one row and back without copying the pixels, because tables are what data
+pipelines move between processes. Knows nothing of the order of batches, of workers or of devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from detr_ray.data.augmentation import apply_to_boxes, apply_to_image
+from detr_ray.data.images import ImageError, ImageReader, decode_image
+from detr_ray.data.index import CocoIndex
+from detr_ray.data.label_map import LabelMap
+from detr_ray.structures import PaddedBatch, SamplePlan
+
+# The columns that a table holds beside the pixels and the list of bad images: element type, and shape of one image's
+# or one box's part of it.
+_COLUMNS: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
+    "sizes": (np.int32, (2,)),
+    "orig_sizes": (np.int32, (2,)),
+    "image_ids": (np.int64, ()),
+    "positions": (np.int64, ()),
+    "labels": (np.int64, ()),
+    "boxes_cxcywh": (np.float32, (4,)),
+    "counts": (np.int64, ()),
+}
+
+
+class BatchLoader:
+    """Makes padded batches of planned samples.
+
+    Args:
+        index: the data set's images and boxes.
+        label_map: turns its category ids into labels; has to know all of them.
+        reader: reads its images; the index's own by default.
+    """
+
+    def __init__(self, index: CocoIndex, label_map: LabelMap, reader: ImageReader | None = None) -> None:
+        self.index = index
+        self.label_map = label_map
+        self.reader = ImageReader(index) if reader is None else reader
+
+    def load(self, samples: Sequence[SamplePlan]) -> PaddedBatch:
+        """Reads, decodes, augments and pads the samples of one micro-batch, in their order.
+
+        An image that cannot be used becomes a black one of the planned size without boxes, and a line in
+        ``bad_images``.
+
+        Raises:
+            ValueError: no samples.
+            DataError: the storage failed, or an annotation's category is not in the label map.
+        """
+        if not samples:
+            raise ValueError("a batch is made of at least one sample")
+        height = max(sample.size[0] for sample in samples)
+        width = max(sample.size[1] for sample in samples)
+        images = np.zeros((len(samples), 3, height, width), np.uint8)
+        labels, boxes, bad_images = [], [], []
+        for image, sample in zip(images, samples, strict=True):
+            try:
+                self._load_image(sample, image)
+            except ImageError as error:
+                bad_images.append(str(error))
+                image_labels, image_boxes = np.zeros(0, np.int64), np.zeros((0, 4), np.float32)
+            else:
+                image_labels, image_boxes = self._load_boxes(sample)
+            labels.append(image_labels)
+            boxes.append(image_boxes)
+        return PaddedBatch(
+            images=images,
+            sizes=np.array([sample.size for sample in samples], np.int32),
+            orig_sizes=np.array([self._stored_size(sample) for sample in samples], np.int32),
+            image_ids=np.array([sample.image_id for sample in samples], np.int64),
+            positions=np.array([sample.position for sample in samples], np.int64),
+            labels=np.concatenate(labels).astype(np.int64, copy=False),
+            boxes_cxcywh=np.concatenate(boxes).astype(np.float32, copy=False),
+            counts=np.array([len(image_labels) for image_labels in labels], np.int64),
+            bad_images=bad_images,
+        )
+
+    def _stored_size(self, sample: SamplePlan) -> tuple[int, int]:
+        return int(self.index.heights[sample.index]), int(self.index.widths[sample.index])
+
+    def _load_image(self, sample: SamplePlan, padded: np.ndarray) -> None:
+        """Fills the top left of ``padded``, ``[3, H, W]`` zeros."""
+        data = self.reader.read(sample.index)
+        pixels = decode_image(data, self.reader.name(sample.index), self._stored_size(sample))
+        height, width = sample.size
+        torch.from_numpy(padded)[:, :height, :width] = apply_to_image(pixels, sample)
+
+    def _load_boxes(self, sample: SamplePlan) -> tuple[np.ndarray, np.ndarray]:
+        labels, boxes_xyxy_px, areas = self.index.training_boxes(sample.index, self.label_map)
+        labels, boxes_cxcywh, _ = apply_to_boxes(boxes_xyxy_px, areas, labels, self._stored_size(sample), sample)
+        return labels, boxes_cxcywh
+
+
+def to_table(batch: PaddedBatch) -> pa.Table:
+    """A table of one row that holds the batch: ``images`` as one binary value, the rest as flat lists.
+
+    No copy of the pixels is made where they are contiguous.
+    """
+    images = np.ascontiguousarray(batch.images)
+    buffer = pa.py_buffer(images.reshape(-1))
+    offsets = pa.py_buffer(np.array([0, images.nbytes], np.int64))
+    columns: dict[str, pa.Array] = {
+        "images": pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, buffer]),
+        "images_shape": _one_list(np.array(images.shape, np.int64)),
+    }
+    for name, (dtype, _) in _COLUMNS.items():
+        columns[name] = _one_list(np.ascontiguousarray(getattr(batch, name), dtype).reshape(-1))
+    columns["bad_images"] = pa.array([batch.bad_images], pa.list_(pa.string()))
+    return pa.table(columns)
+
+
+def from_table(table: pa.Table) -> PaddedBatch:
+    """The batch that a table of one row holds.
+
+    Returns:
+        A batch whose arrays are views of the table's memory: nothing is copied, and they must not be written to.
+    """
+    if table.num_rows != 1:
+        raise ValueError(f"a batch is a table of one row, got one of {table.num_rows}")
+    row = {name: next(chunk for chunk in table[name].chunks if len(chunk)) for name in table.column_names}
+    arrays = {
+        name: row[name][0].values.to_numpy(zero_copy_only=True).reshape(-1, *shape)
+        for name, (_, shape) in _COLUMNS.items()
+    }
+    return PaddedBatch(
+        images=_bytes_of(row["images"]).reshape(row["images_shape"][0].as_py()),
+        bad_images=row["bad_images"][0].as_py(),
+        **arrays,
+    )
+
+
+def _bytes_of(column: pa.LargeBinaryArray) -> np.ndarray:
+    """The first value of a binary column as uint8, where it lies (taking it as a scalar would copy it)."""
+    _, offsets, data = column.buffers()
+    start, end = np.frombuffer(offsets, np.int64)[column.offset : column.offset + 2]
+    return np.frombuffer(data, np.uint8, count=end - start, offset=start)
+
+
+def _one_list(values: np.ndarray) -> pa.Array:
+    """A list column of one row."""
+    return pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), pa.array(values))

@@ -1,0 +1,256 @@
+"""The training stream, addressed by position: what every sample of every step is, before a pixel is read.
+
+Global batch ``step`` is a pure function of (image sizes, seed, global batch size, augmentation, window, step). How many
+workers share it, what was asked for before and which process asks makes no difference, so that a run can go on anywhere
+with any number of workers. Random numbers are the raw 64-bit words of PCG64, which numpy keeps the same across
+versions. Knows nothing of boxes, pixels, files or processes.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from detr_ray.data.augmentation import DRAWS_PER_SAMPLE, AugmentValues, Draws, draw, resized_sizes, share_draws
+from detr_ray.data.errors import DataError
+from detr_ray.data.grouping import order_by_shape
+from detr_ray.structures import SamplePlan
+
+CACHED_WINDOWS = 4
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Window:
+    """A planned stretch of an epoch: rows of the index in the order they are taken, and what was drawn for them."""
+
+    rows: np.ndarray
+    draws: Draws
+
+
+class Planner:
+    """Plans the training stream.
+
+    An epoch is a permutation of the images, of which the last ``images % global_batch_size`` are left out (others in
+    each epoch). Each window of it is grouped into global batches of like shape, which then come in random order.
+    """
+
+    def __init__(
+        self,
+        heights: np.ndarray,
+        widths: np.ndarray,
+        image_ids: np.ndarray,
+        *,
+        seed: int,
+        global_batch_size: int,
+        augment: AugmentValues,
+        window: int = 4096,
+    ) -> None:
+        """Plans for one data set; nothing is drawn yet.
+
+        Args:
+            heights: ``[I]`` pixels of the stored images.
+            widths: ``[I]`` pixels.
+            image_ids: ``[I]``.
+            seed: not negative.
+            global_batch_size: images of one step, over all workers.
+            augment: what the augmentation draws from.
+            window: most samples that are grouped by shape at a time, cut to whole global batches (at least one) and
+                then such that the windows of an epoch are about equally long. The more batches in a window, the less
+                padding, and the less the workers wait for each other: 64 global batches are a good measure.
+
+        Raises:
+            DataError: there are not enough images for one step.
+        """
+        if len(image_ids) < global_batch_size:
+            raise DataError(
+                f"{len(image_ids)} training images are too few for one step of train.global_batch_size="
+                f"{global_batch_size}; set train.global_batch_size to {len(image_ids)} or less"
+            )
+        self.sizes = np.stack([heights, widths], axis=1).astype(np.int32)
+        self.image_ids = np.asarray(image_ids, dtype=np.int64)
+        self.seed = seed
+        self.global_batch_size = global_batch_size
+        self.augment = augment
+        self.steps_per_epoch = len(image_ids) // global_batch_size
+        windows = -(-self.steps_per_epoch // max(1, window // global_batch_size))
+        self.steps_per_window = -(-self.steps_per_epoch // windows)
+        self._windows: OrderedDict[tuple[int, int], _Window] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_windows": OrderedDict()}
+
+    def place_of(self, step: int) -> tuple[int, int]:
+        """(epoch, step within the epoch), both from 0."""
+        return divmod(step, self.steps_per_epoch)
+
+    def global_batch(self, step: int) -> tuple[SamplePlan, ...]:
+        """The samples of one step, neighbours being of like shape."""
+        epoch, step_of_epoch = self.place_of(step)
+        number, batch = divmod(step_of_epoch, self.steps_per_window)
+        window = self._window(epoch, number)
+        size = self.global_batch_size
+        taken = slice(batch * size, (batch + 1) * size)
+        rows = window.rows[taken]
+        draws = window.draws
+        columns = zip(
+            range(step * size, (step + 1) * size),
+            rows.tolist(),
+            self.image_ids[rows].tolist(),
+            draws.flip[taken].tolist(),
+            draws.resize[taken].tolist(),
+            draws.crop[taken].tolist(),
+            draws.size[taken].tolist(),
+            strict=True,
+        )
+        return tuple(
+            SamplePlan(
+                position=position,
+                index=index,
+                image_id=image_id,
+                flip=flip,
+                resize=(resize[0], resize[1]) if resize[0] else None,
+                crop=(crop[0], crop[1], crop[2], crop[3]) if resize[0] else None,
+                size=(final[0], final[1]),
+            )
+            for position, index, image_id, flip, resize, crop, final in columns
+        )
+
+    def epoch_sizes(self, epoch: int) -> np.ndarray:
+        """Final sizes of a whole epoch, ``[steps_per_epoch, global_batch_size, 2]`` int32 (height, width) in pixels."""
+        numbers = range(-(-self.steps_per_epoch // self.steps_per_window))
+        sizes = np.concatenate([self._plan_window(epoch, number).draws.size for number in numbers])
+        return sizes.reshape(self.steps_per_epoch, self.global_batch_size, 2)
+
+    def _window(self, epoch: int, number: int) -> _Window:
+        key = (epoch, number)
+        if key in self._windows:
+            self._windows.move_to_end(key)
+        else:
+            self._windows[key] = self._plan_window(epoch, number)
+            if len(self._windows) > CACHED_WINDOWS:
+                self._windows.popitem(last=False)
+        return self._windows[key]
+
+    def _plan_window(self, epoch: int, number: int) -> _Window:
+        size = self.global_batch_size
+        first = number * self.steps_per_window
+        last = min(first + self.steps_per_window, self.steps_per_epoch)
+        permutation = np.argsort(self._words(epoch, 0).random_raw(len(self.image_ids)), kind="stable")
+        rows = permutation[first * size : last * size]
+
+        words = self._words(epoch, 1 + number)
+        uniform = _uniform(words.random_raw(len(rows) * DRAWS_PER_SAMPLE)).reshape(-1, DRAWS_PER_SAMPLE)
+        uniform = share_draws(uniform, self.sizes[rows], self.augment.shared_draws)
+        draws = draw(self.sizes[rows], uniform, self.augment)
+
+        batches = order_by_shape(draws.size, size).reshape(-1, size)
+        order = batches[np.argsort(words.random_raw(len(batches)), kind="stable")].ravel()
+        ordered = Draws(draws.flip[order], draws.resize[order], draws.crop[order], draws.size[order])
+        return _Window(rows[order], ordered)
+
+    def _words(self, epoch: int, stream: int) -> np.random.PCG64:
+        """A source of random words for one purpose: stream 0 shuffles the epoch, the others are its windows'."""
+        return np.random.PCG64(np.random.SeedSequence([self.seed, epoch, stream]))
+
+
+def _uniform(words: np.ndarray) -> np.ndarray:
+    """Random 64-bit words as numbers in [0, 1), of 53 bits each."""
+    return (words >> np.uint64(11)) * 2.0**-53
+
+
+def split_global_batch(
+    batch: Sequence[SamplePlan], world_size: int, rank: int, micro_batch_size: int | None = None
+) -> list[tuple[SamplePlan, ...]]:
+    """One worker's part of a global batch, as micro-batches.
+
+    Args:
+        batch: as `Planner.global_batch` gives it.
+        world_size: workers that share it; their parts differ by one image at most and need not be equal.
+        rank: which of them.
+        micro_batch_size: most images of one forward pass; None for no limit. The parts are cut as evenly as can be.
+
+    Raises:
+        DataError: there are fewer images than workers.
+    """
+    if len(batch) < world_size:
+        raise DataError(
+            f"train.global_batch_size={len(batch)} is less than the number of workers, {world_size}: some would have "
+            "nothing to do. Raise train.global_batch_size or lower train.num_workers"
+        )
+    share = _pieces(batch, world_size)[rank]
+    return _pieces(share, 1 if micro_batch_size is None else -(-len(share) // micro_batch_size))
+
+
+def _pieces(samples: Sequence[SamplePlan], count: int) -> list[tuple[SamplePlan, ...]]:
+    """Neighbouring samples in ``count`` pieces whose lengths differ by one at most, longer ones first."""
+    least, longer = divmod(len(samples), count)
+    bounds = [piece * least + min(piece, longer) for piece in range(count + 1)]
+    return [tuple(samples[start:stop]) for start, stop in pairwise(bounds)]
+
+
+def plan_evaluation(
+    heights: np.ndarray, widths: np.ndarray, image_ids: np.ndarray, *, size: int, max_size: int, batch_size: int
+) -> list[tuple[SamplePlan, ...]]:
+    """Batches for evaluation: every image once, nothing random, no padding.
+
+    What the model sees of an image depends neither on the batch size nor on the other images.
+
+    Args:
+        heights: ``[I]`` pixels of the stored images.
+        widths: ``[I]`` pixels.
+        image_ids: ``[I]``.
+        size: length of the short side, pixels.
+        max_size: most that the long side may have, pixels.
+        batch_size: most images of a batch; images of different final sizes never share one.
+
+    Returns:
+        Batches, those of the largest images first. A sample's position is its place in this order.
+    """
+    sizes = resized_sizes(np.stack([heights, widths], axis=1), np.array(size), max_size).astype(np.int64)
+    order = np.lexsort((np.arange(len(sizes)), -sizes[:, 1], -sizes[:, 0], -sizes.prod(axis=1)))
+    plans = [
+        SamplePlan(position, index, image_id, False, None, None, (final[0], final[1]))
+        for position, (index, image_id, final) in enumerate(
+            zip(order.tolist(), np.asarray(image_ids)[order].tolist(), sizes[order].tolist(), strict=True)
+        )
+    ]
+    new_size = np.flatnonzero((np.diff(sizes[order], axis=0) != 0).any(axis=1)) + 1
+    bounds = [0, *new_size.tolist(), len(plans)]
+    return [
+        tuple(plans[first : min(first + batch_size, stop)])
+        for start, stop in pairwise(bounds)
+        for first in range(start, stop, batch_size)
+    ]
+
+
+def split_evaluation(
+    batches: Sequence[tuple[SamplePlan, ...]], world_size: int, rank: int
+) -> list[tuple[SamplePlan, ...]]:
+    """One worker's part of the evaluation: whole batches, with about as many pixels as any other worker's.
+
+    Each batch goes, in the order given, to the worker that has the fewest pixels so far. Some workers get nothing where
+    there are fewer batches than workers.
+    """
+    loads = [(0, worker) for worker in range(world_size)]
+    mine = []
+    for batch in batches:
+        pixels, worker = loads[0]
+        if worker == rank:
+            mine.append(batch)
+        heapq.heapreplace(loads, (pixels + sum(plan.size[0] * plan.size[1] for plan in batch), worker))
+    return mine
+
+
+def padding_fraction(batches: Iterable[Sequence[SamplePlan]]) -> float:
+    """Share of the pixels of (micro-)batches that is padding, each padded to its largest height and width; 0..1."""
+    padded = filled = 0
+    for batch in batches:
+        padded += len(batch) * max(plan.size[0] for plan in batch) * max(plan.size[1] for plan in batch)
+        filled += sum(plan.size[0] * plan.size[1] for plan in batch)
+    return 1 - filled / padded if padded else 0.0

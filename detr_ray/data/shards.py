@@ -1,0 +1,249 @@
+"""COCO data as Parquet shards: a few large files instead of a hundred thousand small ones, annotations included.
+
+A folder of shards holds
+
+* ``shard-00000.parquet``, ...: ordinary Parquet files, one row an image: ``image_id``, ``file_name``,
+  ``height``, ``width``, ``image`` (the stored file, byte for byte), and the annotations as lists (``annotation_ids``,
+  ``category_ids``, ``boxes_xywh``, ``areas``, ``is_crowd``). The categories are in the schema's metadata;
+* ``index.parquet``: the same rows without the pixels, and for each image the file, the offset and the length of its
+  bytes. They lie in the shards as they are (plain, uncompressed), so that one image is one ranged read, in any order.
+
+Knows nothing of decoding: bytes go in, bytes come out.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from detr_ray.data.errors import DataError
+from detr_ray.data.images import ImageReader
+from detr_ray.data.index import CocoIndex, ShardPlaces
+from detr_ray.data.locations import is_uri, join, open_location
+
+INDEX_NAME = "index.parquet"
+
+_METADATA_KEY = b"detr_ray"
+_FORMAT = 1
+# Images that are read, held in memory and written at once: one row group.
+_GROUP_IMAGES = 64
+_READ_THREADS = 8
+_ANNOTATION_COLUMNS = ("annotation_ids", "category_ids", "boxes_xywh", "areas", "is_crowd")
+
+
+def write_shards(
+    index: CocoIndex,
+    out_dir: str | Path,
+    reader: ImageReader | None = None,
+    *,
+    shard_megabytes: int = 256,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Writes a data set as Parquet shards, whole or not at all.
+
+    The files are made in ``.NAME.partial`` beside ``out_dir`` and get their name when everything is written and every
+    image has been read back. The same data set and the same library versions give the same bytes.
+
+    Args:
+        index: the data set.
+        out_dir: folder to make, on this machine (to have it in a bucket, copy it there: it may be moved freely).
+        reader: reads its images; the index's own by default.
+        shard_megabytes: a shard is closed once its images have so many MB.
+        progress: called with (images written, images in all) after each row group.
+
+    Raises:
+        DataError: ``out_dir`` exists, is being written already, or is not local; an image is missing.
+    """
+    if is_uri(str(out_dir)):
+        raise DataError(f"{out_dir}: shards are written to a local folder; copy it to its place afterwards")
+    if shard_megabytes < 1:
+        raise DataError(f"shard_megabytes={shard_megabytes}: has to be at least 1")
+    out_dir = Path(out_dir).expanduser().absolute()
+    if out_dir.exists():
+        raise DataError(f"{out_dir} exists already: delete it or give another folder")
+    partial = out_dir.parent / f".{out_dir.name}.partial"
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        partial.mkdir()
+    except FileExistsError as error:
+        raise DataError(
+            f"{partial} exists: another process is writing these shards, or one was killed while it did. If none runs, "
+            "delete that folder and start again"
+        ) from error
+    try:
+        _write_all(index, reader or ImageReader(index), partial, shard_megabytes * 10**6, progress)
+        partial.rename(out_dir)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def read_shard_index(location: str) -> CocoIndex:
+    """Reads the index of a folder of shards.
+
+    Args:
+        location: the folder (path or URI) that `write_shards` made, or its ``index.parquet``.
+
+    Raises:
+        DataError: no such folder, or what lies there is not an index of shards.
+    """
+    if not is_uri(location):
+        location = str(Path(location).expanduser().absolute())
+    folder = location.rstrip("/").removesuffix(f"/{INDEX_NAME}")
+    path = join(folder, INDEX_NAME)
+    file_system, path_on_it = open_location(path)
+    try:
+        with file_system.open_input_file(path_on_it) as file:
+            table = pq.ParquetFile(file).read()
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file. Is {folder} a folder that `prepare` wrote shards into?") from error
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    content = (table.schema.metadata or {}).get(_METADATA_KEY)
+    if content is None:
+        raise DataError(f"{path}: not an index of shards (its schema has no metadata named 'detr_ray')")
+    about = json.loads(content)
+    if about["format"] != _FORMAT:
+        raise DataError(f"{path}: shards of format {about['format']}, this version reads {_FORMAT}; write them again")
+    return _index_of(table, about, folder)
+
+
+def _index_of(table: pa.Table, about: dict[str, Any], folder: str) -> CocoIndex:
+    columns = {name: table[name].combine_chunks() for name in table.column_names}
+    flat = {name: columns[name].flatten() for name in _ANNOTATION_COLUMNS}
+    boxes_xywh_px = flat["boxes_xywh"].flatten().to_numpy(zero_copy_only=False).reshape(-1, 4)
+    offsets = columns["annotation_ids"].offsets.to_numpy().astype(np.int64)
+    return CocoIndex(
+        image_ids=columns["image_id"].to_numpy(),
+        heights=columns["height"].to_numpy(),
+        widths=columns["width"].to_numpy(),
+        file_names=columns["file_name"],
+        first_box=offsets - offsets[0],
+        boxes_xywh_px=boxes_xywh_px,
+        category_ids=flat["category_ids"].to_numpy(),
+        areas=flat["areas"].to_numpy(),
+        is_crowd=flat["is_crowd"].to_numpy(zero_copy_only=False),
+        annotation_ids=flat["annotation_ids"].to_numpy(),
+        categories=tuple((category["id"], category["name"]) for category in about["categories"]),
+        source=folder,
+        shards=ShardPlaces(
+            files=tuple(join(folder, name) for name in about["shards"]),
+            file_of=columns["shard"].to_numpy(),
+            offsets=columns["offset"].to_numpy(),
+            lengths=columns["length"].to_numpy(),
+        ),
+        problems=about["problems"],
+    )
+
+
+def _write_all(
+    index: CocoIndex,
+    reader: ImageReader,
+    folder: Path,
+    shard_bytes: int,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Writes the shards and their index into an empty folder."""
+    about: dict[str, Any] = {
+        "format": _FORMAT,
+        "categories": [{"id": category_id, "name": name} for category_id, name in index.categories],
+    }
+    rows = _rows(index)
+    names: list[str] = []
+    places: list[tuple[int, int, int]] = []
+    while len(places) < len(index):
+        name = f"shard-{len(names):05d}.parquet"
+        groups = _read_groups(reader, len(places), len(index), shard_bytes, progress)
+        _write_shard(folder / name, rows.replace_schema_metadata(_metadata(about)), groups)
+        places += [(len(names), offset, length) for offset, length in _find_images(folder / name)]
+        names.append(name)
+
+    shard, offset, length = np.array(places, np.int64).reshape(-1, 3).T
+    table = rows.append_column("shard", pa.array(shard, pa.int32()))
+    table = table.append_column("offset", pa.array(offset)).append_column("length", pa.array(length))
+    about |= {"shards": names, "problems": index.problems}
+    pq.write_table(table.replace_schema_metadata(_metadata(about)), folder / INDEX_NAME, compression="zstd")
+    if read_shard_index(str(folder)).fingerprint != index.fingerprint:
+        raise RuntimeError("the index of the shards that were written differs from the data set's")
+
+
+def _metadata(about: dict[str, Any]) -> dict[bytes, bytes]:
+    return {_METADATA_KEY: json.dumps(about).encode()}
+
+
+def _rows(index: CocoIndex) -> pa.Table:
+    """All but the pixels: one row an image."""
+    offsets = pa.array(index.first_box, pa.int32())
+    boxes = pa.FixedSizeListArray.from_arrays(pa.array(index.boxes_xywh_px.reshape(-1)), 4)
+    values = (index.annotation_ids, index.category_ids, boxes, index.areas, index.is_crowd)
+    columns: dict[str, pa.Array] = {
+        "image_id": pa.array(index.image_ids),
+        "file_name": index.file_names,
+        "height": pa.array(index.heights),
+        "width": pa.array(index.widths),
+    }
+    for name, column in zip(_ANNOTATION_COLUMNS, values, strict=True):
+        columns[name] = pa.ListArray.from_arrays(offsets, pa.array(column) if column is not boxes else boxes)
+    return pa.table(columns)
+
+
+def _read_groups(
+    reader: ImageReader, start: int, end: int, most_bytes: int, progress: Callable[[int, int], None] | None
+) -> Iterator[tuple[int, list[bytes]]]:
+    """Stored images from ``start`` on, in groups of (first image, their bytes), until they have ``most_bytes``."""
+    num_bytes = 0
+    with ThreadPoolExecutor(_READ_THREADS) as pool:
+        while start < end and num_bytes < most_bytes:
+            images = list(pool.map(reader.read, range(start, min(start + _GROUP_IMAGES, end))))
+            yield start, images
+            start += len(images)
+            num_bytes += sum(len(image) for image in images)
+            if progress is not None:
+                progress(start, end)
+
+
+def _write_shard(path: Path, rows: pa.Table, groups: Iterable[tuple[int, list[bytes]]]) -> None:
+    """One Parquet file with one row group a group of images."""
+    image_field = pa.field("image", pa.large_binary(), nullable=False)
+    writer = pq.ParquetWriter(
+        path,
+        rows.schema.append(image_field),
+        compression="none",
+        use_dictionary=False,
+        # Statistics would repeat whole images in the file's footer; pages end after each image that fills them.
+        write_statistics=False,
+        write_batch_size=1,
+    )
+    with writer:
+        for start, images in groups:
+            group = rows.slice(start, len(images))
+            writer.write_table(group.append_column(image_field, pa.array(images, pa.large_binary())))
+
+
+def _find_images(path: Path) -> Iterator[tuple[int, int]]:
+    """Offset and length of each image's bytes in a shard, found by the bytes that Parquet gives for it."""
+    with (
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        pq.ParquetFile(path) as shard,
+    ):
+        column = shard.schema_arrow.get_field_index("image")
+        for group in range(shard.num_row_groups):
+            about = shard.metadata.row_group(group).column(column)
+            place, end = about.data_page_offset, about.data_page_offset + about.total_compressed_size
+            for image in shard.read_row_group(group, columns=["image"])["image"]:
+                stored = image.as_py()
+                # A plain byte array is its length in four bytes, and then the bytes.
+                found = content.find(len(stored).to_bytes(4, "little") + stored, place, end)
+                if found < 0:
+                    raise RuntimeError(f"{path}: the bytes of an image are not in the file as they are")
+                yield found + 4, len(stored)
+                place = found + 4 + len(stored)

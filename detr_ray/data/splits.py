@@ -1,0 +1,40 @@
+"""Opens one split of a data set, in whichever form it lies."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from detr_ray.data.errors import DataError
+from detr_ray.data.index import CocoIndex, read_coco_index
+from detr_ray.data.shards import read_shard_index
+
+
+class SplitPlaces(Protocol):
+    """Where a split lies: an annotation file and a folder of images, or a folder of shards."""
+
+    annotations: str | None
+    images: str | None
+    shards: str | None
+
+
+def open_split(root: str | None, places: SplitPlaces | None, split: str) -> CocoIndex:
+    """Opens a split.
+
+    Args:
+        root: folder or URI in COCO's layout (``annotations/instances_train2017.json``, ``train2017/``, and the same for
+            ``val``); used where ``places`` is None.
+        places: where the split lies otherwise.
+        split: ``train`` or ``val``.
+
+    Raises:
+        DataError: it is not there, or not what it should be.
+    """
+    if places is not None:
+        if places.shards is not None:
+            return read_shard_index(places.shards)
+        assert places.annotations is not None and places.images is not None, "validated with the configuration"
+        return read_coco_index(places.annotations, places.images)
+    if root is None:
+        raise DataError(f"no {split} data is given: set data.root or data.{split}")
+    root = root.rstrip("/")
+    return read_coco_index(f"{root}/annotations/instances_{split}2017.json", f"{root}/{split}2017")

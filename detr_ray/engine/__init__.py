@@ -1,0 +1,1 @@
+"""The training loop and everything around it that does not know of Ray or MLflow."""

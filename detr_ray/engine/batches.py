@@ -1,0 +1,105 @@
+"""Where a worker's batches come from, and the plain source that loads them in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol, TypeVar
+
+from detr_ray.data.loader import BatchLoader
+from detr_ray.data.planner import Planner, split_evaluation, split_global_batch
+from detr_ray.structures import PaddedBatch, SamplePlan
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+class BatchSource(Protocol):
+    """Gives one worker exactly the batches that the plan has for it."""
+
+    def train_batches(self, first_step: int, last_step: int) -> Iterator[list[PaddedBatch]]:
+        """This worker's micro-batches of each step ``first_step..last_step-1``, in order."""
+        ...
+
+    def evaluation_batches(self) -> Iterator[PaddedBatch]:
+        """This worker's share of the validation set; over all workers, every image once."""
+        ...
+
+
+class WorkerPlan:
+    """One worker's part of the plan: which samples make its micro-batches, for any step.
+
+    Args:
+        planner: plan of the training stream; None where nothing is trained.
+        evaluation: all batches of the validation set.
+        world_size: number of workers.
+        rank: this worker.
+        micro_batch_size: most images of one forward pass; None for no limit.
+    """
+
+    def __init__(
+        self,
+        planner: Planner | None,
+        evaluation: Sequence[tuple[SamplePlan, ...]],
+        world_size: int,
+        rank: int,
+        micro_batch_size: int | None,
+    ) -> None:
+        self._planner = planner
+        self._world_size = world_size
+        self._rank = rank
+        self._micro_batch_size = micro_batch_size
+        self.evaluation = split_evaluation(evaluation, world_size, rank)
+
+    def step(self, step: int) -> list[tuple[SamplePlan, ...]]:
+        """This worker's micro-batches of one step."""
+        assert self._planner is not None, "an evaluation has no training steps"
+        batch = self._planner.global_batch(step)
+        return split_global_batch(batch, self._world_size, self._rank, self._micro_batch_size)
+
+
+class LocalBatches:
+    """Loads planned batches in a few threads of this process.
+
+    Args:
+        plan: this worker's part of the plan.
+        train_loader: loads training samples; None where nothing is trained.
+        evaluation_loader: loads validation samples; None where there are none.
+        prefetch: steps that are loaded ahead.
+    """
+
+    def __init__(
+        self,
+        plan: WorkerPlan,
+        train_loader: BatchLoader | None,
+        evaluation_loader: BatchLoader | None,
+        prefetch: int = 2,
+    ) -> None:
+        self._plan = plan
+        self._train_loader = train_loader
+        self._evaluation_loader = evaluation_loader
+        self._prefetch = prefetch
+
+    def train_batches(self, first_step: int, last_step: int) -> Iterator[list[PaddedBatch]]:
+        """See `BatchSource`."""
+
+        def load(step: int) -> list[PaddedBatch]:
+            assert self._train_loader is not None
+            return [self._train_loader.load(samples) for samples in self._plan.step(step)]
+
+        yield from self._ahead(load, range(first_step, last_step))
+
+    def evaluation_batches(self) -> Iterator[PaddedBatch]:
+        """See `BatchSource`."""
+        if self._evaluation_loader is not None:
+            yield from self._ahead(self._evaluation_loader.load, self._plan.evaluation)
+
+    def _ahead(self, load: Callable[[A], B], arguments: Iterable[A]) -> Iterator[B]:
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as pool:
+            pending: list[Future[B]] = []
+            for argument in arguments:
+                pending.append(pool.submit(load, argument))
+                if len(pending) > self._prefetch:
+                    yield pending.pop(0).result()
+            while pending:
+                yield pending.pop(0).result()

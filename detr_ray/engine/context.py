@@ -1,0 +1,112 @@
+"""What the loop knows of the other workers: its rank, sums over ranks, and little else.
+
+``LocalContext`` is one process on its own: the debugger, the oracle of the tests, and what distribution is measured
+against. Everything that talks to other processes implements the same protocol elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+class WorkerContext(Protocol):
+    """One worker's view of its group.
+
+    Attributes:
+        rank: 0..world_size-1; rank 0 writes checkpoints, metrics and progress.
+        world_size: number of training workers.
+        device: where the model lives.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model as it is trained: gradients are averaged over workers in its backward pass."""
+        ...
+
+    def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Within it, the wrapped model's backward pass keeps its gradients to itself (accumulation)."""
+        ...
+
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
+        """Sum of a tensor over all workers, in place; every worker must call it."""
+        ...
+
+    def gather(self, item: T) -> list[T]:
+        """Every worker's item, by rank, on every worker; small Python objects and numpy arrays."""
+        ...
+
+    def report(self, metrics: dict[str, float]) -> None:
+        """Tells whoever started the workers how far they are; every worker must call it equally often."""
+        ...
+
+    def say(self, line: str) -> None:
+        """Shows the user a line of progress (rank 0 only does)."""
+        ...
+
+    def stop_requested(self) -> bool:
+        """Whether this worker was asked to stop at the next step."""
+        ...
+
+
+class LocalContext:
+    """A group of one, in this process.
+
+    Args:
+        device: where the model lives; the CPU by default.
+        say: shows a line of progress.
+        should_stop: asked once a step.
+        on_report: receives the metrics of each evaluation.
+    """
+
+    rank = 0
+    world_size = 1
+
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        say: Callable[[str], None] = lambda line: None,
+        should_stop: Callable[[], bool] = lambda: False,
+        on_report: Callable[[dict[str, float]], Any] = lambda metrics: None,
+    ) -> None:
+        self.device = torch.device(device)
+        self._say = say
+        self._should_stop = should_stop
+        self._on_report = on_report
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model itself."""
+        return model
+
+    def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Nothing to hold back."""
+        return nullcontext()
+
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
+        """The values themselves."""
+        return values
+
+    def gather(self, item: T) -> list[T]:
+        """The item alone."""
+        return [item]
+
+    def report(self, metrics: dict[str, float]) -> None:
+        """Hands the metrics on."""
+        self._on_report(metrics)
+
+    def say(self, line: str) -> None:
+        """Hands the line on."""
+        self._say(line)
+
+    def stop_requested(self) -> bool:
+        """Asks the function given."""
+        return self._should_stop()

@@ -1,0 +1,18 @@
+"""How a run ends badly."""
+
+from __future__ import annotations
+
+
+class RunFailed(RuntimeError):  # noqa: N818 - it names what happened to the run
+    """The run cannot go on, and starting it again would end the same way.
+
+    The message is for the user: it names the file, the key or the image, and says what to do. It is shown without a
+    traceback.
+
+    Attributes:
+        agreed: whether every worker raises the same at the same step, so that none is left waiting for another.
+    """
+
+    def __init__(self, message: str, *, agreed: bool = False) -> None:
+        super().__init__(message)
+        self.agreed = agreed

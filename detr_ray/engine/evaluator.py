@@ -1,0 +1,118 @@
+"""Runs a model over its worker's share of the validation set, and scores what all workers found once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import nn
+
+from detr_ray.data.index import CocoIndex
+from detr_ray.data.label_map import LabelMap
+from detr_ray.engine.context import WorkerContext
+from detr_ray.engine.errors import RunFailed
+from detr_ray.engine.step import AUTOCAST_DTYPES
+from detr_ray.evaluation import CocoMetrics, DetectionTable, GroundTruth, evaluate_detections
+from detr_ray.model import postprocess
+from detr_ray.structures import PaddedBatch, to_device
+
+
+class Evaluator:
+    """Evaluates models on one validation set.
+
+    Args:
+        index: the validation set.
+        label_map: turns labels into the category ids of the annotation file.
+        context: this worker's group.
+        precision: ``fp32``, ``bf16`` or ``fp16`` autocast.
+        channels_last: lay images out with the channels last.
+        max_detections: detections kept an image, the best first.
+    """
+
+    def __init__(
+        self,
+        index: CocoIndex,
+        label_map: LabelMap,
+        context: WorkerContext,
+        *,
+        precision: str = "fp32",
+        channels_last: bool = False,
+        max_detections: int = 100,
+    ) -> None:
+        self._index = index
+        self._category_ids = label_map.category_ids_of(np.arange(label_map.num_classes))
+        self._context = context
+        self._dtype = AUTOCAST_DTYPES[precision]
+        self._channels_last = channels_last
+        self._max_detections = max_detections
+
+    @torch.inference_mode()
+    def detect(self, model: nn.Module, batches: Iterator[PaddedBatch]) -> tuple[DetectionTable, list[int], list[str]]:
+        """Detections on this worker's batches.
+
+        Returns:
+            The detections; the ids of all images seen; a line for each image that could not be read.
+        """
+        was_training = model.training
+        model.eval()
+        device = self._context.device
+        found: list[DetectionTable] = []
+        image_ids: list[int] = []
+        bad_images: list[str] = []
+        for padded in batches:
+            batch = to_device(padded, device, self._channels_last)
+            with torch.autocast(device.type, dtype=self._dtype, enabled=self._dtype is not None):
+                outputs = model(batch.images, batch.mask)
+            detections = postprocess(outputs, batch.orig_sizes.to(device))
+            ids = batch.image_ids.tolist()
+            found.append(
+                DetectionTable.from_detections(ids, detections, self._category_ids, max_per_image=self._max_detections)
+            )
+            image_ids += ids
+            bad_images += padded.bad_images
+        model.train(was_training)
+        return DetectionTable.concat(found), image_ids, bad_images
+
+    def evaluate(
+        self, model: nn.Module, batches: Iterator[PaddedBatch]
+    ) -> tuple[CocoMetrics | None, DetectionTable | None]:
+        """The COCO numbers of a model over the shares of all workers; every worker must call it.
+
+        Returns:
+            The numbers and all detections on rank 0; None and None elsewhere.
+
+        Raises:
+            RunFailed: images could not be read, or were not seen exactly once.
+        """
+        shares = self._context.gather(self.detect(model, batches))
+        bad_images = [line for _, _, lines in shares for line in lines]
+        if bad_images:
+            shown = "\n  ".join(bad_images[:20])
+            raise RunFailed(f"evaluation: {len(bad_images)} image(s) cannot be used:\n  {shown}", agreed=True)
+        seen = np.sort(np.concatenate([np.asarray(image_ids, dtype=np.int64) for _, image_ids, _ in shares]))
+        if not np.array_equal(seen, np.sort(self._index.image_ids)):
+            raise RunFailed(
+                f"evaluation: {len(seen)} images were seen ({len(np.unique(seen))} different) of {len(self._index)}",
+                agreed=True,
+            )
+        if self._context.rank != 0:
+            return None, None
+        detections = DetectionTable.concat([table for table, _, _ in shares])
+        return evaluate_detections(ground_truth(self._index), detections), detections
+
+
+def ground_truth(index: CocoIndex) -> GroundTruth:
+    """The columns of an index that scoring needs."""
+    return GroundTruth(
+        image_ids=index.image_ids,
+        heights=index.heights,
+        widths=index.widths,
+        first_box=index.first_box,
+        boxes_xywh_px=index.boxes_xywh_px,
+        category_ids=index.category_ids,
+        areas=index.areas,
+        is_crowd=index.is_crowd,
+        annotation_ids=index.annotation_ids,
+        categories=index.categories,
+    )

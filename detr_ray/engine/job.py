@@ -1,0 +1,198 @@
+"""From a configuration to a job: everything that is decided before the workers start.
+
+This is where config objects end: what comes out are plain values, the opened data, and builders of the parts. It runs on
+the driver, so that bad input is refused in seconds, and its results travel to the workers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from detr_ray.config import Config, ConfigError, DataConfig, flatten
+from detr_ray.data.errors import DataError
+from detr_ray.data.generated import generate_dataset
+from detr_ray.data.index import CocoIndex
+from detr_ray.data.label_map import LabelMap
+from detr_ray.data.splits import open_split
+from detr_ray.engine.planned_data import PlannedData
+from detr_ray.engine.run_directory import RunDirectory, open_run
+from detr_ray.loss import SetCriterion, build_criterion
+from detr_ray.model import Detr, build_model
+from detr_ray.model.weights import load_backbone_weights, load_initial_weights, read_checkpoint
+
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainJob:
+    """A training run, ready to be computed anywhere.
+
+    Attributes:
+        data: the data sets, their labels and their plan.
+        run: where the run keeps what it makes.
+        initial_weights: model state to start from; None for the random one that the seed gives.
+        code_version: git commit of the working folder, for the records; empty where there is none.
+    """
+
+    data: PlannedData
+    run: RunDirectory
+    initial_weights: dict[str, torch.Tensor] | None
+    code_version: str
+
+    @property
+    def config(self) -> Config:
+        """The resolved configuration."""
+        return self.data.config
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one pass over the training set."""
+        assert self.data.train is not None
+        return len(self.data.train) // self.config.train.global_batch_size
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        steps = math.ceil(self.config.train.epochs * self.steps_per_epoch)
+        return steps if self.config.train.max_steps is None else min(steps, self.config.train.max_steps)
+
+    def build_model(self) -> Detr:
+        """The model with its first weights, the same on every worker."""
+        torch.manual_seed(self.config.run.seed)
+        model = build_model(self.config.model, self.data.label_map.num_classes)
+        if self.initial_weights is not None:
+            model.load_state_dict(self.initial_weights)
+        return model
+
+    def build_criterion(self) -> SetCriterion:
+        """The loss."""
+        return build_criterion(self.config.loss, self.data.label_map.num_classes)
+
+
+def open_data(data: DataConfig, say: Say) -> tuple[CocoIndex, CocoIndex | None]:
+    """Opens the training and the validation set, generating them first where the configuration says so.
+
+    Raises:
+        ConfigError: no data is configured.
+        DataError: it cannot be read, or is not what it should be.
+    """
+    generate_data(data, say)
+    train = _open_split(data, "train", say)
+    val = _open_split(data, "val", say) if data.root is not None or data.val is not None else None
+    return train, val
+
+
+def open_evaluation_data(data: DataConfig, say: Say) -> CocoIndex:
+    """Opens the validation set alone.
+
+    Raises:
+        ConfigError: none is configured.
+        DataError: it cannot be read, or is not what it should be.
+    """
+    if data.root is None and data.val is None:
+        raise ConfigError(
+            "data.val: no validation data is given; set data.root=FOLDER (COCO's layout), or data.val.annotations=FILE "
+            "and data.val.images=FOLDER"
+        )
+    generate_data(data, say)
+    return _open_split(data, "val", say)
+
+
+def generate_data(data: DataConfig, say: Say) -> None:
+    """Writes the generated data set that a configuration asks for, if it is not there yet."""
+    if data.generate is None:
+        return
+    assert data.root is not None, "validated with the configuration"
+    if not Path(data.root).exists():
+        say(f"drawing {data.generate.num_train} + {data.generate.num_val} images into {data.root}")
+    generate_dataset(Path(data.root), **data.generate.model_dump())
+
+
+def _open_split(data: DataConfig, split: str, say: Say) -> CocoIndex:
+    index = open_split(data.root, data.train if split == "train" else data.val, split)
+    problems = ", ".join(f"{count} {problem}" for problem, count in index.problems.items() if count)
+    say(f"{split}: {len(index)} images, {len(index.category_ids)} annotations" + (f" ({problems})" if problems else ""))
+    return index
+
+
+def choose_label_map(config: Config, train: CocoIndex, val: CocoIndex | None, official: bool) -> LabelMap:
+    """The labels of a run: as configured; ``auto`` is COCO's 91 ids for published weights, contiguous otherwise."""
+    space = config.data.label_space
+    if space == "auto":
+        space = "coco91" if official else "contiguous"
+    label_map = LabelMap.for_space(space, train.categories, train.source)
+    if val is not None:
+        label_map.check_covers(val.categories, val.source)
+    return label_map
+
+
+def prepare_job(config: Config, say: Say) -> TrainJob:
+    """Opens the data, the initial weights and the run's directory.
+
+    Args:
+        config: what to train.
+        say: shows the user a line.
+
+    Raises:
+        ConfigError: the configuration does not fit the data, the storage or an earlier run of that name.
+        DataError: the data is not usable.
+        WeightsError: the weights to start from cannot be had, or do not fit.
+    """
+    config.check_training()
+    train, val = open_data(config.data, say)
+    if len(train) < config.train.global_batch_size:
+        raise DataError(
+            f"{train.source} has {len(train)} images, fewer than one global batch; "
+            f"set train.global_batch_size (now {config.train.global_batch_size}) to {len(train)} or less"
+        )
+    initial = None if config.model.init_from is None else read_checkpoint(config.model.init_from)
+    official = initial is not None and initial["class_names"] is None
+    label_map = choose_label_map(config, train, val, official)
+    fingerprints = {"train": train.fingerprint} | ({} if val is None else {"val": val.fingerprint})
+    run = open_run(config.run.name, config.run.storage, flatten(config), fingerprints, config.to_yaml())
+    weights = None
+    if run.checkpoints.latest() is None:
+        weights = _initial_weights(config, label_map, say)
+    return TrainJob(PlannedData(config, train, val, label_map), run, weights, code_version(Path.cwd()))
+
+
+def _initial_weights(config: Config, label_map: LabelMap, say: Say) -> dict[str, torch.Tensor] | None:
+    """State of a model loaded from elsewhere; None where all of it is random."""
+    if config.model.init_from is None and config.model.backbone_weights == "none":
+        return None
+    torch.manual_seed(config.run.seed)
+    model = build_model(config.model, label_map.num_classes)
+    if config.model.init_from is not None:
+        report = load_initial_weights(model, config.model.init_from, label_map.names, LabelMap.coco91().names)
+        say(report.table())
+    else:
+        load_backbone_weights(model, config.model.backbone_weights, config.model.backbone)
+    return model.state_dict()
+
+
+def code_version(folder: Path) -> str:
+    """Git commit of a folder, read from its files (git may not be installed); empty where there is none."""
+    for parent in (folder, *folder.parents):
+        head = parent / ".git" / "HEAD"
+        if head.is_file():
+            content = head.read_text().strip()
+            reference = parent / ".git" / content.removeprefix("ref: ")
+            if content.startswith("ref: "):
+                return reference.read_text().strip() if reference.is_file() else ""
+            return content
+    return ""
+
+
+def run_summary(job: TrainJob) -> str:
+    """One line a person needs before the first step."""
+    train = job.config.train
+    assert job.data.train is not None
+    return (
+        f"run {job.run.name}: {job.data.label_map.num_classes} classes, {len(job.data.train)} images, "
+        f"{job.steps_per_epoch} steps an epoch of {train.global_batch_size} images, {job.total_steps} steps in all"
+    )

@@ -1,0 +1,69 @@
+"""AdamW with the original's two parameter groups, and its learning rate as a pure function of the epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from detr_ray.schedules import Curve, Product, constant
+
+
+def build_optimizer(model: nn.Module, *, lr: float, lr_backbone: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW over what trains: group 0 is everything but the backbone, group 1 the backbone.
+
+    Each group keeps its full rate under ``initial_lr``; ``set_learning_rate`` scales it.
+    """
+    groups: list[dict[str, object]] = []
+    for is_backbone, rate in ((False, lr), (True, lr_backbone)):
+        parameters = [
+            parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and name.startswith("backbone.") is is_backbone
+        ]
+        groups.append({"params": parameters, "lr": rate, "initial_lr": rate})
+    return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
+
+
+def learning_rate_factor(
+    schedule: str,
+    *,
+    epochs: float,
+    step_epochs: float,
+    milestones: Sequence[float],
+    gamma: float,
+    warmup_epochs: float,
+    min_lr_factor: float,
+) -> Product:
+    """What the learning rates are multiplied with over the epochs: a warm-up times a decay.
+
+    Args:
+        schedule: ``constant``; ``step`` (times ``gamma`` every ``step_epochs``); ``multistep`` (times ``gamma`` at each
+            of ``milestones``); ``cosine`` (from 1 after the warm-up to ``min_lr_factor`` at ``epochs``).
+        epochs: length of the run.
+        step_epochs: period of ``step``.
+        milestones: epochs of ``multistep``, ascending.
+        gamma: factor at each drop.
+        warmup_epochs: the factor climbs in a straight line from (nearly) 0 to 1 over so many epochs.
+        min_lr_factor: where ``cosine`` ends.
+    """
+    if schedule == "constant":
+        decay = constant(1.0)
+    elif schedule in ("step", "multistep"):
+        drops = list(milestones)
+        if schedule == "step":
+            drops = [step_epochs * k for k in range(1, int(epochs / step_epochs) + 1)]
+        decay = Curve(((0.0, 1.0), *((drop, gamma ** (k + 1)) for k, drop in enumerate(drops))), "constant")
+    elif schedule == "cosine":
+        decay = Curve(((warmup_epochs, 1.0), (epochs, min_lr_factor)), "cosine")
+    else:
+        raise ValueError(f"unknown schedule {schedule!r}: constant, step, multistep or cosine")
+    warmup = Curve(((0.0, 1e-3), (warmup_epochs, 1.0))) if warmup_epochs > 0 else constant(1.0)
+    return Product((warmup, decay))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Sets each group's rate to its full rate times a factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor

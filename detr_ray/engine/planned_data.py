@@ -1,0 +1,65 @@
+"""The data of a job with its plan: all that a process needs to make any batch of any worker.
+
+Light on purpose: data tasks import it, and neither the model nor the loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from detr_ray.config import Config
+from detr_ray.data.images import ImageReader
+from detr_ray.data.index import CocoIndex
+from detr_ray.data.label_map import LabelMap
+from detr_ray.data.loader import BatchLoader
+from detr_ray.data.planner import AugmentValues, Planner, plan_evaluation
+from detr_ray.engine.batches import WorkerPlan
+
+
+@dataclass(frozen=True)
+class PlannedData:
+    """Opened data sets, their labels, and the configuration that they are planned by.
+
+    Attributes:
+        config: the resolved configuration.
+        train: the training set; None where nothing is trained.
+        val: the validation set; None where nothing is evaluated.
+        label_map: labels of both.
+    """
+
+    config: Config
+    train: CocoIndex | None
+    val: CocoIndex | None
+    label_map: LabelMap
+
+    def plan(self, world_size: int, rank: int) -> WorkerPlan:
+        """One worker's part of the plan."""
+        config = self.config
+        planner = None
+        if self.train is not None:
+            planner = Planner(
+                heights=self.train.heights,
+                widths=self.train.widths,
+                image_ids=self.train.image_ids,
+                seed=config.run.seed,
+                global_batch_size=config.train.global_batch_size,
+                augment=AugmentValues(**config.data.augment.model_dump()),
+                window=config.data.window,
+            )
+        evaluation = []
+        if self.val is not None:
+            evaluation = plan_evaluation(
+                self.val.heights,
+                self.val.widths,
+                self.val.image_ids,
+                size=config.eval.size,
+                max_size=config.eval.max_size,
+                batch_size=config.eval.batch_size,
+            )
+        return WorkerPlan(planner, evaluation, world_size, rank, config.train.micro_batch_size)
+
+    def loaders(self) -> tuple[BatchLoader | None, BatchLoader | None]:
+        """Loaders of training and of validation samples."""
+        train = None if self.train is None else BatchLoader(self.train, self.label_map, ImageReader(self.train))
+        val = None if self.val is None else BatchLoader(self.val, self.label_map, ImageReader(self.val))
+        return train, val

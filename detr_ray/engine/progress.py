@@ -1,0 +1,41 @@
+"""Lines of progress that read well on a terminal and in a log."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: ``45 s``, ``3 min 20 s``, ``2 h 5 min``."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60} min"
+
+
+def step_line(metrics: Mapping[str, float], step: int, total_steps: int, steps_per_epoch: int) -> str:
+    """One line about the steps of a logging interval."""
+    left = (total_steps - step) * metrics["perf/step_s"]
+    line = (
+        f"epoch {step / steps_per_epoch:6.2f}  step {step}/{total_steps}  loss {metrics['train/loss']:.3f}  "
+        f"(class {metrics['train/loss_ce']:.3f}, box {metrics['train/loss_bbox']:.4f}, "
+        f"giou {metrics['train/loss_giou']:.3f})  lr {metrics['optim/lr']:.1e}  "
+        f"{metrics['perf/images_per_s']:.1f} images/s  data wait {metrics['perf/data_wait_frac']:.0%}  "
+        f"left {duration(left)}"
+    )
+    if metrics["train/skipped_steps"]:
+        line += f"  ({metrics['train/skipped_steps']:.0f} updates left out: not finite)"
+    if metrics["train/bad_images"]:
+        line += f"  ({metrics['train/bad_images']:.0f} unreadable images left out)"
+    return line
+
+
+def evaluation_line(metrics: Mapping[str, float], epoch: float, is_best: bool) -> str:
+    """One line about an evaluation."""
+    return (
+        f"epoch {epoch:6.2f}  evaluated in {duration(metrics['val/seconds'])}: AP {metrics['val/AP']:.3f}  "
+        f"AP50 {metrics['val/AP50']:.3f}  AP75 {metrics['val/AP75']:.3f}  AR100 {metrics['val/AR100']:.3f}"
+        + ("  (best so far)" if is_best else "")
+    )

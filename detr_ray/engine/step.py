@@ -1,0 +1,245 @@
+"""One optimizer step: forward, loss, backward and update over a worker's micro-batches.
+
+Before the forward pass all workers add up four numbers in one small sum: the boxes and the class weights of the global
+batch, so that neither the number of workers nor accumulation changes the gradient, and whether anyone failed or was
+asked to stop, so that all of them leave at the same step. The random numbers of a step (dropout) are addressed by seed,
+step and rank, so that a resumed run draws what an undisturbed one would have drawn.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from detr_ray.engine.context import WorkerContext
+from detr_ray.engine.errors import RunFailed
+from detr_ray.engine.nonfinite import describe_nonfinite
+from detr_ray.loss import NonFiniteOutputs, SetCriterion
+from detr_ray.structures import Batch, ModelOutput, PaddedBatch, to_device
+
+AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class StepTimes:
+    """Seconds that a worker spent in each phase, added up over steps."""
+
+    data_wait: float = 0.0
+    forward: float = 0.0
+    loss: float = 0.0
+    backward: float = 0.0
+    update: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All phases together."""
+        return self.data_wait + self.forward + self.loss + self.backward + self.update
+
+
+@dataclass
+class StepOutcome:
+    """What one step gave on this worker.
+
+    Attributes:
+        losses: this worker's share of each loss (they add up over workers), detached, on the device.
+        grad_norm: norm of the whole gradient before clipping, the same on all workers.
+        skipped: whether the update was left out because something was not finite.
+        stop: whether any worker was asked to stop.
+        positions: stream positions of this worker's samples.
+        image_ids: their image ids.
+        padded_pixels: pixels of the padded micro-batches.
+        image_pixels: pixels of them that belong to images.
+        bad_images: images that could not be read and were replaced.
+    """
+
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    grad_norm: float = 0.0
+    skipped: bool = False
+    stop: bool = False
+    positions: list[int] = field(default_factory=list)
+    image_ids: list[int] = field(default_factory=list)
+    padded_pixels: int = 0
+    image_pixels: int = 0
+    bad_images: list[str] = field(default_factory=list)
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seeds torch for one step of one worker."""
+    state = np.random.SeedSequence([seed, step, rank]).generate_state(2, np.uint32)
+    torch.manual_seed(int(state[0]) << 32 | int(state[1]))
+
+
+class TrainStep:
+    """The step, with what it needs bound.
+
+    Args:
+        model: the model itself, not wrapped.
+        criterion: its loss.
+        optimizer: updates the model's parameters.
+        context: this worker's group; wraps the model for it.
+        num_queries: of the model; with the boxes it makes the normaliser of the class loss.
+        seed: ``run.seed``.
+        precision: ``fp32``, ``bf16`` or ``fp16`` autocast.
+        clip_max_norm: largest norm of the gradient; 0 leaves it as it is.
+        channels_last: lay images out with the channels last.
+        compile_model: run the forward pass through ``torch.compile``.
+        skip_bad_images: go on when an image can't be read (its place is empty), instead of failing the run.
+        skip_nonfinite: leave an update out when predictions or gradients aren't finite, instead of failing the run.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: SetCriterion,
+        optimizer: torch.optim.Optimizer,
+        context: WorkerContext,
+        *,
+        num_queries: int,
+        seed: int,
+        precision: str = "fp32",
+        clip_max_norm: float = 0.0,
+        channels_last: bool = False,
+        compile_model: bool = False,
+        skip_bad_images: bool = False,
+        skip_nonfinite: bool = False,
+    ) -> None:
+        self.model = model
+        self.criterion = criterion
+        self.optimizer = optimizer
+        self.context = context
+        self.scaler = torch.amp.GradScaler(context.device.type, enabled=precision == "fp16")
+        self.times = StepTimes()
+        self._num_queries = num_queries
+        self._seed = seed
+        self._dtype = AUTOCAST_DTYPES[precision]
+        self._clip_max_norm = clip_max_norm
+        self._channels_last = channels_last
+        self._skip_bad_images = skip_bad_images
+        self._skip_nonfinite = skip_nonfinite
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._wrapped = context.wrap(torch.compile(model) if compile_model else model)  # type: ignore[arg-type]
+
+    def __call__(self, step: int, micro_batches: Sequence[PaddedBatch]) -> StepOutcome:
+        """Takes one step on this worker's share of global batch ``step``.
+
+        Raises:
+            RunFailed: an image can't be read or something is not finite, and the settings say to stop.
+        """
+        outcome = StepOutcome()
+        num_boxes, class_weight_sum = self._agree(step, micro_batches, outcome)
+        seed_step(self._seed, step, self.context.rank)
+        self._wrapped.train()
+        nonfinite: str | None = None
+        for number, padded in enumerate(micro_batches):
+            batch = to_device(padded, self.context.device, self._channels_last)
+            is_last = number == len(micro_batches) - 1
+            with nullcontext() if is_last else self.context.no_sync(self._wrapped):
+                report = self._forward_backward(step, batch, num_boxes, class_weight_sum, outcome)
+            nonfinite = nonfinite or report
+            outcome.padded_pixels += batch.padded_pixels
+            outcome.image_pixels += batch.image_pixels
+            outcome.positions += padded.positions.tolist()
+            outcome.image_ids += padded.image_ids.tolist()
+        self._update(step, outcome, nonfinite)
+        return outcome
+
+    def _agree(self, step: int, micro_batches: Sequence[PaddedBatch], outcome: StepOutcome) -> tuple[float, float]:
+        """Sums the normalisers over all workers, and finds out whether anyone failed or is asked to stop."""
+        started = time.perf_counter()
+        outcome.bad_images = [line for padded in micro_batches for line in padded.bad_images]
+        failed = bool(outcome.bad_images) and not self._skip_bad_images
+        boxes = class_weight = 0.0
+        for padded in micro_batches:
+            sums = self.criterion.normalisers(padded.counts.tolist(), self._num_queries)
+            boxes, class_weight = boxes + sums[0], class_weight + sums[1]
+        numbers = torch.tensor(
+            [boxes, class_weight, failed, self.context.stop_requested()], dtype=torch.float64, device=self.context.device
+        )
+        boxes, class_weight, failures, stops = self.context.all_reduce_sum(numbers).tolist()
+        if failures:
+            lines = [line for lines in self.context.gather(outcome.bad_images) for line in lines]
+            shown = "\n  ".join(lines[:20])
+            raise RunFailed(
+                f"step {step}: {len(lines)} image(s) cannot be used:\n  {shown}\n"
+                "Mend or remove them (`python -m detr_ray.check ... --decode` finds all), or set data.on_bad_image=skip",
+                agreed=True,
+            )
+        outcome.stop = stops > 0
+        self.times.forward += time.perf_counter() - started
+        return boxes, class_weight
+
+    def _forward_backward(
+        self, step: int, batch: Batch, num_boxes: float, class_weight_sum: float, outcome: StepOutcome
+    ) -> str | None:
+        """One micro-batch; returns what was not finite, for people, or None."""
+        started = time.perf_counter()
+        with self._autocast():
+            outputs: ModelOutput = self._wrapped(batch.images, batch.mask)
+        forward_done = time.perf_counter()
+        report = None
+        try:
+            losses = self.criterion(outputs, batch.targets, num_boxes, class_weight_sum)
+            # Gradients are averaged over workers: undo that, the normalisers are global already.
+            total = self.criterion.total(losses) * self.context.world_size
+            for name, value in losses.items():
+                value = value.detach()
+                outcome.losses[name] = outcome.losses[name] + value if name in outcome.losses else value
+        except NonFiniteOutputs as error:
+            # This worker has no loss, but the others wait for its gradient: a gradient of NaN tells all of them.
+            total = _all_outputs_sum(outputs) * float("nan")
+            image_ids = [int(batch.image_ids[i]) for i in error.image_indices]
+            report = f"image ids {image_ids}: {error}"
+            if not self._skip_nonfinite:
+                seed_step(self._seed, step, self.context.rank)
+                report += "; " + describe_nonfinite(self.model, batch, self._autocast())
+        loss_done = time.perf_counter()
+        self.scaler.scale(total).backward()
+        self.times.forward += forward_done - started
+        self.times.loss += loss_done - forward_done
+        self.times.backward += time.perf_counter() - loss_done
+        return report
+
+    def _update(self, step: int, outcome: StepOutcome, nonfinite: str | None) -> None:
+        """Clips, checks and applies the gradient, which is the same on all workers."""
+        started = time.perf_counter()
+        self.scaler.unscale_(self.optimizer)
+        max_norm = self._clip_max_norm or float("inf")
+        norm = nn.utils.clip_grad_norm_(self._parameters, max_norm, foreach=True)
+        outcome.grad_norm = float(norm)
+        if not np.isfinite(outcome.grad_norm):
+            outcome.skipped = True
+            self._agree_on_nonfinite(step, nonfinite)
+        if not outcome.skipped or self.scaler.is_enabled():  # a scaler leaves the update out by itself
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.times.update += time.perf_counter() - started
+
+    def _agree_on_nonfinite(self, step: int, nonfinite: str | None) -> None:
+        """All workers see the same gradient, so all of them come here together and decide the same."""
+        reports = [report for report in self.context.gather(nonfinite) if report]
+        if not reports and self.scaler.is_enabled():
+            return  # fp16: the loss scale was too large; the scaler leaves the update out and lowers it
+        if self._skip_nonfinite:
+            return
+        rates = ", ".join(f"{group['lr']:.3g}" for group in self.optimizer.param_groups)
+        found = "\n  ".join(reports) or "the predictions are finite, the gradient is not"
+        raise RunFailed(
+            f"step {step}: not finite (learning rates {rates}):\n  {found}\n"
+            "Lower optim.lr, add optim.warmup_epochs, use train.precision=bf16 or fp32, or set train.on_nonfinite=skip",
+            agreed=True,
+        )
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.context.device.type, dtype=self._dtype, enabled=self._dtype is not None)
+
+
+def _all_outputs_sum(outputs: ModelOutput) -> Tensor:
+    layers = [outputs, *outputs.get("aux_outputs", [])]
+    return sum((layer["pred_logits"].float().sum() + layer["pred_boxes"].float().sum() for layer in layers), torch.zeros(()))

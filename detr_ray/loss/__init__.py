@@ -1,0 +1,12 @@
+"""The set loss: bipartite matching, the criterion, and weights that may change over a run.
+
+Plain torch and scipy. Knows nothing of the model, the data, workers or tracking.
+"""
+
+from __future__ import annotations
+
+from detr_ray.loss.criterion import LOSS_NAMES, SetCriterion, build_criterion
+from detr_ray.loss.errors import NonFiniteOutputs
+from detr_ray.loss.matcher import HungarianMatcher
+
+__all__ = ["LOSS_NAMES", "HungarianMatcher", "NonFiniteOutputs", "SetCriterion", "build_criterion"]

@@ -1,0 +1,67 @@
+"""Multi-head attention with the parameter names and the init of ``torch.nn.MultiheadAttention``.
+
+Knows vectors and padding; knows nothing of layers, positions or images. The weights never leave the fused kernel, so
+nothing of the size queries x keys is kept where the kernel does without.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class MultiheadAttention(nn.Module):
+    """Scaled dot-product attention of several heads, batch first.
+
+    Args:
+        dim: length of the vectors that come in and go out; a multiple of ``num_heads``.
+        num_heads: parallel heads.
+        dropout: share of attention weights dropped in training.
+    """
+
+    def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"hidden_dim must be a multiple of num_heads: {dim} is none of {num_heads}")
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
+        """Gathers, for each query, the values whose keys resemble it.
+
+        Args:
+            query: ``[B, L, dim]``. Passing one tensor as query and key saves a matrix product.
+            key: ``[B, S, dim]``.
+            value: ``[B, S, dim]``.
+            allowed: bool, broadcastable to ``[B, num_heads, L, S]``, True where a query may look; at least one
+                place a query. None: everywhere.
+
+        Returns:
+            ``[B, L, dim]``.
+        """
+        dim = self.out_proj.in_features
+        if query is key:
+            q, k = F.linear(query, self.in_proj_weight[: 2 * dim], self.in_proj_bias[: 2 * dim]).chunk(2, dim=-1)
+        else:
+            q = F.linear(query, self.in_proj_weight[:dim], self.in_proj_bias[:dim])
+            k = F.linear(key, self.in_proj_weight[dim : 2 * dim], self.in_proj_bias[dim : 2 * dim])
+        v = F.linear(value, self.in_proj_weight[2 * dim :], self.in_proj_bias[2 * dim :])
+        gathered = F.scaled_dot_product_attention(
+            self._split_heads(q),
+            self._split_heads(k),
+            self._split_heads(v),
+            attn_mask=allowed,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        out: Tensor = self.out_proj(gathered.transpose(1, 2).flatten(2))
+        return out
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        """``[B, L, dim]`` as ``[B, num_heads, L, dim / num_heads]``, without a copy."""
+        return x.view(len(x), -1, self.num_heads, x.shape[-1] // self.num_heads).transpose(1, 2)

@@ -1,0 +1,169 @@
+"""ResNet feature maps, with batch norm frozen or trained.
+
+The network's modules are torchvision's, so that parameter names and init are its own; the order of computation is
+written here, because frozen batch norm is not computed at all: a convolution followed by a fixed scale and shift is
+another convolution, whose weights are made at each forward pass.
+
+Knows images, masks and strides; knows nothing of positions, attention or files.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models import resnet
+from torchvision.ops import FrozenBatchNorm2d
+
+BACKBONES = {
+    "resnet18": resnet.resnet18,
+    "resnet34": resnet.resnet34,
+    "resnet50": resnet.resnet50,
+    "resnet101": resnet.resnet101,
+}
+STAGES_OF_STRIDE = {8: 2, 16: 3, 32: 4}
+"""How many residual stages are kept, by the stride of the last one."""
+
+
+def _convolve(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
+    """Convolution and the norm behind it; a frozen norm is folded into the convolution's weights.
+
+    The fold is computed in the weights' own precision and, under autocast, rounded once afterwards. The gradient
+    reaches ``conv.weight`` through the scale.
+    """
+    if not isinstance(norm, FrozenBatchNorm2d):
+        out: Tensor = norm(conv(x))
+        return out
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    weight = conv.weight * scale.view(-1, 1, 1, 1)
+    shift = norm.bias - norm.running_mean * scale
+    return F.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+class ResidualBlock(nn.Module):
+    """A residual block, of either of torchvision's two kinds, that folds its frozen norms.
+
+    Args:
+        block: the block whose layers are taken over, under their names.
+    """
+
+    def __init__(self, block: resnet.Bottleneck | resnet.BasicBlock) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = block.conv1, block.bn1
+        self.conv2, self.bn2 = block.conv2, block.bn2
+        self.has_bottleneck = isinstance(block, resnet.Bottleneck)
+        if self.has_bottleneck:
+            self.conv3, self.bn3 = block.conv3, block.bn3
+        self.downsample = block.downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C_in, h, w]`` -> ``[B, C_out, h / stride, w / stride]``."""
+        out = F.relu(_convolve(x, self.conv1, self.bn1), inplace=True)
+        out = _convolve(out, self.conv2, self.bn2)
+        if self.has_bottleneck:
+            out = _convolve(F.relu(out, inplace=True), self.conv3, self.bn3)
+        shortcut = x if self.downsample is None else _convolve(x, self.downsample[0], self.downsample[1])
+        out += shortcut
+        return F.relu(out, inplace=True)
+
+
+class ResNetBody(nn.Module):
+    """The convolutional part of a torchvision ResNet, up to a stage.
+
+    Args:
+        network: the whole network; what lies behind the cut, and its classifier, are left out.
+        num_stages: residual stages to keep, 1 to 4.
+    """
+
+    def __init__(self, network: resnet.ResNet, num_stages: int) -> None:
+        super().__init__()
+        self.conv1 = network.conv1
+        self.bn1 = network.bn1
+        self.num_stages = num_stages
+        for stage in range(1, num_stages + 1):
+            blocks = network.get_submodule(f"layer{stage}").children()
+            self.add_module(f"layer{stage}", nn.Sequential(*map(ResidualBlock, blocks)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images ``[B, 3, H, W]`` -> the last stage's features ``[B, C, h, w]``."""
+        x = F.relu(_convolve(images, self.conv1, self.bn1), inplace=True)
+        x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+        for stage in range(1, self.num_stages + 1):
+            x = self.get_submodule(f"layer{stage}")(x)
+        return x
+
+
+class Backbone(nn.Module):
+    """A ResNet that gives one feature map.
+
+    With frozen norm the stem and the first stage do not train, as in the original; with batch norm everything does.
+
+    Args:
+        name: resnet18, resnet34, resnet50 or resnet101.
+        norm: "frozen" (four buffers a norm, made for pretrained weights) or "batch" (trained, for a start from
+            scratch).
+        stride: 32, 16 or 8: pixels of the image a cell of the feature map, before dilation.
+        dilation: the last stage that is kept keeps the resolution of the one before and dilates its kernels instead;
+            halves the stride (DC5, where the stride is 32).
+
+    Attributes:
+        num_channels: channels of the feature map.
+
+    Raises:
+        ValueError: a value is none of these, or dilation is asked of a network of basic blocks.
+    """
+
+    def __init__(self, name: str, norm: str = "frozen", stride: int = 32, dilation: bool = False) -> None:
+        super().__init__()
+        if name not in BACKBONES:
+            raise ValueError(f"no backbone named {name!r}: choose from {', '.join(BACKBONES)}")
+        if norm not in ("frozen", "batch"):
+            raise ValueError(f"backbone norm is 'frozen' or 'batch', not {norm!r}")
+        if stride not in STAGES_OF_STRIDE:
+            raise ValueError(f"backbone stride is 32, 16 or 8, not {stride}")
+        if dilation and name in ("resnet18", "resnet34"):
+            raise ValueError(f"{name} is made of basic blocks, which cannot dilate: use resnet50 or resnet101")
+        num_stages = STAGES_OF_STRIDE[stride]
+        network = BACKBONES[name](
+            weights=None,
+            norm_layer=FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d,
+            replace_stride_with_dilation=[dilation and stage == num_stages for stage in (2, 3, 4)],
+        )
+        self.body = ResNetBody(network, num_stages)
+        widest = 2048 if name in ("resnet50", "resnet101") else 512
+        self.num_channels = widest * stride // 32
+        if norm == "frozen":
+            for frozen in (self.body.conv1, self.body.get_submodule("layer1")):
+                frozen.requires_grad_(False)
+
+    def forward(self, images: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Features and the mask at their resolution.
+
+        Args:
+            images: ``[B, 3, H, W]`` normalised.
+            mask: ``[B, H, W]`` bool, True on padding; None where nothing is padded.
+
+        Returns:
+            ``[B, num_channels, h, w]``, and ``[B, h, w]`` bool or None.
+        """
+        features = self.body(images)
+        return features, None if mask is None else shrink_mask(mask, features.shape[-2], features.shape[-1])
+
+
+def shrink_mask(mask: Tensor, height: int, width: int) -> Tensor:
+    """Reads a mask at the corner pixel of each cell (nearest interpolation).
+
+    The first cell counts as valid whatever the mask says: attention over no cell at all gives NaN, and an image
+    padded at the right and at the bottom has its first cell anyway.
+
+    Args:
+        mask: ``[B, H, W]`` bool, True on padding.
+        height: rows of cells.
+        width: columns of cells.
+
+    Returns:
+        ``[B, height, width]`` bool.
+    """
+    small = F.interpolate(mask[:, None].to(torch.float32), size=(height, width))[:, 0].to(torch.bool)
+    small[:, 0, 0] = False
+    return small

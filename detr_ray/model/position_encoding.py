@@ -1,0 +1,108 @@
+"""Where each cell of a feature map lies, as vectors that are added to what attention compares.
+
+Knows padding masks and feature map sizes; knows nothing of images, backbones or attention.
+
+Both encodings give ``[B or 1, h, w, hidden_dim]``: batch 1 stands for every image of a batch without padding.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+LEARNED_LIMIT = 50
+"""Rows and columns that the learned encoding has a vector for (the published layout)."""
+
+
+class SinePositionEncoding(nn.Module):
+    """Sines and cosines of the cell's place within the unpadded image; holds no tensors.
+
+    A cell's row is counted over the unpadded rows of its column, scaled to 0..2*pi, and read at ``hidden_dim / 4``
+    frequencies; likewise its column. The first half of the channels speaks of the row, the second of the column.
+
+    Args:
+        hidden_dim: length of the vectors; a multiple of 4.
+        temperature: the longest wavelength, in units of the scaled coordinate.
+    """
+
+    def __init__(self, hidden_dim: int, temperature: float = 10000.0) -> None:
+        super().__init__()
+        if hidden_dim % 4:
+            raise ValueError(f"the sine position embedding needs a hidden_dim that 4 divides, not {hidden_dim}")
+        self.axis_dim = hidden_dim // 2
+        self.temperature = temperature
+        self.scale = 2 * math.pi
+        self.eps = 1e-6
+
+    def forward(self, features: Tensor, mask: Tensor | None) -> Tensor:
+        """Encodes the cells of a feature map.
+
+        Args:
+            features: ``[B, C, h, w]``; only its size and device matter.
+            mask: ``[B, h, w]`` bool, True on padding; None where nothing is padded.
+
+        Returns:
+            ``[B, h, w, hidden_dim]`` float32, or ``[1, h, w, hidden_dim]`` without a mask.
+        """
+        height, width = features.shape[-2:]
+        if mask is None:
+            rows = torch.arange(1, height + 1, device=features.device, dtype=torch.float32).view(1, height, 1)
+            columns = torch.arange(1, width + 1, device=features.device, dtype=torch.float32).view(1, 1, width)
+        else:
+            valid = ~mask
+            rows = valid.cumsum(1, dtype=torch.float32)
+            columns = valid.cumsum(2, dtype=torch.float32)
+        rows = rows / (rows[:, -1:, :] + self.eps) * self.scale
+        columns = columns / (columns[:, :, -1:] + self.eps) * self.scale
+        by_row, by_column = self._waves(rows), self._waves(columns)
+        batch = max(len(by_row), len(by_column))
+        return torch.cat(
+            (
+                by_row.expand(batch, height, width, self.axis_dim),
+                by_column.expand(batch, height, width, self.axis_dim),
+            ),
+            dim=-1,
+        )
+
+    def _waves(self, coordinate: Tensor) -> Tensor:
+        """Sine and cosine of ``[...]`` at each frequency, interleaved: ``[..., axis_dim]``."""
+        pair = torch.arange(0, self.axis_dim, 2, device=coordinate.device, dtype=torch.float32)
+        wavelength = self.temperature ** (pair / self.axis_dim)
+        angle = coordinate[..., None] / wavelength
+        return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)
+
+
+class LearnedPositionEncoding(nn.Module):
+    """One trained vector a row and one a column, up to ``LEARNED_LIMIT`` of each; padding does not move them.
+
+    Args:
+        hidden_dim: length of the vectors; even. The first half speaks of the column, the second of the row.
+    """
+
+    def __init__(self, hidden_dim: int) -> None:
+        super().__init__()
+        if hidden_dim % 2:
+            raise ValueError(f"the learned position embedding needs an even hidden_dim, not {hidden_dim}")
+        self.row_embed = nn.Embedding(LEARNED_LIMIT, hidden_dim // 2)
+        self.col_embed = nn.Embedding(LEARNED_LIMIT, hidden_dim // 2)
+        nn.init.uniform_(self.row_embed.weight)
+        nn.init.uniform_(self.col_embed.weight)
+
+    def forward(self, features: Tensor, mask: Tensor | None) -> Tensor:
+        """Vectors of the cells of ``[B, C, h, w]``, as ``[1, h, w, hidden_dim]``; ``mask`` plays no part.
+
+        Raises:
+            ValueError: the feature map has more rows or columns than there are vectors.
+        """
+        height, width = features.shape[-2:]
+        if max(height, width) > LEARNED_LIMIT:
+            raise ValueError(
+                f"the learned position embedding reaches {LEARNED_LIMIT} rows and columns, the feature map is "
+                f"{height} x {width}: use smaller images, a larger model.backbone_stride, "
+                "or model.position_embedding=sine"
+            )
+        by_row = self.row_embed.weight[:height, None].expand(height, width, -1)
+        by_column = self.col_embed.weight[None, :width].expand(height, width, -1)
+        return torch.cat((by_column, by_row), dim=-1)[None]

@@ -1,0 +1,240 @@
+"""Weights for a model to start from: ImageNet backbones, published DETR checkpoints, this project's own.
+
+Knows parameter names and the rows of the classifier; which class a row stands for is told by the caller or by the
+file. To go on with a run, shapes, optimizer and all, is another matter and is not done here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision.models import get_model_weights
+
+from detr_ray.model.checkpoint_file import WeightsError, read_checkpoint, shorten_names
+from detr_ray.model.detr import Detr
+
+__all__ = ["InitReport", "WeightsError", "load_backbone_weights", "load_initial_weights", "read_checkpoint"]
+
+_WRAPPERS = ("module.", "detr.")
+_COUNTER = ".num_batches_tracked"
+_NAMES_SHOWN = 6
+
+
+@dataclass(frozen=True)
+class InitReport:
+    """What became of every name when a model was started from a file's weights.
+
+    Attributes:
+        source: the file.
+        weights: "model", or "ema" where the file holds averaged weights, which are then preferred.
+        loaded: names of the model taken over whole.
+        rebuilt: names of the model whose shape is another than the file's, and what of it was kept.
+        missing: names of the model that the file lacks; they keep the values that they had.
+        unused: names of the file that the model has no place for.
+    """
+
+    source: str
+    weights: str
+    loaded: tuple[str, ...]
+    rebuilt: Mapping[str, str]
+    missing: tuple[str, ...]
+    unused: tuple[str, ...]
+
+    def table(self) -> str:
+        """The report as lines of text: a count and the names of each kind, many names shortened to common prefixes."""
+        averaged = " (averaged weights)" if self.weights == "ema" else ""
+        lines = [f"weights from {self.source}{averaged}"]
+        for kind in ("loaded", "missing", "unused"):
+            names: tuple[str, ...] = getattr(self, kind)
+            lines.append(f"  {kind:<8}{len(names):>5}  {shorten_names(names)}".rstrip())
+        lines.insert(2, f"  {'rebuilt':<8}{len(self.rebuilt):>5}")
+        lines[3:3] = [f"{'':17}{name}: {what}" for name, what in self.rebuilt.items()]
+        return "\n".join(lines)
+
+
+def load_backbone_weights(model: Detr, source: str, backbone: str) -> None:
+    """Loads a classifier's weights into the model's ResNet; every tensor of the ResNet must be there.
+
+    Args:
+        model: the model to change.
+        source: "imagenet" (torchvision's first ImageNet weights, which the original starts from), "none", or path or
+            URL of a torchvision ResNet state dict. Its classifier and the stages behind the model's cut are left out.
+        backbone: the ResNet's name, for "imagenet".
+
+    Raises:
+        WeightsError: the file cannot be had or read, or is another network's.
+    """
+    if source == "none":
+        return
+    if source == "imagenet":
+        source = get_model_weights(backbone)["IMAGENET1K_V1"].url
+    state = read_checkpoint(source)["model"]
+    own = model.body.state_dict()
+    wanted = [name for name in own if name in state or not name.endswith(_COUNTER)]
+    missing = [name for name in wanted if name not in state]
+    if missing:
+        hint = ""
+        if any(name.startswith("backbone.0.body.") for name in state):
+            hint = ": it holds DETR weights, which model.init_from takes"
+        raise WeightsError(f"{source} is no {backbone}{hint}; it lacks {shorten_names(missing)}")
+    kept = {name.split(".")[0] for name in own}
+    strangers = [name for name in state if name.split(".")[0] in kept and name not in own and _COUNTER not in name]
+    if strangers:
+        raise WeightsError(f"{source} is no {backbone}: it has more, {shorten_names(strangers)}")
+    _refuse_other_shapes(source, {name: (state[name], own[name]) for name in wanted}, "is model.backbone the same?")
+    _refuse_non_finite(source, {name: state[name] for name in wanted})
+    with torch.no_grad():
+        for name in wanted:
+            own[name].copy_(state[name])
+
+
+def load_initial_weights(
+    model: Detr,
+    source: str,
+    class_names: Sequence[str | None],
+    coco91_names: Sequence[str | None] | None = None,
+) -> InitReport:
+    """Starts a model from another's weights, as far as they fit.
+
+    The classifier may be for other classes: rows of classes that both have, by name, are copied, and so is the
+    no-object row. There may be more queries, whose rows then stay fresh, or fewer. The projection behind another
+    backbone is built anew. Any other difference in shape is a mistake in the config, and an error.
+
+    Args:
+        model: the model to change; what the file lacks keeps its values.
+        source: path or URL, as ``read_checkpoint`` takes it. Averaged weights are preferred where there are any.
+        class_names: the model's classes, one a row without no-object; None where a row has no class.
+        coco91_names: names of the 91 official ids, for official files, which do not name their classes. The panoptic
+            ones start with the same 91.
+
+    Raises:
+        WeightsError: the file cannot be had or read, holds other weights than DETR's, or its shapes do not fit.
+    """
+    assert len(class_names) + 1 == len(model.class_embed.bias), "one name a row of the classifier, without no-object's"
+    checkpoint = read_checkpoint(source)
+    weights = "ema" if checkpoint.get("ema") is not None else "model"
+    state, name_in_file = _unwrapped(checkpoint[weights])
+    own = model.state_dict()
+
+    loaded, rebuilt, missing, used = [], {}, [], set()
+    copies: list[tuple[Tensor, Tensor]] = []
+    other_shapes: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, target in own.items():
+        value = state.get(name)
+        if value is None:
+            if not name.endswith(_COUNTER):
+                missing.append(name)
+            continue
+        used.add(name)
+        same_shape = value.shape == target.shape
+        if name.startswith("class_embed.") and value.shape[1:] == target.shape[1:]:
+            old_names = _class_names_of(source, checkpoint["class_names"], len(value) - 1, coco91_names)
+            rows, what = _matching_rows(old_names, class_names, len(value) - 1)
+            copies += [(target[new], value[old]) for new, old in rows]
+            if same_shape and len(rows) == len(target):
+                loaded.append(name)
+            else:
+                rebuilt[name] = what
+        elif same_shape:
+            copies.append((target, value))
+            loaded.append(name)
+        elif name == "query_embed.weight" and value.shape[1:] == target.shape[1:]:
+            kept = min(len(value), len(target))
+            copies.append((target[:kept], value[:kept]))
+            rebuilt[name] = f"{kept} of the file's {len(value)} queries copied, {len(target) - kept} fresh"
+        elif name == "input_proj.weight" and value.shape[0] == target.shape[0]:
+            rebuilt[name] = f"fresh: the file's backbone gives {value.shape[1]} channels, this one {target.shape[1]}"
+        else:
+            other_shapes[name] = (value, target)
+
+    if not any(name.startswith(("transformer.", "backbone.")) for name in used):
+        raise WeightsError(
+            f"{source} holds no DETR weights, only {shorten_names(list(checkpoint[weights]))}; "
+            "a ResNet's weights go into model.backbone_weights"
+        )
+    _refuse_other_shapes(
+        source, other_shapes, "are model.hidden_dim, dim_feedforward, backbone and position_embedding the same?"
+    )
+    _refuse_non_finite(source, {name: state[name] for name in used})
+    with torch.no_grad():
+        for target, value in copies:
+            target.copy_(value)
+    return InitReport(
+        source=source,
+        weights=weights,
+        loaded=tuple(loaded),
+        rebuilt=rebuilt,
+        missing=tuple(missing),
+        unused=tuple(
+            original for name, original in name_in_file.items() if name not in used and not name.endswith(_COUNTER)
+        ),
+    )
+
+
+def _unwrapped(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The detector's tensors without the prefix of a wrapper (DDP, the panoptic model), and each one's old name.
+
+    What stands beside the wrapped detector keeps its name, so that it is reported as unused.
+    """
+    name_in_file = {name: name for name in state}
+    for wrapper in _WRAPPERS:
+        if any(name.startswith(wrapper) for name in name_in_file):
+            name_in_file = {name.removeprefix(wrapper): original for name, original in name_in_file.items()}
+    return {name: state[original] for name, original in name_in_file.items()}, name_in_file
+
+
+def _class_names_of(
+    source: str, names: Sequence[str | None] | None, rows: int, coco91_names: Sequence[str | None] | None
+) -> Sequence[str | None] | None:
+    """Names of a file's classifier rows without no-object; None where nobody knows them."""
+    if names is not None:
+        if len(names) != rows:
+            raise WeightsError(f"{source} is damaged: its label map names {len(names)} classes, its head has {rows}")
+        return names
+    if coco91_names is not None and rows in (91, 250):
+        return [*coco91_names, *[None] * (rows - len(coco91_names))]
+    return None
+
+
+def _matching_rows(
+    old_names: Sequence[str | None] | None, new_names: Sequence[str | None], old_rows: int
+) -> tuple[list[tuple[int, int]], str]:
+    """Pairs (new row, old row) of a classifier that mean the same, no-object's included; and what to say of them."""
+    no_object = (len(new_names), old_rows)
+    if old_names is None and old_rows == len(new_names):
+        return [(row, row) for row in range(old_rows + 1)], ""
+    if old_names is not None and list(old_names) == list(new_names):
+        return [(row, row) for row in range(old_rows + 1)], ""
+    if old_names is None:
+        return [no_object], "fresh but for the no-object row: the file does not name its classes"
+    old_row_of = {name.casefold(): row for row, name in reversed(list(enumerate(old_names))) if name is not None}
+    named = [(row, name) for row, name in enumerate(new_names) if name is not None]
+    rows = [(row, old_row_of[name.casefold()]) for row, name in named if name.casefold() in old_row_of]
+    fresh = [name for _, name in named if name.casefold() not in old_row_of]
+    what = f"the no-object row and {len(rows)} of {len(named)} classes copied by name"
+    if fresh:
+        more = f" and {len(fresh) - _NAMES_SHOWN} more" if len(fresh) > _NAMES_SHOWN else ""
+        what += f"; fresh: {', '.join(fresh[:_NAMES_SHOWN])}{more}"
+    return [*rows, no_object], what
+
+
+def _refuse_other_shapes(source: str, pairs: Mapping[str, tuple[Tensor, Tensor]], question: str) -> None:
+    """Raises where the file's tensor (first of a pair) has another shape than the model's."""
+    differing = [
+        f"{name} {list(value.shape)} there, {list(target.shape)} here"
+        for name, (value, target) in pairs.items()
+        if value.shape != target.shape
+    ]
+    if differing:
+        more = f"; and {len(differing) - _NAMES_SHOWN} more" if len(differing) > _NAMES_SHOWN else ""
+        raise WeightsError(f"{source} does not fit ({question}): {'; '.join(differing[:_NAMES_SHOWN])}{more}")
+
+
+def _refuse_non_finite(source: str, state: Mapping[str, Tensor]) -> None:
+    """Raises where weights hold NaN or infinity: training from them fails at its first step, far from the cause."""
+    bad = [name for name, value in state.items() if not bool(torch.isfinite(value).all())]
+    if bad:
+        raise WeightsError(f"{source} holds NaN or infinity in {shorten_names(bad)}: take an earlier checkpoint")

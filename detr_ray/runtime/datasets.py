@@ -1,0 +1,179 @@
+"""Planned batches through Ray Data.
+
+A row of the data set is the number of one micro-batch of one worker. Tasks on any CPU of the cluster look up in the plan
+what it is made of, read, decode, augment and pad it, and send it back as one row of bytes. The plan is a pure function of
+the step, so there is no state to keep: going on at step ``k`` is a range that begins at ``k``.
+"""
+
+from __future__ import annotations
+
+import functools
+import queue
+import threading
+from collections.abc import Callable, Iterator
+
+import pyarrow as pa
+import ray
+import torch
+from ray.data import ExecutionResources
+
+from detr_ray.data.loader import BatchLoader, from_table, to_table
+from detr_ray.engine.batches import WorkerPlan
+from detr_ray.engine.planned_data import PlannedData
+from detr_ray.structures import PaddedBatch
+
+# Rows of one Ray Data execution. Its start costs about half a second, hidden behind the batches that are waiting; its
+# bookkeeping grows with its rows.
+SEGMENT_ROWS = 512
+
+TRAIN, EVALUATION = "train", "evaluation"
+
+
+@functools.lru_cache(maxsize=4)
+def _parts(ref_hex: str, world_size: int, rank: int) -> tuple[WorkerPlan, BatchLoader | None, BatchLoader | None]:
+    """Plan and loaders of a job's data, kept for the life of a task's process."""
+    data: PlannedData = ray.get(_REFS[ref_hex])
+    torch.set_num_threads(1)  # data tasks share the machine with each other and with training: one core each
+    return (data.plan(world_size, rank), *data.loaders())
+
+
+_REFS: dict[str, ray.ObjectRef] = {}
+
+
+class PlannedBatches:
+    """The function of a data task: numbers of micro-batches in, micro-batches out.
+
+    Args:
+        data: reference to the planned data.
+        split: ``train`` or ``evaluation``.
+        world_size: number of training workers.
+        rank: the worker that the batches are for.
+        per_step: micro-batches of a step.
+        first: number of row 0's micro-batch.
+    """
+
+    def __init__(
+        self, data: ray.ObjectRef, split: str, world_size: int, rank: int, per_step: int, first: int
+    ) -> None:
+        self._first = first
+        self._data = data
+        self._split = split
+        self._world_size = world_size
+        self._rank = rank
+        self._per_step = per_step
+
+    def __call__(self, rows: pa.Table) -> Iterator[pa.Table]:
+        """Loads the micro-batches of some rows."""
+        _REFS[self._data.hex()] = self._data
+        plan, train_loader, evaluation_loader = _parts(self._data.hex(), self._world_size, self._rank)
+        for row in rows["id"].to_pylist():
+            number = self._first + row
+            if self._split == TRAIN:
+                assert train_loader is not None
+                step, micro_batch = divmod(number, self._per_step)
+                yield to_table(train_loader.load(plan.step(step)[micro_batch]))
+            else:
+                assert evaluation_loader is not None
+                yield to_table(evaluation_loader.load(plan.evaluation[number]))
+
+
+class RayBatches:
+    """A `BatchSource` whose batches are made by Ray Data tasks.
+
+    Args:
+        data: the planned data.
+        data_ref: the same in the object store.
+        world_size: number of training workers.
+        rank: this worker.
+    """
+
+    def __init__(self, data: PlannedData, data_ref: ray.ObjectRef, world_size: int, rank: int) -> None:
+        self._data_ref = data_ref
+        self._world_size = world_size
+        self._rank = rank
+        self._tasks = data.config.data.tasks_per_worker
+        self._prefetch = data.config.data.prefetch_batches
+        self._plan = data.plan(world_size, rank)
+
+    def train_batches(self, first_step: int, last_step: int) -> Iterator[list[PaddedBatch]]:
+        """See `BatchSource`."""
+        if first_step >= last_step:
+            return
+        per_step = len(self._plan.step(first_step))
+        rows = range(first_step * per_step, last_step * per_step)
+        step: list[PaddedBatch] = []
+        for batch in self._stream(TRAIN, rows, per_step):
+            step.append(batch)
+            if len(step) == per_step:
+                yield step
+                step = []
+
+    def evaluation_batches(self) -> Iterator[PaddedBatch]:
+        """See `BatchSource`."""
+        yield from self._stream(EVALUATION, range(len(self._plan.evaluation)), 1)
+
+    def _stream(self, split: str, rows: range, per_step: int) -> Iterator[PaddedBatch]:
+        def segments() -> Iterator[PaddedBatch]:
+            for start in range(rows.start, rows.stop, SEGMENT_ROWS):
+                load = PlannedBatches(self._data_ref, split, self._world_size, self._rank, per_step, start)
+                yield from self._segment(load, min(SEGMENT_ROWS, rows.stop - start))
+
+        return in_background(segments, self._prefetch)
+
+    def _segment(self, load: PlannedBatches, num_rows: int) -> Iterator[PaddedBatch]:
+        """One Ray Data execution."""
+        numbers = ray.data.range(num_rows, override_num_blocks=num_rows)
+        batches = numbers.map_batches(load, batch_size=None, batch_format="pyarrow", zero_copy_batch=True)
+        batches.context.enable_progress_bars = False
+        batches.context.execution_options.preserve_order = True
+        batches.context.execution_options.resource_limits = ExecutionResources(cpu=self._tasks)
+        for table in batches.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=1):
+            yield from_table(table)
+
+
+_END = object()
+
+
+def in_background(make: Callable[[], Iterator[PaddedBatch]], ahead: int) -> Iterator[PaddedBatch]:
+    """Iterates in a thread of its own, some items ahead of the reader.
+
+    An error of the thread is raised in the reader; a reader that stops early stops the thread.
+    """
+    items: queue.Queue = queue.Queue(maxsize=max(ahead, 1))
+    stopped = threading.Event()
+
+    def put(item: object) -> bool:
+        while not stopped.is_set():
+            try:
+                items.put(item, timeout=0.2)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        source = make()
+        try:
+            for item in source:
+                if not put(item):
+                    break
+            else:
+                put(_END)
+        except BaseException as error:  # raised again in the reader's thread
+            put(error)
+        finally:
+            source.close()  # type: ignore[attr-defined]
+
+    thread = threading.Thread(target=work, name="batches", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item = items.get()
+            if item is _END:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stopped.set()
+        thread.join(timeout=30)

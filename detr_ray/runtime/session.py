@@ -1,0 +1,74 @@
+"""Starting Ray, or joining the cluster that is there."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+
+import ray
+
+# Ray's dashboard agent asks for the state of Train runs; the rest of its defaults print more than a user wants to read.
+_ENVIRONMENT = {
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
+
+
+@contextlib.contextmanager
+def ray_session(num_workers: int, data_tasks: int, use_gpu: bool | None) -> Iterator[None]:
+    """Uses the Ray that is running, or starts one on this machine and ends it afterwards.
+
+    A cluster is joined where ``RAY_ADDRESS`` names one (``ray job submit`` sets it) or this process already uses one. A
+    Ray started here gets enough logical CPUs for the workers and at least one data task each, also where the machine has
+    fewer cores: they share them, as threads of one program would.
+
+    Args:
+        num_workers: training workers that will be asked for.
+        data_tasks: data tasks of one worker that should be able to run at the same time.
+        use_gpu: whether workers use GPUs; None when it is not decided yet.
+    """
+    for key, value in _ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    if ray.is_initialized():
+        yield
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=_workers_are_heard(), logging_level=logging.WARNING)
+    else:
+        num_cpus = max(os.cpu_count() or 1, num_workers + max(1, min(data_tasks * num_workers, os.cpu_count() or 1)))
+        ray.init(
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            log_to_driver=_workers_are_heard(),
+            logging_level=logging.WARNING,
+            configure_logging=True,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _workers_are_heard() -> bool:
+    """Whether the output of workers is shown as it comes; progress reaches the user by another way."""
+    return os.environ.get("DETR_RAY_WORKER_OUTPUT", "0") == "1"
+
+
+@ray.remote(num_cpus=1)
+def _warm() -> int:
+    import detr_ray.data.loader  # noqa: F401 - the import is the work
+
+    return os.getpid()
+
+
+def warm_data_workers(count: int) -> list[ray.ObjectRef]:
+    """Has worker processes import what data tasks need while the training workers start.
+
+    A fresh process pays seconds of imports before its first batch; tasks of the same job run in the processes that these
+    leave behind.
+    """
+    return [_warm.remote() for _ in range(count)]

@@ -1,0 +1,187 @@
+"""What flows between the parts: targets, batches, model outputs, detections.
+
+Shapes, units and frames are said here once.
+
+Letters: ``B`` images of a micro-batch, ``H`` x ``W`` its padded size in pixels, ``Q`` queries, ``C`` classes without
+no-object, ``N`` boxes of one image, ``M`` boxes of the whole micro-batch, ``K`` detections.
+
+Words: a *label* is an index into the classifier's rows (``0..C-1``); a *category_id* is the number the annotation file
+uses; an *image_id* is the annotation file's. A *step* is one optimizer update, made of one *global batch*; a
+*micro-batch* is what one forward pass of one worker sees. A *position* is a sample's place in the training stream:
+``step * global_batch_size + slot``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NotRequired, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Target(TypedDict):
+    """The boxes of one image, as the criterion takes them.
+
+    Attributes:
+        labels: ``[N]`` int64, class index without no-object.
+        boxes: ``[N, 4]`` float32 cxcywh in 0..1 of the unpadded image. ``N`` may be 0.
+    """
+
+    labels: Tensor
+    boxes: Tensor
+
+
+class LayerOutput(TypedDict):
+    """Predictions of one decoder layer: ``pred_logits`` [B, Q, C+1], ``pred_boxes`` [B, Q, 4] cxcywh in 0..1."""
+
+    pred_logits: Tensor
+    pred_boxes: Tensor
+
+
+class ModelOutput(LayerOutput):
+    """Predictions of the last decoder layer, and of the earlier ones (first layer first) under ``aux_outputs``."""
+
+    aux_outputs: NotRequired[list[LayerOutput]]
+
+
+class Detections(TypedDict):
+    """Detections of one image, one a query.
+
+    Attributes:
+        scores: ``[Q]`` in 0..1, the probability of ``labels``.
+        labels: ``[Q]`` int64, never no-object.
+        boxes: ``[Q, 4]`` xyxy in pixels of the image size that was asked for.
+    """
+
+    scores: Tensor
+    labels: Tensor
+    boxes: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SamplePlan:
+    """What happens to one image on its way into a batch; decided before a pixel is read.
+
+    The steps are done in this order: flip, resize to ``resize``, cut out ``crop``, resize to ``size``.
+
+    Attributes:
+        position: place in the training stream (``step * global_batch_size + slot``); in validation, the place in the
+            validation order.
+        index: row of the data set's index.
+        image_id: the annotation file's id of the image.
+        flip: whether the image is mirrored left to right.
+        resize: first resize as (height, width) in pixels, or None where nothing is cropped.
+        crop: (top, left, height, width) in pixels of the first-resized image, or None.
+        size: final (height, width) in pixels.
+    """
+
+    position: int
+    index: int
+    image_id: int
+    flip: bool
+    resize: tuple[int, int] | None
+    crop: tuple[int, int, int, int] | None
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedBatch:
+    """One micro-batch as the data tasks make it: numpy arrays on the host, images as bytes.
+
+    Attributes:
+        images: ``[B, 3, H, W]`` uint8 RGB, padded with zeros at the right and at the bottom.
+        sizes: ``[B, 2]`` int32 (height, width) of the unpadded images in pixels.
+        orig_sizes: ``[B, 2]`` int32 (height, width) of the stored images in pixels.
+        image_ids: ``[B]`` int64.
+        positions: ``[B]`` int64, place of each sample in the stream.
+        labels: ``[M]`` int64, of all images one after the other.
+        boxes_cxcywh: ``[M, 4]`` float32 in 0..1 of the unpadded image.
+        counts: ``[B]`` int64, boxes of each image; sums to M.
+        bad_images: one line for each image that could not be read ("file: reason"). Its place in the batch holds a
+            black image without boxes, so that shapes stay as planned; the reader of the batch decides what to do.
+    """
+
+    images: np.ndarray
+    sizes: np.ndarray
+    orig_sizes: np.ndarray
+    image_ids: np.ndarray
+    positions: np.ndarray
+    labels: np.ndarray
+    boxes_cxcywh: np.ndarray
+    counts: np.ndarray
+    bad_images: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One micro-batch on the device, ready for the model.
+
+    Attributes:
+        images: ``[B, 3, H, W]`` float32, normalised with the ImageNet statistics, zero on padding.
+        mask: ``[B, H, W]`` bool, True on padding; None where no image of the batch is padded.
+        targets: one a image.
+        image_ids: ``[B]`` int64 on the host.
+        positions: ``[B]`` int64 on the host.
+        orig_sizes: ``[B, 2]`` int64 (height, width) on the host.
+        padded_pixels: pixels of the padded batch, images x H x W.
+        image_pixels: pixels of it that belong to images.
+    """
+
+    images: Tensor
+    mask: Tensor | None
+    targets: list[Target]
+    image_ids: Tensor
+    positions: Tensor
+    orig_sizes: Tensor
+    padded_pixels: int
+    image_pixels: int
+
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def padding_mask(sizes: Tensor, height: int, width: int) -> Tensor:
+    """Mask of ``[B, height, width]``, True on padding, from (height, width) rows of unpadded sizes."""
+    rows = torch.arange(height, device=sizes.device)[None, :, None]
+    columns = torch.arange(width, device=sizes.device)[None, None, :]
+    return (rows >= sizes[:, 0, None, None]) | (columns >= sizes[:, 1, None, None])
+
+
+def to_device(padded: PaddedBatch, device: torch.device, channels_last: bool = False) -> Batch:
+    """Copies a padded batch to a device and normalises it there; what travels is bytes, not floats."""
+    height, width = padded.images.shape[2:]
+    sizes = torch.from_numpy(padded.sizes.astype(np.int64))
+    padded_pixels = padded.images.shape[0] * height * width
+    image_pixels = int(padded.sizes.astype(np.int64).prod(axis=1).sum())
+
+    images = torch.from_numpy(padded.images).to(device, non_blocking=True)
+    if channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    mean = torch.tensor(IMAGENET_MEAN, device=device).view(1, 3, 1, 1) * 255
+    std = torch.tensor(IMAGENET_STD, device=device).view(1, 3, 1, 1) * 255
+    images = images.to(torch.float32).sub_(mean).div_(std)
+    mask = None
+    if image_pixels < padded_pixels:
+        mask = padding_mask(sizes.to(device, non_blocking=True), height, width)
+        images.masked_fill_(mask[:, None], 0.0)
+
+    labels = torch.from_numpy(padded.labels).to(device, non_blocking=True)
+    boxes = torch.from_numpy(padded.boxes_cxcywh).to(device, non_blocking=True)
+    counts = padded.counts.tolist()
+    targets = [
+        Target(labels=image_labels, boxes=image_boxes)
+        for image_labels, image_boxes in zip(labels.split(counts), boxes.split(counts), strict=True)
+    ]
+    return Batch(
+        images=images,
+        mask=mask,
+        targets=targets,
+        image_ids=torch.from_numpy(padded.image_ids),
+        positions=torch.from_numpy(padded.positions),
+        orig_sizes=torch.from_numpy(padded.orig_sizes.astype(np.int64)),
+        padded_pixels=padded_pixels,
+        image_pixels=image_pixels,
+    )

@@ -1,0 +1,27 @@
+"""What a run leaves behind: parameters, metrics, texts and files, in MLflow or in memory.
+
+The rest of the project writes to the ``Tracker`` protocol. Only this folder imports MLflow, and only once a sender
+thread needs it.
+"""
+
+from __future__ import annotations
+
+from detr_ray.tracking.mlflow_tracker import MlflowTracker, send_pending
+from detr_ray.tracking.sender import Pending, Timing
+from detr_ray.tracking.store import default_tracking_uri, tracking_uri, viewing_hint
+from detr_ray.tracking.tracker import MemoryTracker, NullTracker, Scalar, Status, Tracker
+
+__all__ = [
+    "MemoryTracker",
+    "MlflowTracker",
+    "NullTracker",
+    "Pending",
+    "Scalar",
+    "Status",
+    "Timing",
+    "Tracker",
+    "default_tracking_uri",
+    "send_pending",
+    "tracking_uri",
+    "viewing_hint",
+]

@@ -1,0 +1,281 @@
+"""One run on one MLflow store: found or created, then written to by explicit run id, step and time.
+
+Everything here may be done twice with the same result, so that a sender that died between sending and noting it can
+send again. This is the only module that imports MLflow, and it does so when a run is opened, not when it is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from detr_ray.tracking.naming import shortened
+from detr_ray.tracking.store import artifact_location, public_uri, sqlite_path
+
+logger = logging.getLogger(__name__)
+
+UID_TAG = "detr_ray.run_uid"
+_SETTINGS_NAME = "run.json"
+_BATCH = {"metrics": 1000, "params": 100, "tags": 100}
+_LONGEST_PARAM = 500
+_LONGEST_TAG = 5000
+_REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}
+_ENVIRONMENT = {
+    # Waiting and trying again is the sender's task: MLflow itself would hold a call for minutes.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    # A training job's output is its own, and a cluster without a way out should not try to reach one.
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+
+
+class RunGoneError(Exception):
+    """The MLflow run was deleted while it was written to."""
+
+
+class RefusedError(Exception):
+    """MLflow answers, and will never take this content; the message is MLflow's reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunSettings:
+    """Which MLflow run a training run is.
+
+    Attributes:
+        tracking_uri: address of the store.
+        experiment: name of the experiment; made if missing.
+        run_name: what MLflow shows as the run's name.
+        run_uid: what the run is found by again; kept as the tag ``detr_ray.run_uid``.
+    """
+
+    tracking_uri: str
+    experiment: str
+    run_name: str
+    run_uid: str
+
+    def save(self, folder: Path) -> None:
+        """Keeps the settings in a folder, so that ``send_pending`` finds the run later; without passwords."""
+        content = asdict(self) | {"tracking_uri": public_uri(self.tracking_uri)}
+        write_whole(folder / _SETTINGS_NAME, json.dumps(content, indent=1))
+
+    @classmethod
+    def load(cls, folder: Path) -> RunSettings | None:
+        """Reads what ``save`` kept; None where nothing readable is there."""
+        try:
+            return cls(**json.loads((folder / _SETTINGS_NAME).read_text(encoding="utf-8")))
+        except (FileNotFoundError, TypeError, ValueError):
+            return None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replaces a file in one go, so that a reader sees the old or the new content and nothing between."""
+    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
+
+
+class MlflowRun:
+    """An open MLflow run.
+
+    Attributes:
+        run_id: MLflow's id.
+        refused: how many values the store would not take.
+    """
+
+    def __init__(self, client: Any, run_id: str) -> None:
+        self._client = client
+        self.run_id = run_id
+        self.refused = 0
+        data = client.get_run(run_id).data
+        self._params: dict[str, str] = dict(data.params)
+        self._tags: dict[str, str] = dict(data.tags)
+
+    @classmethod
+    def open(cls, settings: RunSettings, known_run_id: str | None, started_ms: int) -> MlflowRun:
+        """Connects to the store and makes sure that the run is there.
+
+        A run of this uid is taken as it is; if it or its experiment was deleted, it is restored: what is being written
+        to is wanted. Otherwise the experiment (if missing) and the run are created.
+
+        Args:
+            settings: which run.
+            known_run_id: MLflow's id of the run, where it was open before.
+            started_ms: when the run began, for a new one.
+
+        Raises:
+            Exception: Whatever MLflow raises when a store cannot be reached; opening may be tried again.
+        """
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        from mlflow import MlflowClient  # two seconds, paid by the sender's thread
+
+        database = sqlite_path(settings.tracking_uri)
+        if database is not None:
+            database.parent.mkdir(parents=True, exist_ok=True)
+        client = MlflowClient(settings.tracking_uri)
+        run_id = known_run_id if known_run_id and _run_exists(client, known_run_id) else None
+        if run_id is None:
+            experiment_id = _experiment_id(client, settings)
+            run_id = _run_of_uid(client, experiment_id, settings.run_uid)
+        if run_id is None:
+            tags = {UID_TAG: settings.run_uid}
+            created = client.create_run(experiment_id, start_time=started_ms, tags=tags, run_name=settings.run_name)
+            run_id = created.info.run_id
+        _restore(client, run_id)
+        return cls(client, run_id)
+
+    def log_metrics(self, rows: Sequence[tuple[str, float, int, int]]) -> None:
+        """Sends (name, value, milliseconds since 1970, step) rows; rows that are there already stay single."""
+        from mlflow.entities import Metric
+
+        self._log("metrics", [Metric(*row) for row in rows])
+
+    def log_params(self, params: dict[str, str]) -> None:
+        """Sends parameters. MLflow keeps the first value; a changed one becomes the tag ``resume/<name>``."""
+        from mlflow.entities import Param
+
+        values = {name: shortened(value, _LONGEST_PARAM) for name, value in params.items()}
+        new = {name: value for name, value in values.items() if name not in self._params}
+        self._log("params", [Param(name, value) for name, value in new.items()])
+        self._params.update(new)
+        changes = {f"resume/{name}": value for name, value in values.items() if self._is_change(name, value)}
+        self.set_tags(changes)
+
+    def set_tags(self, tags: dict[str, str]) -> None:
+        """Sends tags that are new or have another value than before."""
+        from mlflow.entities import RunTag
+
+        values = {name: shortened(value, _LONGEST_TAG) for name, value in tags.items()}
+        new = {name: value for name, value in values.items() if self._tags.get(name) != value}
+        self._log("tags", [RunTag(name, value) for name, value in new.items()])
+        self._tags.update(new)
+
+    def set_running(self) -> None:
+        """Marks the run as going on, also after it had ended."""
+        self._call(lambda: self._client.update_run(self.run_id, status="RUNNING"))
+
+    def set_ended(self, status: str, ended_ms: int) -> None:
+        """Marks the run as ended."""
+        self._call(lambda: self._client.set_terminated(self.run_id, status=status, end_time=ended_ms))
+
+    def upload(self, path: Path, artifact_dir: str) -> None:
+        """Stores a file, or a folder's content, in a folder of the run's artifacts.
+
+        Raises:
+            RefusedError: MLflow does not take such an artifact.
+        """
+        send = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
+        self._call(lambda: send(self.run_id, str(path), artifact_dir or None))
+
+    def upload_text(self, text: str, artifact_file: str) -> None:
+        """Stores a text as a file of the run's artifacts.
+
+        Raises:
+            RefusedError: MLflow does not take such an artifact.
+        """
+        self._call(lambda: self._client.log_text(self.run_id, text, artifact_file))
+
+    def check(self) -> None:
+        """Raises what MLflow raises where the store does not answer, and ``RunGoneError`` where the run is deleted."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            stage = self._client.get_run(self.run_id).info.lifecycle_stage
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                raise RunGoneError(f"MLflow run {self.run_id} is gone") from error
+            raise
+        if stage == "deleted":
+            raise RunGoneError(f"MLflow run {self.run_id} was deleted")
+
+    def _is_change(self, name: str, value: str) -> bool:
+        return self._params[name] != value or f"resume/{name}" in self._tags
+
+    def _log(self, kind: str, entities: list[Any]) -> None:
+        for start in range(0, len(entities), _BATCH[kind]):
+            self._log_one_by_one_if_refused(kind, entities[start : start + _BATCH[kind]])
+
+    def _log_one_by_one_if_refused(self, kind: str, entities: list[Any]) -> None:
+        """Sends a batch; where MLflow refuses it, finds by halving what it refuses, and leaves only that out."""
+        try:
+            self._call(lambda: self._client.log_batch(self.run_id, **{kind: entities}))
+        except RefusedError as refusal:
+            if len(entities) > 1:
+                middle = len(entities) // 2
+                self._log_one_by_one_if_refused(kind, entities[:middle])
+                self._log_one_by_one_if_refused(kind, entities[middle:])
+            else:
+                self.refused += 1
+                logger.warning("MLflow refuses %s %r: %s", kind, entities[0].key, refusal)
+
+    def _call(self, send: Callable[[], object]) -> None:
+        """Sends; tells a refusal for good and a deleted run from what may be tried again."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            send()
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST" or error.error_code in _REFUSALS:
+                self.check()
+            if error.error_code in _REFUSALS:
+                raise RefusedError(shortened(str(error).splitlines()[0], 300)) from error
+            raise
+
+
+def _run_exists(client: Any, run_id: str) -> bool:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        raise
+    return True
+
+
+def _experiment_id(client: Any, settings: RunSettings) -> str:
+    from mlflow.exceptions import MlflowException
+
+    experiment = client.get_experiment_by_name(settings.experiment)
+    if experiment is None:
+        try:
+            location = artifact_location(settings.tracking_uri)
+            return client.create_experiment(settings.experiment, artifact_location=location)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            experiment = client.get_experiment_by_name(settings.experiment)  # another run was a moment faster
+    if experiment.lifecycle_stage == "deleted":
+        client.restore_experiment(experiment.experiment_id)
+        logger.warning("MLflow experiment %r was deleted: restored, since a run goes to it", settings.experiment)
+    return experiment.experiment_id
+
+
+def _run_of_uid(client: Any, experiment_id: str, run_uid: str) -> str | None:
+    from mlflow.entities import ViewType
+
+    query = f"tags.`{UID_TAG}` = '{run_uid}'"
+    runs = client.search_runs(
+        [experiment_id], query, run_view_type=ViewType.ALL, max_results=1, order_by=["attributes.start_time ASC"]
+    )
+    return runs[0].info.run_id if runs else None
+
+
+def _restore(client: Any, run_id: str) -> None:
+    run = client.get_run(run_id)
+    if client.get_experiment(run.info.experiment_id).lifecycle_stage == "deleted":
+        client.restore_experiment(run.info.experiment_id)
+        logger.warning("the MLflow experiment of run %s was deleted: restored, since it is written to", run_id)
+        run = client.get_run(run_id)
+    if run.info.lifecycle_stage == "deleted":
+        client.restore_run(run_id)
+        logger.warning("MLflow run %s was deleted: restored, since it is written to", run_id)

@@ -1,0 +1,55 @@
+"""Trains a detector, or goes on with a run that was interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+
+from detr_ray.cli import run_command
+from detr_ray.config import Config
+
+DESCRIPTION = """Train a detector on Ray workers.
+
+The same command with the same run.name goes on where a run stopped."""
+
+
+def _train(config: Config, arguments: argparse.Namespace) -> int:
+    from detr_ray.engine.progress import duration
+    from detr_ray.runtime.launch import fit
+    from detr_ray.engine.records import run_tracking_uri
+    from detr_ray.tracking import viewing_hint
+
+    started = time.perf_counter()
+    result = fit(config, say)
+    if result.status == "nothing to do":
+        say(f"nothing left to do: run {result.run_name} finished all {result.step} steps before")
+    elif result.status == "stopped":
+        say(f"stopped after step {result.step}; the same command with run.name={result.run_name} goes on from there")
+    else:
+        say(f"\nfinished {result.step} steps: {duration(result.train_s)} in the training loop, "
+            f"{duration(time.perf_counter() - started)} in all")
+    if result.table:
+        say("\n" + result.table + "\n")
+    if result.best_checkpoint is not None:
+        say(f"best checkpoint   {result.best_checkpoint} (AP {result.best_metrics['val/AP']:.3f})")
+    say(f"everything else   {result.run_path}")
+    if config.tracking.enabled:
+        say(f"curves            {viewing_hint(run_tracking_uri(config))}")
+    return 0
+
+
+def say(line: str) -> None:
+    """Shows the user a line at once, also where output goes into a file."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``python -m detr_ray.train``."""
+    return run_command("train", DESCRIPTION, _train, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,224 @@
+"""Loading: what is planned is what lies in the batch, faults stay in their place, and tables hold batches unchanged."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+from samples import SMALL, plain_plan, training_plans
+
+from detr_ray.data.augmentation import apply_to_boxes, apply_to_image
+from detr_ray.data.errors import DataError
+from detr_ray.data.generated import CLASSES, generate_dataset
+from detr_ray.data.images import ImageReader, decode_image
+from detr_ray.data.index import CocoIndex, read_coco_index
+from detr_ray.data.label_map import LabelMap
+from detr_ray.data.loader import BatchLoader, from_table, to_table
+from detr_ray.structures import PaddedBatch
+
+DTYPES = {
+    "images": np.uint8,
+    "sizes": np.int32,
+    "orig_sizes": np.int32,
+    "image_ids": np.int64,
+    "positions": np.int64,
+    "labels": np.int64,
+    "boxes_cxcywh": np.float32,
+    "counts": np.int64,
+}
+
+
+def open_index(root: Path) -> CocoIndex:
+    return read_coco_index(str(root / "annotations" / "instances_train2017.json"), str(root / "train2017"))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "shapes"
+    generate_dataset(folder, num_train=12, num_val=1, seed=0, image_size=(48, 80), empty_fraction=0.2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def index(root: Path) -> CocoIndex:
+    return open_index(root)
+
+
+def loader_of(index: CocoIndex) -> BatchLoader:
+    return BatchLoader(index, LabelMap.contiguous(index.categories))
+
+
+def assert_equal(left: PaddedBatch, right: PaddedBatch) -> None:
+    for name, dtype in DTYPES.items():
+        a, b = getattr(left, name), getattr(right, name)
+        assert a.dtype == b.dtype == dtype, name
+        np.testing.assert_array_equal(a, b, err_msg=name)
+    assert left.bad_images == right.bad_images
+
+
+def test_a_batch_is_its_samples_one_by_one_padded_right_and_below(index: CocoIndex) -> None:
+    plans = training_plans(index)
+    loader = loader_of(index)
+    batch = loader.load(plans)
+    assert batch.bad_images == []
+    assert {name: getattr(batch, name).dtype for name in DTYPES} == DTYPES
+    assert batch.images.shape == (12, 3, max(p.size[0] for p in plans), max(p.size[1] for p in plans))
+    assert any(plan.crop for plan in plans) and any(plan.flip for plan in plans)
+    ends = batch.counts.cumsum()
+    for i, plan in enumerate(plans):
+        stored = (int(index.heights[i]), int(index.widths[i]))
+        pixels = apply_to_image(decode_image(loader.reader.read(i), "x"), plan)
+        height, width = plan.size
+        np.testing.assert_array_equal(batch.images[i, :, :height, :width], pixels.numpy())
+        assert not batch.images[i, :, height:].any() and not batch.images[i, :, :, width:].any()
+        labels, boxes_xyxy_px, areas = index.training_boxes(i, loader.label_map)
+        labels, boxes, _ = apply_to_boxes(boxes_xyxy_px, areas, labels, stored, plan)
+        rows = slice(ends[i] - batch.counts[i], ends[i])
+        np.testing.assert_array_equal(batch.labels[rows], labels)
+        np.testing.assert_array_equal(batch.boxes_cxcywh[rows], boxes)
+        assert tuple(batch.sizes[i]) == plan.size and tuple(batch.orig_sizes[i]) == stored
+    assert batch.positions.tolist() == [plan.position for plan in plans]
+    assert batch.image_ids.tolist() == index.image_ids.tolist()
+    assert ends[-1] == len(batch.labels) == len(batch.boxes_cxcywh)
+    assert 0 in batch.counts
+
+
+def test_boxes_lie_on_what_they_name(index: CocoIndex) -> None:
+    """The box of a solid rectangle holds one colour in its middle, wherever augmentation put it."""
+    rectangle = CLASSES.index("rectangle")
+    seen = 0
+    for plan in training_plans(index, seed=1):
+        batch = loader_of(index).load([plan])
+        assert ((batch.boxes_cxcywh > 0) & (batch.boxes_cxcywh < 1 + 1e-6)).all()
+        if batch.labels.tolist() == [rectangle] and plan.crop is None:
+            seen += 1
+            cx, cy, w, h = batch.boxes_cxcywh[0] * np.tile(batch.sizes[0][::-1], 2)
+            middle = batch.images[
+                0, :, int(cy - h / 6) : int(cy + h / 6) + 1, int(cx - w / 6) : int(cx + w / 6) + 1
+            ].astype(int)
+            assert np.abs(middle - np.median(middle, axis=(1, 2), keepdims=True)).mean() < 12
+    assert seen or rectangle not in index.category_ids - 1 or len(index) > 0
+
+
+def test_an_image_as_stored_comes_out_as_stored(index: CocoIndex, root: Path) -> None:
+    batch = loader_of(index).load([plain_plan(index, 0), plain_plan(index, 0, flip=True)])
+    stored = np.asarray(Image.open(root / "train2017" / index.file_name(0))).transpose(2, 0, 1)
+    np.testing.assert_array_equal(batch.images[0], stored)
+    np.testing.assert_array_equal(batch.images[1], stored[:, :, ::-1])
+
+
+@pytest.fixture
+def damaged(root: Path, tmp_path: Path) -> Path:
+    """The data set with six kinds of broken images, in the places 0, 2, 4, 6, 8 and 10."""
+    shutil.copytree(root, tmp_path / "damaged")
+    names = [open_index(root).file_name(i) for i in range(12)]
+    folder = tmp_path / "damaged" / "train2017"
+    (folder / names[0]).unlink()
+    (folder / names[2]).write_bytes(b"")
+    whole = (folder / names[4]).read_bytes()
+    (folder / names[4]).write_bytes(whole[: len(whole) // 2])
+    (folder / names[6]).write_bytes(b"<html>not found</html>")
+    Image.new("RGB", (1, 1)).save(folder / names[8], "JPEG")
+    (folder / names[10]).write_bytes(whole[:200] + bytes(len(whole) - 200))
+    return tmp_path / "damaged"
+
+
+def test_images_that_cannot_be_used_are_black_without_boxes_and_named(damaged: Path, index: CocoIndex) -> None:
+    plans = training_plans(index)
+    good, batch = loader_of(index).load(plans), loader_of(open_index(damaged)).load(plans)
+    reasons = ["no such file", "is empty", "truncated", "not an image", "the image is 1x1", ""]
+    assert len(batch.bad_images) == len(reasons)
+    for k, reason in enumerate(reasons):
+        assert index.file_name(2 * k) in batch.bad_images[k] and reason in batch.bad_images[k]
+    assert batch.images.shape == good.images.shape
+    np.testing.assert_array_equal(batch.sizes, good.sizes)
+    np.testing.assert_array_equal(batch.positions, good.positions)
+    assert not batch.images[::2].any() and not batch.counts[::2].any()
+    np.testing.assert_array_equal(batch.images[1::2], good.images[1::2])
+    np.testing.assert_array_equal(batch.counts[1::2], good.counts[1::2])
+    np.testing.assert_array_equal(batch.boxes_cxcywh, good.boxes_cxcywh[np.repeat(np.arange(12) % 2 == 1, good.counts)])
+
+
+def test_a_category_that_the_label_map_lacks_is_an_error_not_a_bad_image(index: CocoIndex) -> None:
+    loader = BatchLoader(index, LabelMap.contiguous([(99, "unicorn")]))
+    with pytest.raises(DataError, match="label map"):
+        loader.load(training_plans(index))
+
+
+def test_a_batch_of_nothing_is_an_error(index: CocoIndex) -> None:
+    with pytest.raises(ValueError, match="at least one sample"):
+        loader_of(index).load([])
+
+
+def test_a_loader_can_be_sent_to_other_processes(index: CocoIndex) -> None:
+    plans = training_plans(index)[:3]
+    loader = loader_of(index)
+    expected = loader.load(plans)
+    assert_equal(pickle.loads(pickle.dumps(loader)).load(plans), expected)
+
+
+def test_tables_give_the_batch_back_without_copying_pixels(index: CocoIndex) -> None:
+    batch = loader_of(index).load(training_plans(index)[:5])
+    table = to_table(batch)
+    assert table.num_rows == 1
+    back = from_table(table)
+    assert_equal(back, batch)
+    assert np.shares_memory(back.images, batch.images)
+    assert np.shares_memory(back.boxes_cxcywh, batch.boxes_cxcywh)
+    assert torch.from_numpy(back.images.copy()).shape == batch.images.shape
+
+
+def test_tables_survive_transport_and_slicing(index: CocoIndex) -> None:
+    plans = training_plans(index)
+    batches = [loader_of(index).load(plans[k : k + 3]) for k in range(0, 12, 3)]
+    sink = pa.BufferOutputStream()
+    joined = pa.concat_tables([to_table(batch) for batch in batches])
+    with pa.ipc.new_stream(sink, joined.schema) as writer:
+        writer.write_table(joined.combine_chunks())
+    received = pa.ipc.open_stream(sink.getvalue()).read_all()
+    assert received.num_rows == 4
+    for k, batch in enumerate(batches):
+        assert_equal(from_table(received.slice(k, 1)), batch)
+        assert_equal(from_table(joined.slice(k, 1)), batch)
+    with pytest.raises(ValueError, match="one row"):
+        from_table(received)
+
+
+def test_tables_hold_batches_without_boxes_and_with_bad_images(index: CocoIndex, damaged: Path) -> None:
+    empty = int(np.flatnonzero(np.diff(index.first_box) == 0)[0])
+    without_boxes = loader_of(index).load([plain_plan(index, empty)])
+    assert without_boxes.boxes_cxcywh.shape == (0, 4) and without_boxes.labels.shape == (0,)
+    assert_equal(from_table(to_table(without_boxes)), without_boxes)
+    bad = loader_of(open_index(damaged)).load(training_plans(index)[:3])
+    assert len(bad.bad_images) == 2
+    assert_equal(from_table(to_table(bad)), bad)
+    assert to_table(bad).schema == to_table(without_boxes).schema
+
+
+def test_tables_of_noncontiguous_pixels_are_right_too(index: CocoIndex) -> None:
+    batch = loader_of(index).load(training_plans(index)[:2])
+    turned = np.ascontiguousarray(batch.images.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+    assert_equal(from_table(to_table(dataclasses.replace(batch, images=turned))), batch)
+
+
+def test_real_images_give_batches_with_the_boxes_of_their_annotations(coco128: Path) -> None:
+    annotations = next(coco128.glob("**/instances*.json"))
+    index = read_coco_index(str(annotations), str(coco128 / "train2017"))
+    loader = BatchLoader(index, LabelMap.coco91(), ImageReader(index))
+    content = json.loads(annotations.read_text())
+    usual = [a for a in content["annotations"] if not a["iscrowd"]]
+    plans = [plain_plan(index, i, size=(96, 128)) for i in range(8)]
+    batch = loader.load(plans)
+    assert batch.bad_images == [] and batch.images.shape == (8, 3, 96, 128)
+    for image_id, count in zip(batch.image_ids, batch.counts, strict=True):
+        assert count == sum(a["image_id"] == image_id for a in usual)
+    assert (batch.images.reshape(8, -1).std(axis=1) > 10).all()
+    assert SMALL.scales
