@@ -19,12 +19,16 @@ eval.checkpoint names the checkpoint: a run's folder, a checkpoint in it, or DET
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the numbers to this file")
-    parser.add_argument("--detections", metavar="FILE", help="write all detections to this file, in COCO's result format")
+    parser.add_argument(
+        "--detections", metavar="FILE", help="write all detections to this file, in COCO's result format"
+    )
 
 
 def _check(config: Config) -> None:
     if config.eval.checkpoint is None:
-        raise ConfigError("eval.checkpoint: is missing: give a run's folder, a checkpoint, or DETR weights (path or URL)")
+        raise ConfigError(
+            "eval.checkpoint: is missing: give a run's folder, a checkpoint, or DETR weights (path or URL)"
+        )
 
 
 def _evaluate(config: Config, arguments: argparse.Namespace) -> int:

@@ -1,8 +1,8 @@
 """Values that change over a training run, as pure functions of the epoch.
 
 The learning rate and the loss weights are both made of these curves. An epoch here is a float: ``step /
-steps_per_epoch``, so a schedule reads the same whatever the batch size and the number of workers are. Pure Python: knows
-nothing of optimizers, losses or configuration.
+steps_per_epoch``, so a schedule reads the same whatever the batch size and the number of workers are. Pure Python:
+knows nothing of optimizers, losses or configuration.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 Interpolation = Literal["constant", "linear", "cosine"]
@@ -32,7 +33,7 @@ class Curve:
         if not self.points:
             raise ValueError("a curve needs at least one (epoch, value) point")
         epochs = [epoch for epoch, _ in self.points]
-        if any(later <= earlier for earlier, later in zip(epochs, epochs[1:], strict=False)):
+        if any(later <= earlier for earlier, later in pairwise(epochs)):
             raise ValueError(f"the epochs of a curve must ascend, got {epochs}")
 
     def at(self, epoch: float) -> float:

@@ -157,7 +157,8 @@ def to_device(padded: PaddedBatch, device: torch.device, channels_last: bool = F
     padded_pixels = padded.images.shape[0] * height * width
     image_pixels = int(padded.sizes.astype(np.int64).prod(axis=1).sum())
 
-    images = torch.from_numpy(padded.images).to(device, non_blocking=True)
+    # What came from another process is read-only memory of the object store: a copy lets go of it.
+    images = torch.from_numpy(np.require(padded.images, requirements="W")).to(device, non_blocking=True)
     if channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
     mean = torch.tensor(IMAGENET_MEAN, device=device).view(1, 3, 1, 1) * 255
@@ -168,8 +169,8 @@ def to_device(padded: PaddedBatch, device: torch.device, channels_last: bool = F
         mask = padding_mask(sizes.to(device, non_blocking=True), height, width)
         images.masked_fill_(mask[:, None], 0.0)
 
-    labels = torch.from_numpy(padded.labels).to(device, non_blocking=True)
-    boxes = torch.from_numpy(padded.boxes_cxcywh).to(device, non_blocking=True)
+    labels = torch.from_numpy(np.require(padded.labels, requirements="W")).to(device, non_blocking=True)
+    boxes = torch.from_numpy(np.require(padded.boxes_cxcywh, requirements="W")).to(device, non_blocking=True)
     counts = padded.counts.tolist()
     targets = [
         Target(labels=image_labels, boxes=image_boxes)
@@ -179,8 +180,8 @@ def to_device(padded: PaddedBatch, device: torch.device, channels_last: bool = F
         images=images,
         mask=mask,
         targets=targets,
-        image_ids=torch.from_numpy(padded.image_ids),
-        positions=torch.from_numpy(padded.positions),
+        image_ids=torch.tensor(padded.image_ids),
+        positions=torch.tensor(padded.positions),
         orig_sizes=torch.from_numpy(padded.orig_sizes.astype(np.int64)),
         padded_pixels=padded_pixels,
         image_pixels=image_pixels,

@@ -17,8 +17,8 @@ The same command with the same run.name goes on where a run stopped."""
 
 def _train(config: Config, arguments: argparse.Namespace) -> int:
     from detr_ray.engine.progress import duration
-    from detr_ray.runtime.launch import fit
     from detr_ray.engine.records import run_tracking_uri
+    from detr_ray.runtime.launch import fit
     from detr_ray.tracking import viewing_hint
 
     started = time.perf_counter()
@@ -28,8 +28,10 @@ def _train(config: Config, arguments: argparse.Namespace) -> int:
     elif result.status == "stopped":
         say(f"stopped after step {result.step}; the same command with run.name={result.run_name} goes on from there")
     else:
-        say(f"\nfinished {result.step} steps: {duration(result.train_s)} in the training loop, "
-            f"{duration(time.perf_counter() - started)} in all")
+        say(
+            f"\nfinished {result.step} steps: {duration(result.train_s)} in the training loop, "
+            f"{duration(time.perf_counter() - started)} in all"
+        )
     if result.table:
         say("\n" + result.table + "\n")
     if result.best_checkpoint is not None:

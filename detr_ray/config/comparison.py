@@ -24,17 +24,17 @@ def flatten(config: Config) -> dict[str, Scalar]:
 def diff(a: Config, b: Config) -> list[str]:
     """One line ``key: value of a -> value of b`` for each key that differs."""
     flat_a, flat_b = flatten(a), flatten(b)
-    return [
-        f"{key}: {format_inline(value)} -> {format_inline(flat_b[key])}"
-        for key, value in flat_a.items()
-        if value != flat_b[key]
-    ]
+    return [f"{key}: {_shown(value)} -> {_shown(flat_b[key])}" for key, value in flat_a.items() if value != flat_b[key]]
 
 
 def _lookup(values: Any, path: str) -> Any:
     for name in path.split("."):
         values = None if values is None else values[name]
     return values
+
+
+def _shown(value: Scalar) -> str:
+    return value if isinstance(value, str) else format_inline(value)
 
 
 def _scalar(value: Any) -> Scalar:

@@ -49,6 +49,9 @@ class AugmentConfig(Section):
     """Smallest side of a crop in pixels."""
     crop_max: Count = 600
     """Largest side of a crop in pixels."""
+    shared_draws: Count = 1
+    """So many images of like aspect share the draws that decide their size, so that batches of small data sets pad
+    less. 1: every image draws on its own, as the original does."""
 
     def rules(self) -> Iterator[Violation]:
         """The short side must fit below the long side, and a crop into the image it is cut from."""
@@ -119,9 +122,9 @@ class DataConfig(Section):
     """Writes generated data into `data.root` first, if it is not there yet. `{}` takes all defaults."""
     augment: AugmentConfig = AugmentConfig()
     """Augmentation of training images."""
-    window: Count = 4096
+    window: Count | None = None
     """Samples that are sorted by shape at a time, so that images of like shape share a batch. More means less padding
-    and less shuffling."""
+    and less shuffling. null: 4096, or 64 global batches if that is more."""
     tasks_per_worker: Count = 2
     """Data tasks that read and augment images at the same time for each training worker."""
     prefetch_batches: Count = 4

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from detr_ray.schedules import Curve, Interpolation, constant
@@ -59,6 +59,15 @@ def _refuse_boolean(value: Any) -> Any:
     return value
 
 
+def _refuse_empty(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not values:
+        raise PydanticCustomError("empty", "must not be empty")
+    return values
+
+
+# Runs after the entries were checked: pydantic's own minimum also complains about entries that were faulty.
+NonEmpty = AfterValidator(_refuse_empty)
+
 Whole = Annotated[int, Field(strict=True)]
 Count = Annotated[int, Field(strict=True, ge=1)]
 CountOrZero = Annotated[int, Field(strict=True, ge=0)]
@@ -68,13 +77,13 @@ Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Share = Annotated[Number, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
-Counts = Annotated[tuple[Count, ...], Field(min_length=1)]
+Counts = Annotated[tuple[Count, ...], NonEmpty]
 
 
 class Schedule(Section):
     """A weight that changes over the epochs."""
 
-    points: Annotated[tuple[tuple[NonNegative, NonNegative], ...], Field(min_length=1)]
+    points: Annotated[tuple[tuple[NonNegative, NonNegative], ...], NonEmpty]
     """``[epoch, value]`` pairs, epochs ascending. The first value holds before them, the last one after them."""
     interpolation: Interpolation = "linear"
     """What lies between two points: ``constant`` keeps the earlier value, ``linear`` a straight line, ``cosine`` half a

@@ -91,7 +91,7 @@ class ModelConfig(Section):
             yield Violation(("hidden_dim",), "must be divisible by 4: half of it encodes rows, half columns, in pairs")
         if self.dilation and self.backbone not in ("resnet50", "resnet101"):
             yield Violation(
-                ("dilation", "backbone"), f"needs model.backbone resnet50 or resnet101, not {self.backbone}"
+                ("dilation", "backbone"), f"needs model.backbone=resnet50 or resnet101, not {self.backbone}"
             )
         if self.dilation and self.backbone_stride != 32:
             yield Violation(

@@ -111,7 +111,7 @@ def generate_dataset(
     parameters = _Parameters(
         num_train, num_val, seed, (image_size[0], image_size[1]), max_objects, min_object_size, empty_fraction, clutter
     )
-    root = Path(root)
+    root = Path(root).expanduser().resolve()
     if _is_complete(root, parameters):
         return
     root.parent.mkdir(parents=True, exist_ok=True)

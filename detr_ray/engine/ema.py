@@ -29,7 +29,8 @@ class ModelEma:
         """Moves the average towards the model's weights as they are now."""
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         self.num_updates += 1
-        averaged = list(self.module.parameters())
-        torch._foreach_lerp_(averaged, list(model.parameters()), 1 - decay)
+        averaged: list[torch.Tensor] = list(self.module.parameters())
+        current: list[torch.Tensor] = list(model.parameters())
+        torch._foreach_lerp_(averaged, current, 1 - decay)
         for mine, theirs in zip(self.module.buffers(), model.buffers(), strict=True):
             mine.copy_(theirs)

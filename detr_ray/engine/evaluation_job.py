@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import torch
@@ -91,7 +90,9 @@ def prepare_evaluation(config: Config, say: Say) -> EvaluationJob:
         DataError: the data is not usable.
     """
     if config.eval.checkpoint is None:
-        raise ConfigError("eval.checkpoint: is missing: give a run's folder, a checkpoint, or DETR weights (path or URL)")
+        raise ConfigError(
+            "eval.checkpoint: is missing: give a run's folder, a checkpoint, or DETR weights (path or URL)"
+        )
     source = find_checkpoint(config.eval.checkpoint)
     checkpoint = read_checkpoint(source)
     val = open_evaluation_data(config.data, say)
@@ -100,7 +101,7 @@ def prepare_evaluation(config: Config, say: Say) -> EvaluationJob:
         label_map = LabelMap.from_dict(checkpoint["label_map"])
         label_map.check_covers(val.categories, val.source)
         # The weights' own model; of the configuration only what does not shape them could differ.
-        model_config = config_from_dict(checkpoint["config"]).model
+        model_config = config_from_dict(checkpoint["config"], source).model
     else:
         label_map = choose_label_map(config, val, None, official=True)
     state = checkpoint["ema"] if checkpoint.get("ema") is not None else checkpoint["model"]
@@ -122,7 +123,7 @@ def run_evaluation(job: EvaluationJob, context: WorkerContext, batches: BatchSou
     config = job.data.config
     assert job.data.val is not None
     if config.train.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = model.to(memory_format=torch.channels_last)
     evaluator = Evaluator(
         job.data.val,
         job.data.label_map,
@@ -135,5 +136,3 @@ def run_evaluation(job: EvaluationJob, context: WorkerContext, batches: BatchSou
     if metrics is None or detections is None:
         return None
     return EvaluationResult(job.checkpoint, metrics, detections)
-
-

@@ -1,7 +1,7 @@
 """From a configuration to a job: everything that is decided before the workers start.
 
-This is where config objects end: what comes out are plain values, the opened data, and builders of the parts. It runs on
-the driver, so that bad input is refused in seconds, and its results travel to the workers.
+This is where config objects end: what comes out are plain values, the opened data, and builders of the parts. It runs
+on the driver, so that bad input is refused in seconds, and its results travel to the workers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from detr_ray.config import Config, ConfigError, DataConfig, flatten
 from detr_ray.data.errors import DataError
 from detr_ray.data.generated import generate_dataset
-from detr_ray.data.index import CocoIndex
+from detr_ray.data.index import PROBLEMS, CocoIndex
 from detr_ray.data.label_map import LabelMap
 from detr_ray.data.splits import open_split
 from detr_ray.engine.planned_data import PlannedData
@@ -115,7 +115,7 @@ def generate_data(data: DataConfig, say: Say) -> None:
 
 def _open_split(data: DataConfig, split: str, say: Say) -> CocoIndex:
     index = open_split(data.root, data.train if split == "train" else data.val, split)
-    problems = ", ".join(f"{count} {problem}" for problem, count in index.problems.items() if count)
+    problems = ", ".join(f"{count} {PROBLEMS[kind]}" for kind, count in index.problems.items() if count)
     say(f"{split}: {len(index)} images, {len(index.category_ids)} annotations" + (f" ({problems})" if problems else ""))
     return index
 

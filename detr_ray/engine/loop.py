@@ -166,8 +166,8 @@ class TrainingLoop:
             self.num_skipped += 1
             if self.num_skipped > config.max_nonfinite_steps:
                 raise RunFailed(
-                    f"step {self.step}: {self.num_skipped} updates were left out because something was not finite, more "
-                    "than train.max_nonfinite_steps; lower optim.lr or use another train.precision",
+                    f"step {self.step}: {self.num_skipped} updates were left out because something was not finite, "
+                    "more than train.max_nonfinite_steps; lower optim.lr or use another train.precision",
                     agreed=True,
                 )
         elif self.ema is not None:
@@ -234,9 +234,7 @@ class TrainingLoop:
         self.table = scores.table()
         self.tracker.log_metrics(metrics, self.step)
         epoch = self.step / self.job.steps_per_epoch
-        self.tracker.log_text(
-            f"{scores.table()}\n\n{scores.category_table()}\n", f"evaluation/epoch_{epoch:07.2f}.txt"
-        )
+        self.tracker.log_text(f"{scores.table()}\n\n{scores.category_table()}\n", f"evaluation/epoch_{epoch:07.2f}.txt")
         before = self._store.best()
         if self._latest is not None and self._latest.step == self.step:
             self._store.annotate(self._latest, {k: v for k, v in metrics.items() if k.count("/") == 1})
@@ -249,8 +247,8 @@ class TrainingLoop:
     def _save(self) -> None:
         """Writes a checkpoint of this step (rank 0).
 
-        A checkpoint that can't be written (a full disk) costs no run: the last good one stays good, training goes on and
-        tries again at the next one. Only the last of a run has to succeed.
+        A checkpoint that can't be written (a full disk) costs no run: the last good one stays good, training goes on
+        and tries again at the next one. Only the last of a run has to succeed.
         """
         self._average_running_statistics()
         written: tuple[CheckpointInfo | None, str] = (None, "")
@@ -310,7 +308,9 @@ class TrainingLoop:
             self.model.load_state_dict(model_file["model"])
             self.optimizer.load_state_dict(training["optimizer"])
         except (RuntimeError, ValueError) as error:
-            raise RunFailed(f"{info.path} does not fit this model; to start from its weights use model.init_from: {error}")
+            raise RunFailed(
+                f"{info.path} does not fit this model; to start from its weights use model.init_from: {error}"
+            ) from error
         for group, rate in zip(
             self.optimizer.param_groups, (self.job.config.optim.lr, self.job.config.optim.lr_backbone), strict=True
         ):

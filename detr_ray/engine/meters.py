@@ -57,7 +57,10 @@ class Meters:
         bad_images = sum(len(o.bad_images) for o in self._outcomes)
         device = self._context.device
         numbers = torch.stack(
-            [torch.as_tensor(value, dtype=torch.float64, device=device) for value in (*sums, *pixels, *phases, bad_images)]
+            [
+                torch.as_tensor(value, dtype=torch.float64, device=device)
+                for value in (*sums, *pixels, *phases, bad_images)
+            ]
         )
         totals = self._context.all_reduce_sum(numbers).tolist()
         metrics = {}

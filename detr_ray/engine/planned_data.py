@@ -8,12 +8,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from detr_ray.config import Config
+from detr_ray.data.augmentation import AugmentValues
 from detr_ray.data.images import ImageReader
 from detr_ray.data.index import CocoIndex
 from detr_ray.data.label_map import LabelMap
 from detr_ray.data.loader import BatchLoader
-from detr_ray.data.planner import AugmentValues, Planner, plan_evaluation
+from detr_ray.data.planner import Planner, plan_evaluation
 from detr_ray.engine.batches import WorkerPlan
+
+# Fewer samples, or fewer batches, to choose from leave batches of unlike shapes.
+MIN_WINDOW = 4096
+MIN_WINDOW_BATCHES = 64
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class PlannedData:
                 seed=config.run.seed,
                 global_batch_size=config.train.global_batch_size,
                 augment=AugmentValues(**config.data.augment.model_dump()),
-                window=config.data.window,
+                window=config.data.window or max(MIN_WINDOW, MIN_WINDOW_BATCHES * config.train.global_batch_size),
             )
         evaluation = []
         if self.val is not None:

@@ -42,7 +42,7 @@ def open_tracker(job: TrainJob) -> Tracker:
         uri=run_tracking_uri(config),
         experiment=config.tracking.experiment,
         run_name=job.run.name,
-        run_id=job.run.run_id,
+        run_uid=job.run.run_id,
     )
     tracker.log_params({key: value for key, value in flatten(config).items() if value is not None})
     tracker.log_text(config.to_yaml(), "config.yaml")

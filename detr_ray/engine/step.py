@@ -159,7 +159,9 @@ class TrainStep:
             sums = self.criterion.normalisers(padded.counts.tolist(), self._num_queries)
             boxes, class_weight = boxes + sums[0], class_weight + sums[1]
         numbers = torch.tensor(
-            [boxes, class_weight, failed, self.context.stop_requested()], dtype=torch.float64, device=self.context.device
+            [boxes, class_weight, failed, self.context.stop_requested()],
+            dtype=torch.float64,
+            device=self.context.device,
         )
         boxes, class_weight, failures, stops = self.context.all_reduce_sum(numbers).tolist()
         if failures:
@@ -167,7 +169,8 @@ class TrainStep:
             shown = "\n  ".join(lines[:20])
             raise RunFailed(
                 f"step {step}: {len(lines)} image(s) cannot be used:\n  {shown}\n"
-                "Mend or remove them (`python -m detr_ray.check ... --decode` finds all), or set data.on_bad_image=skip",
+                "Mend or remove them (`python -m detr_ray.check ... --decode` finds all), or set "
+                "data.on_bad_image=skip",
                 agreed=True,
             )
         outcome.stop = stops > 0
@@ -242,4 +245,6 @@ class TrainStep:
 
 def _all_outputs_sum(outputs: ModelOutput) -> Tensor:
     layers = [outputs, *outputs.get("aux_outputs", [])]
-    return sum((layer["pred_logits"].float().sum() + layer["pred_boxes"].float().sum() for layer in layers), torch.zeros(()))
+    return sum(
+        (layer["pred_logits"].float().sum() + layer["pred_boxes"].float().sum() for layer in layers), torch.zeros(())
+    )

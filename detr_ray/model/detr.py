@@ -74,8 +74,8 @@ class Detr(nn.Module):
     def forward(self, images: Tensor, mask: Tensor | None = None) -> ModelOutput:
         """Predicts a set of objects an image.
 
-        The heads run in the parameters' own precision also under autocast: rounded to bf16, a box of a 1000-pixel
-        image would move by pixels.
+        Under autocast, the vectors that layers add to and the heads keep the parameters' own precision: rounded to
+        bf16, a box of a 1000-pixel image would move by pixels.
 
         Args:
             images: ``[B, 3, H, W]`` float, normalised with the ImageNet statistics.
@@ -86,16 +86,17 @@ class Detr(nn.Module):
         """
         features, padding = self.backbone[0](images, mask)
         positions = self.backbone[1](features, padding).flatten(1, 2)
-        cells = self.input_proj(features).flatten(2).transpose(1, 2)
+        precision = self.query_embed.weight.dtype
+        cells = self.input_proj(features).flatten(2).transpose(1, 2).to(precision)
         objects = self.transformer(
             cells,
-            positions.to(cells.dtype),
+            positions.to(precision),
             None if padding is None else padding.flatten(1),
             self.query_embed.weight,
             every_layer=self.aux_loss,
         )
         with torch.autocast(objects.device.type, enabled=False):
-            objects = objects.to(self.class_embed.weight.dtype)
+            objects = objects.to(precision)
             logits = self.class_embed(objects)
             boxes_cxcywh = self.bbox_embed(objects).sigmoid()
         output = ModelOutput(pred_logits=logits[-1], pred_boxes=boxes_cxcywh[-1])

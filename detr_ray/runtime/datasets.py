@@ -1,8 +1,8 @@
 """Planned batches through Ray Data.
 
-A row of the data set is the number of one micro-batch of one worker. Tasks on any CPU of the cluster look up in the plan
-what it is made of, read, decode, augment and pad it, and send it back as one row of bytes. The plan is a pure function of
-the step, so there is no state to keep: going on at step ``k`` is a range that begins at ``k``.
+A row of the data set is the number of one micro-batch of one worker. Tasks on any CPU of the cluster look up in the
+plan what it is made of, read, decode, augment and pad it, and send it back as one row of bytes. The plan is a pure
+function of the step, so there is no state to keep: going on at step ``k`` is a range that begins at ``k``.
 """
 
 from __future__ import annotations
@@ -52,9 +52,7 @@ class PlannedBatches:
         first: number of row 0's micro-batch.
     """
 
-    def __init__(
-        self, data: ray.ObjectRef, split: str, world_size: int, rank: int, per_step: int, first: int
-    ) -> None:
+    def __init__(self, data: ray.ObjectRef, split: str, world_size: int, rank: int, per_step: int, first: int) -> None:
         self._first = first
         self._data = data
         self._split = split

@@ -30,6 +30,7 @@ from detr_ray.engine.loop import FitResult, TrainingLoop
 from detr_ray.engine.records import open_tracker
 from detr_ray.runtime.session import ray_session, warm_data_workers
 from detr_ray.runtime.worker import evaluate_worker, train_worker
+from detr_ray.tracking import Status
 
 
 def fit(config: Config, say: Say = lambda line: None) -> FitResult:
@@ -80,7 +81,7 @@ def _fit_here(job: TrainJob, say: Say) -> FitResult:
     """The loop in this process."""
     batches = LocalBatches(job.data.plan(1, 0), *job.data.loaders())
     tracker = open_tracker(job)
-    status = "FAILED"
+    status: Status = "FAILED"
     try:
         with _stop_on_signals() as stop_requested:
             context = LocalContext(_local_device(job.config), say=say, should_stop=stop_requested)
@@ -130,7 +131,7 @@ def _run_workers(
     num_workers, use_gpu = _scaling(config)
     warming = warm_data_workers(max(1, min(config.data.tasks_per_worker * num_workers, 8)))
     lines = Queue(maxsize=1000, actor_options={"num_cpus": 0})
-    bare = dataclasses.replace(job, data=None, initial_weights=None)
+    bare = dataclasses.replace(job, data=None, initial_weights=None)  # type: ignore[arg-type]
     trainer = TorchTrainer(
         worker,
         train_loop_config={

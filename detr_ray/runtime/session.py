@@ -22,9 +22,9 @@ _ENVIRONMENT = {
 def ray_session(num_workers: int, data_tasks: int, use_gpu: bool | None) -> Iterator[None]:
     """Uses the Ray that is running, or starts one on this machine and ends it afterwards.
 
-    A cluster is joined where ``RAY_ADDRESS`` names one (``ray job submit`` sets it) or this process already uses one. A
-    Ray started here gets enough logical CPUs for the workers and at least one data task each, also where the machine has
-    fewer cores: they share them, as threads of one program would.
+    A cluster is joined where ``RAY_ADDRESS`` names one (``ray job submit`` sets it) or this process already uses one.
+    A Ray started here gets enough logical CPUs for the workers and at least one data task each, also where the machine
+    has fewer cores: they share them, as threads of one program would.
 
     Args:
         num_workers: training workers that will be asked for.
@@ -58,7 +58,7 @@ def _workers_are_heard() -> bool:
     return os.environ.get("DETR_RAY_WORKER_OUTPUT", "0") == "1"
 
 
-@ray.remote(num_cpus=1)
+@ray.remote(num_cpus=1)  # type: ignore[untyped-decorator]
 def _warm() -> int:
     import detr_ray.data.loader  # noqa: F401 - the import is the work
 
@@ -68,7 +68,7 @@ def _warm() -> int:
 def warm_data_workers(count: int) -> list[ray.ObjectRef]:
     """Has worker processes import what data tasks need while the training workers start.
 
-    A fresh process pays seconds of imports before its first batch; tasks of the same job run in the processes that these
-    leave behind.
+    A fresh process pays seconds of imports before its first batch; tasks of the same job run in the processes that
+    these leave behind.
     """
     return [_warm.remote() for _ in range(count)]

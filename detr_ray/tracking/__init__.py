@@ -7,7 +7,8 @@ thread needs it.
 from __future__ import annotations
 
 from detr_ray.tracking.mlflow_tracker import MlflowTracker, send_pending
-from detr_ray.tracking.sender import Pending, Timing
+from detr_ray.tracking.sender import Timing
+from detr_ray.tracking.sent_state import Pending
 from detr_ray.tracking.store import default_tracking_uri, tracking_uri, viewing_hint
 from detr_ray.tracking.tracker import MemoryTracker, NullTracker, Scalar, Status, Tracker
 

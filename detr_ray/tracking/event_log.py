@@ -41,8 +41,8 @@ class LoggedEvent:
 class EventLog:
     """Writes events to the end of a folder's log; several threads and processes may write at once.
 
-    A disk that takes no more does not stop the caller: a warning is logged once, and the events wait in memory (the last
-    10,000 of them) for the disk to take them again.
+    A disk that takes no more does not stop the caller: a warning is logged once, and the events wait in memory (the
+    last 10,000 of them) for the disk to take them again.
 
     Raises:
         OSError: The folder or the file cannot be made.

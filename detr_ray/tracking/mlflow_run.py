@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from detr_ray.tracking.naming import shortened
-from detr_ray.tracking.store import artifact_location, public_uri, sqlite_path
+from detr_ray.tracking.store import artifact_location, public_uri, sqlite_path, sqlite_uri
+from detr_ray.tracking.whole_files import create_database_whole, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -75,13 +76,6 @@ class RunSettings:
             return None
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replaces a file in one go, so that a reader sees the old or the new content and nothing between."""
-    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
-
-
 class MlflowRun:
     """An open MLflow run.
 
@@ -119,7 +113,7 @@ class MlflowRun:
 
         database = sqlite_path(settings.tracking_uri)
         if database is not None:
-            database.parent.mkdir(parents=True, exist_ok=True)
+            create_database_whole(database, lambda draft: _make_tables(MlflowClient(sqlite_uri(draft))))
         client = MlflowClient(settings.tracking_uri)
         run_id = known_run_id if known_run_id and _run_exists(client, known_run_id) else None
         if run_id is None:
@@ -228,6 +222,12 @@ class MlflowRun:
             if error.error_code in _REFUSALS:
                 raise RefusedError(shortened(str(error).splitlines()[0], 300)) from error
             raise
+
+
+def _make_tables(client: Any) -> None:
+    client.search_experiments(
+        max_results=1
+    )  # MLflow makes the tables of a database when it is first asked for something
 
 
 def _run_exists(client: Any, run_id: str) -> bool:

@@ -15,7 +15,8 @@ from pathlib import Path, PurePosixPath
 
 from detr_ray.tracking.event_log import EventLog
 from detr_ray.tracking.mlflow_run import RunSettings
-from detr_ray.tracking.sender import Pending, Sender, Timing
+from detr_ray.tracking.sender import Sender, Timing
+from detr_ray.tracking.sent_state import Pending
 from detr_ray.tracking.tracker import Scalar, Status, artifact_path, finite_or_not
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ class MlflowTracker:
 
     Raises:
         OSError: The folder cannot be written.
-        ValueError: ``run_uid`` has characters that a search cannot hold.
+        ValueError: ``run_uid`` has characters that a search cannot hold, or the folder is another run's.
     """
 
     def __init__(
@@ -51,12 +52,14 @@ class MlflowTracker:
         timing: Timing | None = None,
     ) -> None:
         self._folder = Path(folder).resolve()
-        self._log = EventLog(self._folder)
         known = RunSettings.load(self._folder)
         self.run_uid = run_uid or (known.run_uid if known else uuid.uuid4().hex)
         if not _UID.fullmatch(self.run_uid):
             raise ValueError(f"run_uid must be letters, digits, blanks or _ . : / -, got {self.run_uid!r}")
+        if known and known.run_uid != self.run_uid:
+            raise ValueError(f"{self._folder} holds what run {known.run_uid} logged: run {self.run_uid} needs another")
         settings = RunSettings(uri, experiment, run_name, self.run_uid)
+        self._log = EventLog(self._folder)
         settings.save(self._folder)
         self._timing = timing or Timing()
         self._sender = Sender(self._folder, settings, self._timing)

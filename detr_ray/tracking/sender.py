@@ -1,37 +1,33 @@
 """The thread that brings an event log to MLflow, from where the last sender stopped.
 
-The log is the truth, MLflow is a copy that may lag: how far it has come is kept beside the log (``sent.json``), after
-each batch that was taken. Whatever goes wrong with MLflow is waited out here and never reaches the one who logs.
-Metrics go first; files wait until no metrics do, so that a slow upload holds nothing up.
+The log is the truth, MLflow is a copy that may lag. Whatever goes wrong with MLflow is waited out here and never
+reaches the one who logs. Metrics go first; files wait until no metrics do, so that a slow upload holds nothing up.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-from detr_ray.tracking.event_log import LOG_NAME, LoggedEvent, read_events
-from detr_ray.tracking.mlflow_run import MlflowRun, RefusedError, RunGoneError, RunSettings, write_whole
-from detr_ray.tracking.naming import clean_names, shortened
+from detr_ray.tracking.event_batch import EventBatch, FileGoneError, upload
+from detr_ray.tracking.event_log import LOG_NAME, read_events
+from detr_ray.tracking.mlflow_run import MlflowRun, RefusedError, RunGoneError, RunSettings
+from detr_ray.tracking.naming import shortened
+from detr_ray.tracking.sent_state import Pending, SentState
 from detr_ray.tracking.store import public_uri
 
 try:
     import fcntl
-except ImportError:  # no file locks on this system: two senders at once only send twice, which does no harm
+except ImportError:  # no file locks on this system: two senders at once send twice, which does no harm
     fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
-STATE_NAME = "sent.json"
 _LOCK_NAME = "sender.lock"
-_EVENTS_AT_ONCE = 500
 _URGENT_RETRY_S = 0.5
 
 
@@ -56,66 +52,11 @@ class Timing:
         return min(self.first_retry * 2.0 ** min(failures - 1, 30), self.longest_retry)
 
 
-@dataclass(frozen=True, slots=True)
-class Pending:
-    """What was logged and has not reached MLflow.
-
-    Attributes:
-        events: lines of the log not sent.
-        uploads: texts and files not stored, as their paths among the artifacts.
-        left_out: files that were gone, values and files that MLflow refuses, unreadable lines: counted by reason.
-            They are not waited for.
-        folder: where all of it is kept.
-    """
-
-    events: int
-    uploads: tuple[str, ...]
-    left_out: dict[str, int]
-    folder: Path
-
-    def __bool__(self) -> bool:
-        return self.events > 0 or bool(self.uploads)
-
-    def __str__(self) -> str:
-        return (
-            f"{self.events} events and {len(self.uploads)} files are not in MLflow yet; they are kept in {self.folder}"
-        )
-
-
 @dataclass(slots=True)
-class SentState:
-    """How far a store has the log; kept on disk.
-
-    Attributes:
-        destination: store and run that this is about.
-        run_id: MLflow's id of the run, once it is known.
-        offset: the log's bytes before it are in MLflow, but for ``uploads``.
-        uploads: target -> offset of the event that says what belongs there.
-        left_out: counts by reason of what never arrives.
-    """
-
-    destination: str
-    run_id: str | None = None
-    offset: int = 0
-    uploads: dict[str, int] = field(default_factory=dict)
-    left_out: dict[str, int] = field(default_factory=dict)
-
-    @classmethod
-    def load(cls, folder: Path, destination: str) -> SentState:
-        """The kept state; a fresh one where there is none, or it is of another destination or another log."""
-        try:
-            content = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
-            state = cls(**content)
-        except (FileNotFoundError, TypeError, ValueError):
-            return cls(destination)
-        log = folder / LOG_NAME
-        fits = state.destination == destination and log.exists() and state.offset <= log.stat().st_size
-        return state if fits else cls(destination)
-
-    def save(self, folder: Path) -> None:
-        """Replaces the kept state."""
-        content = {name: getattr(self, name) for name in self.__slots__}
-        write_whole(folder / STATE_NAME, json.dumps(content))
+class _FailedUpload:
+    failures: int = 0
+    retry_at: float = 0.0
+    tried_last: bool = False
 
 
 class Sender:
@@ -129,9 +70,7 @@ class Sender:
         self._lock_file: IO[str] | None = None
         self._failures = 0
         self._last_error = ""
-        self._upload_failures: dict[str, int] = {}
-        self._upload_after: dict[str, float] = {}
-        self._tried_last: set[str] = set()
+        self._failed_uploads: dict[str, _FailedUpload] = {}
         self._work = threading.Event()
         self._urgent = threading.Event()
         self._stop = threading.Event()
@@ -163,7 +102,10 @@ class Sender:
         return Pending(events, tuple(self._state.uploads), dict(self._state.left_out), self._folder)
 
     def drain(self, timeout_s: float) -> Pending:
-        """Sends without pauses until all is sent or the time is over, and stops the thread."""
+        """Sends without pauses until all is sent or the time is over, and stops the thread.
+
+        Files that the artifacts' store does not take are tried once more and not waited for.
+        """
         deadline = time.monotonic() + timeout_s
         self._urgent.set()
         self._work.set()
@@ -179,8 +121,9 @@ class Sender:
         return self.pending()
 
     def _is_done(self) -> bool:
-        everything_tried = set(self._state.uploads) <= self._tried_last
-        return everything_tried and next(read_events(self._log_path, self._state.offset), None) is None
+        if next(read_events(self._log_path, self._state.offset), None) is not None:
+            return False
+        return all(self._failed_upload(target).tried_last for target in tuple(self._state.uploads))
 
     # From here on: the sender's thread.
 
@@ -197,30 +140,29 @@ class Sender:
                 self._lock_file.close()
 
     def _attempt(self) -> None:
+        """Sends all there is; a failure is noted and waited out."""
         try:
             if self._run is None:
                 self._run = self._connect()
             while not self._stop.is_set() and (self._send_events(self._run) or self._send_upload(self._run)):
-                self._recovered()
                 self._progress.set()
             self._recovered()
-        except RunGoneError as error:
-            logger.warning("%s", error)
-            self._run = None
-            self._work.set()
-        except Exception as error:  # whatever MLflow, its store or the disk raises is waited out
+        except Exception as error:  # whatever MLflow, its store or the disk raises: the log keeps what was not sent
+            if isinstance(error, RunGoneError):
+                self._run = None
             self._failed(error)
             pause = self._timing.pause(self._failures)
-            if not self._urgent.is_set():
-                self._urgent.wait(pause)
-            else:
+            if self._urgent.is_set():
                 self._stop.wait(min(pause, _URGENT_RETRY_S))
+            else:
+                self._urgent.wait(pause)
             self._work.set()
 
     def _connect(self) -> MlflowRun:
         self._take_lock()
         first = next((line.event for line in read_events(self._log_path) if line.event), None)
-        run = MlflowRun.open(self._settings, self._state.run_id, first["t"] if first else time.time_ns() // 1_000_000)
+        started_ms = int(first["t"]) if first else time.time_ns() // 1_000_000
+        run = MlflowRun.open(self._settings, self._state.run_id, started_ms)
         if run.run_id != self._state.run_id:
             self._state = SentState(self._state.destination, run.run_id)
             self._state.save(self._folder)
@@ -234,31 +176,32 @@ class Sender:
             fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             lock_file.close()
-            raise RuntimeError(f"another process sends what is in {self._folder}") from error
+            raise RuntimeError(f"another process is sending what is in {self._folder}") from error
         except OSError:
             logger.debug("%s is on a file system without locks", self._folder)
         self._lock_file = lock_file
 
     def _send_events(self, run: MlflowRun) -> bool:
         """Sends the next events as one batch; False where there are none."""
-        batch = _Batch()
+        batch = EventBatch()
         for line in read_events(self._log_path, self._state.offset):
             if not batch.takes(line):
                 break
             batch.add(line)
-        if not batch.lines:
+        if batch.lines == 0:
             return False
         refused_before = run.refused
         batch.send(run)
-        for reason, count in (("unreadable lines", batch.unreadable), ("refused", run.refused - refused_before)):
-            if count:
-                self._state.left_out[reason] = self._state.left_out.get(reason, 0) + count
+        state = self._state
+        if batch.unreadable:
+            state.left_out["unreadable lines"] += batch.unreadable
+        if run.refused > refused_before:
+            state.left_out["refused values"] += run.refused - refused_before
         for target, offset in batch.uploads.items():
-            self._state.uploads[target] = offset
-            self._upload_failures.pop(target, None)
-            self._upload_after.pop(target, None)
-        self._state.offset = batch.end
-        self._state.save(self._folder)
+            state.uploads[target] = offset
+            self._failed_uploads.pop(target, None)
+        state.offset = batch.end
+        state.save(self._folder)
         return True
 
     def _send_upload(self, run: MlflowRun) -> bool:
@@ -266,50 +209,59 @@ class Sender:
         target = self._next_upload()
         if target is None:
             return False
-        if self._urgent.is_set():
-            self._tried_last.add(target)
-        line = next(read_events(self._log_path, self._state.uploads[target]), None)
         try:
-            _upload(run, line.event if line is not None else None)
+            upload(run, next(read_events(self._log_path, self._state.uploads[target]), None))
         except RefusedError as error:
-            self._leave_out("refused files", target, str(error))
-        except FileNotFoundError as error:
-            self._leave_out("files gone", target, str(error))
+            self._leave_out("refused files", target, error)
+        except FileGoneError as error:
+            self._leave_out("files gone", target, error)
         except RunGoneError:
             raise
         except Exception as error:
-            run.check()  # raises where it is MLflow that is away; else the artifacts' store is in trouble
-            failures = self._upload_failures[target] = self._upload_failures.get(target, 0) + 1
-            self._upload_after[target] = time.monotonic() + self._timing.pause(failures)
-            if failures == 1:
-                logger.warning("artifact %r could not be stored, will be tried again: %s", target, self._told(error))
+            run.check()  # raises where it is MLflow that is away; else it is the artifacts' store alone
+            self._postpone(target, error)
             return True
-        self._state.uploads.pop(target, None)
+        self._failed_uploads.pop(target, None)
+        del self._state.uploads[target]
         self._state.save(self._folder)
         return True
 
     def _next_upload(self) -> str | None:
-        if self._urgent.is_set():
-            return next((target for target in self._state.uploads if target not in self._tried_last), None)
-        now = time.monotonic()
-        return next((target for target in self._state.uploads if self._upload_after.get(target, 0.0) <= now), None)
+        now, urgent = time.monotonic(), self._urgent.is_set()
+        for target in self._state.uploads:
+            failed = self._failed_upload(target)
+            if not failed.tried_last and (urgent or failed.retry_at <= now):
+                return target
+        return None
 
     def _until_next_upload(self) -> float | None:
-        if self._urgent.is_set() or not self._upload_after:
+        if self._urgent.is_set() or not self._failed_uploads:
             return None
-        return max(min(self._upload_after.values()) - time.monotonic(), 0.0)
+        return max(min(failed.retry_at for failed in self._failed_uploads.values()) - time.monotonic(), 0.0)
 
-    def _leave_out(self, reason: str, target: str, explanation: str) -> None:
-        count = self._state.left_out[reason] = self._state.left_out.get(reason, 0) + 1
-        logger.warning("artifact %r is left out (%s): %s (%d so far)", target, reason, explanation, count)
+    def _failed_upload(self, target: str) -> _FailedUpload:
+        return self._failed_uploads.get(target) or _FailedUpload()
+
+    def _postpone(self, target: str, error: Exception) -> None:
+        failed = self._failed_uploads.setdefault(target, _FailedUpload())
+        failed.failures += 1
+        failed.retry_at = time.monotonic() + self._timing.pause(failed.failures)
+        failed.tried_last = self._urgent.is_set()
+        if failed.failures == 1:
+            logger.warning("artifact %r could not be stored and will be tried again (%s)", target, self._told(error))
+
+    def _leave_out(self, reason: str, target: str, error: Exception) -> None:
+        self._state.left_out[reason] += 1
+        logger.warning(
+            "artifact %r is left out: %s (%s so far: %d)", target, error, reason, self._state.left_out[reason]
+        )
 
     def _failed(self, error: Exception) -> None:
         self._failures += 1
         self._last_error = self._told(error)
         if self._failures == 1:
-            uri = public_uri(self._settings.tracking_uri)
-            message = "MLflow at %s does not take what is logged (%s); it is kept in %s and sent when that is over"
-            logger.warning(message, uri, self._last_error, self._folder)
+            message = "MLflow at %s does not take what is logged (%s); it is kept in %s and sent as soon as it does"
+            logger.warning(message, public_uri(self._settings.tracking_uri), self._last_error, self._folder)
 
     def _recovered(self) -> None:
         if self._failures:
@@ -321,91 +273,3 @@ class Sender:
         first_line = (str(error).splitlines() or [""])[0]
         told = f"{type(error).__name__}: {first_line}"
         return shortened(told.replace(self._settings.tracking_uri, public_uri(self._settings.tracking_uri)), 300)
-
-
-class _Batch:
-    """Events in a row that can be sent together: values of any kind, or one change of the run's status."""
-
-    def __init__(self) -> None:
-        self.lines = 0
-        self.end = 0
-        self.unreadable = 0
-        self.uploads: dict[str, int] = {}
-        self._metrics: list[tuple[str, float, int, int]] = []
-        self._params: dict[str, str] = {}
-        self._tags: dict[str, str] = {}
-        self._set_status: Callable[[MlflowRun], None] | None = None
-
-    def takes(self, line: LoggedEvent) -> bool:
-        """Whether this line may still join: not after a change of status, nor may one join others."""
-        changes_status = line.event is not None and line.event["kind"] in ("start", "finish")
-        return self.lines == 0 or (self._set_status is None and not changes_status and self.lines < _EVENTS_AT_ONCE)
-
-    def add(self, line: LoggedEvent) -> None:
-        """Takes a line in; one that cannot be understood is counted."""
-        self.lines += 1
-        self.end = line.end
-        try:
-            self._add_event(line)
-        except (KeyError, TypeError, ValueError, AttributeError):
-            self.unreadable += 1
-
-    def send(self, run: MlflowRun) -> None:
-        """Sends all that was taken in."""
-        run.log_params(self._params)
-        run.set_tags(self._tags)
-        run.log_metrics(self._metrics)
-        if self._set_status is not None:
-            self._set_status(run)
-
-    def _add_event(self, line: LoggedEvent) -> None:
-        if line.event is None:
-            raise ValueError("torn line")
-        event = line.event
-        time_ms = int(event["t"])
-        match event["kind"]:
-            case "metrics":
-                names = clean_names(event["metrics"])
-                step = int(event["step"])
-                values = event["metrics"].items()
-                self._metrics += [(names[name], float(value), time_ms, step) for name, value in values]
-            case "params":
-                names = clean_names(event["params"])
-                for name, value in event["params"].items():
-                    self._params.setdefault(names[name], str(value))
-            case "tags":
-                names = clean_names(event["tags"])
-                self._tags |= {names[name]: str(value) for name, value in event["tags"].items()}
-            case "text" | "file":
-                self.uploads[event["target"]] = line.start
-            case "start":
-                self._set_status = MlflowRun.set_running
-            case "finish":
-                status = str(event["status"])
-                self._set_status = lambda run: run.set_ended(status, time_ms)
-            case _:
-                raise ValueError(f"unknown kind of event {event['kind']!r}")
-
-
-def _upload(run: MlflowRun, event: dict[str, Any] | None) -> None:
-    """Stores what an event says.
-
-    Raises:
-        FileNotFoundError: The file, the folder or the event is not there any more.
-    """
-    if event is None:
-        raise FileNotFoundError("the log has no such event any more")
-    if event["kind"] == "text":
-        run.upload_text(event["text"], event["target"])
-        return
-    path = Path(event["path"])
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is gone")
-    try:
-        run.upload(path, event["dir"])
-    except OSError:
-        if not path.exists():
-            raise FileNotFoundError(f"{path} went while it was stored") from None
-        raise
-    except Exception:
-        raise

@@ -26,7 +26,7 @@ def default_tracking_uri(storage_dir: str | Path) -> str:
             "give the address of an MLflow server, or a local sqlite:/// one"
         )
     folder = Path(str(storage_dir).removeprefix("file://")).expanduser().resolve()
-    return f"{_SQLITE}{folder / 'mlflow.db'}"
+    return sqlite_uri(folder / "mlflow.db")
 
 
 def tracking_uri(configured: str | None, storage_dir: str | Path) -> str:
@@ -36,7 +36,14 @@ def tracking_uri(configured: str | None, storage_dir: str | Path) -> str:
     """
     uri = configured or os.environ.get("MLFLOW_TRACKING_URI") or default_tracking_uri(storage_dir)
     path = sqlite_path(uri)
-    return uri if path is None else f"{_SQLITE}{path.expanduser().resolve()}"
+    if path is None or path.is_absolute():
+        return uri
+    return uri.replace(str(path), str(path.expanduser().resolve()), 1)
+
+
+def sqlite_uri(path: Path) -> str:
+    """The address of an SQLite database file."""
+    return f"{_SQLITE}{path}"
 
 
 def sqlite_path(uri: str) -> Path | None:

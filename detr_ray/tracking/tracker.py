@@ -30,9 +30,9 @@ class Tracker(Protocol):
     def log_file(self, local_path: str | Path, artifact_dir: str) -> None:
         """Stores a file, or the content of a folder, in a folder of the run's artifacts ("" is the top).
 
-        The file is read later, so it must stay as it is until then. If it is gone by then it is left out and counted; if
-        the same target was logged again meanwhile, only the last is stored. The target of a file is ``artifact_dir`` and
-        its name, the target of a folder is ``artifact_dir``.
+        The file is read later, so it must stay as it is until then. If it is gone by then it is left out and counted;
+        if the same target was logged again meanwhile, only the last is stored. The target of a file is ``artifact_dir``
+        and its name, the target of a folder is ``artifact_dir``.
         """
 
     def set_tags(self, tags: Mapping[str, str]) -> None:

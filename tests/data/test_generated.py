@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import io
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +146,21 @@ def test_an_interrupted_run_leaves_nothing_and_the_next_one_works(tmp_path: Path
     assert seen == [(80, 80)]
     assert json.loads((root / MARKER).read_text())["seed"] == 3
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_two_processes_may_want_the_same_folder_at_once(root: Path, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(3) as pool:
+        for done in [pool.submit(generate_dataset, tmp_path / "set", **PARAMETERS) for _ in range(3)]:
+            done.result()
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+    assert digests(tmp_path / "set") == digests(root)
+
+
+def test_an_empty_folder_and_a_link_to_one_are_filled(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    generate_dataset(tmp_path / "link", **PARAMETERS)
+    assert digests(tmp_path / "disk") == digests(root)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -68,6 +69,7 @@ def test_one_ranged_read_gives_the_stored_file(index: CocoIndex, shards: Path) -
         assert reader.read(i) == remote.read(i) == stored
         assert reader.read_head(i, 10) == stored[:10]
         assert reader.read_size(i) == folder_reader.read_size(i)
+    assert pickle.loads(pickle.dumps(reader)).read(3) == folder_reader.read(3)
 
 
 def test_batches_are_those_of_the_folder(index: CocoIndex, shards: Path) -> None:

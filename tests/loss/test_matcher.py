@@ -84,3 +84,12 @@ def test_scheduled_costs_change_the_matching() -> None:
     matcher.at_epoch(5.0)
     assert matcher.cost_class == pytest.approx(11.0)
     assert pairs_of(matcher(outputs, targets)[0]) == [(1, 0)]
+
+
+def test_corners_of_half_precision_boxes_are_computed_in_float32() -> None:
+    outputs, targets = random_case([40] * 3, num_queries=60, num_layers=1, seed=5)
+    half = {key: value.bfloat16() for key, value in outputs.items()}
+    widened = {key: value.float() for key, value in half.items()}
+    matcher = HungarianMatcher(cost_class=0, cost_bbox=0, cost_giou=1)
+    found, expected = matcher(half, targets), matcher(widened, targets)
+    assert [pairs_of(match) for match in found] == [pairs_of(match) for match in expected]

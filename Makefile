@@ -1,0 +1,54 @@
+# `make` lists what there is. Every target sets up what it needs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-slow check format lock bench clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "detr_ray needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+install: $(READY)  ## create the environment in .venv (about 3 minutes, 6 GB)
+
+quickstart: $(READY)  ## train a small detector on generated images, on two workers (about 10 minutes on 2 cores)
+	$(BIN)/python -m detr_ray.train --config configs/quickstart.yaml
+
+test: $(READY)  ## run the tests (minutes)
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)  ## run the proofs that take long: killed drivers, overfitting real images
+	$(BIN)/python -m pytest -m slow
+
+check: $(READY)  ## lint, types, spelling and import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell detr_ray tests configs docs README.md CHANGELOG.md CONTRIBUTING.md
+
+format: $(READY)  ## format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock:  ## resolve the newest allowed versions into requirements.lock
+	rm -rf build/lock && $(PYTHON) -m venv build/lock
+	build/lock/bin/pip install --quiet '.[dev]' setuptools
+	build/lock/bin/pip freeze --all --exclude detr_ray --exclude pip \
+		| sed -E '/^(nvidia-|triton|cuda-)/ s/$$/ ; sys_platform == "linux"/' > requirements.lock
+	rm -rf build/lock
+
+bench: $(READY)  ## measure this machine: padding of planned batches against random ones
+	$(BIN)/python -m benchmarks.padding
+
+clean:  ## remove the environment and caches; runs stay
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

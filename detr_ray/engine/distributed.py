@@ -1,0 +1,66 @@
+"""A worker context on top of a `torch.distributed` process group that is already there."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
+
+
+class DistributedContext:
+    """One worker of a process group; see `WorkerContext`.
+
+    It neither reports nor shows anything: who starts the group says how (a subclass).
+
+    Args:
+        rank: this worker.
+        world_size: workers in the group.
+        device: where the model lives.
+    """
+
+    def __init__(self, rank: int, world_size: int, device: torch.device | str = "cpu") -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.device = torch.device(device)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model under DistributedDataParallel; itself where there is one worker."""
+        if self.world_size == 1:
+            return model
+        devices = None if self.device.type == "cpu" else [self.device]
+        # Buffers are not broadcast: frozen ones never change, running statistics are averaged when they are kept.
+        return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Keeps gradients on this worker."""
+        return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
+        """Sum over workers, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, item: T) -> list[T]:
+        """Every worker's item."""
+        if self.world_size == 1:
+            return [item]
+        items: list[Any] = [None] * self.world_size
+        dist.all_gather_object(items, item)
+        return items
+
+    def report(self, metrics: dict[str, float]) -> None:
+        """Nobody to report to."""
+
+    def say(self, line: str) -> None:
+        """Nobody to show a line to."""
+
+    def stop_requested(self) -> bool:
+        """Nobody asks."""
+        return False
