@@ -50,7 +50,7 @@ def say(line: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m detr_ray.train``."""
-    return run_command("train", DESCRIPTION, _train, argv)
+    return run_command("train", DESCRIPTION, _train, argv, check=Config.check_training)
 
 
 if __name__ == "__main__":

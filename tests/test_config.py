@@ -249,7 +249,7 @@ def test_sections_check_themselves_when_built_in_code():
         ("lr", "'optim.lr'"),
         ("train.batch_size", "'train.global_batch_size' or 'train.micro_batch_size'"),
         ("model.backbon", "'model.backbone'"),
-        ("modell.hidden_dim", "'model.hidden_dim'"),
+        ("mdel.hidden_dim", "'model.hidden_dim'"),
         ("data.augment.scale", "'data.augment.scales'"),
         ("data.val.annotation", "'data.val.annotations'"),
         ("loss.ce.interpolatoin", "'loss.ce.interpolation'"),

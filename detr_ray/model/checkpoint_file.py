@@ -10,7 +10,6 @@ import argparse
 import hashlib
 import http.client
 import logging
-import pickle
 import re
 import tempfile
 import urllib.error
@@ -30,6 +29,7 @@ DOWNLOAD_TIMEOUT_S = 60.0
 """How long a server may stay silent."""
 
 _HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[A-Za-z.]+$")
+_FORBIDDEN_OBJECT = re.compile(r"GLOBAL ([\w.]+)")
 _NAMES_SHOWN = 6
 
 
@@ -104,16 +104,15 @@ def _unpickled(path: Path, source: str) -> Any:
         raise WeightsError(f"there is no file {source}") from None
     except IsADirectoryError:
         raise WeightsError(f"{source} is a folder; name the file in it") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        try:
-            objects = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        except (ValueError, RuntimeError, EOFError, pickle.UnpicklingError):
-            objects = []
-        if not objects:
-            raise WeightsError(f"{source} is damaged or no torch file ({error})".split("\n")[0]) from error
+    except OSError as error:
+        raise WeightsError(f"{source} cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # a damaged file fails in any way that its bytes lead to
+        forbidden = _FORBIDDEN_OBJECT.search(str(error))
+        if forbidden is None:
+            raise WeightsError(f"{source} is damaged or no torch file ({path.stat().st_size} bytes)") from error
         raise WeightsError(
-            f"{source} holds Python objects beside its tensors ({', '.join(sorted(objects))}), and reading them would "
-            "run its code. Where it was made, save the weights alone: torch.save({'model': model.state_dict()}, path)"
+            f"{source} holds Python objects beside its tensors ({forbidden.group(1)}), and reading them would run "
+            "code. Where it was made, save the weights alone: torch.save({'model': model.state_dict()}, path)"
         ) from error
 
 

@@ -21,6 +21,7 @@ from detr_ray.tracking.whole_files import create_database_whole, write_whole
 logger = logging.getLogger(__name__)
 
 UID_TAG = "detr_ray.run_uid"
+_PROBE_TAG = "detr_ray.probe"
 _SETTINGS_NAME = "run.json"
 _BATCH = {"metrics": 1000, "params": 100, "tags": 100}
 _LONGEST_PARAM = 500
@@ -82,12 +83,16 @@ class MlflowRun:
     Attributes:
         run_id: MLflow's id.
         refused: how many values the store would not take.
+        suspicious: whether a batch that fails is to be searched for a value that makes the store fail. That is asked
+            for when a store that can be read has failed several times: some answer values that they cannot hold with
+            an error of their own and no refusal, and would stay stuck at them for ever.
     """
 
     def __init__(self, client: Any, run_id: str) -> None:
         self._client = client
         self.run_id = run_id
         self.refused = 0
+        self.suspicious = False
         data = client.get_run(run_id).data
         self._params: dict[str, str] = dict(data.params)
         self._tags: dict[str, str] = dict(data.tags)
@@ -201,14 +206,21 @@ class MlflowRun:
         """Sends a batch; where MLflow refuses it, finds by halving what it refuses, and leaves only that out."""
         try:
             self._call(lambda: self._client.log_batch(self.run_id, **{kind: entities}))
-        except RefusedError as refusal:
-            if len(entities) > 1:
-                middle = len(entities) // 2
-                self._log_one_by_one_if_refused(kind, entities[:middle])
-                self._log_one_by_one_if_refused(kind, entities[middle:])
-            else:
-                self.refused += 1
-                logger.warning("MLflow refuses %s %r: %s", kind, entities[0].key, refusal)
+            return
+        except RefusedError as error:
+            refusal = error
+        except Exception as error:
+            if not self.suspicious:
+                raise
+            self._client.set_tag(self.run_id, _PROBE_TAG, kind)  # raises where it is not the content's fault
+            refusal = RefusedError(shortened(_first_line(error), 300))
+        if len(entities) > 1:
+            middle = len(entities) // 2
+            self._log_one_by_one_if_refused(kind, entities[:middle])
+            self._log_one_by_one_if_refused(kind, entities[middle:])
+            return
+        self.refused += 1
+        logger.warning("MLflow refuses %s %r: %s", kind, entities[0].key, refusal)
 
     def _call(self, send: Callable[[], object]) -> None:
         """Sends; tells a refusal for good and a deleted run from what may be tried again."""
@@ -220,8 +232,12 @@ class MlflowRun:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST" or error.error_code in _REFUSALS:
                 self.check()
             if error.error_code in _REFUSALS:
-                raise RefusedError(shortened(str(error).splitlines()[0], 300)) from error
+                raise RefusedError(shortened(_first_line(error), 300)) from error
             raise
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
 
 
 def _make_tables(client: Any) -> None:

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 _LOCK_NAME = "sender.lock"
 _URGENT_RETRY_S = 0.5
+_FAILURES_UNTIL_SUSPICIOUS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +192,7 @@ class Sender:
         if batch.lines == 0:
             return False
         refused_before = run.refused
+        run.suspicious = self._failures >= _FAILURES_UNTIL_SUSPICIOUS
         batch.send(run)
         state = self._state
         if batch.unreadable:

@@ -1,0 +1,214 @@
+"""Preflight of the annotations: the files, their quirks, labels, and boxes against what the model can tell apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from detr_ray.config import Config
+from detr_ray.data.errors import DataError
+from detr_ray.data.generated import generate_dataset
+from detr_ray.data.index import PROBLEMS, CocoIndex
+from detr_ray.data.label_map import LabelMap
+from detr_ray.data.splits import open_split
+from detr_ray.data.statistics import BoxStatistics, count_boxes
+from detr_ray.engine.job import choose_label_map
+from detr_ray.engine.preflight.findings import Report
+
+DATA, LABELS = "data", "labels"
+FEW_BOXES = 10
+"""Training boxes below which a class is reported: nobody has learnt a class of objects from less."""
+
+# Boxes that were lost, or names that may be mixed up; the other quirks were put right without loss.
+_LOSSES = ("boxes_not_finite", "boxes_outside", "boxes_without_area", "category_names_repeated")
+
+
+def check_generated(config: Config, report: Report) -> bool:
+    """Looks at the folder of a generated data set; whether the data is there to be looked at."""
+    data = config.data
+    if data.generate is None:
+        return True
+    assert data.root is not None, "validated with the configuration"
+    root = Path(data.root)
+    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+        count = data.generate.num_train + data.generate.num_val
+        report.add(
+            "ok", DATA, f"{root} is not there yet: {count} images are drawn into it when training starts",
+            "to have them looked at, draw them first: the prepare command with the same configuration",
+        )  # fmt: skip
+        return False
+    try:
+        generate_dataset(root, **data.generate.model_dump())
+    except DataError as error:
+        report.add("error", DATA, str(error))
+    return True
+
+
+def open_splits(config: Config, report: Report) -> dict[str, CocoIndex]:
+    """Opens the splits that a configuration names, as far as they can be opened."""
+    opened = {}
+    for split, places in (("train", config.data.train), ("val", config.data.val)):
+        if config.data.root is None and places is None:
+            if split == "val":
+                report.add(
+                    "warning", DATA, "val: no validation data is given, so no AP is computed and no checkpoint is best",
+                    "set data.val.annotations and data.val.images",
+                )  # fmt: skip
+            continue
+        try:
+            opened[split] = index = open_split(config.data.root, places, split)
+        except DataError as error:
+            report.add("error", DATA, f"{split}: {error}")
+            continue
+        _check_quirks(split, index, report)
+    if len(opened) == 2 and opened["train"].fingerprint == opened["val"].fingerprint:
+        report.add(
+            "warning", DATA, "train and val are the same data: the AP says nothing about other images",
+            "fine for a trial; for a detector, validate on images that it does not train on",
+        )  # fmt: skip
+    return opened
+
+
+def _check_quirks(split: str, index: CocoIndex, report: Report) -> None:
+    notes = [f"{count} {PROBLEMS[kind]}" for kind, count in index.problems.items() if kind not in _LOSSES]
+    losses = [f"{count} {PROBLEMS[kind]}" for kind, count in index.problems.items() if kind in _LOSSES]
+    report.add(
+        "ok", DATA,
+        f"{split}: {len(index)} images, {len(index.category_ids)} annotations, {len(index.categories)} categories "
+        f"({index.source})" + (f"; {'; '.join(notes)}" if notes else ""),
+    )  # fmt: skip
+    if losses:
+        report.add(
+            "warning", DATA, f"{split}: {'; '.join(losses)}", "correct the annotation file if these are not meant"
+        )
+    report.splits[split] = {
+        "source": index.source,
+        "fingerprint": index.fingerprint,
+        "images": len(index),
+        "annotations": len(index.category_ids),
+        "categories": len(index.categories),
+        "problems": dict(index.problems),
+    }
+
+
+def check_labels(config: Config, opened: dict[str, CocoIndex], official: bool, report: Report) -> LabelMap | None:
+    """Finds the labels that training would use; None where there are none.
+
+    Args:
+        config: the configuration.
+        opened: split -> index.
+        official: whether the weights to start from are in COCO's label space.
+        report: gets the findings.
+    """
+    if "train" not in opened:
+        return None
+    train, val = opened["train"], opened.get("val")
+    try:
+        label_map = choose_label_map(config, train, val, official)
+    except DataError as error:
+        report.add("error", LABELS, str(error))
+        return None
+    space = config.data.label_space
+    if space == "auto":
+        space = f"{'coco91' if official else 'contiguous'} (auto)"
+    used = len(label_map.categories)
+    unused = label_map.num_classes - used
+    report.add(
+        "ok", LABELS,
+        f"{label_map.num_classes} classes, {space}" + (f"; {unused} of them stand for no category" if unused else ""),
+    )  # fmt: skip
+    return label_map
+
+
+def check_boxes(config: Config, opened: dict[str, CocoIndex], report: Report) -> dict[str, BoxStatistics]:
+    """Holds the boxes of each split against the model's queries, and the classes of both against each other."""
+    counted = {split: count_boxes(index) for split, index in opened.items()}
+    for split, boxes in counted.items():
+        _check_counts(config, split, boxes, report)
+        names = dict(opened[split].categories)
+        report.splits[split] |= {
+            "boxes": int(boxes.per_image.sum()),
+            "boxes_per_image": {
+                "mean": round(float(boxes.per_image.mean()), 3),
+                "p99": boxes.percentile(99),
+                "max": boxes.most,
+            },
+            "images_without_boxes": boxes.num_empty_images,
+            "boxes_per_category": [
+                {"id": category_id, "name": names[category_id], "boxes": count}
+                for category_id, count in boxes.per_category.items()
+            ],
+        }
+    if "train" in counted:
+        val = (opened["val"].categories, counted["val"]) if "val" in counted else None
+        _check_classes(opened["train"].categories, counted["train"], val, report)
+    return counted
+
+
+def _check_counts(config: Config, split: str, boxes: BoxStatistics, report: Report) -> None:
+    queries, detections = config.model.num_queries, config.eval.max_detections
+    report.add(
+        "ok", LABELS,
+        f"{split}: {boxes.per_image.mean():.1f} boxes an image, 99 % of the images have at most {boxes.percentile(99)}, "
+        f"one has {boxes.most}; {boxes.num_empty_images} have none",
+    )  # fmt: skip
+    if not boxes.per_image.any():
+        level = "error" if split == "train" else "warning"
+        report.add(level, LABELS, f"{split}: there is not one box to learn from or to find")
+    elif boxes.num_empty_images > len(boxes.per_image) // 2:
+        report.add(
+            "warning", LABELS,
+            f"{split}: {boxes.num_empty_images} of {len(boxes.per_image)} images have no box",
+            "if they are only not annotated, take them out: training would teach that there is nothing on them",
+        )  # fmt: skip
+    if split == "train" and boxes.images_above(queries):
+        report.add(
+            "warning", LABELS,
+            f"train: {boxes.images_above(queries)} images have more boxes than model.num_queries={queries} (at most "
+            f"{boxes.most}): the model cannot learn them all",
+            f"set model.num_queries to more than {boxes.most}",
+        )  # fmt: skip
+    if split == "val":
+        key, limit = ("eval.max_detections", detections) if detections < queries else ("model.num_queries", queries)
+        if boxes.images_above(limit):
+            report.add(
+                "warning", LABELS,
+                f"val: {boxes.images_above(limit)} images have more boxes than {key}={limit} (at most {boxes.most}): "
+                "they cannot all be found",
+                f"raise {key}",
+            )  # fmt: skip
+
+
+def _check_classes(
+    categories: tuple[tuple[int, str], ...],
+    train: BoxStatistics,
+    val: tuple[tuple[tuple[int, str], ...], BoxStatistics] | None,
+    report: Report,
+) -> None:
+    without = [name for category_id, name in categories if train.per_category[category_id] == 0]
+    few = [
+        f"{name}: {count}"
+        for category_id, name in categories
+        if 0 < (count := train.per_category[category_id]) < FEW_BOXES
+    ]
+    if val is not None:
+        val_categories, val_boxes = val
+        unlearnt = [
+            f"{name}: {val_boxes.per_category[category_id]}"
+            for category_id, name in val_categories
+            if val_boxes.per_category[category_id] and not train.per_category.get(category_id)
+        ]
+        if unlearnt:
+            report.add(
+                "warning", LABELS, f"val has boxes of {len(unlearnt)} classes that train has no box of",
+                "their AP will be 0, and it counts in the mean", unlearnt,
+            )  # fmt: skip
+    if without:
+        report.add(
+            "warning", LABELS, f"{len(without)} of {len(categories)} classes have no training box",
+            "leave them out of both annotation files if they are not wanted", without,
+        )  # fmt: skip
+    if few:
+        report.add(
+            "warning", LABELS, f"{len(few)} of {len(categories)} classes have fewer than {FEW_BOXES} training boxes",
+            "expect nothing of them", few,
+        )  # fmt: skip

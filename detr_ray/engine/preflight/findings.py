@@ -1,0 +1,100 @@
+"""What a preflight found: findings in areas, for people and for programs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Level = Literal["ok", "warning", "error"]
+
+_NAMES_SHOWN = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        level: ``ok``, ``warning`` (training runs, but perhaps not as meant) or ``error`` (training would fail).
+        area: what it belongs to, for example ``images``.
+        message: what was found.
+        advice: what to do about it; empty where there is nothing to do.
+        names: the files, classes or whatever else it is about, all of them.
+    """
+
+    level: Level
+    area: str
+    message: str
+    advice: str = ""
+    names: tuple[str, ...] = ()
+
+    def lines(self) -> list[str]:
+        """The finding as indented lines of text, with its first names."""
+        more = len(self.names) - _NAMES_SHOWN
+        return [
+            f"  {self.level:<8} {self.message}",
+            *(f"{'':13}{name}" for name in self.names[:_NAMES_SHOWN]),
+            *([f"{'':13}and {more} more"] if more > 0 else []),
+            *([f"{'':11}> {self.advice}"] if self.advice else []),
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The finding for JSON."""
+        return {
+            "level": self.level,
+            "area": self.area,
+            "message": self.message,
+            "advice": self.advice,
+            "names": list(self.names),
+        }
+
+
+@dataclass(slots=True)
+class Report:
+    """All findings of a preflight.
+
+    Attributes:
+        findings: in the order they were made.
+        splits: what is known of each split, as JSON values.
+    """
+
+    findings: list[Finding] = field(default_factory=list)
+    splits: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is no error; warnings are allowed."""
+        return self.count("error") == 0
+
+    def count(self, level: Level) -> int:
+        """Findings of a level."""
+        return Counter(finding.level for finding in self.findings)[level]
+
+    def add(
+        self, level: Level, area: str, message: str, advice: str = "", names: Sequence[str] = ()
+    ) -> None:
+        """Notes a finding."""
+        self.findings.append(Finding(level, area, message, advice, tuple(names)))
+
+    def summary(self) -> str:
+        """One line: how much of what was found, and what that means."""
+        counts = f"{_plural(self.count('error'), 'error')}, {_plural(self.count('warning'), 'warning')}"
+        if not self.ok:
+            return f"{counts}: training would fail, now or later"
+        return f"{counts}: nothing found that stands in the way of training"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole report for JSON."""
+        return {
+            "ok": self.ok,
+            "errors": self.count("error"),
+            "warnings": self.count("warning"),
+            "findings": [finding.to_dict() for finding in self.findings],
+            "splits": self.splits,
+        }
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "s")

@@ -1,0 +1,113 @@
+"""Preflight of the stored images: each one there, readable, and of the size that the annotations say."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable
+
+from detr_ray.config import Config
+from detr_ray.data.errors import DataError
+from detr_ray.data.index import CocoIndex
+from detr_ray.data.inspection import Inspection, find_missing_storage, inspect_images
+from detr_ray.engine.preflight.findings import Level, Report
+from detr_ray.engine.progress import duration
+
+AREA = "images"
+_PROGRESS_INTERVAL_S = 5.0
+
+
+def check_images(
+    config: Config, split: str, index: CocoIndex, decode: bool, report: Report, say: Callable[[str], None]
+) -> None:
+    """Looks at every image of a split, or at what of them can be reached."""
+    report.splits[split] |= {"images_seen": 0, "decoded": decode, "bad_images": []}
+    try:
+        missing = find_missing_storage(index)
+    except (DataError, OSError) as error:
+        report.add("error", AREA, f"{split}: the images' storage does not answer: {error}")
+        return
+    if missing and index.shards is None:
+        report.add("error", AREA, f"{split}: {missing[-1]}", f"set data.{split}.images, or data.root")
+        return
+    if missing:
+        report.add(
+            "error", AREA, f"{split}: {len(missing)} shards cannot be used; their images are passed over here",
+            "copy them again from where they were written, or write them again", list(missing.values()),
+        )  # fmt: skip
+    started = time.perf_counter()
+    progress = _Progress(f"  {split}: {'decoded' if decode else 'read the headers of'}", say)
+    seen = inspect_images(index, decode=decode, without_shards=frozenset(missing), progress=progress)
+    _add_bad(config, split, index, seen, report)
+    seconds = time.perf_counter() - started
+    num_good = seen.num_seen - len(seen.bad)
+    report.add(
+        "ok", AREA,
+        f"{split}: {num_good} of {len(index)} images {'decode' if decode else 'have a readable header'} and have the "
+        f"annotated size ({_listed(seen)}), in {duration(seconds)}",
+    )  # fmt: skip
+    if seen.turned_unseen:
+        report.add(
+            "warning", AREA,
+            f"{split}: {len(seen.turned_unseen)} images have an EXIF orientation that their size does not show",
+            "training turns them upright: look whether their boxes fit then", seen.turned_unseen,
+        )  # fmt: skip
+    report.splits[split] |= {
+        "images_seen": seen.num_seen,
+        "formats": dict(seen.formats),
+        "modes": dict(seen.modes),
+        "images_turned": seen.num_turned,
+        "bad_images": [{"image_id": bad.image_id, "file": bad.file, "reason": bad.reason} for bad in seen.bad],
+    }
+
+
+def _add_bad(config: Config, split: str, index: CocoIndex, seen: Inspection, report: Report) -> None:
+    if seen.broken_off:
+        report.add("error", AREA, f"{split}: {seen.broken_off}", "look after the storage first")
+    if not seen.bad:
+        return
+    level: Level = "error"
+    advice = "replace these files, or take their images out of the annotation file"
+    if split == "train":
+        passes = math.ceil(config.train.epochs)
+        misses, most = len(seen.bad) * passes, config.data.max_bad_images
+        if config.data.on_bad_image == "raise":
+            advice += "; data.on_bad_image=skip trains without them"
+        elif misses > most:
+            advice += f"; or set data.max_bad_images to {misses}: a bad image counts in each of {passes} epochs"
+        else:
+            level = "warning"
+    names = [f"{bad.file}: {bad.reason}" for bad in seen.bad]
+    if len(seen.bad) == len(index) and len({bad.reason for bad in seen.bad}) == 1:
+        advice = f"none of the images is usable: is data.{split}.images (or data.root) the right place?"
+    message = f"{split}: {len(seen.bad)} of {len(index)} images cannot be used"
+    report.add(level, AREA, message, advice, names)
+
+
+def _listed(seen: Inspection) -> str:
+    parts = [_counts(seen.formats), _counts(Counter({m: n for m, n in seen.modes.items() if m != "RGB"}))]
+    if seen.num_turned:
+        parts.append(f"{seen.num_turned} turned by EXIF")
+    return "; ".join(part for part in parts if part) or "none"
+
+
+def _counts(counter: Counter[str]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counter.most_common())
+
+
+class _Progress:
+    """Says how far a long look is, not more often than a person wants to read it."""
+
+    def __init__(self, what: str, say: Callable[[str], None]) -> None:
+        self._what = what
+        self._say = say
+        self._started = self._said = time.perf_counter()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.perf_counter()
+        if now - self._said < _PROGRESS_INTERVAL_S:
+            return
+        self._said = now
+        rate = done / (now - self._started)
+        self._say(f"{self._what} {done} of {total} images, {rate:.0f}/s, left {duration((total - done) / rate)}")

@@ -1,0 +1,51 @@
+"""One worker of a process group takes a few steps with plain SGD and saves where its weights went.
+
+    python one_worker.py CONFIG RANK WORLD_SIZE PORT STEPS OUT
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import distributed as dist
+
+from detr_ray.config import load_config
+from detr_ray.engine.batches import LocalBatches
+from detr_ray.engine.distributed import DistributedContext
+from detr_ray.engine.job import prepare_job
+from detr_ray.engine.step import TrainStep
+
+
+def main() -> None:
+    config_path, rank, world_size, port, steps, out = sys.argv[1:]
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "WORLD_SIZE": world_size}
+    if int(world_size) > 1:
+        dist.init_process_group("gloo")
+    job = prepare_job(load_config(config_path), lambda line: None)
+    model = job.build_model()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    context = DistributedContext(int(rank), int(world_size))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    step = TrainStep(
+        model, job.build_criterion(), optimizer, context, num_queries=job.config.model.num_queries,
+        seed=job.config.run.seed,
+    )  # fmt: skip
+    batches = LocalBatches(job.data.plan(int(world_size), int(rank)), *job.data.loaders())
+    norms, losses = [], []
+    for number, micro_batches in enumerate(batches.train_batches(0, int(steps))):
+        outcome = step(number, micro_batches)
+        norms.append(outcome.grad_norm)
+        losses.append(float(context.all_reduce_sum(step.criterion.total(outcome.losses).double())))
+    moved = {name: parameter.detach() - before[name] for name, parameter in model.named_parameters()}
+    if int(rank) == 0:
+        torch.save({"moved": moved, "norms": norms, "losses": losses}, Path(out))
+    if int(world_size) > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

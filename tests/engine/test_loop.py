@@ -1,0 +1,235 @@
+"""The loop without Ray: going on exactly, stopping, refusing, and what it does when data or numbers are bad."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from detr_ray.config import ConfigError
+from detr_ray.data.errors import DataError
+from detr_ray.engine.checkpoint import CheckpointStore
+from detr_ray.engine.errors import RunFailed
+from detr_ray.tracking import MemoryTracker
+from tiny import fit_here, make_dataset, tiny_config
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("data") / "shapes")
+
+
+def final_weights(run: Path) -> dict[str, torch.Tensor]:
+    store = CheckpointStore(str(run / "checkpoints"))
+    latest = store.latest()
+    assert latest is not None
+    return store.load(latest, "model.pt")["model"]
+
+
+def positions(run: Path) -> list[int]:
+    lines = (run / "stream" / "rank-00000.jsonl").read_text().splitlines()
+    return [position for line in lines for position in json.loads(line)["positions"]]
+
+
+def assert_same_weights(run_a: Path, run_b: Path) -> None:
+    weights_a, weights_b = final_weights(run_a), final_weights(run_b)
+    assert weights_a.keys() == weights_b.keys()
+    different = [name for name in weights_a if not torch.equal(weights_a[name], weights_b[name])]
+    assert different == []
+
+
+def test_metrics_have_their_public_names(dataset: Path, tmp_path: Path) -> None:
+    tracker = MemoryTracker()
+    result = fit_here(tiny_config(dataset, tmp_path, "run.name=a"), tracker)
+    assert result.status == "finished" and result.step == 10
+    assert result.metrics.keys() >= {"val/AP", "val/AP50", "val/AR100", "val/ARs"}
+    assert [step for step, _ in tracker.history("val/AP")] == [5, 10]
+    assert [step for step, _ in tracker.history("train/loss")] == list(range(1, 11))
+    names = {
+        "train/loss_ce", "train/loss_bbox_0", "train/class_error", "train/cardinality_error", "train/grad_norm",
+        "optim/lr", "optim/lr_backbone", "loss/weight/ce", "loss/weight/giou",
+        "perf/images_per_s", "perf/data_wait_frac", "perf/padding_frac", "perf/forward_s", "perf/backward_s",
+        "val/AP/rectangle",
+    }  # fmt: skip
+    assert [name for name in names if not tracker.history(name)] == []
+
+
+def test_the_loss_goes_down(dataset: Path, tmp_path: Path) -> None:
+    tracker = MemoryTracker()
+    fit_here(tiny_config(dataset, tmp_path, "train.epochs=8", "optim.lr=1e-3", "optim.lr_backbone=1e-3"), tracker)
+    losses = [value for _, value in tracker.history("train/loss")]
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("stop_after", [3, 5, 7])
+def test_stopping_and_going_on_is_never_having_stopped(dataset: Path, tmp_path: Path, stop_after: int) -> None:
+    settings = ("model.dropout=0.1", "optim.ema_decay=0.9", "optim.schedule=cosine", "optim.warmup_epochs=1")
+    fit_here(tiny_config(dataset, tmp_path, "run.name=straight", *settings))
+    config = tiny_config(dataset, tmp_path, "run.name=stopped", *settings)
+    stopped = fit_here(config, stop_after=stop_after)
+    assert (stopped.status, stopped.step) == ("stopped", stop_after)
+    assert fit_here(config).status == "finished"
+    assert_same_weights(tmp_path / "straight", tmp_path / "stopped")
+    assert positions(tmp_path / "stopped") == list(range(80)) == positions(tmp_path / "straight")
+
+
+def test_killed_and_started_again_is_never_having_stopped(dataset: Path, tmp_path: Path) -> None:
+    overrides = ("run.name=killed", "train.checkpoint_every_steps=2", "train.epochs=3", "train.keep_last=2")
+    config = tiny_config(dataset, tmp_path, *overrides)
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    process = subprocess.Popen(
+        [sys.executable, "-m", "detr_ray.train", "--config", str(tmp_path / "config.yaml")],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "step 8/15" in line:
+            process.send_signal(signal.SIGKILL)
+            break
+    process.wait(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    latest = CheckpointStore(str(tmp_path / "killed" / "checkpoints")).latest()
+    assert latest is not None and latest.step < 15
+    resumed_at = latest.step
+    result = fit_here(config)
+    assert result.status == "finished" and result.step == 15
+    fit_here(tiny_config(dataset, tmp_path, *overrides, "run.name=straight"))
+    assert_same_weights(tmp_path / "straight", tmp_path / "killed")
+    # What the first process did after its last checkpoint was lost with it and is done again; nothing is left out.
+    seen = positions(tmp_path / "killed")
+    lost = len(seen) - 120
+    assert 0 <= lost <= 2 * 8
+    assert seen == list(range(resumed_at * 8 + lost)) + list(range(resumed_at * 8, 120))
+
+
+def test_a_finished_run_has_nothing_left_to_do(dataset: Path, tmp_path: Path) -> None:
+    config = tiny_config(dataset, tmp_path, "run.name=done")
+    fit_here(config)
+    again = fit_here(config)
+    assert again.status == "nothing to do" and again.step == 10
+    assert again.metrics["val/AP"] == again.metrics["val/AP"]
+
+
+def test_an_evaluation_that_died_is_made_up_for(dataset: Path, tmp_path: Path) -> None:
+    config = tiny_config(dataset, tmp_path, "run.name=a")
+    fit_here(config)
+    manifest = tmp_path / "a" / "checkpoints" / "step_00000010" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    before, content["metrics"] = content["metrics"], None
+    manifest.write_text(json.dumps(content))
+    tracker = MemoryTracker()
+    fit_here(config, tracker)
+    assert [step for step, _ in tracker.history("val/AP")] == [10]
+    after = json.loads(manifest.read_text())["metrics"]
+    assert after["val/AP"] == before["val/AP"]
+
+
+def test_a_damaged_checkpoint_is_passed_over(dataset: Path, tmp_path: Path) -> None:
+    config = tiny_config(dataset, tmp_path, "run.name=a")
+    fit_here(config)
+    path = tmp_path / "a" / "checkpoints" / "step_00000010" / "training.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    tracker = MemoryTracker()
+    assert fit_here(config, tracker).step == 10
+    assert [step for step, _ in tracker.history("train/loss")] == list(range(6, 11))
+
+
+def test_a_run_of_another_configuration_is_refused(dataset: Path, tmp_path: Path) -> None:
+    fit_here(tiny_config(dataset, tmp_path, "run.name=a"))
+    with pytest.raises(ConfigError, match=r"optim\.lr: begun with 0\.0001, now 0\.001"):
+        fit_here(tiny_config(dataset, tmp_path, "run.name=a", "optim.lr=1e-3"))
+
+
+def test_what_may_change_between_starts_may_change(dataset: Path, tmp_path: Path) -> None:
+    fit_here(tiny_config(dataset, tmp_path, "run.name=a"))
+    changes = ("train.micro_batch_size=2", "train.keep_last=1", "eval.batch_size=1", "tracking.experiment=other")
+    assert fit_here(tiny_config(dataset, tmp_path, "run.name=a", *changes)).status == "nothing to do"
+
+
+def test_a_run_of_other_data_is_refused(dataset: Path, tmp_path: Path) -> None:
+    fit_here(tiny_config(dataset, tmp_path, "run.name=a"))
+    other = make_dataset(tmp_path / "other", seed=4)
+    with pytest.raises(ConfigError, match="the train data"):
+        fit_here(tiny_config(other, tmp_path, "run.name=a"))
+
+
+def test_two_writers_of_one_run_are_refused(dataset: Path, tmp_path: Path) -> None:
+    from detr_ray.engine.job import prepare_job
+
+    config = tiny_config(dataset, tmp_path, "run.name=a")
+    job = prepare_job(config, lambda line: None)
+    with job.run.locked(), pytest.raises(ConfigError, match=r"being written by process \d+"):
+        fit_here(config)
+
+
+def test_storage_that_cannot_be_written_is_refused(dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"run\.storage"):
+        fit_here(tiny_config(dataset, tmp_path / "file"))
+
+
+def test_fewer_images_than_a_batch_are_refused(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"has 40 images.*train\.global_batch_size"):
+        fit_here(tiny_config(dataset, tmp_path, "train.global_batch_size=64"))
+
+
+def break_image(dataset: Path) -> str:
+    path = sorted((dataset / "train2017").iterdir())[5]
+    path.write_bytes(path.read_bytes()[:200])
+    return path.name
+
+
+def test_an_unreadable_image_ends_the_run_and_is_named(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "data")
+    name = break_image(dataset)
+    with pytest.raises(RunFailed, match=name) as failure:
+        fit_here(tiny_config(dataset, tmp_path))
+    assert failure.value.agreed and "data.on_bad_image=skip" in str(failure.value)
+
+
+def test_an_unreadable_image_can_be_left_out_and_is_counted(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "data")
+    break_image(dataset)
+    tracker = MemoryTracker()
+    result = fit_here(tiny_config(dataset, tmp_path, "data.on_bad_image=skip"), tracker)
+    assert result.status == "finished"
+    assert sum(value for _, value in tracker.history("train/bad_images")) == 2  # once an epoch
+
+
+def test_too_many_unreadable_images_end_the_run(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "data")
+    break_image(dataset)
+    with pytest.raises(RunFailed, match=r"data\.max_bad_images"):
+        fit_here(tiny_config(dataset, tmp_path, "data.on_bad_image=skip", "data.max_bad_images=0"))
+
+
+def test_a_step_that_is_not_finite_ends_the_run_and_says_where(dataset: Path, tmp_path: Path) -> None:
+    settings = ("optim.lr=1e18", "optim.lr_backbone=1e18", "optim.clip_max_norm=0")
+    with pytest.raises(RunFailed) as failure:
+        fit_here(tiny_config(dataset, tmp_path, *settings))
+    message = str(failure.value)
+    assert failure.value.agreed
+    for part in ("not finite", "learning rates 1e+18", "image ids [", "optim.lr"):
+        assert part in message
+    assert "the weight" in message or "first module" in message
+
+
+def test_steps_that_are_not_finite_can_be_left_out_up_to_a_limit(dataset: Path, tmp_path: Path) -> None:
+    settings = ("optim.lr=1e18", "optim.lr_backbone=1e18", "optim.clip_max_norm=0", "train.on_nonfinite=skip")
+    with pytest.raises(RunFailed, match=r"train\.max_nonfinite_steps"):
+        fit_here(tiny_config(dataset, tmp_path, *settings, "train.max_nonfinite_steps=2"))
+
+
+def test_one_epoch_without_validation_data(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "data")
+    split = f"data.train={{annotations: {dataset}/annotations/instances_train2017.json, images: {dataset}/train2017}}"
+    config = tiny_config(dataset, tmp_path, "data.root=null", split)
+    result = fit_here(config)
+    assert result.status == "finished" and result.metrics == {} and result.best_checkpoint is None

@@ -1,0 +1,88 @@
+"""Neither the number of workers nor accumulation changes the gradient: real process groups, frozen batch norm."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torchvision.models import resnet18
+
+from tiny import make_dataset, tiny_config
+
+WORKER = Path(__file__).parent / "one_worker.py"
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of one size, no dropout, frozen batch norm; one of the images of a batch may have no box."""
+    folder = tmp_path_factory.mktemp("workers")
+    dataset = make_dataset(folder / "data", image_size=(64, 64), empty_fraction=0.3)
+    torch.manual_seed(0)
+    torch.save(resnet18().state_dict(), folder / "resnet18.pt")
+    config = tiny_config(
+        dataset,
+        folder,
+        "data.augment.scales=[64]",
+        "eval.size=64",
+        "model.dropout=0",
+        "model.backbone_norm=frozen",
+        f"model.backbone_weights={folder / 'resnet18.pt'}",
+    )
+    path = folder / "config.yaml"
+    path.write_text(config.to_yaml())
+    return path
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+def run_workers(config_file: Path, world_size: int, out: Path, *overrides: str, steps: int = 1) -> dict[str, Any]:
+    from detr_ray.config import load_config
+
+    own = out.with_suffix(".yaml")
+    own.write_text(load_config(config_file, overrides).to_yaml())
+    port = free_port()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(own), str(rank), str(world_size), str(port), str(steps), str(out)],
+            stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(world_size)
+    ]  # fmt: skip
+    errors = [process.communicate(timeout=240)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * world_size, errors
+    return torch.load(out, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def alone(config_file: Path) -> dict[str, Any]:
+    return run_workers(config_file, 1, config_file.parent / "alone.pt", steps=2)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "overrides"),
+    [
+        (2, ()),
+        (3, ()),  # shares of 3, 3 and 2 images
+        (1, ("train.micro_batch_size=3",)),
+        (2, ("train.micro_batch_size=1",)),
+    ],
+)
+def test_the_gradient_is_that_of_one_worker(
+    config_file: Path, alone: dict[str, Any], tmp_path: Path, world_size: int, overrides: tuple[str, ...]
+) -> None:
+    found = run_workers(config_file, world_size, tmp_path / "workers.pt", *overrides, steps=2)
+    assert found["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+    assert found["norms"] == pytest.approx(alone["norms"], rel=1e-4)
+    whole = torch.cat([value.flatten() for value in alone["moved"].values()])
+    difference = torch.cat([value.flatten() for value in found["moved"].values()]) - whole
+    assert whole.norm() > 0
+    assert float(difference.norm() / whole.norm()) < 1e-5

@@ -1,0 +1,170 @@
+"""Runs against a real MLflow server that is not there yet, is killed, comes back, and hangs.
+
+One server process (with a worker of its own) is started twice; each start takes 5 to 10 seconds.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mlflow_reading import QUICK, client_of, history, the_only_run
+
+from detr_ray.tracking import MlflowTracker, Timing, send_pending
+
+START_LIMIT_S = 60.0
+
+
+class Server:
+    """An MLflow server on a fixed port, whose database and artifacts outlive it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}"]
+        command += ["--artifacts-destination", str(self.folder / "artifacts")]
+        environment = os.environ | {
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "OMP_NUM_THREADS": "1",
+        }
+        with (self.folder / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=environment, cwd=self.folder, start_new_session=True
+            )
+
+    def wait_until_up(self) -> None:
+        deadline = time.monotonic() + START_LIMIT_S
+        while True:
+            try:
+                with urllib.request.urlopen(f"{self.uri}/health", timeout=1):
+                    return
+            except (urllib.error.URLError, OSError):
+                said = (self.folder / "server.log").read_text()
+                assert self.process is not None and self.process.poll() is None, said
+                assert time.monotonic() < deadline, said
+                time.sleep(0.1)
+
+    def signal(self, number: signal.Signals) -> None:
+        """To the server and its workers, which are a session of their own."""
+        assert self.process is not None
+        os.killpg(self.process.pid, number)
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.signal(signal.SIGKILL)
+            self.process.wait(timeout=10)
+            self.process = None
+
+
+@pytest.fixture
+def server(tmp_path: Path, empty_database: Path) -> Iterator[Server]:
+    (tmp_path / "server").mkdir()
+    shutil.copy(empty_database, tmp_path / "server" / "mlflow.db")
+    server = Server(tmp_path / "server")
+    yield server
+    server.kill()
+
+
+def wait_until_sent(tracker: MlflowTracker, limit_s: float) -> None:
+    deadline = time.monotonic() + limit_s
+    while tracker.pending():
+        assert time.monotonic() < deadline, f"{tracker.pending()}: {tracker._sender.last_error}"
+        time.sleep(0.02)
+
+
+@pytest.mark.timeout(180)
+def test_everything_arrives_once_in_one_run_whatever_happens_to_the_server(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def open_tracker(finish_limit_s: float = QUICK.finish) -> MlflowTracker:
+        timing = Timing(batch_interval=0.02, first_retry=0.05, longest_retry=0.2, finish=finish_limit_s)
+        return MlflowTracker(tmp_path / "run", uri=server.uri, experiment="detr", run_name="seven", timing=timing)
+
+    def told(what: str) -> int:
+        return sum(what in record.getMessage() for record in caplog.records)
+
+    def log(tracker: MlflowTracker, first: int, last: int) -> None:
+        for step in range(first, last):
+            tracker.log_metrics({"train/loss": step, "train/loss_nan": math.nan}, step=step)
+
+    # Not there at the start: logging goes on at its usual pace, and the missing server is mentioned once.
+    first = open_tracker()
+    first.log_params({"optim.lr": 0.1})
+    first.log_text("model: {}", "config.yaml")
+    started = time.monotonic()
+    log(first, 0, 50)
+    assert time.monotonic() - started < 5
+    server.start()
+    server.wait_until_up()
+    wait_until_sent(first, limit_s=20)
+    assert told("does not take what is logged") == 1
+    assert told("takes what is logged again") == 1
+
+    # Killed in the middle, while events flow; the run ends before it is back.
+    log(first, 50, 75)
+    server.kill()
+    log(first, 75, 100)
+    first._timing = Timing(finish=1.0)
+    started = time.monotonic()
+    first.finish("FAILED")
+    assert time.monotonic() - started < 10, "the end waits for a limited time only"
+    assert told("events and 0 files are not in MLflow yet; they are kept in") == 1
+
+    # The resumed run brings what was left, its own, and files.
+    second = open_tracker()
+    log(second, 100, 150)
+    checkpoint = tmp_path / "step_150"
+    checkpoint.mkdir()
+    (checkpoint / "model.pt").write_bytes(b"weights" * 100_000)
+    second.log_file(checkpoint, "checkpoints/best")
+    server.start()
+    server.wait_until_up()
+    second.finish("FINISHED")
+    assert not second.pending()
+    assert not second.pending().left_out
+
+    run = the_only_run(server.uri)
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "seven")
+    assert history(server.uri, run.info.run_id, "train/loss") == [(step, float(step)) for step in range(150)]
+    assert len(history(server.uri, run.info.run_id, "train/loss_nan")) == 150
+    assert math.isnan(run.data.metrics["train/loss_nan"])
+    assert run.data.params == {"optim.lr": "0.1"}
+    assert [found.path for found in client_of(server.uri).list_artifacts(run.info.run_id)] == [
+        "checkpoints",
+        "config.yaml",
+    ]
+    (stored,) = client_of(server.uri).list_artifacts(run.info.run_id, "checkpoints/best")
+    assert (stored.path, stored.file_size) == ("checkpoints/best/model.pt", 700_000)
+
+    # A server that takes connections and does not answer: the end still comes in time.
+    third = open_tracker(finish_limit_s=1.0)
+    wait_until_sent(third, limit_s=20)
+    server.signal(signal.SIGSTOP)
+    log(third, 150, 160)
+    started = time.monotonic()
+    third.finish("KILLED")
+    assert time.monotonic() - started < 10
+    assert third.pending().events == 11
+    server.signal(signal.SIGCONT)
+    assert not send_pending(tmp_path / "run", timeout_s=30)
+    assert the_only_run(server.uri).info.status == "KILLED"
+    assert history(server.uri, run.info.run_id, "train/loss") == [(step, float(step)) for step in range(160)]
