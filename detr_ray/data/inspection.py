@@ -1,7 +1,7 @@
 """Looks at every stored image of a split and notes all that cannot be used, without stopping at the first.
 
-Headers are read in threads; pixels are decoded only where that is asked for, or where a file seems to be cut off. Memory
-does not grow with the number of images, only with the number of bad ones. Knows nothing of boxes or of training.
+Headers are read in threads; pixels are decoded only where that is asked for, or where a file seems to be cut off.
+Memory does not grow with the number of images, only with the number of bad ones. Knows nothing of boxes or of training.
 """
 
 from __future__ import annotations

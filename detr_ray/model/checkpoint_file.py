@@ -88,7 +88,10 @@ def read_checkpoint(source: str) -> dict[str, Any]:
         raise WeightsError(f"{source} holds a {type(content).__name__}, not a dictionary of weights")
     checkpoint = content if isinstance(content.get("model"), Mapping) else {"model": content}
     for part in ("model", "ema"):
-        strangers = [str(name) for name, value in (checkpoint.get(part) or {}).items() if not isinstance(value, Tensor)]
+        state = checkpoint.get(part) or {}
+        if not isinstance(state, Mapping):
+            raise WeightsError(f"{source} holds no state dict under {part!r}, but a {type(state).__name__}")
+        strangers = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
         if strangers:
             raise WeightsError(f"{source} holds no state dict of tensors: {shorten_names(strangers)} is something else")
     label_map = checkpoint.get("label_map")
@@ -139,12 +142,17 @@ def _fetched(url: str) -> Any:
     if named_by_hash and kept.is_file():
         try:
             _refuse_other_hash(url, kept)
-            return _unpickled(kept, url)
         except WeightsError as error:
-            logger.warning("%s is fetched again, the copy in %s is damaged: %s", url, folder, error)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        arrived = Path(scratch) / "weights"
+            logger.warning("the copy of %s in %s is damaged and is fetched again: %s", url, folder, error)
+        else:
+            return _unpickled(kept, url)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(dir=folder)
+    except OSError as error:
+        raise WeightsError(f"{url} has no place to go ({error}): set TORCH_HOME to a folder to keep it in") from error
+    with scratch:
+        arrived = Path(scratch.name) / "weights"
         _download(url, arrived)
         _refuse_other_hash(url, arrived)
         if not named_by_hash:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import EllipsisType
 
 import torch
 from torch import Tensor
@@ -118,60 +119,77 @@ def load_initial_weights(
     weights = "ema" if checkpoint.get("ema") is not None else "model"
     state, name_in_file = _unwrapped(checkpoint[weights])
     own = model.state_dict()
-
-    loaded, rebuilt, missing, used = [], {}, [], set()
-    copies: list[tuple[Tensor, Tensor]] = []
-    other_shapes: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, target in own.items():
-        value = state.get(name)
-        if value is None:
-            if not name.endswith(_COUNTER):
-                missing.append(name)
-            continue
-        used.add(name)
-        same_shape = value.shape == target.shape
-        if name.startswith("class_embed.") and value.shape[1:] == target.shape[1:]:
-            old_names = _class_names_of(source, checkpoint["class_names"], len(value) - 1, coco91_names)
-            rows, what = _matching_rows(old_names, class_names, len(value) - 1)
-            copies += [(target[new], value[old]) for new, old in rows]
-            if same_shape and len(rows) == len(target):
-                loaded.append(name)
-            else:
-                rebuilt[name] = what
-        elif same_shape:
-            copies.append((target, value))
-            loaded.append(name)
-        elif name == "query_embed.weight" and value.shape[1:] == target.shape[1:]:
-            kept = min(len(value), len(target))
-            copies.append((target[:kept], value[:kept]))
-            rebuilt[name] = f"{kept} of the file's {len(value)} queries copied, {len(target) - kept} fresh"
-        elif name == "input_proj.weight" and value.shape[0] == target.shape[0]:
-            rebuilt[name] = f"fresh: the file's backbone gives {value.shape[1]} channels, this one {target.shape[1]}"
-        else:
-            other_shapes[name] = (value, target)
-
+    used = [name for name in own if name in state]
     if not any(name.startswith(("transformer.", "backbone.")) for name in used):
         raise WeightsError(
-            f"{source} holds no DETR weights, only {shorten_names(list(checkpoint[weights]))}; "
+            f"{source} holds no DETR weights, only {shorten_names(list(name_in_file.values()))}; "
             "a ResNet's weights go into model.backbone_weights"
         )
+    rows = _Rows((), "")
+    if "class_embed.bias" in state:
+        old_rows = len(state["class_embed.bias"]) - 1
+        old_names = _class_names_of(source, checkpoint["class_names"], old_rows, coco91_names)
+        rows = _matching_rows(old_names, class_names, old_rows)
+    parts = {name: _fitting_part(name, state[name], own[name], rows) for name in used}
     _refuse_other_shapes(
-        source, other_shapes, "are model.hidden_dim, dim_feedforward, backbone and position_embedding the same?"
+        source,
+        {name: (state[name], own[name]) for name, part in parts.items() if part is None},
+        "are model.hidden_dim, dim_feedforward, backbone and position_embedding the same?",
     )
     _refuse_non_finite(source, {name: state[name] for name in used})
+    fitting = {name: part for name, part in parts.items() if part is not None}
     with torch.no_grad():
-        for target, value in copies:
-            target.copy_(value)
+        for name, part in fitting.items():
+            own[name][part.where] = part.values.to(own[name])
     return InitReport(
         source=source,
         weights=weights,
-        loaded=tuple(loaded),
-        rebuilt=rebuilt,
-        missing=tuple(missing),
+        loaded=tuple(name for name, part in fitting.items() if not part.note),
+        rebuilt={name: part.note for name, part in fitting.items() if part.note},
+        missing=tuple(name for name in own if name not in state and not name.endswith(_COUNTER)),
         unused=tuple(
-            original for name, original in name_in_file.items() if name not in used and not name.endswith(_COUNTER)
+            original for name, original in name_in_file.items() if name not in own and not name.endswith(_COUNTER)
         ),
     )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What of a tensor is taken over.
+
+    Attributes:
+        where: index of the rows in the model's tensor; ``...`` for all of it.
+        values: what goes there.
+        note: what to say of it; empty where the tensor is taken over whole.
+    """
+
+    where: EllipsisType | slice | list[int]
+    values: Tensor
+    note: str
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Pairs (row here, row in the file) of two classifiers that mean the same; ``note`` where rows stay fresh."""
+
+    pairs: tuple[tuple[int, int], ...]
+    note: str
+
+
+def _fitting_part(name: str, value: Tensor, target: Tensor, rows: _Rows) -> _Part | None:
+    """The part of the file's ``value`` that the model's ``target`` can take; None where the shapes speak against it."""
+    if name.startswith("class_embed.") and value.shape[1:] == target.shape[1:]:
+        return _Part([here for here, _ in rows.pairs], value[[there for _, there in rows.pairs]], rows.note)
+    if value.shape == target.shape:
+        return _Part(..., value, "")
+    if name == "query_embed.weight" and value.shape[1:] == target.shape[1:]:
+        kept = min(len(value), len(target))
+        note = f"{kept} of the file's {len(value)} queries copied, {len(target) - kept} fresh"
+        return _Part(slice(kept), value[:kept], note)
+    if name == "input_proj.weight" and value.shape[0] == target.shape[0]:
+        note = f"fresh: the file's backbone gives {value.shape[1]} channels, this one {target.shape[1]}"
+        return _Part(slice(0), target[:0], note)
+    return None
 
 
 def _unwrapped(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -199,26 +217,27 @@ def _class_names_of(
     return None
 
 
-def _matching_rows(
-    old_names: Sequence[str | None] | None, new_names: Sequence[str | None], old_rows: int
-) -> tuple[list[tuple[int, int]], str]:
-    """Pairs (new row, old row) of a classifier that mean the same, no-object's included; and what to say of them."""
+def _matching_rows(old_names: Sequence[str | None] | None, new_names: Sequence[str | None], old_rows: int) -> _Rows:
+    """Which rows of two classifiers mean the same, no-object's (the last of each) included.
+
+    Without names in the file, rows count by their position where there are as many, and not at all otherwise.
+    """
     no_object = (len(new_names), old_rows)
-    if old_names is None and old_rows == len(new_names):
-        return [(row, row) for row in range(old_rows + 1)], ""
-    if old_names is not None and list(old_names) == list(new_names):
-        return [(row, row) for row in range(old_rows + 1)], ""
-    if old_names is None:
-        return [no_object], "fresh but for the no-object row: the file does not name its classes"
+    if old_names is None and old_rows != len(new_names):
+        return _Rows((no_object,), "fresh but for the no-object row: the file does not name its classes")
+    if old_names is None or list(old_names) == list(new_names):
+        return _Rows(tuple((row, row) for row in range(old_rows + 1)), "")
     old_row_of = {name.casefold(): row for row, name in reversed(list(enumerate(old_names))) if name is not None}
     named = [(row, name) for row, name in enumerate(new_names) if name is not None]
-    rows = [(row, old_row_of[name.casefold()]) for row, name in named if name.casefold() in old_row_of]
+    pairs = [(row, old_row_of[name.casefold()]) for row, name in named if name.casefold() in old_row_of]
+    if len(pairs) == len(new_names):
+        return _Rows((*pairs, no_object), "")
+    note = f"the no-object row and {len(pairs)} of {len(named)} classes copied by name"
     fresh = [name for _, name in named if name.casefold() not in old_row_of]
-    what = f"the no-object row and {len(rows)} of {len(named)} classes copied by name"
     if fresh:
         more = f" and {len(fresh) - _NAMES_SHOWN} more" if len(fresh) > _NAMES_SHOWN else ""
-        what += f"; fresh: {', '.join(fresh[:_NAMES_SHOWN])}{more}"
-    return [*rows, no_object], what
+        note += f"; fresh: {', '.join(fresh[:_NAMES_SHOWN])}{more}"
+    return _Rows((*pairs, no_object), note)
 
 
 def _refuse_other_shapes(source: str, pairs: Mapping[str, tuple[Tensor, Tensor]], question: str) -> None:

@@ -33,6 +33,8 @@ def ray_session(num_workers: int, data_tasks: int, use_gpu: bool | None) -> Iter
     """
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
+    # Ray makes a token by itself where none is given; that it does so is no news for the user.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     if ray.is_initialized():
         yield
         return

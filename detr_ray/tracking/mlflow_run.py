@@ -28,8 +28,8 @@ _LONGEST_PARAM = 500
 _LONGEST_TAG = 5000
 _REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}
 _ENVIRONMENT = {
-    # Waiting and trying again is the sender's task: MLflow itself would hold a call for minutes.
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    # Trying again is the sender's task: MLflow itself would hold a call for minutes, and urllib3 tell of each attempt.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     # A training job's output is its own, and a cluster without a way out should not try to reach one.
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",

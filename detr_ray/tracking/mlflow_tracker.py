@@ -104,17 +104,21 @@ class MlflowTracker:
         if tags:
             self._append("tags", tags={name: str(value) for name, value in tags.items()})
 
-    def finish(self, status: Status) -> None:
+    def finish(self, status: Status, timeout_s: float | None = None) -> None:
         """Records how the run ended and gives the sender a limited time to send what is left.
 
         What is still left then stays in the folder: it is sent when the run is resumed, or by ``send_pending``.
+
+        Args:
+            status: how the run ended.
+            timeout_s: seconds to wait; None takes ``timing.finish``.
         """
         if self._finished:
             return
         self._append("finish", status=status)
         self._finished = True
         self._log.close()
-        pending = self._sender.drain(self._timing.finish)
+        pending = self._sender.drain(self._timing.finish if timeout_s is None else timeout_s)
         if pending:
             reason = f" ({self._sender.last_error})" if self._sender.last_error else ""
             logger.warning("%s%s", pending, reason)

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 _LOCK_NAME = "sender.lock"
 _URGENT_RETRY_S = 0.5
+_FAILURES_UNTIL_TOLD = 2  # a connection that had timed out fails once
 _FAILURES_UNTIL_SUSPICIOUS = 3
 
 
@@ -146,6 +147,7 @@ class Sender:
             if self._run is None:
                 self._run = self._connect()
             while not self._stop.is_set() and (self._send_events(self._run) or self._send_upload(self._run)):
+                self._recovered()
                 self._progress.set()
             self._recovered()
         except Exception as error:  # whatever MLflow, its store or the disk raises: the log keeps what was not sent
@@ -175,9 +177,9 @@ class Sender:
         lock_file = (self._folder / _LOCK_NAME).open("a")
         try:
             fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        except BlockingIOError:
             lock_file.close()
-            raise RuntimeError(f"another process is sending what is in {self._folder}") from error
+            raise RuntimeError(f"another process is sending what is in {self._folder}") from None
         except OSError:
             logger.debug("%s is on a file system without locks", self._folder)
         self._lock_file = lock_file
@@ -261,17 +263,32 @@ class Sender:
     def _failed(self, error: Exception) -> None:
         self._failures += 1
         self._last_error = self._told(error)
-        if self._failures == 1:
+        if self._failures == _FAILURES_UNTIL_TOLD:
             message = "MLflow at %s does not take what is logged (%s); it is kept in %s and sent as soon as it does"
             logger.warning(message, public_uri(self._settings.tracking_uri), self._last_error, self._folder)
 
     def _recovered(self) -> None:
-        if self._failures:
+        if self._failures >= _FAILURES_UNTIL_TOLD:
             logger.warning("MLflow at %s takes what is logged again", public_uri(self._settings.tracking_uri))
         self._failures = 0
         self._last_error = ""
 
     def _told(self, error: Exception) -> str:
-        first_line = (str(error).splitlines() or [""])[0]
-        told = f"{type(error).__name__}: {first_line}"
+        cause = _root_cause(error)
+        first_line = (str(cause).splitlines() or [""])[0]
+        told = f"{type(cause).__name__}: {first_line}"
         return shortened(told.replace(self._settings.tracking_uri, public_uri(self._settings.tracking_uri)), 300)
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """The system's own error where there is one: MLflow wraps "connection refused" in four others."""
+    cause, deeper = error, _cause(error)
+    while deeper is not None:
+        if isinstance(deeper, OSError):
+            cause = deeper
+        deeper = _cause(deeper)
+    return cause
+
+
+def _cause(error: BaseException) -> BaseException | None:
+    return error.__cause__ if error.__suppress_context__ else error.__context__

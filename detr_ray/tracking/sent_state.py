@@ -37,6 +37,8 @@ class Pending:
         return self.events > 0 or bool(self.uploads)
 
     def __str__(self) -> str:
+        if not self:
+            return "everything that was logged is in MLflow"
         return (
             f"{self.events} events and {len(self.uploads)} files are not in MLflow yet; they are kept in {self.folder}"
         )

@@ -185,6 +185,14 @@ def test_distributed_training_finds_no_unused_parameter(
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
+def test_it_compiles_into_one_graph(images: Tensor, mask: Tensor) -> None:
+    model = tiny(backbone_norm="batch").eval()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for given in (mask, None):
+        assert distance(compiled(images, given)["pred_boxes"], model(images, given)["pred_boxes"]) < 1e-6
+
+
 def test_building_is_random_but_seeded() -> None:
     first, second = tiny().state_dict(), tiny().state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -29,6 +29,30 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("pre_norm", [False, True])
+def test_without_positions_layers_are_torchs(inputs: tuple[torch.Tensor, ...], pre_norm: bool) -> None:
+    cells, objects, _ = inputs
+    nowhere, padding = torch.zeros(1, 1, 32), torch.zeros(2, 12, dtype=torch.bool)
+    padding[1, 8:] = True
+    arguments = {"dropout": 0.0, "batch_first": True, "norm_first": pre_norm}
+    transformer = build(pre_norm)
+    for name, parameter in transformer.named_parameters():
+        if parameter.dim() == 1:
+            nn.init.normal_(parameter, mean=float(name.endswith("weight")), std=0.1)
+
+    encoder_layer = nn.TransformerEncoderLayer(32, 4, 64, **arguments)
+    encoder_layer.load_state_dict(transformer.encoder.layers[0].state_dict(), strict=True)
+    got = transformer.encoder.layers[0](cells, nowhere, ~padding[:, None, None, :])
+    expected = encoder_layer(cells, src_key_padding_mask=padding)
+    torch.testing.assert_close(got[~padding], expected[~padding], atol=1e-5, rtol=1e-5)
+
+    decoder_layer = nn.TransformerDecoderLayer(32, 4, 64, **arguments)
+    decoder_layer.load_state_dict(transformer.decoder.layers[0].state_dict(), strict=True)
+    got = transformer.decoder.layers[0](objects, nowhere[0], cells, cells, ~padding[:, None, None, :])
+    expected = decoder_layer(objects, cells, memory_key_padding_mask=padding)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
 def test_padding_has_no_say(inputs: tuple[torch.Tensor, ...], pre_norm: bool) -> None:
     cells, positions, queries = inputs
     transformer = build(pre_norm)

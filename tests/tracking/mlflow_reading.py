@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 from detr_ray.tracking import Timing
@@ -29,3 +31,10 @@ def history(uri: str, run_id: str, name: str) -> list[tuple[int, float]]:
     """(step, value) of a metric in MLflow."""
     points = client_of(uri).get_metric_history(run_id, name)
     return sorted((point.step, point.value) for point in points)
+
+
+def wait_until(condition: Callable[[], object], limit_s: float = 20.0) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {limit_s} s"
+        time.sleep(0.01)

@@ -15,7 +15,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from mlflow_reading import QUICK, client_of, history, the_only_run
+from mlflow_reading import QUICK, client_of, history, the_only_run, wait_until
 
 from detr_ray.tracking import MlflowTracker, Timing, Tracker, default_tracking_uri, send_pending
 
@@ -54,13 +54,6 @@ def artifact_text(uri: str, run_id: str, path: str) -> str:
     from mlflow.artifacts import download_artifacts
 
     return Path(download_artifacts(run_id=run_id, artifact_path=path, tracking_uri=uri)).read_text()
-
-
-def wait_until(condition: Callable[[], object], limit_s: float = 20.0) -> None:
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {limit_s} s"
-        time.sleep(0.01)
 
 
 def test_a_whole_run_arrives(open_tracker: OpenTracker, store_uri: str, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from detr_ray.data.label_map import LabelMap
 from detr_ray.data.splits import open_split
 from detr_ray.data.statistics import BoxStatistics, count_boxes
 from detr_ray.engine.job import choose_label_map
-from detr_ray.engine.preflight.findings import Report
+from detr_ray.engine.preflight.findings import Level, Report
+from detr_ray.engine.preflight.storage import try_storage
 
 DATA, LABELS = "data", "labels"
 FEW_BOXES = 10
@@ -31,6 +32,11 @@ def check_generated(config: Config, report: Report) -> bool:
     root = Path(data.root)
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         count = data.generate.num_train + data.generate.num_val
+        try:
+            try_storage(str(root))
+        except OSError as error:
+            report.add("error", DATA, f"data.root: {root} cannot be written: {error}", "choose another data.root")
+            return False
         report.add(
             "ok", DATA, f"{root} is not there yet: {count} images are drawn into it when training starts",
             "to have them looked at, draw them first: the prepare command with the same configuration",
@@ -107,7 +113,7 @@ def check_labels(config: Config, opened: dict[str, CocoIndex], official: bool, r
     except DataError as error:
         report.add("error", LABELS, str(error))
         return None
-    space = config.data.label_space
+    space: str = config.data.label_space
     if space == "auto":
         space = f"{'coco91' if official else 'contiguous'} (auto)"
     used = len(label_map.categories)
@@ -148,11 +154,11 @@ def _check_counts(config: Config, split: str, boxes: BoxStatistics, report: Repo
     queries, detections = config.model.num_queries, config.eval.max_detections
     report.add(
         "ok", LABELS,
-        f"{split}: {boxes.per_image.mean():.1f} boxes an image, 99 % of the images have at most {boxes.percentile(99)}, "
-        f"one has {boxes.most}; {boxes.num_empty_images} have none",
+        f"{split}: {boxes.per_image.mean():.1f} boxes an image, at most {boxes.percentile(99)} on 99 % of the images, "
+        f"{boxes.most} on the fullest; {boxes.num_empty_images} images have none",
     )  # fmt: skip
     if not boxes.per_image.any():
-        level = "error" if split == "train" else "warning"
+        level: Level = "error" if split == "train" else "warning"
         report.add(level, LABELS, f"{split}: there is not one box to learn from or to find")
     elif boxes.num_empty_images > len(boxes.per_image) // 2:
         report.add(

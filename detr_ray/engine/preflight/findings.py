@@ -10,6 +10,7 @@ from typing import Any, Literal
 Level = Literal["ok", "warning", "error"]
 
 _NAMES_SHOWN = 10
+_SHORT_NAME = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +33,14 @@ class Finding:
 
     def lines(self) -> list[str]:
         """The finding as indented lines of text, with its first names."""
-        more = len(self.names) - _NAMES_SHOWN
+        shown, more = list(self.names[:_NAMES_SHOWN]), len(self.names) - _NAMES_SHOWN
+        if more > 0:
+            shown.append(f"and {more} more")
+        if all(len(name) <= _SHORT_NAME for name in shown):
+            shown = [", ".join(shown).replace(", and ", " and ")] if shown else []
         return [
             f"  {self.level:<8} {self.message}",
-            *(f"{'':13}{name}" for name in self.names[:_NAMES_SHOWN]),
-            *([f"{'':13}and {more} more"] if more > 0 else []),
+            *(f"{'':13}{line}" for line in shown),
             *([f"{'':11}> {self.advice}"] if self.advice else []),
         ]
 
@@ -72,9 +76,7 @@ class Report:
         """Findings of a level."""
         return Counter(finding.level for finding in self.findings)[level]
 
-    def add(
-        self, level: Level, area: str, message: str, advice: str = "", names: Sequence[str] = ()
-    ) -> None:
+    def add(self, level: Level, area: str, message: str, advice: str = "", names: Sequence[str] = ()) -> None:
         """Notes a finding."""
         self.findings.append(Finding(level, area, message, advice, tuple(names)))
 

@@ -11,11 +11,11 @@ from detr_ray.config import Config
 from detr_ray.data.errors import DataError
 from detr_ray.data.index import CocoIndex
 from detr_ray.data.inspection import Inspection, find_missing_storage, inspect_images
+from detr_ray.engine.pace import Pace
 from detr_ray.engine.preflight.findings import Level, Report
 from detr_ray.engine.progress import duration
 
 AREA = "images"
-_PROGRESS_INTERVAL_S = 5.0
 
 
 def check_images(
@@ -37,7 +37,7 @@ def check_images(
             "copy them again from where they were written, or write them again", list(missing.values()),
         )  # fmt: skip
     started = time.perf_counter()
-    progress = _Progress(f"  {split}: {'decoded' if decode else 'read the headers of'}", say)
+    progress = Pace(f"  {split}: {'decoded' if decode else 'read the headers of'}", say)
     seen = inspect_images(index, decode=decode, without_shards=frozenset(missing), progress=progress)
     _add_bad(config, split, index, seen, report)
     seconds = time.perf_counter() - started
@@ -94,20 +94,3 @@ def _listed(seen: Inspection) -> str:
 
 def _counts(counter: Counter[str]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counter.most_common())
-
-
-class _Progress:
-    """Says how far a long look is, not more often than a person wants to read it."""
-
-    def __init__(self, what: str, say: Callable[[str], None]) -> None:
-        self._what = what
-        self._say = say
-        self._started = self._said = time.perf_counter()
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.perf_counter()
-        if now - self._said < _PROGRESS_INTERVAL_S:
-            return
-        self._said = now
-        rate = done / (now - self._started)
-        self._say(f"{self._what} {done} of {total} images, {rate:.0f}/s, left {duration((total - done) / rate)}")

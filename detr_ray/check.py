@@ -1,0 +1,65 @@
+"""Looks for problems in data, weights, storage and tracking before a run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from detr_ray.cli import EXIT_FAILED, run_command
+from detr_ray.config import Config, ConfigError
+from detr_ray.train import say
+
+DESCRIPTION = """Look for problems before a run: annotations, labels, images, first weights, storage and tracking.
+
+Everything is looked at, whatever is found; nothing is changed. Exit code 0: no error (there may be warnings);
+1: at least one error; 2: the configuration cannot be used."""
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--decode", action="store_true", help="decode every image whole; without it, only their headers are read"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the whole report to this file; - is standard output")
+
+
+def _check(config: Config, arguments: argparse.Namespace) -> int:
+    from detr_ray.engine.preflight import run_preflight
+
+    to_stdout = arguments.json == "-"
+    tell = _say_aside if to_stdout else say
+    report = run_preflight(config, tell, decode=arguments.decode)
+    tell(f"\n{report.summary()}")
+    if arguments.json:
+        content = json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n"
+        if to_stdout:
+            say(content.rstrip("\n"))
+        else:
+            _write(Path(arguments.json), content)
+            say(f"the whole report   {arguments.json}")
+    return 0 if report.ok else EXIT_FAILED
+
+
+def _say_aside(line: str) -> None:
+    """Shows a line where standard output is for a program."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+def _write(path: Path, content: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    except OSError as error:
+        raise ConfigError(f"--json: {path} cannot be written: {error.strerror or error}") from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``python -m detr_ray.check``."""
+    return run_command("check", DESCRIPTION, _check, argv, add_arguments=_arguments, check=Config.check_training)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""Looks for what would stop or spoil a training run, before it starts: data, weights, storage, tracking.
+
+Everything is looked at, whatever was found before; nothing is kept, fetched or drawn. Training has its own
+checks, which stop at the first problem that stops it; these go further and take longer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from detr_ray.config import Config
+from detr_ray.data.label_map import COCO_NUM_CLASSES
+from detr_ray.engine.preflight import first_weights, pictures, plan, storage
+from detr_ray.engine.preflight.annotations import (
+    DATA,
+    LABELS,
+    check_boxes,
+    check_generated,
+    check_labels,
+    open_splits,
+)
+from detr_ray.engine.preflight.findings import Finding, Report
+from detr_ray.engine.preflight.first_weights import starts_from_official_weights
+from detr_ray.engine.records import run_tracking_uri
+from detr_ray.tracking.reachability import UnreachableError, try_store
+
+__all__ = ["Finding", "Report", "run_preflight"]
+
+
+def run_preflight(config: Config, say: Callable[[str], None], decode: bool = False) -> Report:
+    """Looks at everything that a training run of a configuration needs.
+
+    Args:
+        config: the configuration; `Config.check_training` has passed.
+        say: shows the user a line; gets the findings area by area, while the work goes on.
+        decode: decode every image whole, instead of reading its header.
+
+    Returns:
+        All findings.
+    """
+    report = Report()
+    with _section(DATA, report, say):
+        opened = open_splits(config, report) if check_generated(config, report) else {}
+    label_map = None
+    if opened:
+        with _section(LABELS, report, say):
+            label_map = check_labels(config, opened, starts_from_official_weights(config), report)
+            check_boxes(config, opened, report)
+        with _section(plan.AREA, report, say):
+            plan.check_plan(config, opened, label_map, report)
+    with _section(first_weights.AREA, report, say):
+        first_weights.check_weights(config, label_map, report)
+    with _section(storage.AREA, report, say):
+        storage.check_storage(config, label_map.num_classes if label_map else COCO_NUM_CLASSES, report)
+    with _section("tracking", report, say):
+        _check_tracking(config, report)
+    if opened:
+        with _section(pictures.AREA, report, say):
+            for split, index in opened.items():
+                pictures.check_images(config, split, index, decode, report, say)
+    return report
+
+
+@contextlib.contextmanager
+def _section(area: str, report: Report, say: Callable[[str], None]) -> Iterator[None]:
+    """Names an area, and shows what was found in it once it is done."""
+    say(area)
+    before = len(report.findings)
+    yield
+    for finding in report.findings[before:]:
+        for line in finding.lines():
+            say(line)
+
+
+def _check_tracking(config: Config, report: Report) -> None:
+    if not config.tracking.enabled:
+        report.add("ok", "tracking", "off (tracking.enabled=false)")
+        return
+    try:
+        report.add("ok", "tracking", try_store(run_tracking_uri(config)))
+    except UnreachableError as error:
+        report.add(
+            "error", "tracking", str(error),
+            "training would go on without it and send its records when it answers; until then nobody sees them",
+        )  # fmt: skip

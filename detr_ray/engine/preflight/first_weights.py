@@ -1,0 +1,119 @@
+"""Preflight of the weights that training starts from: there, readable, and fitting the model and the classes."""
+
+from __future__ import annotations
+
+import http.client
+import urllib.error
+import urllib.request
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import torch
+from torchvision.models import get_model_weights
+
+from detr_ray.config import Config
+from detr_ray.data.label_map import LabelMap
+from detr_ray.engine.preflight.findings import Level, Report
+from detr_ray.model import Detr, build_model
+from detr_ray.model.weights import WeightsError, load_backbone_weights, load_initial_weights, read_checkpoint
+
+AREA = "weights"
+TIMEOUT_S = 5.0
+"""How long a server may take to say that it has a file."""
+
+# Answers that mean "not this way" rather than "no such file".
+_NO_ANSWER = (401, 403, 405, 501)
+
+
+def starts_from_official_weights(config: Config) -> bool:
+    """Whether the first weights are in COCO's label space, as far as can be told without fetching them.
+
+    A file that cannot be read counts as not official; `check_weights` reports it.
+    """
+    source = config.model.init_from
+    if source is None:
+        return False
+    readable = _local_file(source)
+    if readable is None:
+        # Weights on a server are the published ones far more often than anybody's own.
+        return True
+    try:
+        return read_checkpoint(readable)["class_names"] is None
+    except (WeightsError, OSError):
+        return False
+
+
+def skeleton(config: Config, num_classes: int) -> Detr:
+    """The model without memory for its weights: names, shapes and nothing else."""
+    with torch.device("meta"):
+        return build_model(config.model, num_classes)
+
+
+def check_weights(config: Config, label_map: LabelMap | None, report: Report) -> None:
+    """Looks at the weights that training starts from; reads what is on this machine, and fetches nothing.
+
+    Args:
+        config: the configuration.
+        label_map: the labels of training; None where they are not known, and then a head is not compared.
+        report: gets the findings.
+    """
+    key = "model.backbone_weights" if config.model.init_from is None else "model.init_from"
+    given = config.model.init_from or config.model.backbone_weights
+    if given == "none":
+        report.add("ok", AREA, "the backbone starts from random weights (model.backbone_weights=none)")
+        return
+    source = get_model_weights(config.model.backbone)["IMAGENET1K_V1"].url if given == "imagenet" else given
+    readable = _local_file(source)
+    if readable is None:
+        _check_server(key, source, report)
+        return
+    names = (label_map or LabelMap.coco91()).names
+    model = skeleton(config, len(names))
+    try:
+        if config.model.init_from is None:
+            load_backbone_weights(model, readable, config.model.backbone)
+            report.add("ok", AREA, f"{key}: {readable} fits {config.model.backbone}")
+            return
+        if label_map is None:
+            read_checkpoint(readable)
+            report.add("ok", AREA, f"{key}: {readable} can be read")
+            return
+        found = load_initial_weights(model, readable, names, LabelMap.coco91().names)
+    except (WeightsError, OSError) as error:
+        report.add("error", AREA, f"{key}: {error}")
+        return
+    notes = [f"{name}: {what}" for name, what in found.rebuilt.items()]
+    missing = [f"{name}: not in the file, starts from random weights" for name in found.missing]
+    report.add(
+        "ok", AREA,
+        f"{key}: {readable} can be read: {len(found.loaded)} tensors are taken, {len(found.rebuilt)} rebuilt, "
+        f"{len(found.missing)} missing, {len(found.unused)} unused", names=notes,
+    )  # fmt: skip
+    if missing:
+        report.add("warning", AREA, f"{key}: {len(missing)} tensors of the model are not in the file", names=missing)
+
+
+def _local_file(source: str) -> str | None:
+    """What can be read of a source without a network: itself, or the copy of an earlier fetch; None for neither."""
+    if urlsplit(source).scheme not in ("http", "https"):
+        return source
+    kept = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(source).path).name
+    return str(kept) if kept.is_file() else None
+
+
+def _check_server(key: str, url: str, report: Report) -> None:
+    """Asks a server for a file's size."""
+    request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": "detr_ray"})
+    advice = f"where there is no way out, fetch it elsewhere and set {key} to its path"
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+            size = response.headers.get("Content-Length")
+    except urllib.error.HTTPError as error:
+        level: Level = "warning" if error.code in _NO_ANSWER else "error"
+        report.add(level, AREA, f"{key}: {url}: the server answers {error.code} {error.reason}", advice)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = getattr(error, "reason", None) or error
+        report.add("error", AREA, f"{key}: {url} cannot be fetched ({reason})", advice)
+    else:
+        megabytes = f" ({int(size) / 1e6:.0f} MB)" if size is not None and size.isdecimal() else ""
+        report.add("ok", AREA, f"{key}: {url} is fetched when training starts{megabytes}; not looked into here")

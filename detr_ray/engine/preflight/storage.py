@@ -1,0 +1,123 @@
+"""Preflight of the place that a run keeps its checkpoints in: can be written and read, and is large enough."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from pyarrow import fs
+
+from detr_ray.config import Config
+from detr_ray.data.errors import DataError
+from detr_ray.data.locations import is_uri, open_location
+from detr_ray.engine.preflight.findings import Report
+from detr_ray.engine.preflight.first_weights import skeleton
+from detr_ray.engine.run_directory import absolute_storage
+
+AREA = "storage"
+TIMEOUT_S = 30.0
+"""How long a storage may take to write, read and delete a small file."""
+
+_BYTES_PER_NUMBER = 4
+
+
+def check_storage(config: Config, num_classes: int, report: Report) -> None:
+    """Tries ``run.storage``, and holds the free space of a local disk against the checkpoints that will lie there."""
+    storage = absolute_storage(config.run.storage)
+    try:
+        within(TIMEOUT_S, lambda: try_storage(storage))
+    except (DataError, OSError) as error:
+        report.add("error", AREA, f"run.storage: {storage} cannot be used: {error}", "choose another run.storage")
+        return
+    report.add("ok", AREA, f"run.storage: {storage} can be written and read")
+    if not is_uri(storage):
+        _check_space(config, Path(storage), num_classes, report)
+
+
+def try_storage(storage: str) -> None:
+    """Writes a small file to a folder or URI, reads it back and deletes it, with all folders made on the way.
+
+    Raises:
+        DataError: a URI that no file system answers to.
+        OSError: one of these is not possible.
+    """
+    file_system, folder = open_location(storage)
+    new_folder = _first_missing(file_system, folder)
+    content = secrets.token_bytes(64)
+    name = f"{folder.rstrip('/')}/.check-{secrets.token_hex(4)}"
+    try:
+        file_system.create_dir(folder, recursive=True)
+        with file_system.open_output_stream(name) as stream:
+            stream.write(content)
+        with file_system.open_input_file(name) as stream:
+            if stream.read() != content:
+                raise OSError("what was written does not come back")
+        file_system.delete_file(name)
+    finally:
+        if new_folder is not None and file_system.get_file_info(new_folder).type == fs.FileType.Directory:
+            file_system.delete_dir(new_folder)
+
+
+def _first_missing(file_system: fs.FileSystem, folder: str) -> str | None:
+    """The outermost of the folders on the way to ``folder`` that is not there; None where all are."""
+    missing = None
+    while folder.strip("/") and file_system.get_file_info(folder).type == fs.FileType.NotFound:
+        missing = folder
+        folder = folder.rstrip("/").rpartition("/")[0]
+    return missing
+
+
+def within(seconds: float, work: Callable[[], None]) -> None:
+    """Does a piece of work that may never end, and gives up waiting for it after a time.
+
+    Raises:
+        TimeoutError: the time is over; the work goes on in a thread that does not keep the process alive.
+    """
+    outcome: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:  # handed to the caller's thread
+            outcome.append(error)
+
+    thread = threading.Thread(target=run, name="storage check", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError(f"no answer within {seconds:.0f} s")
+    if outcome:
+        raise outcome[0]
+
+
+def checkpoint_bytes(config: Config, num_classes: int) -> tuple[int, int]:
+    """Size of a whole checkpoint, and of its model file alone.
+
+    The weights, their average where there is one, and AdamW's two moments of each weight that trains.
+    """
+    model = skeleton(config, num_classes)
+    state = sum(value.numel() for value in model.state_dict().values())
+    trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
+    model_file = state * (2 if config.optim.ema_decay else 1) * _BYTES_PER_NUMBER
+    return model_file + 2 * trained * _BYTES_PER_NUMBER, model_file
+
+
+def _check_space(config: Config, storage: Path, num_classes: int, report: Report) -> None:
+    whole, model_file = checkpoint_bytes(config, num_classes)
+    # The last few, the best, one that is being written, and the records' copies of the best and the last model.
+    needed = (config.train.keep_last + 2) * whole + 2 * model_file
+    existing = next(folder for folder in (storage, *storage.parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    message = (
+        f"{free / 1e9:.1f} GB free; checkpoints of {whole / 1e9:.2g} GB take up to {needed / 1e9:.2g} GB "
+        f"(train.keep_last={config.train.keep_last}, the best, and one that is being written)"
+    )
+    if free < needed:
+        report.add("error", AREA, message, "make room, or set run.storage or train.keep_last")
+    elif free < 2 * needed:
+        report.add("warning", AREA, message, "other files may fill the disk before the run ends")
+    else:
+        report.add("ok", AREA, message)

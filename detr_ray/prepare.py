@@ -1,0 +1,133 @@
+"""Writes generated data, and packs data sets into shards."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from detr_ray.cli import run_command
+from detr_ray.config import Config, ConfigError
+from detr_ray.train import say
+
+if TYPE_CHECKING:
+    from detr_ray.data.index import CocoIndex
+
+DESCRIPTION = """Write the generated data set that data.generate describes, if it is not there yet.
+
+With --shards, pack the training and the validation set into Parquet shards: a few large files instead of very many
+small ones, annotations included. They train as the images do, and are faster to read from object storage."""
+
+SHARD_MEGABYTES = 256
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shards", metavar="FOLDER", help="pack the splits into FOLDER/train and FOLDER/val")
+    parser.add_argument(
+        "--shard-megabytes", metavar="MB", type=int, default=SHARD_MEGABYTES,
+        help=f"close a shard once its images have so many MB (default {SHARD_MEGABYTES})",
+    )  # fmt: skip
+
+
+def _prepare(config: Config, arguments: argparse.Namespace) -> int:
+    from detr_ray.engine.job import open_data
+
+    if arguments.shard_megabytes < 1:
+        raise ConfigError(f"--shard-megabytes: must be at least 1 (got {arguments.shard_megabytes})")
+    if arguments.shards is not None and "://" in arguments.shards:
+        raise ConfigError(
+            f"--shards: {arguments.shards} is no local folder; write to one, copy it to its place, and train with "
+            "data.train.shards and data.val.shards set to that place"
+        )
+    if config.data.generate is None and arguments.shards is None:
+        say("nothing to do: data.generate is not set, and no --shards FOLDER is given")
+        return 0
+    if config.data.generate is not None:
+        _generate(config)
+    train, val = open_data(config.data, say)
+    if arguments.shards is not None:
+        indexes = {"train": train} if val is None else {"train": train, "val": val}
+        folder = Path(arguments.shards).expanduser().absolute()
+        _pack(indexes, folder, arguments.shard_megabytes)
+        say("\nto train from the shards:")
+        say(f"  {train_command(config, arguments.config, folder)}")
+    return 0
+
+
+def _generate(config: Config) -> None:
+    """Draws the generated data set, or finds it."""
+    from detr_ray.data.errors import DataError
+    from detr_ray.data.generated import MARKER, generate_dataset
+    from detr_ray.engine.pace import Pace
+    from detr_ray.engine.progress import duration
+
+    data = config.data
+    assert data.generate is not None and data.root is not None, "validated with the configuration"
+    root = Path(data.root)
+    was_there = (root / MARKER).is_file()
+    started = time.perf_counter()
+    try:
+        generate_dataset(root, **data.generate.model_dump(), progress=Pace("drew", say))
+    except OSError as error:
+        raise DataError(f"data.root: {root} cannot be written: {error}") from error
+    if was_there:
+        say(f"nothing to draw: {root} holds the generated data set already")
+    else:
+        count = data.generate.num_train + data.generate.num_val
+        say(f"drew {count} images into {root} in {duration(time.perf_counter() - started)}")
+
+
+def _pack(indexes: dict[str, CocoIndex], folder: Path, shard_megabytes: int) -> None:
+    """Packs the splits that are not packed yet."""
+    from detr_ray.data.packing import pack_split, unpacked_splits
+    from detr_ray.engine.pace import Pace
+
+    to_do = unpacked_splits(indexes, folder)
+    for split, index in indexes.items():
+        place = folder / split
+        if split not in to_do:
+            say(f"{split}: nothing to do: {place} holds these {len(index)} images already")
+            continue
+        started = time.perf_counter()
+        pace = Pace(f"{split}: packed", say)
+
+        def progress(done: int, total: int, num_bytes: int, pace: Pace = pace) -> None:
+            pace(done, total, f"{num_bytes / 1e6:.0f} MB")
+
+        num_bytes, num_shards = pack_split(index, place, shard_megabytes=shard_megabytes, progress=progress)
+        rate = len(index) / (time.perf_counter() - started)
+        shards = "1 shard" if num_shards == 1 else f"{num_shards} shards"
+        size = f"{num_bytes / 1e6:.1f} MB"
+        say(f"{split}: packed {len(index)} images, {size}, into {shards}, {rate:.0f} images/s: {place}")
+
+
+def train_command(config: Config, config_files: Sequence[str], folder: Path) -> str:
+    """The command that trains from the shards in ``folder`` what a configuration trains from elsewhere.
+
+    Args:
+        config: the configuration that the shards were made from.
+        config_files: its files. Keys that were given beside them are not repeated.
+        folder: holds the folders ``train`` and ``val``.
+    """
+    data = config.data
+    places = {"root": data.root, "generate": data.generate, "train": data.train, "val": data.val}
+    # A set has one place: what says another one is taken away, wherever it was set.
+    overrides = [f"data.{name}=null" for name, value in places.items() if value is not None]
+    overrides.append(f"data.train.shards={folder / 'train'}")
+    if data.root is not None or data.val is not None:
+        overrides.append(f"data.val.shards={folder / 'val'}")
+    files = [part for name in config_files for part in ("--config", name)]
+    return shlex.join(["python", "-m", "detr_ray.train", *files, *overrides])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``python -m detr_ray.prepare``."""
+    return run_command("prepare", DESCRIPTION, _prepare, argv, add_arguments=_arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
