@@ -120,6 +120,9 @@ class DataConfig(Section):
     contiguous otherwise."""
     generate: GenerateConfig | None = None
     """Writes generated data into `data.root` first, if it is not there yet. `{}` takes all defaults."""
+    max_images: Count | None = None
+    """Only the first so many images of each split, by image id: to see in minutes whether a model can learn a few
+    images by heart. null: all."""
     augment: AugmentConfig = AugmentConfig()
     """Augmentation of training images."""
     window: Count | None = None

@@ -145,7 +145,7 @@ def _jpeg_decoder() -> Callable[[Tensor, int, bool], Tensor]:
     if spec is not None and spec.origin is not None:
         for library in sorted(Path(spec.origin).parent.glob("image*.so")):
             try:
-                torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
+                torch.ops.load_library(str(library))
             except OSError:
                 continue
             if hasattr(torch.ops.image, "decode_jpeg"):

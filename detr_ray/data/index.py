@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -117,6 +117,28 @@ class CocoIndex:
     def file_name(self, i: int) -> str:
         """File name of image ``i``, as the annotation file has it."""
         return self.file_names[i].as_py()
+
+    def first(self, count: int) -> CocoIndex:
+        """The first ``count`` images with their annotations, as a data set of its own."""
+        boxes = slice(0, self.first_box[min(count, len(self))])
+        images = slice(0, count)
+        shards = self.shards
+        if shards is not None:
+            shards = replace(
+                shards,
+                file_of=shards.file_of[images],
+                offsets=shards.offsets[images],
+                lengths=shards.lengths[images],
+            )
+        return replace(
+            self,
+            **{name: getattr(self, name)[images] for name in ("image_ids", "heights", "widths", "file_names")},
+            **{name: getattr(self, name)[boxes] for name in ("boxes_xywh_px", "category_ids", "areas", "is_crowd")},
+            annotation_ids=self.annotation_ids[boxes],
+            first_box=self.first_box[: min(count, len(self)) + 1],
+            shards=shards,
+            problems={key: n for key, n in self.problems.items() if key not in _box_problems(self)},
+        )
 
     def training_boxes(self, i: int, label_map: LabelMap) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Boxes of image ``i`` to learn from: no crowds, clipped to the image, those without area left out.

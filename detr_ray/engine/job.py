@@ -115,6 +115,8 @@ def generate_data(data: DataConfig, say: Say) -> None:
 
 def _open_split(data: DataConfig, split: str, say: Say) -> CocoIndex:
     index = open_split(data.root, data.train if split == "train" else data.val, split)
+    if data.max_images is not None:
+        index = index.first(data.max_images)
     problems = ", ".join(f"{count} {PROBLEMS[kind]}" for kind, count in index.problems.items() if count)
     say(f"{split}: {len(index)} images, {len(index.category_ids)} annotations" + (f" ({problems})" if problems else ""))
     return index

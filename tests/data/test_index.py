@@ -288,3 +288,16 @@ def test_splits_by_layout_or_by_name(tmp_path):
         open_split(str(root), None, "train")
     with pytest.raises(DataError, match=r"no val data is given: set data\.root"):
         open_split(None, None, "val")
+
+
+def test_the_first_images_are_a_data_set_of_their_own(coco128):
+    index = read_coco_index(str(coco128 / "annotations/instances_train2017.json"), str(coco128 / "train2017"))
+    few = index.first(8)
+    label_map = LabelMap.contiguous(index.categories)
+    assert few.image_ids.tolist() == index.image_ids[:8].tolist() and few.fingerprint != index.fingerprint
+    for i in range(8):
+        mine, theirs = few.training_boxes(i, label_map), index.training_boxes(i, label_map)
+        assert all(np.array_equal(a, b) for a, b in zip(mine, theirs, strict=True))
+        assert few.file_name(i) == index.file_name(i)
+    assert len(few.category_ids) == few.first_box[-1]
+    assert len(index.first(1000)) == len(index)

@@ -1,6 +1,6 @@
 """One worker of a process group takes a few steps with plain SGD and saves where its weights went.
 
-    python one_worker.py CONFIG RANK WORLD_SIZE PORT STEPS OUT
+python one_worker.py CONFIG RANK WORLD_SIZE PORT STEPS OUT
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
 def test_nothing_but_data_is_loaded(tmp_path: Path) -> None:
     store = CheckpointStore(str(tmp_path))
     info = store.save(1, {"model.pt": {"path": Path("x")}}, {})
-    with pytest.raises(Exception, match="weights_only|Unsupported|WeightsUnpickler"):
+    with pytest.raises(Exception, match="weights_only"):
         store.load(info, "model.pt")
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import fit_here, make_dataset, tiny_config
 
 from detr_ray.config import ConfigError
 from detr_ray.data.errors import DataError
 from detr_ray.engine.checkpoint import CheckpointStore
 from detr_ray.engine.errors import RunFailed
 from detr_ray.tracking import MemoryTracker
-from tiny import fit_here, make_dataset, tiny_config
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from torchvision.models import resnet18
-
 from tiny import make_dataset, tiny_config
+from torchvision.models import resnet18
 
 WORKER = Path(__file__).parent / "one_worker.py"
 

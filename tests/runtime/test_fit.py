@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny import fit_here, make_dataset, tiny_config
 
 from detr_ray.config import ConfigError
 from detr_ray.engine.checkpoint import CheckpointStore
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.job import prepare_job
 from detr_ray.runtime.launch import evaluate, fit
-from tiny import fit_here, make_dataset, tiny_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300), pytest.mark.usefixtures("shared_ray")]
 
