@@ -7,10 +7,14 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from detr_ray.cli import run_command
 from detr_ray.config import Config, ConfigError
 from detr_ray.train import say
+
+if TYPE_CHECKING:
+    from detr_ray.evaluation import DetectionTable
 
 DESCRIPTION = """Score a checkpoint on the validation set: COCO's 12 numbers, and the AP of each category.
 
@@ -43,7 +47,28 @@ def _evaluate(config: Config, arguments: argparse.Namespace) -> int:
     if arguments.detections:
         result.detections.save_coco_results(arguments.detections)
         say(f"detections   {arguments.detections}")
+    if arguments.picture:
+        _draw(config, result.detections, arguments)
+        say(f"picture      {arguments.picture}")
     return 0
+
+
+def _draw(config: Config, detections: DetectionTable, arguments: argparse.Namespace) -> None:
+    from detr_ray.data.images import ImageReader, decode_image
+    from detr_ray.engine.job import open_evaluation_data
+    from detr_ray.viz import DrawnBoxes, detection_grid
+
+    index = open_evaluation_data(config.data, lambda line: None)
+    reader, names = ImageReader(index), dict(index.categories)
+    images, annotations, found = [], [], []
+    for i in range(min(arguments.picture_images, len(index))):
+        images.append(decode_image(reader.read(i), reader.name(i)).permute(1, 2, 0).numpy())
+        rows = slice(index.first_box[i], index.first_box[i + 1])
+        annotations.append(DrawnBoxes(index.boxes_xywh_px[rows], [names[c] for c in index.category_ids[rows].tolist()]))
+        mine = (detections.image_ids == index.image_ids[i]) & (detections.scores >= arguments.picture_score)
+        categories = [names[c] for c in detections.category_ids[mine].tolist()]
+        found.append(DrawnBoxes(detections.boxes_xywh_px[mine], categories, detections.scores[mine]))
+    detection_grid(images, annotations, found).save(arguments.picture)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -48,12 +48,13 @@ def test_recipe_can_be_trained(recipe):
 
 def test_header_says_how_to_run_the_recipe(recipe):
     header = header_of(recipe)
-    name = recipe.relative_to(ROOT)
-    commands = re.findall(rf"python -m detr_ray\.(\w+) --config {re.escape(str(name))}(.*)", header)
-    assert "train" in [command for command, _ in commands]
-    for command, arguments in commands:
+    commands = re.findall(r"python -m detr_ray\.(\w+)((?: --config \S+)+)(.*)", header)
+    assert "train" in [command for command, _, _ in commands]
+    for command, files, arguments in commands:
         assert importlib.util.find_spec(f"detr_ray.{command}") is not None
-        load_config(recipe, arguments.split())
+        paths = [ROOT / path for path in files.split()[1::2]]
+        assert paths[-1] == recipe
+        load_config(paths, arguments.split())
     assert "Needs:" in header
     assert "Gives:" in header
     # Every key=value that a header recommends exists and is valid.

@@ -182,7 +182,8 @@ class TrainConfig(Section):
     """`ray`: workers on a Ray cluster, which is started on this machine if there is none. `local`: one worker in this
     process, for debugging."""
     checkpoint_every_steps: Count | None = None
-    """Optimizer steps between two checkpoints in the middle of an epoch. null: only after each epoch."""
+    """Optimizer steps between two checkpoints, also in the middle of an epoch. null: only after epochs, with each
+    validation, and else after at least 100 steps."""
     keep_last: Count = 2
     """Newest checkpoints that are kept, beside the best."""
     max_failures: Annotated[Whole, Field(ge=-1)] = 3

@@ -1,7 +1,8 @@
 """Stored images: where their bytes are read from, and how bytes become RGB pixels.
 
 Every readable image becomes ``uint8 [3, H, W]`` RGB, whatever its file format and mode; one that is not readable is an
-`ImageError` that names the file and the reason, never grey pixels. Choices where formats leave one: the EXIF
+`ImageError` that names the file and the reason. (What the JPEG library itself takes for whole is whole: pixels lost
+in the middle of a file with a valid end are filled by it.) Choices where formats leave one: the EXIF
 orientation is applied, an alpha channel is dropped (as ``convert("RGB")`` of Pillow does), 16-bit images keep the high
 byte, animations show their first frame. Knows nothing of boxes, augmentation or batches.
 """

@@ -110,7 +110,10 @@ def generate_data(data: DataConfig, say: Say) -> None:
     assert data.root is not None, "validated with the configuration"
     if not Path(data.root).exists():
         say(f"drawing {data.generate.num_train} + {data.generate.num_val} images into {data.root}")
-    generate_dataset(Path(data.root), **data.generate.model_dump())
+    try:
+        generate_dataset(Path(data.root), **data.generate.model_dump())
+    except OSError as error:
+        raise DataError(f"data.root: the data set cannot be written into {data.root}: {error}") from error
 
 
 def _open_split(data: DataConfig, split: str, say: Say) -> CocoIndex:

@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 MODEL_FILE = "model.pt"
 TRAINING_FILE = "training.pt"
 
+# Epochs of a small data set are short, and a checkpoint after each would take longer than the epoch.
+MIN_STEPS_BETWEEN_CHECKPOINTS = 100
+
 
 @dataclasses.dataclass(frozen=True)
 class FitResult:
@@ -203,7 +206,10 @@ class TrainingLoop:
 
     def _checkpoint_due(self) -> bool:
         every = self.job.config.train.checkpoint_every_steps
-        return self._at_epoch_end() or (every is not None and self.step % every == 0)
+        if self.step >= self.job.total_steps or (every is not None and self.step % every == 0):
+            return True
+        since = self.step - (0 if self._latest is None else self._latest.step)
+        return self._at_epoch_end() and (self._evaluation_due() or since >= MIN_STEPS_BETWEEN_CHECKPOINTS)
 
     def _evaluation_due(self) -> bool:
         if self._evaluator is None or not self._at_epoch_end():

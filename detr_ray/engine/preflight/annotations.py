@@ -151,7 +151,7 @@ def check_boxes(config: Config, opened: dict[str, CocoIndex], report: Report) ->
 
 
 def _check_counts(config: Config, split: str, boxes: BoxStatistics, report: Report) -> None:
-    queries, detections = config.model.num_queries, config.eval.max_detections
+    queries, detections, num_images = config.model.num_queries, config.eval.max_detections, len(boxes.per_image)
     report.add(
         "ok", LABELS,
         f"{split}: {boxes.per_image.mean():.1f} boxes an image, at most {boxes.percentile(99)} on 99 % of the images, "
@@ -160,17 +160,17 @@ def _check_counts(config: Config, split: str, boxes: BoxStatistics, report: Repo
     if not boxes.per_image.any():
         level: Level = "error" if split == "train" else "warning"
         report.add(level, LABELS, f"{split}: there is not one box to learn from or to find")
-    elif boxes.num_empty_images > len(boxes.per_image) // 2:
+    elif boxes.num_empty_images > num_images // 2:
         report.add(
             "warning", LABELS,
-            f"{split}: {boxes.num_empty_images} of {len(boxes.per_image)} images have no box",
+            f"{split}: {boxes.num_empty_images} of {num_images} images have no box",
             "if they are only not annotated, take them out: training would teach that there is nothing on them",
         )  # fmt: skip
     if split == "train" and boxes.images_above(queries):
         report.add(
             "warning", LABELS,
-            f"train: {boxes.images_above(queries)} images have more boxes than model.num_queries={queries} (at most "
-            f"{boxes.most}): the model cannot learn them all",
+            f"train: {boxes.images_above(queries)} of {num_images} images have more boxes than "
+            f"model.num_queries={queries} (at most {boxes.most}): the model cannot learn them all",
             f"set model.num_queries to more than {boxes.most}",
         )  # fmt: skip
     if split == "val":
@@ -178,8 +178,8 @@ def _check_counts(config: Config, split: str, boxes: BoxStatistics, report: Repo
         if boxes.images_above(limit):
             report.add(
                 "warning", LABELS,
-                f"val: {boxes.images_above(limit)} images have more boxes than {key}={limit} (at most {boxes.most}): "
-                "they cannot all be found",
+                f"val: {boxes.images_above(limit)} of {num_images} images have more boxes than {key}={limit} (at most "
+                f"{boxes.most}): they cannot all be found",
                 f"raise {key}",
             )  # fmt: skip
 
@@ -205,7 +205,8 @@ def _check_classes(
         ]
         if unlearnt:
             report.add(
-                "warning", LABELS, f"val has boxes of {len(unlearnt)} classes that train has no box of",
+                "warning", LABELS,
+                f"{len(unlearnt)} of {len(val_categories)} classes have boxes in val and none in train",
                 "their AP will be 0, and it counts in the mean", unlearnt,
             )  # fmt: skip
     if without:

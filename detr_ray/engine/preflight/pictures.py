@@ -13,6 +13,7 @@ from detr_ray.data.index import CocoIndex
 from detr_ray.data.inspection import Inspection, find_missing_storage, inspect_images
 from detr_ray.engine.pace import Pace
 from detr_ray.engine.preflight.findings import Level, Report
+from detr_ray.engine.preflight.storage import TIMEOUT_S, within
 from detr_ray.engine.progress import duration
 
 AREA = "images"
@@ -24,16 +25,17 @@ def check_images(
     """Looks at every image of a split, or at what of them can be reached."""
     report.splits[split] |= {"images_seen": 0, "decoded": decode, "bad_images": []}
     try:
-        missing = find_missing_storage(index)
+        missing = within(TIMEOUT_S, lambda: find_missing_storage(index))
     except (DataError, OSError) as error:
         report.add("error", AREA, f"{split}: the images' storage does not answer: {error}")
         return
     if missing and index.shards is None:
         report.add("error", AREA, f"{split}: {missing[-1]}", f"set data.{split}.images, or data.root")
         return
-    if missing:
+    if missing and index.shards is not None:
         report.add(
-            "error", AREA, f"{split}: {len(missing)} shards cannot be used; their images are passed over here",
+            "error", AREA,
+            f"{split}: {len(missing)} of {len(index.shards.files)} shards cannot be used; their images are passed over",
             "copy them again from where they were written, or write them again", list(missing.values()),
         )  # fmt: skip
     started = time.perf_counter()
@@ -42,15 +44,17 @@ def check_images(
     _add_bad(config, split, index, seen, report)
     seconds = time.perf_counter() - started
     num_good = seen.num_seen - len(seen.bad)
-    report.add(
-        "ok", AREA,
-        f"{split}: {num_good} of {len(index)} images {'decode' if decode else 'have a readable header'} and have the "
-        f"annotated size ({_listed(seen)}), in {duration(seconds)}",
-    )  # fmt: skip
+    if num_good:
+        report.add(
+            "ok", AREA,
+            f"{split}: {num_good} of {len(index)} images {'decode' if decode else 'have a readable header'} and have "
+            f"the annotated size ({_listed(seen)}), in {duration(seconds)}",
+        )  # fmt: skip
     if seen.turned_unseen:
         report.add(
             "warning", AREA,
-            f"{split}: {len(seen.turned_unseen)} images have an EXIF orientation that their size does not show",
+            f"{split}: {len(seen.turned_unseen)} of {len(index)} images have an EXIF orientation that their size does "
+            "not show",
             "training turns them upright: look whether their boxes fit then", seen.turned_unseen,
         )  # fmt: skip
     report.splits[split] |= {
@@ -89,7 +93,7 @@ def _listed(seen: Inspection) -> str:
     parts = [_counts(seen.formats), _counts(Counter({m: n for m, n in seen.modes.items() if m != "RGB"}))]
     if seen.num_turned:
         parts.append(f"{seen.num_turned} turned by EXIF")
-    return "; ".join(part for part in parts if part) or "none"
+    return "; ".join(part for part in parts if part)
 
 
 def _counts(counter: Counter[str]) -> str:

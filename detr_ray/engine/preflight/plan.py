@@ -109,7 +109,7 @@ def _check_length(config: Config, num_images: int, passes: int, short_side_px: f
     if passes < enough:
         report.add(
             "warning", AREA,
-            f"training from scratch sees {passes} images ({num_images}, {passes / num_images:.0f} times each); with images "
-            f"of this size DETR needs about {enough} before it finds much",
+            f"training from scratch sees {passes} images ({num_images}, {passes / num_images:.0f} times each); with "
+            f"images of this size DETR needs about {enough} before it finds much",
             "start from trained weights (model.init_from), or train for more epochs on more images",
         )  # fmt: skip

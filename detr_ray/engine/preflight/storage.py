@@ -7,6 +7,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from pyarrow import fs
 
@@ -22,6 +23,8 @@ TIMEOUT_S = 30.0
 """How long a storage may take to write, read and delete a small file."""
 
 _BYTES_PER_NUMBER = 4
+
+T = TypeVar("T")
 
 
 def check_storage(config: Config, num_classes: int, report: Report) -> None:
@@ -70,27 +73,29 @@ def _first_missing(file_system: fs.FileSystem, folder: str) -> str | None:
     return missing
 
 
-def within(seconds: float, work: Callable[[], None]) -> None:
-    """Does a piece of work that may never end, and gives up waiting for it after a time.
+def within(seconds: float, work: Callable[[], T]) -> T:
+    """What a piece of work that may never end gives; waiting for it is given up after a time.
 
     Raises:
         TimeoutError: the time is over; the work goes on in a thread that does not keep the process alive.
     """
-    outcome: list[BaseException] = []
+    results: list[T] = []
+    errors: list[BaseException] = []
 
     def run() -> None:
         try:
-            work()
+            results.append(work())
         except BaseException as error:  # handed to the caller's thread
-            outcome.append(error)
+            errors.append(error)
 
     thread = threading.Thread(target=run, name="storage check", daemon=True)
     thread.start()
     thread.join(seconds)
     if thread.is_alive():
         raise TimeoutError(f"no answer within {seconds:.0f} s")
-    if outcome:
-        raise outcome[0]
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 def checkpoint_bytes(config: Config, num_classes: int) -> tuple[int, int]:
