@@ -116,8 +116,8 @@ class DataConfig(Section):
     """Validation images elsewhere than in `data.root`."""
     label_space: Literal["auto", "contiguous", "coco91"] = "auto"
     """What a class index means. `contiguous`: the place in the annotation file's categories by rising id. `coco91`:
-    COCO's own category id, as in the published weights. `auto`: coco91 when `model.init_from` holds published weights,
-    contiguous otherwise."""
+    COCO's own category id, as in the published weights. `auto`: coco91 when `model.init_from` holds published weights
+    and the data has COCO's categories, contiguous otherwise."""
     generate: GenerateConfig | None = None
     """Writes generated data into `data.root` first, if it is not there yet. `{}` takes all defaults."""
     max_images: Count | None = None

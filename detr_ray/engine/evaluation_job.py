@@ -14,7 +14,7 @@ from detr_ray.engine.batches import BatchSource
 from detr_ray.engine.checkpoint import CheckpointStore
 from detr_ray.engine.context import WorkerContext
 from detr_ray.engine.evaluator import Evaluator
-from detr_ray.engine.job import Say, choose_label_map, open_evaluation_data
+from detr_ray.engine.job import Say, open_evaluation_data
 from detr_ray.engine.loop import MODEL_FILE
 from detr_ray.engine.planned_data import PlannedData
 from detr_ray.engine.run_directory import absolute_storage
@@ -103,7 +103,8 @@ def prepare_evaluation(config: Config, say: Say) -> EvaluationJob:
         # The weights' own model; of the configuration only what does not shape them could differ.
         model_config = config_from_dict(checkpoint["config"], source).model
     else:
-        label_map = choose_label_map(config, val, None, official=True)
+        space = "coco91" if config.data.label_space == "auto" else config.data.label_space
+        label_map = LabelMap.for_space(space, val.categories, val.source)
     state = checkpoint["ema"] if checkpoint.get("ema") is not None else checkpoint["model"]
     storage = absolute_storage(config.run.storage) + "/evaluations"
     job = EvaluationJob(PlannedData(config, None, val, label_map), model_config, state, source, storage)

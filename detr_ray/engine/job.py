@@ -126,14 +126,26 @@ def _open_split(data: DataConfig, split: str, say: Say) -> CocoIndex:
 
 
 def choose_label_map(config: Config, train: CocoIndex, val: CocoIndex | None, official: bool) -> LabelMap:
-    """The labels of a run: as configured; ``auto`` is COCO's 91 ids for published weights, contiguous otherwise."""
+    """The labels of a run: as configured.
+
+    ``auto`` is COCO's 91 ids where published weights meet data with COCO's categories, contiguous otherwise.
+    """
     space = config.data.label_space
     if space == "auto":
-        space = "coco91" if official else "contiguous"
+        space = "coco91" if official and has_coco_categories(train) else "contiguous"
     label_map = LabelMap.for_space(space, train.categories, train.source)
     if val is not None:
         label_map.check_covers(val.categories, val.source)
     return label_map
+
+
+def has_coco_categories(index: CocoIndex) -> bool:
+    """Whether all categories of a data set are COCO's, by id and name."""
+    try:
+        LabelMap.for_space("coco91", index.categories, index.source)
+    except DataError:
+        return False
+    return True
 
 
 def prepare_job(config: Config, say: Say) -> TrainJob:

@@ -129,6 +129,7 @@ def _run_workers(
 ) -> Any:
     """Runs a worker function on every training worker and gives back what rank 0 returned."""
     num_workers, use_gpu = _scaling(config)
+    say(f"starting {num_workers} {'GPU' if use_gpu else 'CPU'} worker{'s' if num_workers > 1 else ''}")
     warming = warm_data_workers(max(1, min(config.data.tasks_per_worker * num_workers, 8)))
     lines = Queue(maxsize=1000, actor_options={"num_cpus": 0})
     bare = dataclasses.replace(job, data=None, initial_weights=None)  # type: ignore[arg-type]

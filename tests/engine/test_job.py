@@ -1,0 +1,148 @@
+"""From a configuration to a job: labels, first weights, and evaluating what is there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from goldens import golden_state_dict
+from tiny import fit_here, make_dataset, tiny_config
+
+from detr_ray.config import Config, ConfigError
+from detr_ray.data.label_map import LabelMap
+from detr_ray.engine.batches import LocalBatches
+from detr_ray.engine.checkpoint import CheckpointStore
+from detr_ray.engine.context import LocalContext
+from detr_ray.engine.evaluation_job import EvaluationResult, prepare_evaluation, run_evaluation
+from detr_ray.engine.job import prepare_job
+from detr_ray.model import build_model
+from detr_ray.model.weights import WeightsError
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("data") / "shapes")
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path:
+    """A file like the published ones, of a tiny model: 92 rows, no names, weights under ``model``."""
+    folder = tmp_path_factory.mktemp("weights")
+    model = build_model(tiny_config(dataset, folder).model, 91)
+    path = folder / "published.pth"
+    torch.save({"model": golden_state_dict(model)}, path)
+    return path
+
+
+def quiet(line: str) -> None:
+    """Nobody listens."""
+
+
+def coco128_config(coco128: Path, storage: Path, *overrides: str) -> Config:
+    split = f"{{annotations: {coco128}/annotations/instances_train2017.json, images: {coco128}/train2017}}"
+    return tiny_config(
+        coco128, storage, "data.root=null", f"data.train={split}", f"data.val={split}", "data.max_images=16", *overrides
+    )
+
+
+def evaluate_here(config: Config) -> EvaluationResult:
+    job = prepare_evaluation(config, quiet)
+    result = run_evaluation(job, LocalContext(), LocalBatches(job.data.plan(1, 0), *job.data.loaders()))
+    assert result is not None
+    return result
+
+
+def test_labels_are_contiguous_from_scratch(coco128: Path, tmp_path: Path) -> None:
+    job = prepare_job(coco128_config(coco128, tmp_path), quiet)
+    assert job.data.label_map.num_classes == 80
+    assert len(job.build_model().class_embed.bias) == 81
+
+
+def test_published_weights_bring_their_labels(coco128: Path, published: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    job = prepare_job(coco128_config(coco128, tmp_path, f"model.init_from={published}"), lines.append)
+    assert job.data.label_map == LabelMap.coco91()
+    expected = torch.load(published, weights_only=True)["model"]
+    found = job.build_model().state_dict()
+    learned = [name for name in expected if not name.endswith("num_batches_tracked")]
+    assert [name for name in learned if not torch.equal(found[name], expected[name])] == []
+    assert "rebuilt     0" in "\n".join(lines)
+
+
+def test_published_weights_start_a_model_for_other_classes(dataset: Path, published: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    config = tiny_config(dataset, tmp_path, f"model.init_from={published}", "model.num_queries=10")
+    job = prepare_job(config, lines.append)
+    assert job.data.label_map.num_classes == 6
+    expected = torch.load(published, weights_only=True)["model"]
+    found = job.build_model().state_dict()
+    assert torch.equal(found["class_embed.weight"][-1], expected["class_embed.weight"][-1]), "no-object is kept"
+    assert torch.equal(found["query_embed.weight"][:8], expected["query_embed.weight"])
+    assert torch.equal(found["transformer.decoder.norm.weight"], expected["transformer.decoder.norm.weight"])
+    assert "class_embed.weight" in "\n".join(lines)
+    assert fit_here(config).status == "finished"
+
+
+def test_own_weights_start_another_run(dataset: Path, tmp_path: Path) -> None:
+    first = fit_here(tiny_config(dataset, tmp_path, "run.name=first", "optim.ema_decay=0.9"))
+    source = f"{first.best_checkpoint}/model.pt"
+    job = prepare_job(tiny_config(dataset, tmp_path, f"model.init_from={source}"), quiet)
+    saved = torch.load(source, weights_only=True)
+    assert all(torch.equal(value, saved["ema"][name]) for name, value in job.build_model().state_dict().items())
+
+
+def test_weights_that_are_not_there_are_refused(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"there is no file .*nowhere\.pth"):
+        prepare_job(tiny_config(dataset, tmp_path, f"model.init_from={tmp_path / 'nowhere.pth'}"), quiet)
+
+
+def test_published_weights_are_evaluated_in_coco_ids(coco128: Path, published: Path, tmp_path: Path) -> None:
+    result = evaluate_here(coco128_config(coco128, tmp_path, f"eval.checkpoint={published}"))
+    coco_ids = [category_id for category_id, _ in LabelMap.coco91().categories]
+    assert set(np.unique(result.detections.category_ids)) <= set(coco_ids)
+    assert result.metrics.images == 16
+
+
+def test_the_numbers_are_those_of_a_plain_script(coco128: Path, published: Path, tmp_path: Path) -> None:
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    result = evaluate_here(coco128_config(coco128, tmp_path, f"eval.checkpoint={published}"))
+    results = tmp_path / "results.json"
+    result.detections.save_coco_results(results)
+    ground_truth = COCO(str(coco128 / "annotations/instances_train2017.json"))
+    scorer = COCOeval(ground_truth, ground_truth.loadRes(str(results)), "bbox")
+    scorer.params.imgIds = sorted(ground_truth.getImgIds())[:16]
+    scorer.evaluate()
+    scorer.accumulate()
+    scorer.summarize()
+    names = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+    metrics = result.metrics.as_metrics("")
+    assert [metrics[name] for name in names] == pytest.approx(scorer.stats.tolist(), abs=1e-12)
+
+
+def test_a_run_is_evaluated_by_its_best_checkpoint(dataset: Path, tmp_path: Path) -> None:
+    trained = fit_here(tiny_config(dataset, tmp_path, "run.name=a", "train.epochs=3", "optim.ema_decay=0.9"))
+    result = evaluate_here(tiny_config(dataset, tmp_path, f"eval.checkpoint={trained.run_path}"))
+    best = CheckpointStore(f"{trained.run_path}/checkpoints").best()
+    assert best is not None and result.checkpoint == f"{best.path}/model.pt"
+    assert (
+        result.metrics.as_metrics("val/")["val/AP"]
+        == json.loads(Path(best.path, "manifest.json").read_text())["metrics"]["val/AP"]
+    )
+
+
+def test_a_folder_without_a_checkpoint_is_refused(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no whole checkpoint"):
+        evaluate_here(tiny_config(dataset, tmp_path, f"eval.checkpoint={tmp_path}"))
+
+
+def test_a_checkpoint_of_another_model_is_refused(
+    dataset: Path, published: Path, coco128: Path, tmp_path: Path
+) -> None:
+    config = coco128_config(coco128, tmp_path, f"eval.checkpoint={published}", "model.hidden_dim=64")
+    with pytest.raises(ConfigError, match=r"eval\.checkpoint: .* does not fit"):
+        evaluate_here(config)
