@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
@@ -11,6 +12,10 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
+
+# The newer name of the option; the older one warns where both exist.
+_NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+_NO_BUFFER_SYNC: dict[str, Any] = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False}
 
 
 class DistributedContext:
@@ -35,7 +40,7 @@ class DistributedContext:
             return model
         devices = None if self.device.type == "cpu" else [self.device]
         # Buffers are not broadcast: frozen ones never change, running statistics are averaged when they are kept.
-        return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **_NO_BUFFER_SYNC)
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
         """Keeps gradients on this worker."""

@@ -9,9 +9,7 @@ from collections.abc import Iterator
 
 import ray
 
-# Ray's dashboard agent asks for the state of Train runs; the rest of its defaults print more than a user wants to read.
 _ENVIRONMENT = {
-    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -39,6 +37,8 @@ def ray_session(num_workers: int, data_tasks: int, use_gpu: bool | None) -> Iter
         yield
         return
     if os.environ.get("RAY_ADDRESS"):
+        # A cluster's dashboard shows runs whose state is kept. It costs an actor, of no use to a Ray of our own.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
         ray.init(log_to_driver=_workers_are_heard(), logging_level=logging.WARNING)
     else:
         num_cpus = max(os.cpu_count() or 1, num_workers + max(1, min(data_tasks * num_workers, os.cpu_count() or 1)))

@@ -1,6 +1,8 @@
 """One worker of a process group takes a few steps with plain SGD and saves where its weights went.
 
-python one_worker.py CONFIG RANK WORLD_SIZE PORT STEPS OUT
+python one_worker.py CONFIG RANK WORLD_SIZE PORT STEPS OUT [POISONED]
+
+Where POISONED is given, the last worker's model gives NaN at that step. Every worker then saves what it saw.
 """
 
 from __future__ import annotations
@@ -15,12 +17,13 @@ from torch import distributed as dist
 from detr_ray.config import load_config
 from detr_ray.engine.batches import LocalBatches
 from detr_ray.engine.distributed import DistributedContext
+from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.job import prepare_job
 from detr_ray.engine.step import TrainStep
 
 
 def main() -> None:
-    config_path, rank, world_size, port, steps, out = sys.argv[1:]
+    config_path, rank, world_size, port, steps, out, *poisoned = sys.argv[1:]
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "WORLD_SIZE": world_size}
     if int(world_size) > 1:
@@ -32,16 +35,29 @@ def main() -> None:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     step = TrainStep(
         model, job.build_criterion(), optimizer, context, num_queries=job.config.model.num_queries,
-        seed=job.config.run.seed,
+        seed=job.config.run.seed, skip_nonfinite=job.config.train.on_nonfinite == "skip",
     )  # fmt: skip
     batches = LocalBatches(job.data.plan(int(world_size), int(rank)), *job.data.loaders())
-    norms, losses = [], []
+    norms, losses, skipped = [], [], []
     for number, micro_batches in enumerate(batches.train_batches(0, int(steps))):
-        outcome = step(number, micro_batches)
+        handle = None
+        if poisoned and number == int(poisoned[0]) and int(rank) == int(world_size) - 1:
+            handle = model.transformer.register_forward_hook(lambda module, inputs, output: output * float("nan"))
+        try:
+            outcome = step(number, micro_batches)
+        except RunFailed as error:
+            Path(f"{out}.{rank}").write_text(f"{error.agreed}\n{error}")
+            return
+        if handle is not None:
+            handle.remove()
+        skipped.append(outcome.skipped)
         norms.append(outcome.grad_norm)
-        losses.append(float(context.all_reduce_sum(step.criterion.total(outcome.losses).double())))
+        if not poisoned:
+            losses.append(float(context.all_reduce_sum(step.criterion.total(outcome.losses).double())))
     moved = {name: parameter.detach() - before[name] for name, parameter in model.named_parameters()}
-    if int(rank) == 0:
+    if poisoned:
+        torch.save({"moved": moved, "skipped": skipped}, Path(f"{out}.{rank}"))
+    elif int(rank) == 0:
         torch.save({"moved": moved, "norms": norms, "losses": losses}, Path(out))
     if int(world_size) > 1:
         dist.destroy_process_group()

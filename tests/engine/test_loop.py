@@ -14,8 +14,12 @@ from tiny import fit_here, make_dataset, tiny_config
 
 from detr_ray.config import ConfigError
 from detr_ray.data.errors import DataError
+from detr_ray.engine.batches import LocalBatches
 from detr_ray.engine.checkpoint import CheckpointStore
+from detr_ray.engine.context import LocalContext
 from detr_ray.engine.errors import RunFailed
+from detr_ray.engine.job import prepare_job
+from detr_ray.engine.loop import TrainingLoop
 from detr_ray.tracking import MemoryTracker
 
 
@@ -161,8 +165,6 @@ def test_a_run_of_other_data_is_refused(dataset: Path, tmp_path: Path) -> None:
 
 
 def test_two_writers_of_one_run_are_refused(dataset: Path, tmp_path: Path) -> None:
-    from detr_ray.engine.job import prepare_job
-
     config = tiny_config(dataset, tmp_path, "run.name=a")
     job = prepare_job(config, lambda line: None)
     with job.run.locked(), pytest.raises(ConfigError, match=r"being written by process \d+"):
@@ -225,6 +227,42 @@ def test_steps_that_are_not_finite_can_be_left_out_up_to_a_limit(dataset: Path, 
     settings = ("optim.lr=1e18", "optim.lr_backbone=1e18", "optim.clip_max_norm=0", "train.on_nonfinite=skip")
     with pytest.raises(RunFailed, match=r"train\.max_nonfinite_steps"):
         fit_here(tiny_config(dataset, tmp_path, *settings, "train.max_nonfinite_steps=2"))
+
+
+def test_checkpoints_that_cannot_be_written_cost_the_run_only_at_its_end(dataset: Path, tmp_path: Path) -> None:
+    config = tiny_config(dataset, tmp_path, "run.name=a", "train.checkpoint_every_steps=1")
+    job = prepare_job(config, lambda line: None)
+    lines: list[str] = []
+    tracker = MemoryTracker()
+    batches = LocalBatches(job.data.plan(1, 0), *job.data.loaders())
+    loop = TrainingLoop(job, LocalContext(say=lines.append), batches, tracker)
+    (tmp_path / "a" / "checkpoints").mkdir()
+    for step in range(1, 11):
+        (tmp_path / "a" / "checkpoints" / f"step_{step:08d}").write_text("a file in the way of the folder")
+    with pytest.raises(RunFailed, match="the last checkpoint could not be written"):
+        loop.run()
+    assert len(tracker.history("train/loss")) == 10, "all steps were taken"
+    assert sum("WARNING: no checkpoint at step" in line for line in lines) == 10
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_every_precision_trains(dataset: Path, tmp_path: Path, precision: str) -> None:
+    tracker = MemoryTracker()
+    fit_here(tiny_config(dataset, tmp_path, f"train.precision={precision}", "train.epochs=1"), tracker)
+    losses = [value for _, value in tracker.history("train/loss")]
+    assert len(losses) == 5 and all(0 < loss < 100 for loss in losses)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_takes_the_same_steps(dataset: Path, tmp_path: Path) -> None:
+    losses = {}
+    fixed = make_dataset(tmp_path / "fixed", image_size=(64, 64))
+    for compiled in ("true", "false"):
+        tracker = MemoryTracker()
+        settings = ("train.epochs=1", "model.dropout=0", "data.augment.scales=[64]", "eval.size=64")
+        fit_here(tiny_config(fixed, tmp_path, f"train.compile={compiled}", *settings), tracker)
+        losses[compiled] = [value for _, value in tracker.history("train/loss")]
+    assert losses["true"] == pytest.approx(losses["false"], rel=1e-3)
 
 
 def test_one_epoch_without_validation_data(tmp_path: Path) -> None:

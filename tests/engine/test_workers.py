@@ -43,21 +43,25 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def run_workers(config_file: Path, world_size: int, out: Path, *overrides: str, steps: int = 1) -> dict[str, Any]:
+def start_workers(
+    config_file: Path, world_size: int, out: Path, *overrides: str, steps: int, poisoned: str | None = None
+) -> None:
     from detr_ray.config import load_config
 
     own = out.with_suffix(".yaml")
     own.write_text(load_config(config_file, overrides).to_yaml())
     port = free_port()
+    after = [str(world_size), str(port), str(steps), str(out), *([] if poisoned is None else [poisoned])]
     processes = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(own), str(rank), str(world_size), str(port), str(steps), str(out)],
-            stderr=subprocess.PIPE, text=True,
-        )
+        subprocess.Popen([sys.executable, str(WORKER), str(own), str(rank), *after], stderr=subprocess.PIPE, text=True)
         for rank in range(world_size)
-    ]  # fmt: skip
+    ]
     errors = [process.communicate(timeout=240)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * world_size, errors
+
+
+def run_workers(config_file: Path, world_size: int, out: Path, *overrides: str, steps: int) -> dict[str, Any]:
+    start_workers(config_file, world_size, out, *overrides, steps=steps)
     return torch.load(out, weights_only=True)
 
 
@@ -85,3 +89,23 @@ def test_the_gradient_is_that_of_one_worker(
     difference = torch.cat([value.flatten() for value in found["moved"].values()]) - whole
     assert whole.norm() > 0
     assert float(difference.norm() / whole.norm()) < 1e-5
+
+
+def test_a_step_that_is_not_finite_on_one_worker_is_left_out_on_all(config_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    start_workers(config_file, 2, out, "train.on_nonfinite=skip", steps=3, poisoned="1")
+    first, second = (torch.load(f"{out}.{rank}", weights_only=True) for rank in (0, 1))
+    assert first["skipped"] == second["skipped"] == [False, True, False]
+    assert all(torch.equal(value, second["moved"][name]) for name, value in first["moved"].items())
+    assert all(torch.isfinite(value).all() for value in first["moved"].values())
+
+
+def test_a_step_that_is_not_finite_on_one_worker_ends_all_with_the_same_message(
+    config_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    start_workers(config_file, 2, out, steps=3, poisoned="1")
+    first, second = (Path(f"{out}.{rank}").read_text() for rank in (0, 1))
+    assert first == second
+    assert first.startswith("True\nstep 1: not finite")
+    assert "image ids [" in first and "transformer" in first and "learning rates 0.0001" in first
