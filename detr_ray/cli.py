@@ -114,13 +114,14 @@ def _run(
         sys.stdout.flush()
         return 0
 
-    overrides = [item for item in argv if _OVERRIDE.match(item)]
     arguments, rest = parser.parse_known_args([item for item in argv if not _OVERRIDE.match(item)])
-    # What is left may be a key without its section, which gets a better error as a key.
     strangers = [item for item in rest if "=" not in item]
     errors = [f"'{item}' is neither an option nor key=value; see --help" for item in strangers]
+    # What is left may be a section=mapping, or a key without its section, which gets a better error as a key. Later
+    # ones win, so they keep their order.
+    overrides = [item for item in argv if _OVERRIDE.match(item) or (item in rest and "=" in item)]
     try:
-        config = load_config(arguments.config, [*overrides, *(item for item in rest if "=" in item)])
+        config = load_config(arguments.config, overrides)
     except ConfigError as error:
         raise ConfigError([*errors, *error.errors]) from None
     if errors:

@@ -172,6 +172,15 @@ def test_help_lists_every_key_with_its_meaning(capsys):
     assert max(map(len, text.splitlines())) <= 100
 
 
+def test_later_overrides_win_whatever_their_form(capsys):
+    argv = ["--print-config", "train={epochs: 3, keep_last: 5}", "train.epochs=7"]
+    assert run_command("train", "", lambda config, arguments: 0, argv) == 0
+    printed = capsys.readouterr().out
+    assert "epochs: 7" in printed and "keep_last: 5" in printed
+    assert run_command("train", "", lambda config, arguments: 0, [argv[0], argv[2], argv[1]]) == 0
+    assert "epochs: 3" in capsys.readouterr().out
+
+
 def test_printed_configuration_loads_again(tmp_path, capsys):
     argv = ["optim.lr=1e-7", "data.val.images=b", "data.val.annotations=a", "loss.ce={points: [[0, 1], [5, 2]]}"]
     command = Command()

@@ -16,6 +16,7 @@ import torch
 from detr_ray.config import Config, ConfigError, DataConfig, flatten
 from detr_ray.data.errors import DataError
 from detr_ray.data.generated import generate_dataset
+from detr_ray.data.images import ImageError, ImageReader
 from detr_ray.data.index import PROBLEMS, CocoIndex
 from detr_ray.data.label_map import LabelMap
 from detr_ray.data.splits import open_split
@@ -122,7 +123,26 @@ def _open_split(data: DataConfig, split: str, say: Say) -> CocoIndex:
         index = index.first(data.max_images)
     problems = ", ".join(f"{count} {PROBLEMS[kind]}" for kind, count in index.problems.items() if count)
     say(f"{split}: {len(index)} images, {len(index.category_ids)} annotations" + (f" ({problems})" if problems else ""))
+    _look_at_images(index)
     return index
+
+
+def _look_at_images(index: CocoIndex) -> None:
+    """Finds a wrong image folder now, and not when the workers have started.
+
+    Raises:
+        DataError: none of the first few images can be opened.
+    """
+    reader = ImageReader(index)
+    faults: list[ImageError] = []
+    for i in range(min(3, len(index))):
+        try:
+            reader.read_size(i)
+            return
+        except ImageError as error:
+            faults.append(error)
+    if faults:
+        raise DataError(f"{faults[0]}; nor can the next images be opened. Is the folder right?")
 
 
 def choose_label_map(config: Config, train: CocoIndex, val: CocoIndex | None, official: bool) -> LabelMap:

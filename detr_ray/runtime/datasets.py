@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pyarrow as pa
 import ray
@@ -20,11 +20,15 @@ from ray.data import ExecutionResources
 from detr_ray.data.loader import BatchLoader, from_table, to_table
 from detr_ray.engine.batches import WorkerPlan
 from detr_ray.engine.planned_data import PlannedData
-from detr_ray.structures import PaddedBatch
+from detr_ray.structures import PaddedBatch, SamplePlan
 
-# Rows of one Ray Data execution. Its start costs about half a second, hidden behind the batches that are waiting; its
-# bookkeeping grows with its rows.
-SEGMENT_ROWS = 512
+# Tasks of one Ray Data execution. Its start costs about half a second, mostly hidden behind the batches that are
+# waiting; its bookkeeping grows with its tasks.
+SEGMENT_TASKS = 512
+
+# A task costs milliseconds whatever it does: small micro-batches are made several at a time.
+TASK_BYTES = 2 << 20
+MAX_ROWS_PER_TASK = 16
 
 TRAIN, EVALUATION = "train", "evaluation"
 
@@ -97,10 +101,11 @@ class RayBatches:
         """See `BatchSource`."""
         if first_step >= last_step:
             return
-        per_step = len(self._plan.step(first_step))
+        micro_batches = self._plan.step(first_step)
+        per_step = len(micro_batches)
         rows = range(first_step * per_step, last_step * per_step)
         step: list[PaddedBatch] = []
-        for batch in self._stream(TRAIN, rows, per_step):
+        for batch in self._stream(TRAIN, rows, per_step, rows_per_task(micro_batches[0])):
             step.append(batch)
             if len(step) == per_step:
                 yield step
@@ -108,25 +113,33 @@ class RayBatches:
 
     def evaluation_batches(self) -> Iterator[PaddedBatch]:
         """See `BatchSource`."""
-        yield from self._stream(EVALUATION, range(len(self._plan.evaluation)), 1)
+        batches = self._plan.evaluation
+        if batches:
+            yield from self._stream(EVALUATION, range(len(batches)), 1, rows_per_task(batches[0]))
 
-    def _stream(self, split: str, rows: range, per_step: int) -> Iterator[PaddedBatch]:
+    def _stream(self, split: str, rows: range, per_step: int, per_task: int) -> Iterator[PaddedBatch]:
         def segments() -> Iterator[PaddedBatch]:
-            for start in range(rows.start, rows.stop, SEGMENT_ROWS):
+            for start in range(rows.start, rows.stop, SEGMENT_TASKS * per_task):
                 load = PlannedBatches(self._data_ref, split, self._world_size, self._rank, per_step, start)
-                yield from self._segment(load, min(SEGMENT_ROWS, rows.stop - start))
+                yield from self._segment(load, min(SEGMENT_TASKS * per_task, rows.stop - start), per_task)
 
         return in_background(segments, self._prefetch)
 
-    def _segment(self, load: PlannedBatches, num_rows: int) -> Iterator[PaddedBatch]:
+    def _segment(self, load: PlannedBatches, num_rows: int, per_task: int) -> Iterator[PaddedBatch]:
         """One Ray Data execution."""
-        numbers = ray.data.range(num_rows, override_num_blocks=num_rows)
+        numbers = ray.data.range(num_rows, override_num_blocks=-(-num_rows // per_task))
         batches = numbers.map_batches(load, batch_size=None, batch_format="pyarrow", zero_copy_batch=True)
         batches.context.enable_progress_bars = False
         batches.context.execution_options.preserve_order = True
         batches.context.execution_options.resource_limits = ExecutionResources(cpu=self._tasks)
         for table in batches.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=1):
             yield from_table(table)
+
+
+def rows_per_task(samples: Sequence[SamplePlan]) -> int:
+    """How many micro-batches of about this size one task makes."""
+    height, width = (max(sample.size[side] for sample in samples) for side in (0, 1))
+    return max(1, min(MAX_ROWS_PER_TASK, TASK_BYTES // (3 * height * width * len(samples))))
 
 
 _END = object()

@@ -12,6 +12,7 @@ from goldens import golden_state_dict
 from tiny import fit_here, make_dataset, tiny_config
 
 from detr_ray.config import Config, ConfigError
+from detr_ray.data.errors import DataError
 from detr_ray.data.label_map import LabelMap
 from detr_ray.engine.batches import LocalBatches
 from detr_ray.engine.checkpoint import CheckpointStore
@@ -146,3 +147,9 @@ def test_a_checkpoint_of_another_model_is_refused(
     config = coco128_config(coco128, tmp_path, f"eval.checkpoint={published}", "model.hidden_dim=64")
     with pytest.raises(ConfigError, match=r"eval\.checkpoint: .* does not fit"):
         evaluate_here(config)
+
+
+def test_a_wrong_image_folder_is_found_before_anything_starts(coco128: Path, tmp_path: Path) -> None:
+    config = coco128_config(coco128, tmp_path, f"data.train.images={tmp_path}")
+    with pytest.raises(DataError, match=r"000000000009\.jpg: no such file.*Is the folder right"):
+        prepare_job(config, quiet)
