@@ -1,0 +1,94 @@
+"""Every command of the README is run, on a data set and a model of a test's size."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from tiny import TINY, make_dataset
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text().replace("\\\n", " ")
+BLOCKS = re.findall(r"^ {4}(\S.*)$", README, re.MULTILINE)
+OURS = [line for line in BLOCKS if line.startswith("python -m detr_ray.")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder with the files that the README's commands name, and a finished run ``runs/NAME``."""
+    folder = tmp_path_factory.mktemp("readme")
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    dataset = make_dataset(folder / "runs" / "quickstart-data")
+    for split in ("train", "val"):
+        shutil.copy(dataset / "annotations" / f"instances_{split}2017.json", folder / f"{split}.json")
+        shutil.copytree(dataset / f"{split}2017", folder / "images", dirs_exist_ok=True)
+    return folder
+
+
+def test_the_readme_has_the_commands_that_a_stranger_needs() -> None:
+    assert {re.match(r"python -m detr_ray\.(\w+)", line)[1] for line in OURS} == {  # type: ignore[index]
+        "train", "check", "evaluate", "prepare",
+    }  # fmt: skip
+    assert [line.split()[1] for line in BLOCKS if line.startswith("make ")] == ["quickstart", "test"]
+
+
+def test_every_make_target_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"`?make ([a-z-]+)`?", README):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_every_command_does_what_it_says(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(folder)
+    same_data = ("data.generate=null",)
+    assert run("train", ["--config", "configs/quickstart.yaml", "run.name=NAME"], *same_data) == 0
+    for line in OURS:
+        _, _, module, *arguments = shlex.split(line)
+        extra = same_data if "quickstart" in line else ("data.root=null",)
+        assert run(module.removeprefix("detr_ray."), arguments, *extra) == 0, (line, capsys.readouterr())
+    assert (folder / "found.png").is_file()
+    assert (folder / "shards" / "val" / "index.parquet").is_file()
+    assert (folder / "runs" / "mine" / "checkpoints").is_dir()
+
+
+def run(command: str, arguments: list[str], *extra: str) -> int:
+    module = importlib.import_module(f"detr_ray.{command}")
+    settings = [*TINY, "tracking.enabled=true", "model.backbone_weights=none", "train.num_workers=null"]
+    return int(module.main([*arguments, *settings, *extra]))
+
+
+@pytest.mark.slow
+def test_the_curves_can_be_looked_at(folder: Path) -> None:
+    (command,) = [line for line in BLOCKS if line.startswith("mlflow ui")]
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    executable = Path(sys.executable).parent / "mlflow"
+    process = subprocess.Popen(
+        [str(executable), *shlex.split(command)[1:], "--port", str(port)], cwd=folder, start_new_session=True
+    )
+    try:
+        for _ in range(60):
+            time.sleep(1)
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
+                    assert answer.status == 200
+                    return
+            except OSError:
+                continue
+        pytest.fail("mlflow ui does not answer")
+    finally:
+        import os
+        import signal
+
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
