@@ -54,7 +54,9 @@ def test_every_command_does_what_it_says(folder: Path, monkeypatch: pytest.Monke
     for line in OURS:
         _, _, module, *arguments = shlex.split(line)
         extra = same_data if "quickstart" in line else ("data.root=null",)
-        assert run(module.removeprefix("detr_ray."), arguments, *extra) == 0, (line, capsys.readouterr())
+        code = run(module.removeprefix("detr_ray."), arguments, *extra)
+        printed = capsys.readouterr()
+        assert code == 0, f"{line}\n{printed.out}\n{printed.err}"
     assert (folder / "found.png").is_file()
     assert (folder / "shards" / "val" / "index.parquet").is_file()
     assert (folder / "runs" / "mine" / "checkpoints").is_dir()
