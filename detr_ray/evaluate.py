@@ -23,9 +23,10 @@ eval.checkpoint names the checkpoint: a run's folder, a checkpoint in it, or DET
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the numbers to this file")
-    parser.add_argument(
-        "--detections", metavar="FILE", help="write all detections to this file, in COCO's result format"
-    )
+    parser.add_argument("--detections", metavar="FILE", help="write all detections to this file, as COCO results")
+    parser.add_argument("--picture", metavar="FILE", help="draw the first images with their boxes into this file (PNG)")
+    parser.add_argument("--picture-images", metavar="N", type=int, default=12, help="images in the picture (12)")
+    parser.add_argument("--picture-score", metavar="S", type=float, default=0.5, help="least score drawn (0.5)")
 
 
 def _check(config: Config) -> None:
