@@ -10,12 +10,15 @@ from __future__ import annotations
 import functools
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pyarrow as pa
 import ray
 import torch
 from ray.data import ExecutionResources
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from detr_ray.data.loader import BatchLoader, from_table, to_table
 from detr_ray.engine.batches import WorkerPlan
@@ -42,6 +45,20 @@ def _parts(ref_hex: str, world_size: int, rank: int) -> tuple[WorkerPlan, BatchL
 
 
 _REFS: dict[str, ray.ObjectRef] = {}
+
+
+class ScheduleCalmly(ExecutionCallback):  # type: ignore[misc]
+    """Has Ray Data's scheduling loop pause after each round.
+
+    The loop runs in the training process. While its output waits to be taken it goes round without pause, and holds the
+    interpreter for most of the time: training steps then take several times as long.
+    """
+
+    PAUSE_S = 0.01
+
+    def on_execution_step(self, executor: Any) -> None:
+        """Called by the loop after each round."""
+        time.sleep(self.PAUSE_S)
 
 
 class PlannedBatches:
@@ -130,6 +147,7 @@ class RayBatches:
         numbers = ray.data.range(num_rows, override_num_blocks=-(-num_rows // per_task))
         batches = numbers.map_batches(load, batch_size=None, batch_format="pyarrow", zero_copy_batch=True)
         batches.context.enable_progress_bars = False
+        batches.context.custom_execution_callback_classes = [ScheduleCalmly]
         batches.context.execution_options.preserve_order = True
         batches.context.execution_options.resource_limits = ExecutionResources(cpu=self._tasks)
         for table in batches.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=1):
