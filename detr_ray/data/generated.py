@@ -245,7 +245,7 @@ def _draw_background(rng: np.random.Generator, height: int, width: int, clutter:
         grid = rng.integers(0, 256, size=(rows, columns, 3), dtype=np.uint8)
         return np.asarray(Image.fromarray(grid).resize((width, height), resampling)).astype(np.int16)
 
-    gradient = smooth_field(2, 2, Image.Resampling.BILINEAR)
+    gradient = 128 + (smooth_field(2, 2, Image.Resampling.BILINEAR) - 128) * 3 // 5  # shapes keep the strongest colours
     patch_rows, patch_columns = (int(n) for n in rng.integers(4, 12, size=2))
     resampling = Image.Resampling.NEAREST if rng.random() < 0.3 else Image.Resampling.BICUBIC
     strength = round(80 * clutter * rng.random())

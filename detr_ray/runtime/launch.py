@@ -51,12 +51,15 @@ def fit(config: Config, say: Say = lambda line: None) -> FitResult:
     job = prepare_job(config, say)
     say(run_summary(job))
     say(f"to go on with it after an interruption: the same command with run.name={job.run.name}")
-    with job.run.locked():
-        if config.train.launcher == "local":
-            return _fit_here(job, say)
-        with ray_session(config.train.num_workers or 1, config.data.tasks_per_worker, config.train.use_gpu):
-            outcome = _run_workers(train_worker, job, job.run.path, config, say)
-    return outcome
+    try:
+        with job.run.locked():
+            if config.train.launcher == "local":
+                return _fit_here(job, say)
+            with ray_session(config.train.num_workers or 1, config.data.tasks_per_worker, config.train.use_gpu):
+                return _run_workers(train_worker, job, job.run.path, config, say)
+    except KeyboardInterrupt:
+        say(f"stopped; the same command with run.name={job.run.name} goes on from the last checkpoint")
+        raise
 
 
 def evaluate(config: Config, say: Say = lambda line: None) -> EvaluationResult:
@@ -155,6 +158,9 @@ def _run_workers(
             outcome = trainer.fit().return_value
         except (ray.train.WorkerGroupError, ray.train.ControllerError) as error:
             raise RunFailed(_explain(error)) from error
+        except SystemExit:
+            # Ray Train's own handler ends the process without a word when Ctrl-C is pressed.
+            raise KeyboardInterrupt from None
     del warming
     if "failed" in outcome:
         raise RunFailed(outcome["failed"])
