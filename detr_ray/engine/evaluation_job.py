@@ -13,7 +13,7 @@ from detr_ray.data.label_map import LabelMap
 from detr_ray.engine.batches import BatchSource
 from detr_ray.engine.checkpoint import CheckpointStore
 from detr_ray.engine.context import WorkerContext
-from detr_ray.engine.evaluator import Evaluator
+from detr_ray.engine.evaluator import build_evaluator
 from detr_ray.engine.job import Say, open_evaluation_data
 from detr_ray.engine.loop import MODEL_FILE
 from detr_ray.engine.planned_data import PlannedData
@@ -121,19 +121,9 @@ def prepare_evaluation(config: Config, say: Say) -> EvaluationJob:
 def run_evaluation(job: EvaluationJob, context: WorkerContext, batches: BatchSource) -> EvaluationResult | None:
     """Evaluates on one worker; every worker must call it. The result is rank 0's, None elsewhere."""
     model = job.build_model().to(context.device)
-    config = job.data.config
-    assert job.data.val is not None
-    if config.train.channels_last:
+    if job.data.config.train.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    evaluator = Evaluator(
-        job.data.val,
-        job.data.label_map,
-        context,
-        precision=config.train.precision,
-        channels_last=config.train.channels_last,
-        max_detections=config.eval.max_detections,
-    )
-    metrics, detections = evaluator.evaluate(model, batches.evaluation_batches())
+    metrics, detections = build_evaluator(job.data, context).evaluate(model, batches.evaluation_batches())
     if metrics is None or detections is None:
         return None
     return EvaluationResult(job.checkpoint, metrics, detections)

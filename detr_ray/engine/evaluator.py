@@ -12,6 +12,7 @@ from detr_ray.data.index import CocoIndex
 from detr_ray.data.label_map import LabelMap
 from detr_ray.engine.context import WorkerContext
 from detr_ray.engine.errors import RunFailed
+from detr_ray.engine.planned_data import PlannedData
 from detr_ray.engine.step import AUTOCAST_DTYPES
 from detr_ray.evaluation import CocoMetrics, DetectionTable, GroundTruth, evaluate_detections
 from detr_ray.model import postprocess
@@ -99,20 +100,18 @@ class Evaluator:
         if self._context.rank != 0:
             return None, None
         detections = DetectionTable.concat([table for table, _, _ in shares])
-        return evaluate_detections(ground_truth(self._index), detections), detections
+        return evaluate_detections(GroundTruth.from_columns(self._index), detections), detections
 
 
-def ground_truth(index: CocoIndex) -> GroundTruth:
-    """The columns of an index that scoring needs."""
-    return GroundTruth(
-        image_ids=index.image_ids,
-        heights=index.heights,
-        widths=index.widths,
-        first_box=index.first_box,
-        boxes_xywh_px=index.boxes_xywh_px,
-        category_ids=index.category_ids,
-        areas=index.areas,
-        is_crowd=index.is_crowd,
-        annotation_ids=index.annotation_ids,
-        categories=index.categories,
+def build_evaluator(data: PlannedData, context: WorkerContext) -> Evaluator:
+    """The evaluator of a job's validation set."""
+    assert data.val is not None, "there is a validation set"
+    config = data.config
+    return Evaluator(
+        data.val,
+        data.label_map,
+        context,
+        precision=config.train.precision,
+        channels_last=config.train.channels_last,
+        max_detections=config.eval.max_detections,
     )

@@ -19,7 +19,7 @@ from detr_ray.engine.checkpoint import CheckpointError, CheckpointInfo
 from detr_ray.engine.context import WorkerContext
 from detr_ray.engine.ema import ModelEma
 from detr_ray.engine.errors import RunFailed
-from detr_ray.engine.evaluator import Evaluator
+from detr_ray.engine.evaluator import build_evaluator
 from detr_ray.engine.job import TrainJob
 from detr_ray.engine.meters import MEANS, Meters
 from detr_ray.engine.optimizer import build_optimizer, learning_rate_factor, set_learning_rate
@@ -118,16 +118,7 @@ class TrainingLoop:
         )
         if self._restored is not None:
             self._train_step.scaler.load_state_dict(self._restored["scaler"])
-        self._evaluator = None
-        if job.data.val is not None:
-            self._evaluator = Evaluator(
-                job.data.val,
-                job.data.label_map,
-                context,
-                precision=config.train.precision,
-                channels_last=config.train.channels_last,
-                max_detections=config.eval.max_detections,
-            )
+        self._evaluator = None if job.data.val is None else build_evaluator(job.data, context)
         names = [*sorted(self.criterion.weights), *MEANS]
         self._meters = Meters(context, names, config.train.global_batch_size)
 

@@ -121,6 +121,24 @@ def test_a_killed_training_worker_is_replaced(dataset: Path, straight: Path, tmp
     assert_as_if_nothing_had_happened(tmp_path / "worker", straight)
 
 
+def test_ctrl_c_says_how_to_go_on(dataset: Path, tmp_path: Path) -> None:
+    path = config_file(dataset, tmp_path, "interrupted")
+    stopped: list[subprocess.Popen[str]] = []
+
+    def interrupt(line: str, process: subprocess.Popen[str]) -> bool:
+        if "step 4/15" not in line:
+            return False
+        os.kill(process.pid, signal.SIGINT)
+        stopped.append(process)
+        return True
+
+    text = "".join(train(path, interrupt))
+    assert "stopped; the same command with run.name=interrupted goes on from the last checkpoint" in text
+    assert stopped[0].returncode == 130
+    latest = CheckpointStore(str(tmp_path / "interrupted" / "checkpoints")).latest()
+    assert latest is not None and latest.step >= 2
+
+
 def train_workers(driver: int) -> list[int]:
     """Process ids of the training workers that a driver's Ray has started."""
     processes = psutil.Process(driver).children(recursive=True)
