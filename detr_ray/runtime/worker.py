@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import ray
@@ -55,6 +58,34 @@ def send_line(lines: Queue, line: str) -> None:
         print(line, flush=True)  # noqa: T201 - goes into this worker's log
 
 
+class WarningsToDriver(logging.Handler):
+    """Shows the user what this project's code warns of in a worker, whose own output is not shown.
+
+    Args:
+        context: the worker.
+        lines: queue to the driver.
+    """
+
+    def __init__(self, context: RayContext, lines: Queue) -> None:
+        super().__init__(logging.WARNING)
+        self._worker = "" if context.rank == 0 else f" (rank {context.rank})"
+        self._lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Sends a warning."""
+        send_line(self._lines, f"WARNING{self._worker}: {record.getMessage()}")
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        """Hears warnings while it lasts."""
+        project = logging.getLogger("detr_ray")
+        project.addHandler(self)
+        try:
+            yield
+        finally:
+            project.removeHandler(self)
+
+
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     """Runs the training loop on one worker.
 
@@ -69,20 +100,19 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     job: TrainJob = _whole_job(config)
     context = RayContext(config["lines"])
     batches = RayBatches(job.data, config["data"][0], context.world_size, context.rank)
-    tracker: Tracker = NullTracker()
-    if context.rank == 0:
-        tracker = open_tracker(job)
-    status: Status = "FAILED"
-    try:
-        result: FitResult = TrainingLoop(job, context, batches, tracker).run()
-        status = "FINISHED" if result.status != "stopped" else "KILLED"
-        return {"result": result}
-    except RunFailed as error:
-        if not error.agreed:
-            raise
-        return {"failed": str(error)}
-    finally:
-        tracker.finish(status)
+    with WarningsToDriver(context, config["lines"]).attached():
+        tracker: Tracker = open_tracker(job) if context.rank == 0 else NullTracker()
+        status: Status = "FAILED"
+        try:
+            result: FitResult = TrainingLoop(job, context, batches, tracker).run()
+            status = "FINISHED" if result.status != "stopped" else "KILLED"
+            return {"result": result}
+        except RunFailed as error:
+            if not error.agreed:
+                raise
+            return {"failed": str(error)}
+        finally:
+            tracker.finish(status)
 
 
 def evaluate_worker(config: dict[str, Any]) -> dict[str, Any]:

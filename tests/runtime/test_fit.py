@@ -75,13 +75,17 @@ def test_two_workers_see_the_stream_of_one_and_everything_is_recorded(dataset: P
     assert again.status == "nothing to do"
 
 
-def test_one_ray_worker_gives_the_weights_of_the_plain_loop(dataset: Path, tmp_path: Path) -> None:
+def test_one_ray_worker_gives_the_weights_of_the_plain_loop_also_without_mlflow(dataset: Path, tmp_path: Path) -> None:
     settings = ("train.epochs=1", "model.dropout=0.1", "optim.ema_decay=0.9")
     torch.set_num_threads(os.cpu_count() or 1)  # as the worker does: sums in another order are other sums
-    fit(tiny_config(dataset, tmp_path, *settings, "train.launcher=ray", "train.num_workers=1", "run.name=ray"))
+    by_ray = ("train.launcher=ray", "train.num_workers=1", "run.name=ray")
+    server_away = ("tracking.enabled=true", "tracking.uri=http://127.0.0.1:9")
+    lines: list[str] = []
+    fit(tiny_config(dataset, tmp_path, *settings, *by_ray, *server_away), lines.append)
+    assert any(line.startswith("WARNING: MLflow at http://127.0.0.1:9") for line in lines), lines
     fit_here(tiny_config(dataset, tmp_path, *settings, "run.name=here"))
-    by_ray, here = weights(tmp_path / "ray"), weights(tmp_path / "here")
-    largest = max(float((by_ray[name].double() - here[name].double()).abs().max()) for name in here)
+    there, here = weights(tmp_path / "ray"), weights(tmp_path / "here")
+    largest = max(float((there[name].double() - here[name].double()).abs().max()) for name in here)
     assert largest < 1e-6
 
 
