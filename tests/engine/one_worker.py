@@ -1,4 +1,4 @@
-"""One worker of a process group takes a few steps with plain SGD and saves where its weights went.
+"""One worker of a process group takes a few steps with plain SGD and saves its gradients.
 
 python one_worker.py CONFIG RANK WORLD_SIZE PORT STEPS OUT [POISONED]
 
@@ -22,6 +22,18 @@ from detr_ray.engine.job import prepare_job
 from detr_ray.engine.step import TrainStep
 
 
+class RecordingSgd(torch.optim.SGD):
+    """SGD that keeps every gradient it was given."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        super().__init__(parameters, lr=1e-4)
+        self.gradients: list[torch.Tensor] = []
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        self.gradients.append(torch.cat([p.grad.flatten() for group in self.param_groups for p in group["params"]]))
+        super().step()
+
+
 def main() -> None:
     config_path, rank, world_size, port, steps, out, *poisoned = sys.argv[1:]
     torch.set_num_threads(1)
@@ -32,7 +44,7 @@ def main() -> None:
     model = job.build_model()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     context = DistributedContext(int(rank), int(world_size))
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    optimizer = RecordingSgd([p for p in model.parameters() if p.requires_grad])
     step = TrainStep(
         model, job.build_criterion(), optimizer, context, num_queries=job.config.model.num_queries,
         seed=job.config.run.seed, skip_nonfinite=job.config.train.on_nonfinite == "skip",
@@ -58,7 +70,7 @@ def main() -> None:
     if poisoned:
         torch.save({"moved": moved, "skipped": skipped}, Path(f"{out}.{rank}"))
     elif int(rank) == 0:
-        torch.save({"moved": moved, "norms": norms, "losses": losses}, Path(out))
+        torch.save({"gradients": optimizer.gradients, "norms": norms, "losses": losses}, Path(out))
     if int(world_size) > 1:
         dist.destroy_process_group()
 

@@ -71,24 +71,24 @@ def alone(config_file: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "overrides"),
+    ("world_size", "overrides", "bound"),
     [
-        (2, ()),
-        (3, ()),  # shares of 3, 3 and 2 images
-        (1, ("train.micro_batch_size=3",)),
-        (2, ("train.micro_batch_size=1",)),
+        (2, (), 1e-5),
+        (3, (), 1e-5),  # shares of 3, 3 and 2 images
+        (1, ("train.micro_batch_size=3",), 1e-5),
+        (2, ("train.micro_batch_size=2",), 1e-5),
+        # Convolutions of one image round differently, which can put an activation on the other side of a ReLU's kink.
+        (2, ("train.micro_batch_size=1",), 1e-4),
     ],
 )
 def test_the_gradient_is_that_of_one_worker(
-    config_file: Path, alone: dict[str, Any], tmp_path: Path, world_size: int, overrides: tuple[str, ...]
+    config_file: Path, alone: dict[str, Any], tmp_path: Path, world_size: int, overrides: tuple[str, ...], bound: float
 ) -> None:
     found = run_workers(config_file, world_size, tmp_path / "workers.pt", *overrides, steps=2)
     assert found["losses"] == pytest.approx(alone["losses"], rel=1e-5)
     assert found["norms"] == pytest.approx(alone["norms"], rel=1e-4)
-    whole = torch.cat([value.flatten() for value in alone["moved"].values()])
-    difference = torch.cat([value.flatten() for value in found["moved"].values()]) - whole
-    assert whole.norm() > 0
-    assert float(difference.norm() / whole.norm()) < 1e-5
+    for gradient, expected in zip(found["gradients"], alone["gradients"], strict=True):
+        assert float((gradient - expected).norm() / expected.norm()) < bound
 
 
 def test_a_step_that_is_not_finite_on_one_worker_is_left_out_on_all(config_file: Path, tmp_path: Path) -> None:
