@@ -25,7 +25,7 @@ quickstart: $(READY)  ## train a small detector on generated images, on two work
 test: $(READY)  ## run the tests (minutes)
 	$(BIN)/python -m pytest
 
-test-slow: $(READY)  ## run the proofs that take long: killed drivers, overfitting real images
+test-slow: $(READY)  ## run the proofs that take long: killed processes, real images learnt by heart
 	$(BIN)/python -m pytest -m slow
 
 check: $(READY)  ## lint, types, spelling and import rules
