@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import pyarrow as pa
 import torch
 from pyarrow import fs
 
@@ -135,7 +136,10 @@ class CheckpointStore:
 
     def best(self) -> CheckpointInfo | None:
         """The checkpoint with the highest metric; the earliest of equals."""
-        scored = [info for info in self.checkpoints() if info.metrics and self.metric in info.metrics]
+        return self._best_of(self.checkpoints())
+
+    def _best_of(self, found: list[CheckpointInfo]) -> CheckpointInfo | None:
+        scored = [info for info in found if info.metrics and self.metric in info.metrics]
         return max(scored, key=lambda info: (info.metrics[self.metric], -info.step), default=None)  # type: ignore[index]
 
     def load(self, info: CheckpointInfo, name: str, map_location: str | torch.device = "cpu") -> Any:
@@ -152,14 +156,12 @@ class CheckpointStore:
             raise CheckpointError(f"{path}: cannot be read: {error}") from error
         if hashlib.sha256(data).hexdigest() != info.files[name]["sha256"]:
             raise CheckpointError(f"{path}: its content is not what was written (hash differs); remove {info.path}")
-        import pyarrow as pa
-
         return torch.load(pa.BufferReader(data), map_location=map_location, weights_only=True)
 
     def prune(self, keep_last: int) -> None:
         """Removes all but the best and the last few whole checkpoints."""
         found = self.checkpoints()
-        best = self.best()
+        best = self._best_of(found)
         for info in found[: max(len(found) - keep_last, 0)]:
             if best is None or info.step != best.step:
                 self._remove(info.path)

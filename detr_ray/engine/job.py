@@ -7,7 +7,6 @@ on the driver, so that bad input is refused in seconds, and its results travel t
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,7 +58,7 @@ class TrainJob:
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        steps = math.ceil(self.config.train.epochs * self.steps_per_epoch)
+        steps = self.config.train.epochs * self.steps_per_epoch
         return steps if self.config.train.max_steps is None else min(steps, self.config.train.max_steps)
 
     def build_model(self) -> Detr:

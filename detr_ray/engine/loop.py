@@ -101,7 +101,7 @@ class TrainingLoop:
             warmup_epochs=config.optim.warmup_epochs,
             min_lr_factor=config.optim.min_lr_factor,
         )
-        self._restored = self._restore_weights()  # before the model is wrapped: wrapping compares it between workers
+        restored = self._restore_weights()  # before the model is wrapped: wrapping compares it between workers
         self._train_step = TrainStep(
             self.model,
             self.criterion,
@@ -116,8 +116,8 @@ class TrainingLoop:
             skip_bad_images=config.data.on_bad_image == "skip",
             skip_nonfinite=config.train.on_nonfinite == "skip",
         )
-        if self._restored is not None:
-            self._train_step.scaler.load_state_dict(self._restored["scaler"])
+        if restored is not None:
+            self._train_step.scaler.load_state_dict(restored["scaler"])
         self._evaluator = None if job.data.val is None else build_evaluator(job.data, context)
         names = [*sorted(self.criterion.weights), *MEANS]
         self._meters = Meters(context, names, config.train.global_batch_size)
