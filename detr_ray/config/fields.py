@@ -118,3 +118,17 @@ Weight = Annotated[
 def curve_of(weight: float | Schedule) -> Curve:
     """Curve over epochs of a weight, which is a number or a schedule."""
     return weight.curve() if isinstance(weight, Schedule) else constant(weight)
+
+
+COUNT_BRANCH, RANGE_BRANCH = "<count>", "<range>"
+
+
+def _range_branch(value: Any) -> str:
+    return RANGE_BRANCH if isinstance(value, list | tuple) else COUNT_BRANCH
+
+
+# A number, or the least and the most: ``4`` or ``[2, 8]``.
+CountOrRange = Annotated[
+    Annotated[Count, Tag(COUNT_BRANCH)] | Annotated[tuple[Count, Count], Tag(RANGE_BRANCH)],
+    Discriminator(_range_branch),
+]

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from detr_ray.config.fields import NUMBER_BRANCH, RULE_ERROR
+from detr_ray.config.fields import COUNT_BRANCH, NUMBER_BRANCH, RULE_ERROR
 from detr_ray.config.yaml_format import format_inline
 
 Path = tuple[str | int, ...]
@@ -82,6 +82,8 @@ def findings(error: ValidationError) -> Iterator[Finding]:
         message = _message(detail)
         if NUMBER_BRANCH in raw and message == _NUMBER:
             message += f" or a schedule such as {_SCHEDULE_FORM}"
+        if COUNT_BRANCH in raw and message == _WHOLE:
+            message += " or a range such as [2, 8]"
         names = [part for part in path if isinstance(part, str)]
         is_missing = detail["type"] == "missing"
         # What is faulty about a missing key is the section that lacks it.

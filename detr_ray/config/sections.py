@@ -16,6 +16,7 @@ from detr_ray.config.data_sections import DataConfig
 from detr_ray.config.errors import ConfigError
 from detr_ray.config.fields import (
     Count,
+    CountOrRange,
     CountOrZero,
     NonNegative,
     Positive,
@@ -172,10 +173,14 @@ class TrainConfig(Section):
     micro_batch_size: Count | None = None
     """Most images of one forward pass; a worker's larger share is accumulated. Changes memory, not results. null: the
     whole share at once."""
-    num_workers: Count | None = None
-    """Training workers. null: one for each GPU of the cluster, or one without any."""
+    num_workers: CountOrRange | None = None
+    """Training workers. `[least, most]`: as many as the cluster has room for, more when nodes come and fewer when they
+    go; batches and results stay those of the stream. null: one for each GPU of the cluster, or one without any."""
     use_gpu: bool | None = None
     """Train on GPUs. null: if there are any."""
+    worker_resource: Text | None = None
+    """Custom Ray resource that each worker takes one of, beside its GPU or CPU: keeps workers on the nodes that have
+    it."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Number format of the forward pass; matching and losses stay in fp32. fp16 needs a GPU."""
     launcher: Literal["ray", "local"] = "ray"
@@ -199,12 +204,23 @@ class TrainConfig(Section):
     on all workers."""
     max_nonfinite_steps: CountOrZero = 10
     """With `train.on_nonfinite=skip`: the run ends when more steps than this were left out."""
-    collective_timeout_s: Count = 600
-    """Seconds that workers wait for each other before the run fails."""
+    stall_timeout_s: Count = 600
+    """Seconds that a worker may spend in one phase of a step (waiting for data, the forward pass, a checkpoint, ...).
+    One that takes longer hangs: it is named and replaced, which counts as a failure."""
+    start_timeout_s: Count = 1800
+    """Seconds to wait for the resources of the workers, at the start and after a node was lost; then the run fails,
+    saying what is missing."""
+    resize_check_s: Count = 60
+    """With a range of `train.num_workers`: seconds between two looks at whether more workers have room."""
     max_steps: Count | None = None
     """Optimizer steps after which the run ends early. Schedules still follow `train.epochs`."""
     record_stream: bool = False
     """Write which images each worker saw at each step into the run's folder, as `stream/rank-*.jsonl`."""
+
+    @property
+    def worker_range(self) -> tuple[int, int] | None:
+        """The least and the most workers; None where the cluster decides."""
+        return (self.num_workers, self.num_workers) if isinstance(self.num_workers, int) else self.num_workers
 
     def rules(self) -> Iterator[Violation]:
         """Batches that can be shared out, and a launcher and a precision that fit the workers."""
@@ -213,12 +229,15 @@ class TrainConfig(Section):
             yield Violation(
                 ("micro_batch_size", "global_batch_size"), f"must not exceed train.global_batch_size ({batch})"
             )
-        if self.num_workers is not None and self.num_workers > batch:
+        least, most = self.worker_range or (1, 1)
+        if least > most:
+            yield Violation(("num_workers",), "must name the least workers first, then the most")
+        if most > batch:
             yield Violation(
                 ("num_workers", "global_batch_size"),
                 f"must not exceed train.global_batch_size ({batch}): every worker needs an image in every step",
             )
-        if self.launcher == "local" and self.num_workers is not None and self.num_workers > 1:
+        if self.launcher == "local" and most > 1:
             yield Violation(("num_workers", "launcher"), "must be 1 or null with train.launcher=local")
         if self.precision == "fp16" and self.use_gpu is False:
             yield Violation(("precision", "use_gpu"), "needs a GPU, but train.use_gpu is false: take bf16 or fp32")

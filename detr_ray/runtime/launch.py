@@ -144,7 +144,7 @@ def _run_workers(
             "weights": [] if job.initial_weights is None else [ray.put(job.initial_weights)],
             "lines": lines,
         },
-        torch_config=TorchConfig(timeout_s=config.train.collective_timeout_s),
+        torch_config=TorchConfig(timeout_s=config.train.stall_timeout_s),
         scaling_config=ray.train.ScalingConfig(num_workers=num_workers, use_gpu=use_gpu),
         run_config=ray.train.RunConfig(
             name="ray",

@@ -61,7 +61,9 @@ def check_plan(config: Config, opened: dict[str, CocoIndex], label_map: LabelMap
 def _check_shapes(data: PlannedData, steps: int, report: Report) -> np.ndarray:
     """Plans the first epoch; its samples as ``[n, 3]`` (row of the index, height, width)."""
     config = data.config
-    workers, most = config.train.num_workers, config.train.micro_batch_size
+    # The fewest workers have the largest share.
+    workers = config.train.worker_range[0] if config.train.worker_range else None
+    most = config.train.micro_batch_size
     plan = data.plan(1, 0)
     samples, largest, largest_batch = [], (0, 0), (0, 0, 0)
     for step in range(min(steps, max(1, _MOST_PLANNED // config.train.global_batch_size))):
