@@ -26,7 +26,9 @@ SHARD_MEGABYTES = 256
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shards", metavar="FOLDER", help="pack the splits into FOLDER/train and FOLDER/val")
+    parser.add_argument(
+        "--shards", metavar="FOLDER", help="pack the splits into FOLDER/train and FOLDER/val; a path or URI"
+    )
     parser.add_argument(
         "--shard-megabytes", metavar="MB", type=int, default=SHARD_MEGABYTES,
         help=f"close a shard once its images have so many MB (default {SHARD_MEGABYTES})",
@@ -35,23 +37,22 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _prepare(config: Config, arguments: argparse.Namespace) -> int:
     from detr_ray.engine.job import open_data
+    from detr_ray.locations import check_address, resolve
 
     if arguments.shard_megabytes < 1:
         raise ConfigError(f"--shard-megabytes: must be at least 1 (got {arguments.shard_megabytes})")
-    if arguments.shards is not None and "://" in arguments.shards:
-        raise ConfigError(
-            f"--shards: {arguments.shards} is no local folder; write to one, copy it to its place, and train with "
-            "data.train.shards and data.val.shards set to that place"
-        )
-    if config.data.generate is None and arguments.shards is None:
+    folder = None
+    if arguments.shards is not None:
+        check_address(arguments.shards)
+        folder = resolve(arguments.shards)
+    if config.data.generate is None and folder is None:
         say("nothing to do: data.generate is not set, and no --shards FOLDER is given")
         return 0
     if config.data.generate is not None:
         _generate(config)
     train, val = open_data(config.data, say)
-    if arguments.shards is not None:
+    if folder is not None:
         indexes = {"train": train} if val is None else {"train": train, "val": val}
-        folder = Path(arguments.shards).expanduser().absolute()
         _pack(indexes, folder, arguments.shard_megabytes)
         say("\nto train from the shards:")
         say(f"  {train_command(config, arguments.config, folder)}")
@@ -81,14 +82,20 @@ def _generate(config: Config) -> None:
         say(f"drew {count} images into {root} in {duration(time.perf_counter() - started)}")
 
 
-def _pack(indexes: dict[str, CocoIndex], folder: Path, shard_megabytes: int) -> None:
+def _pack(indexes: dict[str, CocoIndex], folder: str, shard_megabytes: int) -> None:
     """Packs the splits that are not packed yet."""
+    from detr_ray.data.errors import DataError
     from detr_ray.data.packing import pack_split, unpacked_splits
     from detr_ray.engine.pace import Pace
+    from detr_ray.locations import join
+    from detr_ray.retries import reason_of
 
-    to_do = unpacked_splits(indexes, folder)
+    try:
+        to_do = unpacked_splits(indexes, folder)
+    except OSError as error:
+        raise DataError(f"{folder} cannot be used: {reason_of(error)}") from error
     for split, index in indexes.items():
-        place = folder / split
+        place = join(folder, split)
         if split not in to_do:
             say(f"{split}: nothing to do: {place} holds these {len(index)} images already")
             continue
@@ -105,7 +112,7 @@ def _pack(indexes: dict[str, CocoIndex], folder: Path, shard_megabytes: int) -> 
         say(f"{split}: packed {len(index)} images, {size}, into {shards}, {rate:.0f} images/s: {place}")
 
 
-def train_command(config: Config, config_files: Sequence[str], folder: Path) -> str:
+def train_command(config: Config, config_files: Sequence[str], folder: str) -> str:
     """The command that trains from the shards in ``folder`` what a configuration trains from elsewhere.
 
     Args:
@@ -113,13 +120,15 @@ def train_command(config: Config, config_files: Sequence[str], folder: Path) -> 
         config_files: its files. Keys that were given beside them are not repeated.
         folder: holds the folders ``train`` and ``val``.
     """
+    from detr_ray.locations import join
+
     data = config.data
     places = {"root": data.root, "generate": data.generate, "train": data.train, "val": data.val}
     # A set has one place: what says another one is taken away, wherever it was set.
     overrides = [f"data.{name}=null" for name, value in places.items() if value is not None]
-    overrides.append(f"data.train.shards={folder / 'train'}")
+    overrides.append(f"data.train.shards={join(folder, 'train')}")
     if data.root is not None or data.val is not None:
-        overrides.append(f"data.val.shards={folder / 'val'}")
+        overrides.append(f"data.val.shards={join(folder, 'val')}")
     files = [part for name in config_files for part in ("--config", name)]
     return shlex.join(["python", "-m", "detr_ray.train", *files, *overrides])
 

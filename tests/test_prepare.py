@@ -183,7 +183,7 @@ def test_folders_with_something_else_are_refused(prepare, tmp_path):
 
     (tmp_path / "file").write_text("")
     assert "is a file; give a folder" in prepare(f"data.root={root}", "--shards", tmp_path / "file")[2]
-    assert "is no local folder" in prepare(f"data.root={root}", "--shards", "s3://bucket/shards")[2]
+    assert "holds credentials" in prepare(f"data.root={root}", "--shards", "s3://key:word@bucket/shards")[2]
 
     shards = tmp_path / "shards"
     assert prepare(f"data.root={root}", "--shards", shards)[0] == 0

@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 import numpy as np
 
 from detr_ray.data.errors import DataError, few
-from detr_ray.data.locations import read_bytes
+from detr_ray.locations import LocationError, is_remote, read_bytes
+from detr_ray.retries import reason_of
 
 Record = dict[str, Any]
 
@@ -108,9 +109,12 @@ def _parse(location: str) -> dict[str, list]:
     try:
         raw = read_bytes(location)
     except FileNotFoundError as error:
-        raise DataError(f"{location}: no such annotation file") from error
+        missing = f"{reason_of(error)} (the annotation file)" if is_remote(location) else "no such annotation file"
+        raise DataError(f"{location}: {missing}") from error
     except OSError as error:
-        raise DataError(f"{location}: the annotation file cannot be read: {error}") from error
+        raise DataError(f"{location}: the annotation file cannot be read: {reason_of(error)}") from error
+    except LocationError as error:
+        raise DataError(str(error)) from error
     try:
         # The outlines are nine tenths of a COCO file; dropping each as soon as it is parsed keeps memory low.
         content = json.loads(raw, object_hook=_without_outline)

@@ -13,18 +13,23 @@ import functools
 import importlib.util
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from pyarrow import fs
 from torch import Tensor
 
 from detr_ray.data.errors import DataError
 from detr_ray.data.index import CocoIndex
-from detr_ray.data.locations import is_uri, join, open_location
+from detr_ray.data.ranges import OpenFiles, Span, join_parts
+from detr_ray.locations import is_remote, join, open_location, resolve
+from detr_ray.retries import AccessDenied, patiently, reason_of
+
+READS_AT_ONCE = 16
+"""Remote reads of one process that are under way at the same time."""
 
 _JPEG_START = b"\xff\xd8\xff"
 _RGB = 3
@@ -206,20 +211,21 @@ class ImageReader:
 
     Args:
         index: says where the images lie (``images_root`` or ``shards``) and what they are called.
+
+    Attributes:
+        is_remote: whether they lie beyond a network, where several reads at a time take as long as one.
     """
 
     def __init__(self, index: CocoIndex) -> None:
         if (index.images_root is None) == (index.shards is None):
             raise ValueError("an index has its images either in a folder or in shards")
         self._file_names = index.file_names
-        root = index.images_root
         # Other processes, where it may be used, have other working folders.
-        self._images_root = root if root is None or is_uri(root) else str(Path(root).expanduser().absolute())
+        self._images_root = None if index.images_root is None else resolve(index.images_root)
         self._shards = index.shards
-        self._open_shards: dict[int, fs.NativeFile] = {}
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_open_shards": {}}
+        self._shard_files = OpenFiles(() if index.shards is None else index.shards.files)
+        places = index.shards.files if index.shards is not None else (index.images_root or "",)
+        self.is_remote = any(map(is_remote, places))
 
     def name(self, i: int) -> str:
         """What to call image ``i`` in messages: its location, or its file name and its shard."""
@@ -233,9 +239,29 @@ class ImageReader:
 
         Raises:
             ImageError: no such file, not allowed to read it, or a file name that leads out of the images' folder.
-            DataError: a shard is missing or ends too early, or the storage failed; the image itself may be fine.
+            DataError: a shard is missing or ends too early, or the storage failed or refused; the image itself may be
+                fine.
         """
         return self._read(i, None)
+
+    def read_many(self, images: Sequence[int]) -> list[Callable[[], bytes]]:
+        """Begins to read several images; each of the functions that it returns gives one, or raises, as `read` does.
+
+        What is remote is read in threads, a bounded number at a time in the process; from shards, images that lie near
+        each other by one request. What is local is read when it is asked for.
+        """
+        if not self.is_remote:
+            return [functools.partial(self.read, i) for i in images]
+        if self._shards is None:
+            return [_reading_threads().submit(self.read, i).result for i in images]
+        places, rows = self._shards, np.asarray(images, np.int64)
+        offsets, lengths = places.offsets[rows], places.lengths[rows]
+        reads: list[Callable[[], bytes]] = [bytes] * len(rows)
+        for span in join_parts(places.file_of[rows], offsets, lengths):
+            content = _reading_threads().submit(self._read_span, span, images[span.parts[0]])
+            for part in span.parts:
+                reads[part] = functools.partial(_cut, content, int(offsets[part]) - span.start, int(lengths[part]))
+        return reads
 
     def read_head(self, i: int, num_bytes: int = _HEAD_BYTES) -> bytes:
         """The first bytes of image ``i``, enough for most headers; all of them where there are no more. See `read`."""
@@ -252,44 +278,55 @@ class ImageReader:
         return read_image_size(self.read(i), self.name(i), size)
 
     def _read(self, i: int, num_bytes: int | None) -> bytes:
+        if self._shards is not None:
+            length = int(self._shards.lengths[i])
+            wanted = length if num_bytes is None else min(num_bytes, length)
+            return self._read_span(Span(int(self._shards.file_of[i]), int(self._shards.offsets[i]), wanted, (0,)), i)
         try:
-            return self._read_file(i, num_bytes) if self._shards is None else self._read_shard(i, num_bytes)
-        except FileNotFoundError as error:
-            if self._shards is not None:
-                raise DataError(f"{self.name(i)}: the shard is missing") from error
-            raise ImageError(f"{self.name(i)}: no such file") from error
-        except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
-            raise ImageError(f"{self.name(i)}: {error.strerror or error}") from error
+            return self._read_file(i, num_bytes)
+        except AccessDenied as error:  # credentials are of the storage, not of one image
+            raise DataError(f"{self.name(i)}: {reason_of(error)}") from error
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+            raise ImageError(f"{self.name(i)}: {reason_of(error)}") from error
         except OSError as error:
-            raise DataError(f"{self.name(i)}: cannot be read: {error}") from error
+            raise DataError(f"{self.name(i)}: cannot be read: {reason_of(error)}") from error
 
     def _read_file(self, i: int, num_bytes: int | None) -> bytes:
         root, file_name = self._images_root or "", self._file_names[i].as_py()
         path = PurePosixPath(file_name)
         if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in file_name:
             raise ImageError(f"{file_name!r} in the folder {root}: a file name has to lie inside of the images' folder")
-        if not is_uri(root):
-            with Path(join(root, file_name)).open("rb") as file:
-                return file.read(-1 if num_bytes is None else num_bytes)
-        file_system, remote_root = _open_root(root)
-        with file_system.open_input_file(f"{remote_root.rstrip('/')}/{file_name}") as file:
-            return file.read(num_bytes)
 
-    def _read_shard(self, i: int, num_bytes: int | None) -> bytes:
-        assert self._shards is not None
-        shard, length = int(self._shards.file_of[i]), int(self._shards.lengths[i])
-        wanted = length if num_bytes is None else min(num_bytes, length)
-        file = self._open_shards.get(shard)
-        if file is None:
-            file_system, path = open_location(self._shards.files[shard])
-            # Kept open: for remote files, opening is a request of its own.
-            file = self._open_shards[shard] = file_system.open_input_file(path)
-        data = file.read_at(wanted, int(self._shards.offsets[i]))
-        if len(data) < wanted:
-            raise DataError(f"{self.name(i)}: the shard ends {wanted - len(data)} bytes too early")
+        def read_local() -> bytes:
+            with Path(root, file_name).open("rb") as file:
+                return file.read(-1 if num_bytes is None else num_bytes)
+
+        def read_remote() -> bytes:
+            # Not by an address of its own: a file's name may hold anything.
+            file_system, folder = open_location(root)
+            with file_system.open_input_file(f"{folder}/{file_name}") as file:
+                return file.read(num_bytes)
+
+        return patiently(self.name(i), read_remote if self.is_remote else read_local, remote=self.is_remote)
+
+    def _read_span(self, span: Span, i: int) -> bytes:
+        """A range of a shard that begins with, or is of, image ``i``."""
+        try:
+            data = self._shard_files.read(span.file, span.start, span.num_bytes)
+        except FileNotFoundError as error:
+            reason = f" ({reason_of(error)})" if self.is_remote else ""
+            raise DataError(f"{self.name(i)}: the shard is missing{reason}") from error
+        except OSError as error:
+            raise DataError(f"{self.name(i)}: cannot be read: {reason_of(error)}") from error
+        if len(data) < span.num_bytes:
+            raise DataError(f"{self.name(i)}: the shard ends {span.num_bytes - len(data)} bytes too early")
         return data
 
 
+def _cut(content: Future[bytes], start: int, num_bytes: int) -> bytes:
+    return content.result()[start : start + num_bytes]
+
+
 @functools.cache
-def _open_root(root: str) -> tuple[fs.FileSystem, str]:
-    return open_location(root)
+def _reading_threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(READS_AT_ONCE, thread_name_prefix="reading")

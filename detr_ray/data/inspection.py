@@ -23,7 +23,7 @@ from pyarrow import fs
 from detr_ray.data.errors import DataError
 from detr_ray.data.images import ImageError, ImageReader, decode_image, read_image_size
 from detr_ray.data.index import CocoIndex
-from detr_ray.data.locations import is_uri, open_location
+from detr_ray.locations import file_info
 
 _LOCAL_THREADS = 16
 _REMOTE_THREADS = 64
@@ -97,8 +97,7 @@ def find_missing_storage(index: CocoIndex) -> dict[int, str]:
     """
     if index.shards is None:
         assert index.images_root is not None, "an index has its images in a folder or in shards"
-        file_system, path = open_location(index.images_root)
-        kind = file_system.get_file_info(path).type
+        kind = file_info(index.images_root).type
         if kind == fs.FileType.Directory:
             return {}
         return {-1: f"{index.images_root}: {'no such folder' if kind == fs.FileType.NotFound else 'is no folder'}"}
@@ -106,8 +105,7 @@ def find_missing_storage(index: CocoIndex) -> dict[int, str]:
     np.maximum.at(wanted, index.shards.file_of, index.shards.offsets + index.shards.lengths)
     faults = {}
     for number, (location, num_bytes) in enumerate(zip(index.shards.files, wanted.tolist(), strict=True)):
-        file_system, path = open_location(location)
-        info = file_system.get_file_info(path)
+        info = file_info(location)
         if info.type != fs.FileType.File:
             faults[number] = f"{location}: the shard is missing"
         elif info.size < num_bytes:
@@ -135,9 +133,8 @@ def inspect_images(
     rows = np.arange(len(index))
     if index.shards is not None and without_shards:
         rows = rows[~np.isin(index.shards.file_of, sorted(without_shards))]
-    is_remote = is_uri(index.images_root if index.shards is None else index.shards.files[0])  # type: ignore[arg-type]
-    threads = _REMOTE_THREADS if is_remote else (os.cpu_count() or 1) if decode else _LOCAL_THREADS
-    has_ends = not decode and index.images_root is not None and not is_remote
+    threads = _REMOTE_THREADS if reader.is_remote else (os.cpu_count() or 1) if decode else _LOCAL_THREADS
+    has_ends = not decode and index.images_root is not None and not reader.is_remote
     found, num_failures = Inspection(), 0
     look = partial(_look, index, reader, decode=decode, has_ends=has_ends)
     with warnings.catch_warnings(), ThreadPoolExecutor(threads, thread_name_prefix="inspection") as pool:

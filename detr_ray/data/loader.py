@@ -6,7 +6,7 @@ pipelines move between processes. Knows nothing of the order of batches, of work
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -61,9 +61,10 @@ class BatchLoader:
         width = max(sample.size[1] for sample in samples)
         images = np.zeros((len(samples), 3, height, width), np.uint8)
         labels, boxes, bad_images = [], [], []
-        for image, sample in zip(images, samples, strict=True):
+        reads = self.reader.read_many([sample.index for sample in samples])
+        for image, sample, read in zip(images, samples, reads, strict=True):
             try:
-                self._load_image(sample, image)
+                self._load_image(sample, read, image)
             except ImageError as error:
                 bad_images.append(str(error))
                 image_labels, image_boxes = np.zeros(0, np.int64), np.zeros((0, 4), np.float32)
@@ -86,10 +87,9 @@ class BatchLoader:
     def _stored_size(self, sample: SamplePlan) -> tuple[int, int]:
         return int(self.index.heights[sample.index]), int(self.index.widths[sample.index])
 
-    def _load_image(self, sample: SamplePlan, padded: np.ndarray) -> None:
+    def _load_image(self, sample: SamplePlan, read: Callable[[], bytes], padded: np.ndarray) -> None:
         """Fills the top left of ``padded``, ``[3, H, W]`` zeros."""
-        data = self.reader.read(sample.index)
-        pixels = decode_image(data, self.reader.name(sample.index), self._stored_size(sample))
+        pixels = decode_image(read(), self.reader.name(sample.index), self._stored_size(sample))
         height, width = sample.size
         torch.from_numpy(padded)[:, :height, :width] = apply_to_image(pixels, sample)
 

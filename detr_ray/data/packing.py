@@ -7,15 +7,17 @@ may stay.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import numpy as np
+from pyarrow.fs import FileType
 
 from detr_ray.data.errors import DataError, few
 from detr_ray.data.images import ImageReader
 from detr_ray.data.index import CocoIndex
 from detr_ray.data.inspection import find_missing_storage
-from detr_ray.data.shards import read_shard_index, write_shards
+from detr_ray.data.shards import is_unfinished, read_shard_index, write_shards
+from detr_ray.locations import file_info, join, list_names, local_path
+from detr_ray.retries import reason_of
 
 
 class CountingReader(ImageReader):
@@ -37,31 +39,34 @@ class CountingReader(ImageReader):
         return data
 
 
-def unpacked_splits(indexes: Mapping[str, CocoIndex], folder: Path) -> list[str]:
-    """Which splits are still to be packed into ``folder``, where each has a folder of its name.
+def unpacked_splits(indexes: Mapping[str, CocoIndex], folder: str) -> list[str]:
+    """Which splits are still to be packed into ``folder`` (path or URI), where each has a folder of its name.
 
     Raises:
         DataError: the folder holds something else, or shards of other data.
+        OSError: the storage does not answer.
     """
-    if not folder.exists():
-        return list(indexes)
-    if not folder.is_dir():
+    if file_info(folder).type == FileType.File:
         raise DataError(f"{folder} is a file; give a folder")
     # What lies hidden is being written, or was left by an attempt that was killed: the writer has its say on that.
-    strangers = sorted(path.name for path in folder.iterdir() if path.name not in indexes and path.name[0] != ".")
+    strangers = [name for name in list_names(folder) if name not in indexes and name[0] != "."]
     if strangers:
         raise DataError(f"{folder} holds something else ({few(strangers)}): give a new or an empty folder")
-    return [split for split, index in indexes.items() if not _is_packed(index, folder / split)]
+    return [split for split, index in indexes.items() if not _is_packed(index, join(folder, split))]
 
 
-def _is_packed(index: CocoIndex, folder: Path) -> bool:
+def _is_packed(index: CocoIndex, folder: str) -> bool:
     """Whether a folder holds the shards of this split; False where there is nothing."""
-    if not folder.exists():
+    path = local_path(folder)
+    if path is None:
+        if is_unfinished(list_names(folder)):
+            return False
+    elif not path.exists():
         return False
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+    elif path.is_dir() and not any(path.iterdir()):
+        path.rmdir()
         return False
-    there = read_shard_index(str(folder))
+    there = read_shard_index(folder)
     if there.fingerprint != index.fingerprint:
         raise DataError(
             f"{folder} holds shards of other data ({len(there)} images, this split has {len(index)}, or their "
@@ -75,7 +80,7 @@ def _is_packed(index: CocoIndex, folder: Path) -> bool:
 
 def pack_split(
     index: CocoIndex,
-    folder: Path,
+    folder: str,
     *,
     shard_megabytes: int,
     progress: Callable[[int, int, int], None] | None = None,
@@ -84,7 +89,7 @@ def pack_split(
 
     Args:
         index: the split.
-        folder: folder to make.
+        folder: folder to make, or its URI.
         shard_megabytes: a shard is closed once its images have so many MB.
         progress: called with (images done, images in all, bytes of images read) from time to time.
 
@@ -103,7 +108,7 @@ def pack_split(
     try:
         write_shards(index, folder, reader, shard_megabytes=shard_megabytes, progress=note)
     except OSError as error:
-        raise DataError(f"{folder} cannot be written: {error}") from error
-    written = read_shard_index(str(folder))
+        raise DataError(f"{folder} cannot be written: {reason_of(error)}") from error
+    written = read_shard_index(folder)
     assert written.shards is not None, "an index of shards says where they are"
     return reader.num_bytes, len(written.shards.files)

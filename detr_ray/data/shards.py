@@ -13,10 +13,13 @@ Knows nothing of decoding: bytes go in, bytes come out.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
+import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,13 +28,26 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from detr_ray.data.errors import DataError
-from detr_ray.data.images import ImageReader
+from detr_ray.data.errors import DataError, few
+from detr_ray.data.images import READS_AT_ONCE, ImageReader
 from detr_ray.data.index import CocoIndex, ShardPlaces
-from detr_ray.data.locations import is_uri, join, open_location
+from detr_ray.locations import (
+    LocationError,
+    delete_file,
+    join,
+    list_names,
+    local_path,
+    make_folder,
+    parent,
+    read_buffer,
+    resolve,
+    upload,
+)
+from detr_ray.retries import reason_of
 
 INDEX_NAME = "index.parquet"
 
+_SHARD_NAME = re.compile(r"shard-\d{5,}\.parquet")
 _METADATA_KEY = b"detr_ray"
 _FORMAT = 1
 # Images that are read, held in memory and written at once: one row group.
@@ -50,28 +66,32 @@ def write_shards(
 ) -> None:
     """Writes a data set as Parquet shards, whole or not at all.
 
-    The files are made in ``.NAME.partial`` beside ``out_dir`` and get their name when everything is written and every
-    image has been read back. The same data set and the same library versions give the same bytes.
+    On a disk, the files are made in ``.NAME.partial`` beside ``out_dir`` and get their name when everything is written
+    and every image has been read back. Elsewhere, each is made on this machine and then uploaded, the index last: what
+    has no index is no folder of shards. The same data set and the same library versions give the same bytes.
 
     Args:
         index: the data set.
-        out_dir: folder to make, on this machine (to have it in a bucket, copy it there: it may be moved freely).
+        out_dir: folder to make, or its URI.
         reader: reads its images; the index's own by default.
         shard_megabytes: a shard is closed once its images have so many MB.
         progress: called with (images written, images in all) after each row group.
 
     Raises:
-        DataError: ``out_dir`` exists, is being written already, or is not local; an image is missing.
+        DataError: ``out_dir`` exists, is being written already, or holds something else; an image is missing.
+        OSError: it cannot be written.
     """
-    if is_uri(str(out_dir)):
-        raise DataError(f"{out_dir}: shards are written to a local folder; copy it to its place afterwards")
     if shard_megabytes < 1:
         raise DataError(f"shard_megabytes={shard_megabytes}: has to be at least 1")
-    out_dir = Path(out_dir).expanduser().absolute()
-    if out_dir.exists():
-        raise DataError(f"{out_dir} exists already: delete it or give another folder")
-    partial = out_dir.parent / f".{out_dir.name}.partial"
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    reader = reader or ImageReader(index)
+    folder = local_path(str(out_dir))
+    if folder is None:
+        _write_remote(index, reader, resolve(str(out_dir)), shard_megabytes * 10**6, progress)
+        return
+    if folder.exists():
+        raise DataError(f"{folder} exists already: delete it or give another folder")
+    partial = folder.parent / f".{folder.name}.partial"
+    folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         partial.mkdir()
     except FileExistsError as error:
@@ -80,10 +100,47 @@ def write_shards(
             "delete that folder and start again"
         ) from error
     try:
-        _write_all(index, reader or ImageReader(index), partial, shard_megabytes * 10**6, progress)
-        partial.rename(out_dir)
+        _write_all(index, reader, partial, shard_megabytes * 10**6, progress, finished=lambda path: None)
+        partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def is_unfinished(names: Collection[str]) -> bool:
+    """Whether a folder with these names in it is what a writer left that was killed, and may be written again."""
+    return all(_SHARD_NAME.fullmatch(name) for name in names)
+
+
+def _write_remote(
+    index: CocoIndex,
+    reader: ImageReader,
+    folder: str,
+    shard_bytes: int,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Writes shards to where there are no folders to rename: the index, which is written last, makes them whole."""
+    before = list_names(folder)
+    if not is_unfinished(before):
+        raise DataError(f"{folder} exists already ({few(before)}): delete it or give another folder")
+    written: list[str] = []
+
+    def take_away(path: Path) -> None:
+        written.append(path.name)
+        upload(path, join(folder, path.name))
+        path.unlink()
+
+    try:
+        make_folder(folder)
+        # One shard at a time lies on this machine.
+        with tempfile.TemporaryDirectory(prefix="shards-") as scratch:
+            _write_all(index, reader, Path(scratch), shard_bytes, progress, finished=take_away)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for name in written[::-1]:
+                delete_file(join(folder, name))
+        raise
+    for name in set(before) - set(written):
+        delete_file(join(folder, name))
 
 
 def read_shard_index(location: str) -> CocoIndex:
@@ -95,18 +152,19 @@ def read_shard_index(location: str) -> CocoIndex:
     Raises:
         DataError: no such folder, or what lies there is not an index of shards.
     """
-    if not is_uri(location):
-        location = str(Path(location).expanduser().absolute())
-    folder = location.rstrip("/").removesuffix(f"/{INDEX_NAME}")
+    folder = resolve(location)
+    if folder.partition("?")[0].endswith(f"/{INDEX_NAME}"):
+        folder = parent(folder)
     path = join(folder, INDEX_NAME)
-    file_system, path_on_it = open_location(path)
     try:
-        with file_system.open_input_file(path_on_it) as file:
-            table = pq.ParquetFile(file).read()
+        table = pq.ParquetFile(pa.BufferReader(read_buffer(path))).read()
     except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file. Is {folder} a folder that `prepare` wrote shards into?") from error
+        reason = reason_of(error)
+        raise DataError(f"{path}: {reason}. Is {folder} a folder that `prepare` wrote shards into?") from error
     except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+        raise DataError(f"{path} cannot be read: {reason_of(error)}") from error
+    except LocationError as error:
+        raise DataError(str(error)) from error
     content = (table.schema.metadata or {}).get(_METADATA_KEY)
     if content is None:
         raise DataError(f"{path}: not an index of shards (its schema has no metadata named 'detr_ray')")
@@ -150,8 +208,9 @@ def _write_all(
     folder: Path,
     shard_bytes: int,
     progress: Callable[[int, int], None] | None,
+    finished: Callable[[Path], None],
 ) -> None:
-    """Writes the shards and their index into an empty folder."""
+    """Writes the shards and then their index into an empty folder; ``finished`` gets each, and may take it away."""
     about: dict[str, Any] = {
         "format": _FORMAT,
         "categories": [{"id": category_id, "name": name} for category_id, name in index.categories],
@@ -165,6 +224,7 @@ def _write_all(
         _write_shard(folder / name, rows.replace_schema_metadata(_metadata(about)), groups)
         places += [(len(names), offset, length) for offset, length in _find_images(folder / name)]
         names.append(name)
+        finished(folder / name)
 
     shard, offset, length = np.array(places, np.int64).reshape(-1, 3).T
     table = rows.append_column("shard", pa.array(shard, pa.int32()))
@@ -173,6 +233,7 @@ def _write_all(
     pq.write_table(table.replace_schema_metadata(_metadata(about)), folder / INDEX_NAME, compression="zstd")
     if read_shard_index(str(folder)).fingerprint != index.fingerprint:
         raise RuntimeError("the index of the shards that were written differs from the data set's")
+    finished(folder / INDEX_NAME)
 
 
 def _metadata(about: dict[str, Any]) -> dict[bytes, bytes]:
@@ -200,7 +261,7 @@ def _read_groups(
 ) -> Iterator[tuple[int, list[bytes]]]:
     """Stored images from ``start`` on, in groups of (first image, their bytes), until they have ``most_bytes``."""
     num_bytes = 0
-    with ThreadPoolExecutor(_READ_THREADS) as pool:
+    with ThreadPoolExecutor(READS_AT_ONCE if reader.is_remote else _READ_THREADS) as pool:
         while start < end and num_bytes < most_bytes:
             images = list(pool.map(reader.read, range(start, min(start + _GROUP_IMAGES, end))))
             yield start, images

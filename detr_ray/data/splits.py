@@ -7,6 +7,7 @@ from typing import Protocol
 from detr_ray.data.errors import DataError
 from detr_ray.data.index import CocoIndex, read_coco_index
 from detr_ray.data.shards import read_shard_index
+from detr_ray.locations import join
 
 
 class SplitPlaces(Protocol):
@@ -36,5 +37,5 @@ def open_split(root: str | None, places: SplitPlaces | None, split: str) -> Coco
         return read_coco_index(places.annotations, places.images)
     if root is None:
         raise DataError(f"no {split} data is given: set data.root or data.{split}")
-    root = root.rstrip("/")
-    return read_coco_index(f"{root}/annotations/instances_{split}2017.json", f"{root}/{split}2017")
+    annotations = join(root, "annotations", f"instances_{split}2017.json")
+    return read_coco_index(annotations, join(root, f"{split}2017"))

@@ -159,8 +159,6 @@ def test_nothing_is_overwritten(index: CocoIndex, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"\.busy\.partial exists: another process"):
         write_shards(index, tmp_path / "busy")
     assert (tmp_path / ".busy.partial").is_dir()
-    with pytest.raises(DataError, match="local folder"):
-        write_shards(index, "s3://bucket/shards")
     with pytest.raises(DataError, match="shard_megabytes"):
         write_shards(index, tmp_path / "x", shard_megabytes=0)
 

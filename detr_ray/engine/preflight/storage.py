@@ -13,10 +13,10 @@ from pyarrow import fs
 
 from detr_ray.config import Config
 from detr_ray.data.errors import DataError
-from detr_ray.data.locations import is_uri, open_location
 from detr_ray.engine.preflight.findings import Report
 from detr_ray.engine.preflight.first_weights import skeleton
 from detr_ray.engine.run_directory import absolute_storage
+from detr_ray.locations import is_uri, open_location
 
 AREA = "storage"
 TIMEOUT_S = 30.0

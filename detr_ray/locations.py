@@ -1,0 +1,399 @@
+"""Where files lie: a local path, or the URI of a file system that pyarrow knows (``s3://``, ``gs://``, ``hdfs://``).
+
+The one way in which places are opened, read and written. Credentials come from the environment (``AWS_ACCESS_KEY_ID``,
+a profile, the machine's role), never from an address. File systems are kept for the life of a process and never sent to
+another one: what travels are locations. Every operation is tried again while its errors are such that pass; see
+`retries.py`. Knows nothing of what the files hold.
+
+An S3 address may end in ``?region=...&endpoint_override=host:port&scheme=http``; ``AWS_ENDPOINT_URL_S3``,
+``AWS_ENDPOINT_URL``, ``AWS_REGION`` and ``AWS_DEFAULT_REGION`` say the same for all addresses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import secrets
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+import pyarrow as pa
+from pyarrow import fs
+
+from detr_ray.config.errors import ConfigError
+from detr_ray.retries import PATIENT, Patience, patiently
+
+T = TypeVar("T")
+
+S3_ATTEMPTS = 3
+"""Attempts of one request within the S3 client; the whole operation is tried again beyond that."""
+CONNECT_TIMEOUT_S = 5.0
+SILENCE_TIMEOUT_S = 20.0
+"""How long a server may send nothing before a request counts as failed."""
+
+_OBJECT_STORES = frozenset({"s3", "gs", "gcs", "abfs", "abfss"})
+_S3_OPTIONS = frozenset({"region", "endpoint_override", "scheme"})
+_PART_BYTES = 64 << 20
+_PARALLEL_PARTS = 4
+
+
+class LocationError(ConfigError):
+    """An address that cannot be used, whatever lies there; the text never repeats credentials."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file in a listing.
+
+    Attributes:
+        name: path below the folder that was listed, with ``/`` between its parts.
+        num_bytes: its size.
+        changed: time of its last change, nanoseconds; 0 where the storage does not say.
+    """
+
+    name: str
+    num_bytes: int
+    changed: int
+
+
+# Addresses
+
+
+def is_uri(location: str) -> bool:
+    """Whether a location names its file system (``s3://bucket/x``), rather than a path on this machine."""
+    return "://" in location
+
+
+def is_remote(location: str) -> bool:
+    """Whether a location is beyond a network."""
+    return is_uri(location) and _scheme(location) != "file"
+
+
+def is_object_store(location: str) -> bool:
+    """Whether a location is in a bucket: no folders, objects appear whole or not at all, and moving one copies it."""
+    return is_uri(location) and _scheme(location) in _OBJECT_STORES
+
+
+def local_path(location: str) -> Path | None:
+    """The absolute path of a location on this machine; None for any other."""
+    if not is_uri(location):
+        return Path(location).expanduser().absolute()
+    return Path(unquote(urlsplit(location).path)) if _scheme(location) == "file" else None
+
+
+def resolve(location: str) -> str:
+    """A location that means the same in every process: an absolute path, or a URI without a slash at its end."""
+    path = local_path(location)
+    if path is not None:
+        return str(path)
+    address, mark, options = location.partition("?")
+    return address.rstrip("/") + mark + options
+
+
+def join(root: str, *names: str) -> str:
+    """The location of a file or folder below the folder ``root``."""
+    if not is_uri(root):
+        return str(Path(root, *names))
+    address, mark, options = root.partition("?")
+    return "/".join([address.rstrip("/"), *names]) + mark + options
+
+
+def parent(location: str) -> str:
+    """The folder that a file or folder lies in."""
+    if not is_uri(location):
+        return str(Path(location).parent)
+    address, mark, options = location.partition("?")
+    return address.rstrip("/").rpartition("/")[0] + mark + options
+
+
+def check_address(location: str) -> None:
+    """Refuses an address that holds credentials; asks no server.
+
+    Raises:
+        LocationError: it does.
+    """
+    if not is_uri(location):
+        return
+    scheme, _, rest = location.partition("://")
+    # Secret keys may hold slashes: up to the last @ all of it may be one. No bucket's name has a colon or an @.
+    authority, _, path = rest.partition("?")[0].partition("/")
+    named = "@" in authority or (scheme == "s3" and (":" in authority or "@" in path.partition("/")[0]))
+    password = ":" in authority.rpartition("@")[0]
+    if password or (scheme == "s3" and named):
+        raise LocationError(
+            f"an address {scheme}://... holds credentials, which would be kept with the run and shown in its records "
+            "(it is not repeated here). Give them in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a "
+            "profile, the machine's role), and the address without them"
+        )
+
+
+def open_location(location: str) -> tuple[fs.FileSystem, str]:
+    """The file system of a location, and the path on it.
+
+    Raises:
+        LocationError: an address that no file system answers to, or that holds credentials.
+        OSError: S3 was asked for the region of a bucket, and did not tell.
+    """
+    path = local_path(location)
+    if path is not None:
+        return _local_file_system(), str(path)
+    check_address(location)
+    if _scheme(location) == "s3":
+        return _open_s3(location)
+    folder, name = _split(location)
+    try:
+        # One client for all files of a folder.
+        file_system, path_of_folder = _from_uri(folder)
+    except (ValueError, OSError, NotImplementedError) as error:
+        raise LocationError(f"{location}: no file system for this address: {error}") from error
+    return file_system, f"{path_of_folder.rstrip('/')}/{name}" if name else path_of_folder
+
+
+def _split(location: str) -> tuple[str, str]:
+    """The folder's URI and the name in it; no name for what has no folder above it."""
+    address = location.partition("?")[0].rstrip("/")
+    return (parent(location), unquote(address.rpartition("/")[2])) if address.count("/") > 2 else (location, "")
+
+
+def _scheme(location: str) -> str:
+    return location.partition("://")[0].lower()
+
+
+@functools.cache
+def _local_file_system() -> fs.FileSystem:
+    return fs.LocalFileSystem()
+
+
+@functools.lru_cache(maxsize=128)
+def _from_uri(location: str) -> tuple[fs.FileSystem, str]:
+    address, _, options = location.partition("?")
+    if _scheme(location) in ("gs", "gcs") and "retry_limit_seconds" not in options:
+        options = f"{options}&retry_limit_seconds=60".lstrip("&")
+    return fs.FileSystem.from_uri(f"{address}?{options}" if options else address)
+
+
+def _open_s3(location: str) -> tuple[fs.FileSystem, str]:
+    address, _, query = location.partition("?")
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    unknown = sorted(options.keys() - _S3_OPTIONS)
+    if unknown:
+        raise LocationError(
+            f"{address}: unknown option {unknown[0]!r} in the address; known are {', '.join(sorted(_S3_OPTIONS))}"
+        )
+    path = unquote(address.partition("://")[2]).strip("/")
+    bucket = path.partition("/")[0]
+    if not bucket:
+        raise LocationError(f"{address}: names no bucket")
+    endpoint = options.get("endpoint_override") or _first_set("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+    region = options.get("region") or _first_set("AWS_REGION", "AWS_DEFAULT_REGION")
+    if region is None:
+        # Only Amazon's own servers know regions by bucket.
+        region = _region_of(bucket) if endpoint is None else "us-east-1"
+    return _s3_file_system(endpoint, region, options.get("scheme"), os.environ.get("AWS_ACCESS_KEY_ID")), path
+
+
+def _first_set(*names: str) -> str | None:
+    return next((os.environ[name] for name in names if os.environ.get(name)), None)
+
+
+@functools.lru_cache(maxsize=64)
+def _region_of(bucket: str) -> str:
+    return fs.resolve_s3_region(bucket)
+
+
+@functools.lru_cache(maxsize=16)
+def _s3_file_system(endpoint: str | None, region: str, scheme: str | None, key_id: str | None) -> fs.FileSystem:
+    """A client. Takes its credentials from the environment itself; ``key_id`` is there to tell clients apart."""
+    return fs.S3FileSystem(
+        endpoint_override=endpoint,
+        region=region,
+        scheme=scheme,
+        connect_timeout=CONNECT_TIMEOUT_S,
+        request_timeout=SILENCE_TIMEOUT_S,
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=S3_ATTEMPTS),
+        allow_delayed_open=True,  # a small object is then one request instead of three
+    )
+
+
+# Files
+
+
+def at(location: str, operation: Callable[[fs.FileSystem, str], T], patience: Patience = PATIENT) -> T:
+    """What an operation on a file system and a path gives; tried again as `patiently` does."""
+    return patiently(
+        location, lambda: operation(*open_location(location)), remote=is_remote(location), patience=patience
+    )
+
+
+def read_buffer(location: str, num_bytes: int | None = None, patience: Patience = PATIENT) -> pa.Buffer:
+    """The whole content of a file.
+
+    Args:
+        location: the file.
+        num_bytes: its size, where it is known: large remote files are then read in several parts at a time, and one
+            that is shorter is an error.
+        patience: how long to try.
+
+    Raises:
+        NoSuchObject: there is no such file.
+        AccessDenied: it may not be read.
+        OSError: it cannot be read.
+    """
+    if num_bytes is not None and num_bytes > _PART_BYTES and is_remote(location):
+        parts = [(start, min(_PART_BYTES, num_bytes - start)) for start in range(0, num_bytes, _PART_BYTES)]
+        content = bytearray(num_bytes)
+
+        def fetch(part: tuple[int, int]) -> None:
+            content[part[0] : sum(part)] = read_range(location, *part)
+
+        with ThreadPoolExecutor(_PARALLEL_PARTS) as pool:
+            list(pool.map(fetch, parts))
+        return pa.py_buffer(content)
+
+    def read(file_system: fs.FileSystem, path: str) -> pa.Buffer:
+        with file_system.open_input_file(path) as file:
+            data = file.read_buffer()
+        if num_bytes is not None and data.size < num_bytes:
+            raise OSError(f"{data.size} of {num_bytes} bytes came")
+        return data
+
+    return at(location, read, patience)
+
+
+def read_bytes(location: str, patience: Patience = PATIENT) -> bytes:
+    """The whole content of a file; see `read_buffer`."""
+    return read_buffer(location, patience=patience).to_pybytes()
+
+
+def read_range(location: str, start: int, num_bytes: int) -> bytes:
+    """A part of a file, all of it.
+
+    Raises:
+        OSError: see `read_buffer`; or the file ends before.
+    """
+
+    def read(file_system: fs.FileSystem, path: str) -> bytes:
+        with file_system.open_input_file(path) as file:
+            data = file.read_at(num_bytes, start)
+        if len(data) < num_bytes:
+            raise OSError(f"{len(data)} of {num_bytes} bytes came")
+        return data
+
+    return at(location, read)
+
+
+def write_bytes(location: str, data: bytes, patience: Patience = PATIENT) -> None:
+    """Writes a file that a reader sees whole, in its old or its new form, or not at all. Makes the folders above it.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    if is_object_store(location):
+        # An object appears when its upload ends; moving one would copy it.
+        write(location, lambda stream: stream.write(data), patience)
+        return
+    make_folder(parent(location))
+    temporary = f"{location}.{secrets.token_hex(4)}.tmp"
+    try:
+        write(temporary, lambda stream: stream.write(data), patience)
+        at(location, lambda file_system, path: file_system.move(open_location(temporary)[1], path), patience)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            delete_file(temporary)
+        raise
+    sync(parent(location))
+
+
+def write(location: str, fill: Callable[[Any], T], patience: Patience = PATIENT) -> T:
+    """Writes a file as a stream; what is there after a failure may be the first part of it.
+
+    Args:
+        location: the file. Its folder has to be there, where there are folders.
+        fill: writes all of it into a binary stream; called again for a further attempt.
+        patience: how long to try.
+
+    Returns:
+        What ``fill`` returned.
+    """
+
+    def attempt(file_system: fs.FileSystem, path: str) -> T:
+        with file_system.open_output_stream(path) as stream:
+            return fill(stream)
+
+    result = at(location, attempt, patience)
+    sync(location)
+    return result
+
+
+def sync(location: str) -> None:
+    """Has a local disk keep a file or the names in a folder even if the power fails now; nothing elsewhere."""
+    path = local_path(location)
+    if path is None:
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(location: str, patience: Patience = PATIENT) -> None:
+    """Makes a folder and those above it; nothing in a bucket, where there are none."""
+    if not is_object_store(location):
+        at(location, lambda file_system, path: file_system.create_dir(path, recursive=True), patience)
+
+
+def file_info(location: str, patience: Patience = PATIENT) -> fs.FileInfo:
+    """Kind and size of what is at a location; kind NotFound where there is nothing."""
+    return at(location, lambda file_system, path: file_system.get_file_info(path), patience)
+
+
+def list_files(location: str, patience: Patience = PATIENT) -> list[StoredFile]:
+    """All files below a folder, by name; none where there is no such folder. One request in a bucket."""
+
+    def look(file_system: fs.FileSystem, path: str) -> list[StoredFile]:
+        selector = fs.FileSelector(path, allow_not_found=True, recursive=True)
+        return [
+            StoredFile(str(PurePosixPath(info.path).relative_to(path)), info.size, info.mtime_ns or 0)
+            for info in file_system.get_file_info(selector)
+            if info.type == fs.FileType.File
+        ]
+
+    return sorted(at(location, look, patience), key=lambda file: file.name)
+
+
+def list_names(location: str, patience: Patience = PATIENT) -> list[str]:
+    """Names of the files and folders in a folder, sorted; none where there is no such folder."""
+
+    def look(file_system: fs.FileSystem, path: str) -> list[str]:
+        return [info.base_name for info in file_system.get_file_info(fs.FileSelector(path, allow_not_found=True))]
+
+    return sorted(at(location, look, patience))
+
+
+def upload(path: Path, location: str) -> None:
+    """Copies a local file to a location; see `write`."""
+
+    def fill(stream: Any) -> None:
+        with path.open("rb") as file:
+            shutil.copyfileobj(file, stream, 4 << 20)
+
+    write(location, fill)
+
+
+def delete_file(location: str, patience: Patience = PATIENT) -> None:
+    """Deletes a file; fine where there is none (an earlier attempt may have succeeded without an answer)."""
+    with contextlib.suppress(FileNotFoundError):
+        at(location, lambda file_system, path: file_system.delete_file(path), patience)
+
+
+def delete_folder(location: str, patience: Patience = PATIENT) -> None:
+    """Deletes a folder and all below it; fine where there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        at(location, lambda file_system, path: file_system.delete_dir(path), patience)

@@ -1,0 +1,133 @@
+"""Patience with storage: which errors pass, how often and how long a thing is tried again, and what is said in the end.
+
+Knows errors, not files: what is tried is a function, which has to be fit to run again from its beginning.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import random
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_ACCESS = re.compile(
+    r"ACCESS_DENIED|HTTP status 40[13]\b|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|EXPIRED_TOKEN"
+    r"|INVALID_CLIENT_TOKEN|UNRECOGNIZED_CLIENT|PERMISSION_DENIED|UNAUTHENTICATED|AuthenticationFailed|AuthorizationFailure"
+)
+_NO_BUCKET = re.compile(r"NO_SUCH_BUCKET|Bucket '.*' not found")
+_NO_OBJECT = re.compile(r"NO_SUCH_KEY|HTTP status 404\b")
+_HOPELESS = re.compile(r"HTTP status (301|307|405|416)\b|PERMANENT_REDIRECT|INVALID_BUCKET_NAME|NotImplemented")
+_NOISE = re.compile(r"^When .*?: (?=AWS Error)| \(Request ID: [^)]*\)|\. Detail: .*$", re.DOTALL)
+
+_PASSING_ON_DISK = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EINTR, errno.EAGAIN})
+"""What network disks report while they recover. All else (a full disk, no such file) stays as it is."""
+_STAYING = frozenset({errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOSPC})
+
+
+class StorageError(OSError):
+    """Storage that failed for good; the text is "location: reason"."""
+
+    def __str__(self) -> str:
+        return f"{self.filename}: {self.strerror}"
+
+
+class NoSuchObject(StorageError, FileNotFoundError):  # noqa: N818 - the name says what it is
+    """There is nothing at a location."""
+
+
+class AccessDenied(StorageError, PermissionError):  # noqa: N818
+    """The storage answers, and refuses."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How often a failed operation is tried again.
+
+    Attributes:
+        attempts: most attempts in all.
+        first_pause_s: pause before the second one; each further pause is twice as long, less a random part.
+        longest_pause_s: no pause is longer.
+        give_up_after_s: no attempt begins later than this after the first began.
+    """
+
+    attempts: int = 5
+    first_pause_s: float = 0.25
+    longest_pause_s: float = 8.0
+    give_up_after_s: float = 120.0
+
+
+PATIENT = Patience()
+
+
+def patiently(location: str, operation: Callable[[], T], *, remote: bool, patience: Patience = PATIENT) -> T:
+    """What an operation gives, tried again while its errors are such that pass.
+
+    Args:
+        location: what it works on, for messages.
+        operation: may be run any number of times.
+        remote: whether the location is beyond a network: there, all errors but the known lasting ones pass.
+        patience: the limits.
+
+    Raises:
+        NoSuchObject: there is nothing at the location; said at once.
+        AccessDenied: not allowed; said at once.
+        StorageError: any other lasting error, or the last of a passing one once the limits are reached.
+        OSError: a lasting error of a local disk, as it came.
+    """
+    started = time.monotonic()
+    pause_s = patience.first_pause_s
+    attempt = 1
+    while True:
+        try:
+            return operation()
+        except StorageError:
+            raise
+        except OSError as error:
+            lasting = _lasting(error, location, remote)
+            if lasting is error:
+                raise
+            if lasting is not None:
+                raise lasting from error
+            elapsed_s = time.monotonic() - started
+            if attempt >= patience.attempts or elapsed_s + pause_s > patience.give_up_after_s:
+                times = "1 attempt" if attempt == 1 else f"{attempt} attempts"
+                reason = f"gave up after {times} in {elapsed_s:.1f} s; the last error: {reason_of(error)}"
+                raise StorageError(errno.EIO, reason, location) from error
+            logger.info("%s: attempt %d of %d: %s", location, attempt, patience.attempts, reason_of(error))
+        # A random part keeps the many tasks that failed together from coming back together.
+        time.sleep(pause_s * random.uniform(0.5, 1.0))
+        pause_s = min(2 * pause_s, patience.longest_pause_s)
+        attempt += 1
+
+
+def reason_of(error: BaseException) -> str:
+    """An error in one line, without the location, request numbers and repetitions that storage libraries add."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return _NOISE.sub("", text.strip().split("\n")[0]).rstrip(" :.")
+
+
+def _lasting(error: OSError, location: str, remote: bool) -> OSError | None:
+    """The error to raise where trying again is of no use; None where it may help."""
+    text = str(error)
+    if isinstance(error, FileNotFoundError):
+        return NoSuchObject(errno.ENOENT, "no such object" if remote else "no such file", location)
+    if not remote:
+        return None if error.errno in _PASSING_ON_DISK else error
+    if _NO_BUCKET.search(text):
+        return NoSuchObject(errno.ENOENT, "no such bucket (buckets are not made here)", location)
+    if _NO_OBJECT.search(text):
+        return NoSuchObject(errno.ENOENT, "no such object", location)
+    if isinstance(error, PermissionError) or _ACCESS.search(text):
+        reason = f"access denied ({reason_of(error)}); the credentials are those of the environment"
+        return AccessDenied(errno.EACCES, reason, location)
+    if error.errno in _STAYING or _HOPELESS.search(text):
+        return StorageError(error.errno or errno.EIO, reason_of(error), location)
+    return None
