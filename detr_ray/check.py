@@ -14,23 +14,31 @@ from detr_ray.train import say
 
 DESCRIPTION = """Look for problems before a run: annotations, labels, images, first weights, storage and tracking.
 
-Everything is looked at, whatever is found; nothing is changed. Exit code 0: no error (there may be warnings);
-1: at least one error; 2: the configuration cannot be used."""
+Everything is looked at, whatever is found; nothing is changed. With --cluster, the cluster that RAY_ADDRESS names is
+looked at first: room for the workers, and from each of its nodes versions, storage, images and tracking. Exit code 0:
+no error (there may be warnings); 1: at least one error; 2: the configuration cannot be used."""
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--decode", action="store_true", help="decode every image whole; without it, only their headers are read"
     )
+    parser.add_argument("--cluster", action="store_true", help="look at the cluster, too, from each of its nodes")
     parser.add_argument("--json", metavar="FILE", help="write the whole report to this file; - is standard output")
 
 
 def _check(config: Config, arguments: argparse.Namespace) -> int:
-    from detr_ray.engine.preflight import run_preflight
+    from detr_ray.engine.preflight import Report, run_preflight, section
 
     to_stdout = arguments.json == "-"
     tell = _say_aside if to_stdout else say
-    report = run_preflight(config, tell, decode=arguments.decode)
+    report = Report()
+    if arguments.cluster:
+        from detr_ray.runtime.cluster_check import AREA, check_cluster
+
+        with section(AREA, report, tell):
+            check_cluster(config, report, tell)
+    run_preflight(config, tell, decode=arguments.decode, report=report)
     tell(f"\n{report.summary()}")
     if arguments.json:
         content = json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n"

@@ -25,45 +25,48 @@ from detr_ray.engine.preflight.first_weights import starts_from_official_weights
 from detr_ray.engine.records import run_tracking_uri
 from detr_ray.tracking.reachability import UnreachableError, try_store
 
-__all__ = ["Finding", "Report", "run_preflight"]
+__all__ = ["Finding", "Report", "run_preflight", "section"]
 
 
-def run_preflight(config: Config, say: Callable[[str], None], decode: bool = False) -> Report:
+def run_preflight(
+    config: Config, say: Callable[[str], None], decode: bool = False, report: Report | None = None
+) -> Report:
     """Looks at everything that a training run of a configuration needs.
 
     Args:
         config: the configuration; `Config.check_training` has passed.
         say: shows the user a line; gets the findings area by area, while the work goes on.
         decode: decode every image whole, instead of reading its header.
+        report: findings made before, which these are added to.
 
     Returns:
         All findings.
     """
-    report = Report()
-    with _section(DATA, report, say):
+    report = Report() if report is None else report
+    with section(DATA, report, say):
         opened = open_splits(config, report) if check_generated(config, report) else {}
     label_map = None
     if opened:
-        with _section(LABELS, report, say):
+        with section(LABELS, report, say):
             label_map = check_labels(config, opened, starts_from_official_weights(config), report)
             check_boxes(config, opened, report)
-        with _section(plan.AREA, report, say):
+        with section(plan.AREA, report, say):
             plan.check_plan(config, opened, label_map, report)
-    with _section(first_weights.AREA, report, say):
+    with section(first_weights.AREA, report, say):
         first_weights.check_weights(config, label_map, report)
-    with _section(storage.AREA, report, say):
+    with section(storage.AREA, report, say):
         storage.check_storage(config, label_map.num_classes if label_map else COCO_NUM_CLASSES, report)
-    with _section("tracking", report, say):
+    with section("tracking", report, say):
         _check_tracking(config, report)
     if opened:
-        with _section(pictures.AREA, report, say):
+        with section(pictures.AREA, report, say):
             for split, index in opened.items():
                 pictures.check_images(config, split, index, decode, report, say)
     return report
 
 
 @contextlib.contextmanager
-def _section(area: str, report: Report, say: Callable[[str], None]) -> Iterator[None]:
+def section(area: str, report: Report, say: Callable[[str], None]) -> Iterator[None]:
     """Names an area, and shows what was found in it once it is done."""
     say(area)
     before = len(report.findings)

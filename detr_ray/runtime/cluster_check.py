@@ -1,0 +1,358 @@
+"""Whether a run could use this cluster: enough room, nodes of one mind, and places that every node reaches.
+
+`check_cluster` is the check command's look at it, `preflight_nodes` the shorter one in the first seconds of training.
+Whatever hangs, both are done within half a minute.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from detr_ray.config import Config, ConfigError
+from detr_ray.engine.preflight.findings import Level, Report
+from detr_ray.engine.preflight.storage import within
+from detr_ray.engine.records import run_tracking_uri
+from detr_ray.engine.run_directory import absolute_storage
+from detr_ray.runtime import node_probe
+from detr_ray.runtime.node_probe import Answer, Questions, code_facts, probe_node, reason_of
+from detr_ray.runtime.resources import Node, plan_workers, usable_nodes
+from detr_ray.runtime.session import ray_session
+from detr_ray.runtime.shared_places import StorageTrial, refuse_lost_storage, sample_files, tracking_on_disk
+
+Say = Callable[[str], None]
+
+AREA = "cluster"
+ALL_WITHIN_S = 25.0
+"""When nodes that have not answered are given up, counted from the beginning."""
+_TRIAL_S = 7.0
+_CLEANING_S = 2.0
+_JOIN_S = 5.0
+_NODES_NAMED = 8
+_SAME_CODE = "install the same on all nodes, or submit the job with --working-dir, which brings its own code along"
+_SHARED = "use a folder that all nodes share, or a bucket (s3://..., gs://...)"
+
+
+def check_cluster(config: Config, report: Report, say: Say) -> None:
+    """Looks at the cluster that a run would use: the one that ``RAY_ADDRESS`` names, else one on this machine.
+
+    Args:
+        config: the configuration.
+        report: gets the findings.
+        say: shows the user a line.
+
+    Raises:
+        ConfigError: the configuration uses no cluster.
+    """
+    if config.train.launcher == "local":
+        raise ConfigError("--cluster: with train.launcher=local a run uses no cluster")
+    started = time.monotonic()
+    fault = _unreachable_address()
+    if fault:
+        report.add("error", AREA, fault, "name a running cluster in RAY_ADDRESS, or unset it to train on this machine")
+        return
+    most = config.train.worker_range[1] if config.train.worker_range else 1
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(
+                ray_session(most, config.data.tasks_per_worker, config.train.use_gpu, config.train.worker_resource)
+            )
+        except (ConnectionError, TimeoutError, ray.exceptions.RayError, RuntimeError) as error:
+            reason = str(error).strip().split("\n")[0]
+            report.add("error", AREA, f"the cluster at {os.environ.get('RAY_ADDRESS')} cannot be joined: {reason}")
+            return
+        _check_workers(config, report)
+        storage = absolute_storage(config.run.storage)
+        try:
+            refuse_lost_storage(storage)
+        except ConfigError as error:
+            report.add("error", AREA, str(error))
+        _check_nodes(config, storage, report, started, tracking_fault="error")
+
+
+def preflight_nodes(config: Config, storage_path: str, say: Say) -> None:
+    """Looks at the nodes of the cluster that this process is connected to, before training starts on them.
+
+    Args:
+        config: the configuration of the run, whose data is there.
+        storage_path: absolute folder or URI of the run.
+        say: shows the user what is worth knowing.
+
+    Raises:
+        ConfigError: training would fail on some node; one line a fault.
+    """
+    refuse_lost_storage(storage_path)
+    nodes = usable_nodes()
+    if [node.node_id for node in nodes] == [ray.get_runtime_context().get_node_id()]:
+        return
+    report = Report()
+    _check_nodes(config, storage_path, report, time.monotonic(), tracking_fault="warning")
+    for finding in report.findings:
+        if finding.level == "warning":
+            say(f"WARNING: {finding.message}" + (f"; {finding.advice}" if finding.advice else ""))
+    errors = [
+        finding.message + (f"; {finding.advice}" if finding.advice else "")
+        for finding in report.findings
+        if finding.level == "error"
+    ]
+    if errors:
+        raise ConfigError(errors)
+
+
+def _unreachable_address() -> str | None:
+    """Why the cluster that the environment names cannot be joined, found out in seconds; None where it may be."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if ray.is_initialized() or not host or not port.isdigit():
+        return None
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_JOIN_S).close()
+    except OSError as error:
+        return f"no cluster answers at {address} (RAY_ADDRESS): {error.strerror or error}"
+    return None
+
+
+def _check_workers(config: Config, report: Report) -> None:
+    try:
+        request = plan_workers(config)
+    except ConfigError as error:
+        report.add("error", AREA, str(error))
+        return
+    missing = request.missing()
+    kind = "GPU" if request.use_gpu else "CPU"
+    least, most = request.min_workers, request.max_workers
+    asked = f"{least}" if least == most else f"{least} to {most}"
+    if not missing:
+        report.add("ok", AREA, f"there is room for {asked} {kind} worker{'' if most == 1 else 's'}")
+    elif request.autoscaler is not None:
+        report.add("ok", AREA, missing)
+    else:
+        advice = f"training waits up to train.start_timeout_s={config.train.start_timeout_s} for it"
+        report.add("warning", AREA, missing, advice)
+
+
+@dataclass(frozen=True)
+class _Silence:
+    """A node that did not answer, and why."""
+
+    reason: str
+
+
+def _check_nodes(config: Config, storage: str, report: Report, started: float, tracking_fault: Level) -> None:
+    """Asks every node everything at once, and says what differs or fails where."""
+    nodes = usable_nodes()
+    trial = StorageTrial(storage, [node.node_id for node in nodes])
+    try:
+        fault, samples = _begin(config, trial, report)
+        if fault:
+            report.add("error", AREA, f"run.storage: {storage} cannot be used from here: {fault}", "choose another one")
+        uri = run_tracking_uri(config) if config.tracking.enabled else None
+        answers = _ask(nodes, trial, samples, uri, ALL_WITHIN_S - (time.monotonic() - started))
+        unseen = trial.unseen(_CLEANING_S)
+    finally:
+        trial.end(_CLEANING_S)
+    heard = {node: answer for node, answer in answers.items() if not isinstance(answer, _Silence)}
+    for node, answer in answers.items():
+        if isinstance(answer, _Silence):
+            report.add("error", AREA, f"node {node} {answer.reason}", "look at the node's Ray logs, or take it away")
+    if heard:
+        verb = "answers" if len(heard) == 1 else "answer"
+        report.add("ok", AREA, f"{len(heard)} node{'' if len(heard) == 1 else 's'} {verb}: {_where(list(heard))}")
+        _compare_code(nodes, heard, report)
+        if not fault:
+            _report_storage(storage, heard, [node for node in heard if _file_of(nodes, node) in unseen], report)
+        _report_samples(samples, heard, report)
+        if uri is not None:
+            _report_tracking(config, uri, storage, heard, report, tracking_fault)
+
+
+def _begin(config: Config, trial: StorageTrial, report: Report) -> tuple[str | None, dict[str, str]]:
+    """Writes the driver's file and finds images for the nodes to read, at the same time.
+
+    Returns:
+        Why the storage cannot be used, or None; configuration key -> image.
+    """
+
+    def begin() -> str | None:
+        try:
+            within(_TRIAL_S, trial.begin)
+        except (OSError, ConfigError) as error:
+            return reason_of(error)
+        return None
+
+    with ThreadPoolExecutor(1) as pool:
+        fault = pool.submit(begin)
+        try:
+            samples, not_tried = within(_TRIAL_S, lambda: sample_files(config))
+        except TimeoutError as error:
+            samples, not_tried = {}, {"data": str(error)}
+    for key, reason in not_tried.items():
+        report.add("warning", AREA, f"{key}: not tried on the nodes: {reason}")
+    return fault.result(), samples
+
+
+def _file_of(nodes: Sequence[Node], name: str) -> str:
+    return next(node.node_id for node in nodes if node.name == name)
+
+
+def _ask(
+    nodes: Sequence[Node], trial: StorageTrial, samples: dict[str, str], uri: str | None, seconds: float
+) -> dict[str, Answer | _Silence]:
+    """Every node's answer, by its name."""
+    # A node may hold another version of this package: it gets these functions, and not their names.
+    ray.cloudpickle.register_pickle_by_value(node_probe)
+    probe = ray.remote(num_cpus=0, max_retries=0)(probe_node)
+    refs = {}
+    for node in nodes:
+        there = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
+        questions = Questions(
+            storage=trial.files_for(node.node_id), samples=samples, tracking_uri=uri, seconds=_TRIAL_S
+        )
+        refs[node.name] = probe.options(scheduling_strategy=there).remote(questions)
+    seconds = max(seconds, _TRIAL_S + 1)
+    ready, late = ray.wait(list(refs.values()), num_returns=len(refs), timeout=seconds, fetch_local=True)
+    for ref in late:
+        ray.cancel(ref, force=True)
+    return {name: _answer(ref, ref in ready, seconds) for name, ref in refs.items()}
+
+
+def _answer(ref: ray.ObjectRef, ready: bool, seconds: float) -> Answer | _Silence:
+    if not ready:
+        return _Silence(f"does not answer within {seconds:.0f} s")
+    try:
+        return ray.get(ref, timeout=5)
+    except ray.exceptions.RayError as error:
+        lines = [line for line in str(error).strip().split("\n") if line.strip()]
+        return _Silence(f"cannot run a task: {lines[-1].strip() if lines else type(error).__name__}")
+
+
+def _compare_code(nodes: Sequence[Node], heard: dict[str, Answer], report: Report) -> None:
+    """Names every node whose versions are not this process's."""
+    here, before = code_facts(), report.count("error") + report.count("warning")
+    without = [node for node, answer in heard.items() if "detr_ray" not in answer["facts"]]
+    if without:
+        report.add("error", AREA, f"detr_ray is not installed on {_where(without)}", _SAME_CODE, without)
+    for package in ("ray", "Python", "torch", "torchvision", "detr_ray"):
+        others: dict[str, list[str]] = {}
+        for node, answer in heard.items():
+            there = _public(answer["facts"].get(package, "none"))
+            if there != _public(here[package]) and not (package == "detr_ray" and node in without):
+                others.setdefault(there, []).append(node)
+        for version, names in others.items():
+            level: Level = "warning" if package == "Python" else "error"
+            message = f"{package} is {version} on {_where(names)}, {_public(here[package])} here"
+            report.add(
+                level, AREA, message, _SAME_CODE if package == "detr_ray" else "install the same on all nodes", names
+            )
+    changed = [
+        node
+        for node, answer in heard.items()
+        if answer["facts"].get("detr_ray") == here["detr_ray"] and answer["facts"].get("code") != here["code"]
+    ]
+    if changed:
+        codes = ", ".join(sorted({heard[node]["facts"].get("code", "?") for node in changed}))
+        message = (
+            f"detr_ray {here['detr_ray']} has other source files on {_where(changed)} ({codes}) than here "
+            f"({here['code']})"
+        )
+        report.add("error", AREA, message, _SAME_CODE, changed)
+    _check_gpus(nodes, heard, report)
+    if report.count("error") + report.count("warning") == before:
+        versions = ", ".join(f"{name} {_public(here[name])}" for name in ("ray", "Python", "torch", "detr_ray"))
+        report.add("ok", AREA, f"{versions} (source {here['code']}) everywhere")
+
+
+def _check_gpus(nodes: Sequence[Node], heard: dict[str, Answer], report: Report) -> None:
+    with_gpus = [node.name for node in nodes if node.total.get("GPU", 0) and node.name in heard]
+    blind = [node for node in with_gpus if heard[node]["facts"].get("torch", "").endswith("+cpu")]
+    if blind:
+        message = f"torch is a build without GPUs on {_where(blind)}, which Ray has GPUs on"
+        report.add("error", AREA, message, "install a CUDA build of torch there", blind)
+    drivers: dict[str, list[str]] = {}
+    for node in with_gpus:
+        drivers.setdefault(heard[node]["facts"].get("NVIDIA driver", "none"), []).append(node)
+    if len(drivers) > 1:
+        shown = "; ".join(f"{driver} on {_where(names)}" for driver, names in sorted(drivers.items()))
+        report.add("warning", AREA, f"NVIDIA drivers differ: {shown}")
+
+
+def _public(version: str) -> str:
+    """A version without what kind of build it is: machines without GPUs may have another."""
+    return version.partition("+")[0]
+
+
+def _report_storage(storage: str, heard: dict[str, Answer], unseen: list[str], report: Report) -> None:
+    before = report.count("error")
+    for node, answer in heard.items():
+        faults = answer["faults"]
+        if faults.get("read storage") == "":
+            message = f"run.storage: {storage} is not shared: node {node} does not see what was written here"
+            report.add("error", AREA, message, _SHARED, [node])
+        elif "read storage" in faults or "storage" in faults:
+            reason = faults.get("read storage") or faults.get("storage")
+            report.add("error", AREA, f"run.storage: {storage} cannot be read on node {node}: {reason}", "", [node])
+        elif "write storage" in faults:
+            message = f"run.storage: {storage} cannot be written on node {node}: {faults['write storage']}"
+            report.add("error", AREA, message, "", [node])
+        elif node in unseen:
+            message = f"run.storage: {storage} is not shared: what node {node} wrote is not seen here"
+            report.add("error", AREA, message, _SHARED, [node])
+    if report.count("error") == before:
+        report.add("ok", AREA, f"run.storage: {storage} is written and read by all of them")
+
+
+def _report_samples(samples: dict[str, str], heard: dict[str, Answer], report: Report) -> None:
+    for key, location in samples.items():
+        blind: dict[str, list[str]] = {}
+        for node, answer in heard.items():
+            if key in answer["faults"]:
+                blind.setdefault(answer["faults"][key], []).append(node)
+        for reason, names in blind.items():
+            message = f"{key}: {location} cannot be read on {_where(names)}: {reason}"
+            report.add("error", AREA, message, f"the nodes read the images themselves: {_SHARED}", names)
+        if not blind:
+            report.add("ok", AREA, f"{key}: {location} is read by all of them")
+
+
+def _report_tracking(
+    config: Config, uri: str, storage: str, heard: dict[str, Answer], report: Report, level: Level
+) -> None:
+    before = len(report.findings)
+    blind: dict[str, list[str]] = {}
+    for node, answer in heard.items():
+        if "tracking" in answer["faults"]:
+            blind.setdefault(answer["faults"]["tracking"], []).append(node)
+    for reason, names in blind.items():
+        report.add(level, AREA, f"tracking: from {_where(names)}: {reason}", "rank 0 may run on any node", names)
+    if config.tracking.uri is None:
+        here = os.environ.get("MLFLOW_TRACKING_URI", "")
+        unlike = [node for node, answer in heard.items() if answer["facts"].get("MLFLOW_TRACKING_URI", "") != here]
+        if unlike:
+            message = f"MLFLOW_TRACKING_URI is {'not the same' if here else 'set'} on {_where(unlike)} as here"
+            message = message if here else f"MLFLOW_TRACKING_URI is set on {_where(unlike)}, and not here"
+            report.add(
+                "warning", AREA, message, "set tracking.uri, so that it does not matter where rank 0 runs", unlike
+            )
+    elsewhere = tracking_on_disk(uri, storage)
+    if elsewhere and len(heard) > 1:
+        report.add(
+            "warning", AREA, f"tracking: {elsewhere} lies on the disk of whichever node rank 0 runs on",
+            "set tracking.uri to an MLflow server that all nodes reach",
+        )  # fmt: skip
+    if len(report.findings) == before:
+        report.add("ok", AREA, "tracking: the store is reached from all of them")
+
+
+def _where(names: Collection[str]) -> str:
+    """Some nodes by name."""
+    shown = sorted(names)[:_NODES_NAMED]
+    more = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")

@@ -1,0 +1,162 @@
+"""What runs on a node to see whether training could run there: its versions, and the places that a run needs.
+
+The functions travel to the node as they are, for the node may hold another version of this package, or none. So this
+file imports nothing of the package at its top, and takes and gives plain values only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import re
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, TypedDict
+
+
+class Questions(TypedDict):
+    """What a node is asked.
+
+    Attributes:
+        storage: file that the driver wrote and file that the node is to write; None to leave this out.
+        samples: configuration key -> file that the node is to read.
+        tracking_uri: MLflow store that the node is to reach; None to leave this out.
+        seconds: how long each of these may take.
+    """
+
+    storage: tuple[str, str] | None
+    samples: dict[str, str]
+    tracking_uri: str | None
+    seconds: float
+
+
+class Answer(TypedDict):
+    """What a node says.
+
+    Attributes:
+        facts: versions and the like, see `code_facts`.
+        faults: what cannot be done there -> why: ``read storage``, ``write storage``, ``tracking``, a key of samples.
+    """
+
+    facts: dict[str, str]
+    faults: dict[str, str]
+
+
+def probe_node(questions: Questions) -> Answer:
+    """Runs on a node. Everything is tried at the same time, and what does not end is left alone."""
+    seconds = questions["seconds"]
+    faults: dict[str, str] = {}
+    tries: dict[str, Callable[[], Any]] = {
+        key: partial(read_file, location, 1) for key, location in questions["samples"].items()
+    }
+    if questions["storage"] is not None:
+        tries["storage"] = partial(_try_storage, *questions["storage"], faults)
+    if questions["tracking_uri"] is not None:
+        tries["tracking"] = partial(_try_tracking, questions["tracking_uri"])
+    threads = {name: _start(name, work, faults) for name, work in tries.items()}
+    facts = code_facts()
+    deadline = time.monotonic() + seconds
+    for name, thread in threads.items():
+        thread.join(max(0.0, deadline - time.monotonic()))
+        if thread.is_alive():
+            faults[name] = f"no answer within {seconds:.0f} s"
+    return {"facts": facts, "faults": dict(faults)}
+
+
+def _start(name: str, work: Callable[[], Any], faults: dict[str, str]) -> threading.Thread:
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:  # whatever it is, it is the answer
+            faults[name] = reason_of(error)
+
+    thread = threading.Thread(target=run, name=f"probe {name}", daemon=True)
+    thread.start()
+    return thread
+
+
+def code_facts() -> dict[str, str]:
+    """Versions of what training runs on, in this process; a package that is not there has none."""
+    facts = {"Python": platform.python_version()}
+    for package in ("ray", "torch", "torchvision"):
+        try:
+            facts[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    try:
+        import detr_ray
+
+        facts["detr_ray"] = detr_ray.__version__
+        facts["code"] = _digest(Path(detr_ray.__file__).parent)
+    except (ImportError, AttributeError, OSError, TypeError):
+        pass
+    try:
+        driver = re.search(r"Kernel Module\D*([\d.]+)", Path("/proc/driver/nvidia/version").read_text())
+        facts["NVIDIA driver"] = driver[1] if driver else "unknown"
+    except OSError:
+        pass
+    facts["MLFLOW_TRACKING_URI"] = os.environ.get("MLFLOW_TRACKING_URI", "")
+    return facts
+
+
+def _digest(folder: Path) -> str:
+    """A short number that is another one when any source file below a folder is another."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:8]
+
+
+def _try_storage(read: str, written: str, faults: dict[str, str]) -> None:
+    try:
+        read_file(read, 1)
+    except BaseException as error:
+        faults["read storage"] = "" if isinstance(error, FileNotFoundError) else reason_of(error)
+        return
+    try:
+        write_file(written, b"node")
+    except BaseException as error:
+        faults["write storage"] = reason_of(error)
+
+
+def _try_tracking(uri: str) -> None:
+    from detr_ray.tracking.reachability import try_store
+
+    try_store(uri)
+
+
+def read_file(location: str, num_bytes: int) -> bytes:
+    """The first bytes of a local file or an object."""
+    if "://" not in location:
+        with Path(location).open("rb") as file:
+            return file.read(num_bytes)
+    from detr_ray.locations import at
+    from detr_ray.retries import Patience
+
+    def read(file_system: Any, path: str) -> bytes:
+        with file_system.open_input_stream(path) as file:
+            return file.read(num_bytes)
+
+    return at(location, read, Patience(attempts=1))
+
+
+def write_file(location: str, content: bytes) -> None:
+    """Writes a small local file or object. Makes no folders: they are the driver's."""
+    if "://" not in location:
+        Path(location).write_bytes(content)
+        return
+    from detr_ray.locations import write_bytes
+    from detr_ray.retries import Patience
+
+    write_bytes(location, content, Patience(attempts=1))
+
+
+def reason_of(error: BaseException) -> str:
+    """An error in one line."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return text.strip().split("\n")[0]

@@ -1,0 +1,161 @@
+"""The places that all nodes of a cluster must reach, seen from the driver: storage, images, the tracking store."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+
+from pyarrow import fs
+
+from detr_ray.config import Config, ConfigError
+from detr_ray.engine.preflight.storage import within
+from detr_ray.locations import delete_file, delete_folder, file_info, is_uri, join, list_files, make_folder, parent
+from detr_ray.retries import Patience
+from detr_ray.runtime.node_probe import read_file, reason_of, write_file
+from detr_ray.tracking.store import sqlite_path
+
+_UPLOADED = "/runtime_resources/working_dir_files/"
+_BEGINNING = 1 << 20
+_FILE_NAME = re.compile(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")')
+_ONCE = Patience(attempts=1)
+
+
+def refuse_lost_storage(storage: str) -> None:
+    """Refuses a folder that goes away with the job.
+
+    Raises:
+        ConfigError: it is below the folder that ``ray job submit --working-dir`` made for the job.
+    """
+    if _UPLOADED in storage:
+        raise ConfigError(
+            f"run.storage: {storage} is in the copy of the working folder that Ray made for this job, and deletes "
+            "after it; set run.storage to a folder that stays and that all nodes share, or to a bucket (s3://..., "
+            "gs://...)"
+        )
+
+
+class StorageTrial:
+    """A small file from the driver in a folder or bucket, and one from each node.
+
+    Args:
+        storage: absolute folder or URI.
+        nodes: ids of the nodes.
+    """
+
+    def __init__(self, storage: str, nodes: Sequence[str]) -> None:
+        self._storage = storage
+        name = f".check-{secrets.token_hex(4)}"
+        self._from_driver = join(storage, f"{name}-driver")
+        self._from_nodes = {node: join(storage, f"{name}-{node}") for node in nodes}
+        self._made: str | None = None
+        self._usable = False
+
+    def begin(self) -> None:
+        """Writes the driver's file.
+
+        Raises:
+            ConfigError: an address that no file system answers to.
+            OSError: it can't be written or read back.
+        """
+        self._made = self._first_missing()
+        make_folder(self._storage, _ONCE)
+        write_file(self._from_driver, b"driver")
+        read_file(self._from_driver, 1)
+        self._usable = True
+
+    def files_for(self, node: str) -> tuple[str, str] | None:
+        """The file that a node reads, and the one that it writes; None where storage cannot be used anyway."""
+        return (self._from_driver, self._from_nodes[node]) if self._usable else None
+
+    def unseen(self, seconds: float) -> set[str]:
+        """The nodes whose file is not to be seen here; none where that can't be found out in time."""
+        if not self._usable:
+            return set()
+
+        def look() -> set[str]:
+            return {node for node, location in self._from_nodes.items() if not _readable(location)}
+
+        try:
+            return within(seconds, look)
+        except OSError:
+            return set()
+
+    def end(self, seconds: float) -> None:
+        """Takes away all that was made."""
+
+        def clean() -> None:
+            for location in (self._from_driver, *self._from_nodes.values()):
+                delete_file(location, _ONCE)
+            if self._made is not None and not list_files(self._made, _ONCE):
+                delete_folder(self._made, _ONCE)
+
+        with contextlib.suppress(OSError, ConfigError):
+            within(seconds, clean)
+
+    def _first_missing(self) -> str | None:
+        """The outermost of the folders on the way to the storage that is not there; None where all are."""
+        missing, folder = None, self._storage
+        while file_info(folder, _ONCE).type == fs.FileType.NotFound:
+            missing, above = folder, parent(folder)
+            if above == folder or (is_uri(folder) and above.count("/") < 3):
+                break
+            folder = above
+        return missing
+
+
+def _readable(location: str) -> bool:
+    try:
+        read_file(location, 1)
+    except OSError:
+        return False
+    return True
+
+
+def sample_files(config: Config) -> tuple[dict[str, str], dict[str, str]]:
+    """One file of each split that data tasks will read, on whichever node they run.
+
+    Returns:
+        Configuration key -> file, and configuration key -> why none could be named. Annotation files are not among
+        them: only the driver reads these.
+    """
+    files, faults = {}, {}
+    for split in ("train", "val"):
+        places = config.data.train if split == "train" else config.data.val
+        if places is not None and places.shards is not None:
+            folder = parent(places.shards) if places.shards.endswith(".parquet") else places.shards
+            files[f"data.{split}.shards"] = _absolute(join(folder, "shard-00000.parquet"))
+            continue
+        if places is not None:
+            key, annotations, images = f"data.{split}.images", places.annotations, places.images
+        elif config.data.root is not None:
+            key, images = f"data.root ({split})", join(config.data.root, f"{split}2017")
+            annotations = join(config.data.root, "annotations", f"instances_{split}2017.json")
+        else:
+            continue
+        assert annotations is not None and images is not None, "validated with the configuration"
+        try:
+            name = _FILE_NAME.search(read_file(_absolute(annotations), _BEGINNING))
+        except (OSError, ConfigError) as error:
+            faults[key] = f"{annotations}: {reason_of(error)}"
+            continue
+        if name is None:
+            faults[key] = f"{annotations} does not name an image at its beginning"
+        else:
+            files[key] = _absolute(join(images, json.loads(name[1])))
+    return files, faults
+
+
+def _absolute(location: str) -> str:
+    return location if is_uri(location) else str(Path(location).expanduser().absolute())
+
+
+def tracking_on_disk(uri: str, storage: str) -> Path | None:
+    """The SQLite file of a tracking store that is not in the storage, which all nodes share."""
+    path = sqlite_path(uri)
+    if path is None or (not is_uri(storage) and path.is_relative_to(storage)):
+        return None
+    return path
