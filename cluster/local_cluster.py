@@ -1,0 +1,479 @@
+"""A Ray cluster of several nodes on this machine: what `cluster/local.py` and the tests start.
+
+Each node is a real raylet with workers, agents, logs and a folder of its own, started by ``ray start`` as a machine of
+a cloud would start it. On Linux each has an address of its own as well, out of those that mean this machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+HEAD_TYPE, WORKER_TYPE = "head", "cpu_worker"
+
+_CLUSTER_MARK = "DETR_RAY_LOCAL_CLUSTER"
+_NODE_MARK = "DETR_RAY_LOCAL_NODE"
+_LOCALHOST = "127.0.0.1"
+# Sockets lie below a node's folder, and a socket's path holds 107 characters; Ray appends about 66.
+_LONGEST_FOLDER = 107 - 66 - len("/node-00")
+_SETTINGS = {
+    "RAY_JOB_STOP_WAIT_TIME_S": "60",  # time for a checkpoint when a job is stopped; 3 s otherwise
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # A dead node is noticed after 5 s. One that is only slow is not taken for dead: each check waits for 10 s.
+    "RAY_health_check_period_ms": "1000",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",
+}
+# Of another cluster, or of a job in which this runs.
+_FOREIGN = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_NODE_ID")
+
+
+class ClusterError(Exception):
+    """The cluster cannot do what was asked; the message says why and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterSpec:
+    """What to start.
+
+    Attributes:
+        nodes: nodes in all, the head among them. Not used where an autoscaler decides.
+        cpus_per_node: logical CPUs of every node but the head.
+        head_cpus: logical CPUs of the head. None by default, as on a real cluster: jobs' drivers run there, which take
+            none, and work goes to the other nodes.
+        object_store_mb: size of each node's object store.
+        port: of dashboard and job server; None for a free one.
+        autoscale: fewest and most nodes beside the head; None for a fixed number of them.
+        idle_minutes: an autoscaled node that does nothing leaves after this time.
+    """
+
+    nodes: int = 3
+    cpus_per_node: int = 2
+    head_cpus: int = 0
+    object_store_mb: int = 200
+    port: int | None = None
+    autoscale: tuple[int, int] | None = None
+    idle_minutes: float = 0.2
+
+
+@dataclasses.dataclass(frozen=True)
+class NodeState:
+    """A node as Ray sees it."""
+
+    name: str
+    node_id: str
+    address: str
+    alive: bool
+    cpus: int
+
+
+class LocalCluster:
+    """A cluster that lives in a folder; any process may open the folder and act on it.
+
+    As a context manager it ends the cluster.
+
+    Args:
+        folder: where everything of the cluster lies: state, token, logs, sockets. Short: Ray's sockets lie below it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder).resolve()
+        self._children: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> LocalCluster:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.down()
+
+    def up(self, spec: ClusterSpec | None = None) -> None:
+        """Starts the cluster and waits until all nodes are there.
+
+        Raises:
+            ClusterError: the folder is in use, or a node does not start.
+        """
+        spec = spec or ClusterSpec()
+        if len(str(self.folder)) > _LONGEST_FOLDER:
+            raise ClusterError(f"{self.folder} is too long a path for Ray's sockets: give a --folder directly in /tmp")
+        if self.processes():
+            raise ClusterError(f"a cluster runs in {self.folder} already: end it with `down`, or give another --folder")
+        self._clear()
+        if self.folder.is_dir() and any(self.folder.iterdir()):
+            raise ClusterError(f"{self.folder} holds something that is no cluster: give another --folder")
+        (self.folder / "logs").mkdir(parents=True, mode=0o700)
+        self._token.touch(mode=0o600)
+        self._token.write_text(secrets.token_hex(32))
+        try:
+            self._start_head(spec)
+            for name in [self.launch_node() for _ in range(0 if spec.autoscale else spec.nodes - 1)]:
+                self._wait_for_node(name)
+            if spec.autoscale:
+                fewest = spec.autoscale[0]
+                self._wait(f"{fewest} nodes of the autoscaler", lambda: len(self._alive()) > fewest, "head")
+        except BaseException:
+            self.down(keep_logs=True)
+            raise
+
+    def add_node(self) -> str:
+        """Starts one more node, waits until Ray sees it, and gives back its name."""
+        with self._state() as state:
+            if state["spec"]["autoscale"]:
+                raise ClusterError("the autoscaler adds this cluster's nodes, when a job asks for more than there are")
+        name = self.launch_node()
+        self._wait_for_node(name)
+        return name
+
+    def launch_node(self) -> str:
+        """Starts one more node, and gives back its name at once."""
+        with self._state() as state:
+            name = f"node-{len(state['nodes'])}"
+            self._start(state, name, ["--address", _gcs_address(state)], state["spec"]["cpus_per_node"], {})
+        return name
+
+    def remove_node(self, name: str) -> None:
+        """Kills a node's raylet and all its workers at once, without a word to Ray; waits until Ray has noticed."""
+        with self._state() as state:
+            others = [other for other in state["nodes"] if other != "head"]
+        if name not in others:
+            raise ClusterError(f"no node {name!r} to remove; there are {', '.join(others) or 'none'}")
+        self._kill(lambda: self.processes(name))
+        self._wait(f"the death of {name}", lambda: name not in self._alive(), "head")
+
+    def end_node(self, name: str) -> None:
+        """Ends a node in good order, and kills what does not end in time."""
+        self._terminate(self._sessions(name))
+        self._kill(lambda: self.processes(name))
+
+    def drain_node(self, name: str, deadline_s: float) -> None:
+        """Tells Ray that a node will be taken away in ``deadline_s`` seconds, as clouds do with spot machines.
+
+        Ray stops using the node, and ends it as soon as nothing runs there. `remove_node` when the time is over does
+        what the cloud does then.
+        """
+        node = self._alive().get(name)
+        if node is None:
+            raise ClusterError(f"no node {name!r} is alive; `status` lists them")
+        command = [
+            *_ray("drain-node"), "--address", self.submit_environment()["RAY_ADDRESS"], "--node-id", node.node_id,
+            "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "the machine will be taken away",
+            "--deadline-remaining-seconds", str(round(deadline_s)),
+        ]  # fmt: skip
+        done = subprocess.run(command, env=self.client_environment(), capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise ClusterError(f"Ray does not drain {name}: {done.stdout}{done.stderr}")
+
+    def nodes(self) -> list[NodeState]:
+        """All nodes that Ray has known, the head first."""
+        answer = self.ask("/api/v0/nodes?detail=true&limit=1000")
+        nodes = [
+            NodeState(
+                name=node["node_name"],
+                node_id=node["node_id"],
+                address=node["node_ip"],
+                alive=node["state"] == "ALIVE",
+                cpus=int(node["resources_total"].get("CPU", 0)),
+            )
+            for node in answer["data"]["result"]["result"]
+        ]
+        return sorted(nodes, key=lambda node: (node.name != "head", len(node.name), node.name))
+
+    def ask(self, path: str) -> Any:
+        """Asks the dashboard's server: the JSON that it gives for a path."""
+        request = urllib.request.Request(
+            self.job_server + path, headers={"Authorization": f"Bearer {self._token.read_text()}"}
+        )
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return json.load(answer)
+
+    def is_running(self, name: str) -> bool:
+        """Whether a node's processes are there, whatever Ray knows of it."""
+        return any(_runs(leader) for leader in self._sessions(name))
+
+    def processes(self, node: str | None = None) -> list[psutil.Process]:
+        """Processes of the cluster, or of one node."""
+        sessions = self._sessions(node)
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if os.getsid(process.pid) in sessions or self._is_marked(process, node):
+                    found.append(process)
+        return [process for process in found if _runs(process.pid)]
+
+    def down(self, keep_logs: bool = False) -> None:
+        """Ends every process of the cluster and removes its folder; does nothing where there is none.
+
+        Raises:
+            ClusterError: a process does not end.
+        """
+        if self._state_file.exists():
+            with self._state() as state:
+                state["ending"] = True  # so that the autoscaler does not replace what ends here
+            # What `ray start` started ends with it, and in good order as long as the head is there.
+            head = self._sessions("head")
+            self._terminate(self._sessions(None) - head)
+            self._terminate(head)
+        self._kill(self.processes)
+        self._children.clear()
+        if not keep_logs:
+            self._clear()
+
+    @property
+    def job_server(self) -> str:
+        """Address of dashboard and job server."""
+        return self.submit_environment()["RAY_API_SERVER_ADDRESS"]
+
+    def submit_environment(self) -> dict[str, str]:
+        """The variables that lead to the cluster: `ray job submit` to its job server, drivers to its head."""
+        with self._state() as state:
+            return {
+                "RAY_API_SERVER_ADDRESS": f"http://{_LOCALHOST}:{state['port']}",
+                "RAY_ADDRESS": _gcs_address(state),
+                **self._authentication(),
+            }
+
+    def client_environment(self) -> dict[str, str]:
+        """This process's environment, with what a client of the cluster needs."""
+        return _own_environment() | self.submit_environment()
+
+    def _start_head(self, spec: ClusterSpec) -> None:
+        gcs_port, client_port, free_port, *metric_ports = _free_ports(5)
+        if spec.port and not _is_free(spec.port):
+            raise ClusterError(f"--port {spec.port}: something listens there already")
+        record = {"spec": dataclasses.asdict(spec), "gcs_port": gcs_port, "port": spec.port or free_port, "nodes": {}}
+        self._state_file.write_text(json.dumps(record))
+        arguments = [
+            "--head", "--port", str(gcs_port), "--ray-client-server-port", str(client_port),
+            "--dashboard-host", _LOCALHOST, "--dashboard-port", str(record["port"]), "--include-dashboard", "true",
+        ]  # fmt: skip
+        # These ports are fixed otherwise, and of two clusters on one machine one would not get them.
+        settings = dict(zip(("DASHBOARD_METRIC_PORT", "AUTOSCALER_METRIC_PORT"), map(str, metric_ports), strict=True))
+        if spec.autoscale:
+            config = self.folder / "autoscaler.json"
+            config.write_text(json.dumps(self._autoscaler(spec), indent=1))
+            arguments += [f"--autoscaling-config={config}"]
+            # The autoscaler loads `local_provider` from here.
+            settings |= {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "PYTHONPATH": str(Path(__file__).resolve().parent)}
+        with self._state() as state:
+            self._start(state, "head", arguments, spec.head_cpus, settings)
+        self._wait_for_node("head")
+
+    def _start(
+        self, state: dict[str, Any], name: str, arguments: Sequence[str], cpus: int, settings: Mapping[str, str]
+    ) -> None:
+        """Starts a node as processes of a session of their own, and writes it down."""
+        if state.get("ending"):
+            raise ClusterError("the cluster is being ended")
+        command = [
+            *_ray("start"), *arguments, "--block", "--node-ip-address", node_address(name), "--node-name", name,
+            "--dashboard-agent-listen-port", "0", "--num-cpus", str(cpus), "--num-gpus", "0",
+            "--object-store-memory", str(state["spec"]["object_store_mb"] * 1_000_000),
+            "--temp-dir", str(self.folder / name),
+        ]  # fmt: skip
+        marks = {_CLUSTER_MARK: str(self.folder), _NODE_MARK: name}
+        if state["spec"]["autoscale"]:
+            marks["RAY_NODE_TYPE_NAME"] = HEAD_TYPE if name == "head" else WORKER_TYPE
+        with (self.folder / "logs" / f"{name}.log").open("wb") as log:
+            child = subprocess.Popen(
+                command, env=_own_environment() | self._authentication() | _SETTINGS | marks | settings,
+                cwd=self.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+        self._children.append(child)
+        state["nodes"][name] = {"pid": child.pid, "created": psutil.Process(child.pid).create_time()}
+
+    def _autoscaler(self, spec: ClusterSpec) -> dict[str, Any]:
+        """Configuration of Ray's autoscaler, whose provider starts nodes here where others rent machines."""
+        assert spec.autoscale is not None
+        fewest, most = spec.autoscale
+        memory = {"object_store_memory": spec.object_store_mb * 1_000_000}
+        return {
+            "cluster_name": "local",
+            "max_workers": most,
+            "idle_timeout_minutes": spec.idle_minutes,
+            "upscaling_speed": 100,
+            "provider": {
+                "type": "external",
+                "module": "local_provider.LocalNodeProvider",
+                "folder": str(self.folder),
+                "disable_node_updaters": True,  # nothing needs to be installed on a new node
+            },
+            "auth": {},
+            "head_node_type": HEAD_TYPE,
+            "available_node_types": {
+                HEAD_TYPE: {"resources": {"CPU": spec.head_cpus, **memory}, "node_config": {}, "max_workers": 0},
+                WORKER_TYPE: {
+                    "resources": {"CPU": spec.cpus_per_node, **memory},
+                    "node_config": {},
+                    "min_workers": fewest,
+                    "max_workers": most,
+                },
+            },
+            # What Ray fills in when `ray up` reads a file.
+            **{f"{part}setup_commands": [] for part in ("", "head_", "worker_")},
+            **{f"{part}_start_ray_commands": [] for part in ("head", "worker")},
+            "initialization_commands": [],
+            "file_mounts": {},
+            "cluster_synced_files": [],
+            "file_mounts_sync_continuously": False,
+        }
+
+    def _authentication(self) -> dict[str, str]:
+        return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self._token)}
+
+    def _sessions(self, node: str | None) -> set[int]:
+        """Sessions of the nodes, but for numbers that other processes have got since."""
+        for child in self._children:
+            child.poll()  # so that it does not stay as a zombie
+        if not self._state_file.exists():
+            return set()
+        with self._state() as state:
+            leaders = [leader for name, leader in state["nodes"].items() if node in (None, name)]
+        sessions = set()
+        for leader in leaders:
+            try:
+                is_ours = abs(psutil.Process(leader["pid"]).create_time() - leader["created"]) < 1
+            except psutil.NoSuchProcess:
+                is_ours = leader["created"] > psutil.boot_time()
+            if is_ours:
+                sessions.add(leader["pid"])
+        return sessions
+
+    def _is_marked(self, process: psutil.Process, node: str | None) -> bool:
+        """Whether a process got the cluster's environment: jobs have sessions of their own.
+
+        Ray's workers overwrite theirs when they name themselves, so this alone would not find them.
+        """
+        environment = process.environ()
+        return environment.get(_CLUSTER_MARK) == str(self.folder) and node in (None, environment.get(_NODE_MARK))
+
+    def _alive(self) -> dict[str, NodeState]:
+        try:
+            return {node.name: node for node in self.nodes() if node.alive}
+        except (OSError, KeyError, TypeError, json.JSONDecodeError):
+            return {}  # the job server is not up yet
+
+    def _wait_for_node(self, name: str) -> None:
+        self._wait(name, lambda: name in self._alive(), name)
+
+    def _wait(self, what: str, there: Callable[[], bool], node: str, seconds: float = 180) -> None:
+        """Waits for something that a node shall do, and shows what the node printed where that does not come."""
+        if _until(lambda: there() or not self.is_running(node), seconds) and there():
+            return
+        printed = (self.folder / "logs" / f"{node}.log").read_text(errors="replace")[-2000:]
+        raise ClusterError(
+            f"waited in vain for {what}; see {self.folder}/{node}/session_latest/logs. {node} printed:\n{printed}"
+        )
+
+    def _terminate(self, leaders: set[int]) -> None:
+        for leader in leaders:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(leader, signal.SIGTERM)
+        _until(lambda: not any(_runs(leader) for leader in leaders), seconds=8)
+
+    def _kill(self, processes: Callable[[], list[psutil.Process]]) -> None:
+        """Kills until none is left: a process may start another one before its turn comes."""
+
+        def none_left() -> bool:
+            left = processes()
+            for process in left:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+            return not left
+
+        if not _until(none_left, seconds=20):
+            raise ClusterError(f"processes {[process.pid for process in processes()]} do not end")
+
+    @contextlib.contextmanager
+    def _state(self) -> Iterator[dict[str, Any]]:
+        """The cluster's record, held while it is used; changes are kept."""
+        if not self._state_file.exists():
+            raise ClusterError(f"no cluster in {self.folder}: start one with `up`, or name its --folder")
+        with self._state_file.open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            before = file.read()
+            state = json.loads(before)
+            yield state
+            after = json.dumps(state)
+            if after != before:
+                file.seek(0)
+                file.write(after)
+                file.truncate()
+
+    def _clear(self) -> None:
+        """Removes the folder, where it is a cluster's."""
+        if self._state_file.exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    @property
+    def _state_file(self) -> Path:
+        return self.folder / "cluster.json"
+
+    @property
+    def _token(self) -> Path:
+        return self.folder / "token"
+
+
+def node_address(name: str) -> str:
+    """A node's own address, as on a real cluster, where this machine has more than one for itself."""
+    if not sys.platform.startswith("linux"):
+        return _LOCALHOST
+    return f"127.0.1.{1 if name == 'head' else 1 + int(name.partition('-')[2])}"
+
+
+def _gcs_address(state: Mapping[str, Any]) -> str:
+    return f"{node_address('head')}:{state['gcs_port']}"
+
+
+def _own_environment() -> dict[str, str]:
+    """This process's environment, in which `python` is this one, so that it is also that of submitted jobs."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    return {key: value for key, value in os.environ.items() if key not in _FOREIGN} | {"PATH": path}
+
+
+def _ray(command: str) -> list[str]:
+    """Ray's command line of this Python, whatever the PATH holds."""
+    return [sys.executable, "-m", "ray.scripts.scripts", command]
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as one:
+        return one.connect_ex((_LOCALHOST, port)) != 0
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _until(there: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not there():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.25)
+    return True

@@ -1,0 +1,91 @@
+"""Lets Ray's autoscaler start nodes on this machine: the cloud's part, for `cluster/local.py up --autoscale`.
+
+Ray has a provider of this kind (``fake_multinode``). Its nodes share one folder, and each new node unpacks a job's
+files there anew, under the feet of the job: it loses its working directory as soon as a node is added.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from local_cluster import HEAD_TYPE, LocalCluster, node_address
+from ray.autoscaler.node_provider import NodeProvider
+from ray.autoscaler.tags import (
+    NODE_KIND_HEAD,
+    STATUS_UP_TO_DATE,
+    TAG_RAY_NODE_KIND,
+    TAG_RAY_NODE_NAME,
+    TAG_RAY_NODE_STATUS,
+    TAG_RAY_USER_NODE_TYPE,
+)
+
+_HEAD_TAGS = {
+    TAG_RAY_NODE_KIND: NODE_KIND_HEAD,
+    TAG_RAY_USER_NODE_TYPE: HEAD_TYPE,
+    TAG_RAY_NODE_NAME: "head",
+    TAG_RAY_NODE_STATUS: STATUS_UP_TO_DATE,
+}
+
+
+class LocalNodeProvider(NodeProvider):  # type: ignore[misc]
+    """Nodes are those of a `LocalCluster`; the autoscaler's own id of a node is its name there.
+
+    Args:
+        provider_config: holds ``folder``, the cluster's.
+        cluster_name: not used.
+    """
+
+    def __init__(self, provider_config: dict[str, Any], cluster_name: str) -> None:
+        super().__init__(provider_config, cluster_name)
+        self._cluster = LocalCluster(Path(provider_config["folder"]))
+        self._tags: dict[str, dict[str, str]] = {"head": dict(_HEAD_TAGS)}
+        self._lock = threading.RLock()  # nodes are created by several threads
+
+    def non_terminated_nodes(self, tag_filters: Mapping[str, str]) -> list[str]:
+        """Names of the nodes that run and have the tags."""
+        with self._lock:
+            wanted = [name for name, tags in self._tags.items() if tag_filters.items() <= tags.items()]
+            return [name for name in wanted if self.is_running(name)]
+
+    def is_running(self, node_id: str) -> bool:
+        """Whether the node's processes are there."""
+        return self._cluster.is_running(node_id)
+
+    def is_terminated(self, node_id: str) -> bool:
+        """Whether they are gone."""
+        return not self.is_running(node_id)
+
+    def node_tags(self, node_id: str) -> dict[str, str]:
+        """What the autoscaler noted about the node."""
+        with self._lock:
+            return dict(self._tags[node_id])
+
+    def set_node_tags(self, node_id: str, tags: dict[str, str]) -> None:
+        """Notes something about the node."""
+        with self._lock:
+            self._tags[node_id].update(tags)
+
+    def internal_ip(self, node_id: str) -> str:
+        """The address that Ray knows the node by."""
+        return node_address(node_id)
+
+    external_ip = internal_ip
+
+    def create_node(self, node_config: dict[str, Any], tags: dict[str, str], count: int) -> None:
+        """Starts nodes."""
+        with self._lock:
+            for _ in range(count):
+                self._tags[self._cluster.launch_node()] = dict(tags)
+
+    def terminate_node(self, node_id: str) -> None:
+        """Ends a node."""
+        with self._lock:
+            self._cluster.end_node(node_id)
+
+    @staticmethod
+    def bootstrap_config(cluster_config: dict[str, Any]) -> dict[str, Any]:
+        """Has nothing to fill in."""
+        return cluster_config
