@@ -25,7 +25,7 @@ from torch import Tensor
 from detr_ray.data.errors import DataError
 from detr_ray.data.index import CocoIndex
 from detr_ray.data.ranges import OpenFiles, Span, join_parts
-from detr_ray.locations import is_remote, join, open_location, resolve
+from detr_ray.locations import LocationError, is_remote, join, open_location, resolve
 from detr_ray.retries import AccessDenied, patiently, reason_of
 
 READS_AT_ONCE = 16
@@ -288,6 +288,8 @@ class ImageReader:
             raise DataError(f"{self.name(i)}: {reason_of(error)}") from error
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
             raise ImageError(f"{self.name(i)}: {reason_of(error)}") from error
+        except LocationError as error:
+            raise DataError(str(error)) from error
         except OSError as error:
             raise DataError(f"{self.name(i)}: cannot be read: {reason_of(error)}") from error
 

@@ -23,7 +23,7 @@ from pyarrow import fs
 from detr_ray.data.errors import DataError
 from detr_ray.data.images import ImageError, ImageReader, decode_image, read_image_size
 from detr_ray.data.index import CocoIndex
-from detr_ray.locations import file_info
+from detr_ray.locations import LocationError, file_info, join, list_files, parent
 
 _LOCAL_THREADS = 16
 _REMOTE_THREADS = 64
@@ -86,7 +86,7 @@ class _Seen:
 
 
 def find_missing_storage(index: CocoIndex) -> dict[int, str]:
-    """Finds out whether the folder or the shards that hold the images are there, with one look at each.
+    """Finds out whether the folder or the shards that hold the images are there, with one look at it or at their folder.
 
     Returns:
         What is wrong, by number of the shard; number -1 is the folder. Empty where all is there.
@@ -97,19 +97,23 @@ def find_missing_storage(index: CocoIndex) -> dict[int, str]:
     """
     if index.shards is None:
         assert index.images_root is not None, "an index has its images in a folder or in shards"
-        kind = file_info(index.images_root).type
+        try:
+            kind = file_info(index.images_root).type
+        except LocationError as error:
+            raise DataError(str(error)) from error
         if kind == fs.FileType.Directory:
             return {}
         return {-1: f"{index.images_root}: {'no such folder' if kind == fs.FileType.NotFound else 'is no folder'}"}
     wanted = np.zeros(len(index.shards.files), np.int64)
     np.maximum.at(wanted, index.shards.file_of, index.shards.offsets + index.shards.lengths)
+    folders = {parent(location) for location in index.shards.files}
+    sizes = {join(folder, file.name): file.num_bytes for folder in folders for file in list_files(folder)}
     faults = {}
     for number, (location, num_bytes) in enumerate(zip(index.shards.files, wanted.tolist(), strict=True)):
-        info = file_info(location)
-        if info.type != fs.FileType.File:
+        if location not in sizes:
             faults[number] = f"{location}: the shard is missing"
-        elif info.size < num_bytes:
-            faults[number] = f"{location}: the shard ends {num_bytes - info.size} bytes too early"
+        elif sizes[location] < num_bytes:
+            faults[number] = f"{location}: the shard ends {num_bytes - sizes[location]} bytes too early"
     return faults
 
 

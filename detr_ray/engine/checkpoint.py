@@ -12,21 +12,33 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import torch
-from pyarrow import fs
+
+from detr_ray.locations import (
+    StoredFile,
+    delete_file,
+    delete_folder,
+    join,
+    list_files,
+    make_folder,
+    read_buffer,
+    read_bytes,
+    resolve,
+    write,
+    write_bytes,
+)
+from detr_ray.retries import reason_of
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-_FOLDER = re.compile(r"step_(\d{8,})$")
+_FILE = re.compile(r"(step_\d{8,})/(.+)")
 
 
 class CheckpointError(RuntimeError):
@@ -39,7 +51,7 @@ class CheckpointInfo:
 
     Attributes:
         step: optimizer steps taken.
-        path: folder, on the store's file system.
+        path: its folder, as an absolute path or URI.
         metrics: what an evaluation of these weights gave; None where there was none yet.
         details: whatever the writer noted (epoch, world size, ...).
         files: name -> {"bytes", "sha256"}.
@@ -59,9 +71,14 @@ class _HashingFile:
         self._stream = stream
         self.sha256 = hashlib.sha256()
         self.bytes = 0
+        self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
-        self._stream.write(data)
+        try:
+            self._stream.write(data)
+        except OSError as error:
+            self.error = error
+            raise
         self.sha256.update(data)
         self.bytes += memoryview(data).nbytes
         return memoryview(data).nbytes
@@ -71,7 +88,9 @@ class _HashingFile:
 
 
 class CheckpointStore:
-    """The checkpoints of one run.
+    """The checkpoints of one run, of which one process at a time may be the writer.
+
+    A look at them is one listing of everything below the root. A manifest is read when it is new or has changed.
 
     Args:
         root: folder or URI (``s3://``, ``gs://``, any pyarrow file system) that holds the ``step_*`` folders.
@@ -79,11 +98,9 @@ class CheckpointStore:
     """
 
     def __init__(self, root: str, metric: str = "val/AP") -> None:
-        if "://" in root:
-            self._fs, self._root = fs.FileSystem.from_uri(root)
-        else:
-            self._fs, self._root = fs.LocalFileSystem(), str(Path(root).absolute())
-        self._local = isinstance(self._fs, fs.LocalFileSystem)
+        self._root = resolve(root)
+        self._manifests: dict[str, tuple[StoredFile, dict[str, Any]]] = {}
+        self._passed_over: set[str] = set()
         self.metric = metric
 
     def save(self, step: int, files: Mapping[str, Any], details: Mapping[str, Any]) -> CheckpointInfo:
@@ -97,20 +114,18 @@ class CheckpointStore:
         Raises:
             OSError: it could not be written; nothing of it stays, and earlier checkpoints are as they were.
         """
-        folder = f"{self._root}/step_{step:08d}"
-        self._remove(folder)
-        self._fs.create_dir(folder, recursive=True)
+        folder = join(self._root, f"step_{step:08d}")
+        if list_files(folder):
+            self._remove(folder)
         try:
-            written = {name: self._write(f"{folder}/{name}", content) for name, content in files.items()}
+            make_folder(folder)
+            written = {name: _write(join(folder, name), content) for name, content in files.items()}
             manifest = {"step": step, "metrics": None, "details": dict(details), "files": written}
             self._write_manifest(folder, manifest)
-        except (OSError, RuntimeError) as error:
+        except OSError:
             with contextlib.suppress(OSError):
                 self._remove(folder)
-            if isinstance(error, OSError):
-                raise
-            # torch's zip writer reports a failed write as a RuntimeError of its own
-            raise OSError(f"{folder}: {error}") from error
+            raise
         return CheckpointInfo(step, folder, None, dict(details), written)
 
     def annotate(self, info: CheckpointInfo, metrics: Mapping[str, float]) -> CheckpointInfo:
@@ -121,13 +136,12 @@ class CheckpointStore:
 
     def checkpoints(self) -> list[CheckpointInfo]:
         """Every whole checkpoint, oldest first; half-written ones are passed over with a warning."""
-        found = []
-        for entry in self._fs.get_file_info(fs.FileSelector(self._root, allow_not_found=True)):
-            if entry.type == fs.FileType.Directory and _FOLDER.search(entry.base_name):
-                info = self._read_info(entry.path)
-                if info is not None:
-                    found.append(info)
-        return sorted(found, key=lambda info: info.step)
+        folders: dict[str, dict[str, StoredFile]] = {}
+        for file in list_files(self._root):
+            if found := _FILE.fullmatch(file.name):
+                folders.setdefault(found[1], {})[found[2]] = file
+        infos = [self._info(join(self._root, name), files) for name, files in folders.items()]
+        return sorted((info for info in infos if info is not None), key=lambda info: info.step)
 
     def latest(self) -> CheckpointInfo | None:
         """The checkpoint to go on from."""
@@ -148,12 +162,11 @@ class CheckpointStore:
         Raises:
             CheckpointError: its bytes are not those that were written.
         """
-        path = f"{info.path}/{name}"
+        path = join(info.path, name)
         try:
-            with self._fs.open_input_file(path) as stream:
-                data = stream.read_buffer()
+            data = read_buffer(path, info.files[name]["bytes"])
         except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error}") from error
+            raise CheckpointError(f"{path}: cannot be read: {reason_of(error)}") from error
         if hashlib.sha256(data).hexdigest() != info.files[name]["sha256"]:
             raise CheckpointError(f"{path}: its content is not what was written (hash differs); remove {info.path}")
         return torch.load(pa.BufferReader(data), map_location=map_location, weights_only=True)
@@ -166,49 +179,48 @@ class CheckpointStore:
             if best is None or info.step != best.step:
                 self._remove(info.path)
 
-    def _write(self, path: str, content: Any) -> dict[str, Any]:
-        with self._fs.open_output_stream(path) as stream:
-            file = _HashingFile(stream)
-            torch.save(content, file)  # type: ignore[arg-type]
-        self._sync(path)
-        return {"bytes": file.bytes, "sha256": file.sha256.hexdigest()}
-
     def _write_manifest(self, folder: str, manifest: Mapping[str, Any]) -> None:
-        # Written beside and moved over: a reader sees the old or the new one, never half of one.
-        temporary = f"{folder}/{MANIFEST}.tmp"
-        with self._fs.open_output_stream(temporary) as stream:
-            stream.write(json.dumps(manifest, indent=1).encode())
-        self._sync(temporary)
-        self._fs.move(temporary, f"{folder}/{MANIFEST}")
-        self._sync(folder)
-
-    def _sync(self, path: str) -> None:
-        if self._local:
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        write_bytes(join(folder, MANIFEST), json.dumps(manifest, indent=1).encode())
 
     def _remove(self, folder: str) -> None:
-        if self._fs.get_file_info(folder).type == fs.FileType.NotFound:
-            return
         # The manifest goes first: what is left after an interruption is no checkpoint any more.
-        manifest = f"{folder}/{MANIFEST}"
-        if self._fs.get_file_info(manifest).type != fs.FileType.NotFound:
-            self._fs.delete_file(manifest)
-        self._fs.delete_dir(folder)
+        delete_file(join(folder, MANIFEST))
+        delete_folder(folder)
 
-    def _read_info(self, folder: str) -> CheckpointInfo | None:
+    def _info(self, folder: str, files: Mapping[str, StoredFile]) -> CheckpointInfo | None:
+        """What is known of a checkpoint with these files; None where it is not whole."""
         try:
-            with self._fs.open_input_file(f"{folder}/{MANIFEST}") as stream:
-                manifest = json.loads(stream.read())
-            sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
-            actual = {name: self._fs.get_file_info(f"{folder}/{name}").size for name in sizes}
+            manifest = self._manifest(folder, files)
+            expected = {name: entry["bytes"] for name, entry in manifest["files"].items()}
+            found = {name: files[name].num_bytes if name in files else None for name in expected}
+            if found != expected:
+                raise ValueError(f"sizes {found}, expected {expected}")
         except (OSError, ValueError, KeyError) as error:
-            logger.warning("%s is no whole checkpoint and is passed over: %s", folder, error)
-            return None
-        if actual != sizes:
-            logger.warning("%s is no whole checkpoint and is passed over: sizes %s, expected %s", folder, actual, sizes)
+            if folder not in self._passed_over:
+                logger.warning("%s is no whole checkpoint and is passed over: %s", folder, error)
+                self._passed_over.add(folder)
             return None
         return CheckpointInfo(manifest["step"], folder, manifest["metrics"], manifest["details"], manifest["files"])
+
+    def _manifest(self, folder: str, files: Mapping[str, StoredFile]) -> dict[str, Any]:
+        if MANIFEST not in files:
+            raise ValueError(f"it has no {MANIFEST}")
+        known = self._manifests.get(folder)
+        if known is None or known[0] != files[MANIFEST]:
+            known = self._manifests[folder] = files[MANIFEST], json.loads(read_bytes(join(folder, MANIFEST)))
+        return known[1]
+
+
+def _write(path: str, content: Any) -> dict[str, Any]:
+    """Saves one file of a checkpoint; gives its entry in the manifest."""
+
+    def fill(stream: BinaryIO) -> dict[str, Any]:
+        file = _HashingFile(stream)
+        try:
+            torch.save(content, file)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            # torch's zip writer reports a failed write as a RuntimeError of its own
+            raise file.error or OSError(f"{path}: {error}") from error
+        return {"bytes": file.bytes, "sha256": file.sha256.hexdigest()}
+
+    return write(path, fill)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import torch
+from pyarrow.fs import FileType
 from torch import Tensor
 
 from detr_ray.config import Config, ConfigError, ModelConfig, config_from_dict
@@ -19,8 +19,10 @@ from detr_ray.engine.loop import MODEL_FILE
 from detr_ray.engine.planned_data import PlannedData
 from detr_ray.engine.run_directory import absolute_storage
 from detr_ray.evaluation import CocoMetrics, DetectionTable
+from detr_ray.locations import file_info, join
 from detr_ray.model import Detr, build_model
 from detr_ray.model.weights import read_checkpoint
+from detr_ray.retries import reason_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,16 +72,20 @@ def find_checkpoint(given: str) -> str:
     Raises:
         ConfigError: a folder without a whole checkpoint.
     """
-    folder = Path(given)
-    if not folder.is_dir():
+    if given.startswith(("http://", "https://")):
         return given
-    if (folder / MODEL_FILE).is_file():
-        return str(folder / MODEL_FILE)
-    store = CheckpointStore(str(folder / "checkpoints"))
-    info = store.best() or store.latest()
+    try:
+        if file_info(given).type != FileType.Directory:
+            return given
+        if file_info(join(given, MODEL_FILE)).type == FileType.File:
+            return join(given, MODEL_FILE)
+        store = CheckpointStore(join(given, "checkpoints"))
+        info = store.best() or store.latest()
+    except OSError as error:
+        raise ConfigError(f"eval.checkpoint: {given} cannot be read: {reason_of(error)}") from error
     if info is None:
         raise ConfigError(f"eval.checkpoint: {given} is neither a run nor a checkpoint: it holds no whole checkpoint")
-    return f"{info.path}/{MODEL_FILE}"
+    return join(info.path, MODEL_FILE)
 
 
 def prepare_evaluation(config: Config, say: Say) -> EvaluationJob:
@@ -106,7 +112,7 @@ def prepare_evaluation(config: Config, say: Say) -> EvaluationJob:
         space = "coco91" if config.data.label_space == "auto" else config.data.label_space
         label_map = LabelMap.for_space(space, val.categories, val.source)
     state = checkpoint["ema"] if checkpoint.get("ema") is not None else checkpoint["model"]
-    storage = absolute_storage(config.run.storage) + "/evaluations"
+    storage = join(absolute_storage(config.run.storage), "evaluations")
     job = EvaluationJob(PlannedData(config, None, val, label_map), model_config, state, source, storage)
     try:
         with torch.device("meta"):

@@ -20,10 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyarrow import fs
-
 from detr_ray.config import ConfigError
 from detr_ray.engine.checkpoint import CheckpointStore
+from detr_ray.locations import check_address, join, local_path, read_bytes, resolve, write_bytes
+from detr_ray.retries import reason_of
+
+RECORD = "run.json"
 
 # What may change between two starts of one run: where and how it is computed, never what.
 FREE_KEYS = (
@@ -80,12 +82,12 @@ class RunDirectory:
     @property
     def checkpoints(self) -> CheckpointStore:
         """The run's checkpoints."""
-        return CheckpointStore(f"{self.path}/checkpoints")
+        return CheckpointStore(join(self.path, "checkpoints"))
 
     @property
     def local_path(self) -> Path | None:
         """The folder, where it is on a local disk."""
-        return None if "://" in self.path else Path(self.path)
+        return local_path(self.path)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -115,8 +117,13 @@ class RunDirectory:
 
 
 def absolute_storage(storage: str) -> str:
-    """A storage folder as an absolute path; a URI as it is."""
-    return storage.rstrip("/") if "://" in storage else str(Path(storage).expanduser().absolute())
+    """A storage folder as an absolute path; one that is not on this machine as a URI.
+
+    Raises:
+        LocationError: a URI that holds credentials.
+    """
+    check_address(storage)
+    return resolve(storage)
 
 
 def unique_name(prefix: str) -> str:
@@ -141,20 +148,13 @@ def open_run(
     """
     root = absolute_storage(storage)
     name = name or unique_name("run")
-    path = f"{root}/{name}"
-    if "://" in path:
-        file_system, base = fs.FileSystem.from_uri(path)
-    else:
-        file_system, base = fs.LocalFileSystem(), path
-    record = f"{base}/run.json"
+    path = join(root, name)
     comparable = json.loads(json.dumps({key: value for key, value in flat_config.items() if key != "run.name"}))
     try:
-        if file_system.get_file_info(record).type != fs.FileType.NotFound:
-            with file_system.open_input_file(record) as stream:
-                stored = json.loads(stream.read())
+        stored = _read_record(join(path, RECORD))
+        if stored is not None:
             _refuse_differences(name, path, stored, comparable, fingerprints)
             return RunDirectory(name, path, stored["run_id"], is_new=False)
-        file_system.create_dir(base, recursive=True)
         run_id = uuid.uuid4().hex
         content = {
             "run_id": run_id,
@@ -162,12 +162,22 @@ def open_run(
             "fingerprints": dict(fingerprints),
             "config": comparable,
         }
-        for file_name, text in (("config.yaml", config_yaml), ("run.json", json.dumps(content, indent=1))):
-            with file_system.open_output_stream(f"{base}/{file_name}") as stream:
-                stream.write(text.encode())
+        # The record comes last: without it, there is no run.
+        write_bytes(join(path, "config.yaml"), config_yaml.encode())
+        write_bytes(join(path, RECORD), json.dumps(content, indent=1).encode())
     except OSError as error:
-        raise ConfigError(f"run.storage: {path} cannot be used: {error}") from error
+        raise ConfigError(f"run.storage: {path} cannot be used: {reason_of(error)}") from error
     return RunDirectory(name, path, run_id, is_new=True)
+
+
+def _read_record(location: str) -> dict[str, Any] | None:
+    """What a run was begun with; None where there is no run."""
+    try:
+        return json.loads(read_bytes(location))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ConfigError(f"run.name: {location} is damaged ({error}); choose another run.name") from error
 
 
 def _refuse_differences(

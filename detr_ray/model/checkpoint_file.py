@@ -1,4 +1,4 @@
-"""Reading checkpoint files, from disk and from the net, as data and never as code.
+"""Reading checkpoint files, from disk, from buckets and from the net, as data and never as code.
 
 Nothing but tensors, plain containers and an ``argparse.Namespace`` (which the original's training checkpoints carry)
 is read. Knows files, hashes and servers; knows nothing of the model that the weights are for.
@@ -20,8 +20,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import pyarrow as pa
 import torch
 from torch import Tensor
+
+from detr_ray.locations import LocationError, read_buffer
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +64,8 @@ def read_checkpoint(source: str) -> dict[str, Any]:
     """Reads a checkpoint onto the CPU, of this project's format, of the original's, or a bare state dict.
 
     Args:
-        source: a path, or a ``file://``, ``http://`` or ``https://`` URL. A URL's content must have the SHA-256 that
+        source: a path, the address of an object (``s3://``, ``gs://``, any pyarrow file system), or a ``file://``,
+            ``http://`` or ``https://`` URL. A URL's content must have the SHA-256 that
             its file name starts to spell (``NAME-<8 or more hex digits>.pth``); such files are kept in the torch hub
             folder for the next time. Without such a name the content is taken as it comes, with a warning.
 
@@ -80,7 +84,7 @@ def read_checkpoint(source: str) -> dict[str, Any]:
         content = _unpickled(path, source)
         _refuse_other_hash(source, path)
     elif scheme:
-        raise WeightsError(f"{source}: {scheme}:// is not read here; give a path or an http(s) URL")
+        content = _stored(source)
     else:
         content = _unpickled(Path(source).expanduser(), source)
 
@@ -98,11 +102,21 @@ def read_checkpoint(source: str) -> dict[str, Any]:
     return {**checkpoint, "class_names": None if label_map is None else list(label_map["names"])}
 
 
-def _unpickled(path: Path, source: str) -> Any:
-    """Content of a torch file, read without running anything of it."""
+def _stored(location: str) -> Any:
+    """Content of an object on a remote file system."""
+    try:
+        data = read_buffer(location)
+    except (OSError, LocationError) as error:
+        raise WeightsError(str(error)) from error
+    return _unpickled(data, location)
+
+
+def _unpickled(place: Path | pa.Buffer, source: str) -> Any:
+    """Content of a torch file, or of its bytes, read without running anything of it."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            file = pa.BufferReader(place) if isinstance(place, pa.Buffer) else place
+            return torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise WeightsError(f"there is no file {source}") from None
     except IsADirectoryError:
@@ -112,7 +126,8 @@ def _unpickled(path: Path, source: str) -> Any:
     except Exception as error:  # a damaged file fails in any way that its bytes lead to
         forbidden = _FORBIDDEN_OBJECT.search(str(error))
         if forbidden is None:
-            raise WeightsError(f"{source} is damaged or no torch file ({path.stat().st_size} bytes)") from error
+            size = place.size if isinstance(place, pa.Buffer) else place.stat().st_size
+            raise WeightsError(f"{source} is damaged or no torch file ({size} bytes)") from error
         raise WeightsError(
             f"{source} holds Python objects beside its tensors ({forbidden.group(1)}), and reading them would run "
             "code. Where it was made, save the weights alone: torch.save({'model': model.state_dict()}, path)"

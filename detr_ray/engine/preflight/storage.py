@@ -9,18 +9,34 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from pyarrow import fs
+from pyarrow.fs import FileType
 
 from detr_ray.config import Config
-from detr_ray.data.errors import DataError
 from detr_ray.engine.preflight.findings import Report
 from detr_ray.engine.preflight.first_weights import skeleton
 from detr_ray.engine.run_directory import absolute_storage
-from detr_ray.locations import is_uri, open_location
+from detr_ray.locations import (
+    LocationError,
+    delete_file,
+    delete_folder,
+    file_info,
+    is_remote,
+    join,
+    list_files,
+    local_path,
+    make_folder,
+    parent,
+    read_bytes,
+    write,
+)
+from detr_ray.retries import Patience, reason_of
 
 AREA = "storage"
-TIMEOUT_S = 30.0
+TIMEOUT_S = 10.0
 """How long a storage may take to write, read and delete a small file."""
+
+PATIENCE = Patience(attempts=3, first_pause_s=0.2, longest_pause_s=0.4, give_up_after_s=6.0)
+"""Of a check: enough for a server that is busy for a moment, and little beside `TIMEOUT_S`."""
 
 _BYTES_PER_NUMBER = 4
 
@@ -29,47 +45,57 @@ T = TypeVar("T")
 
 def check_storage(config: Config, num_classes: int, report: Report) -> None:
     """Tries ``run.storage``, and holds the free space of a local disk against the checkpoints that will lie there."""
-    storage = absolute_storage(config.run.storage)
+    try:
+        storage = absolute_storage(config.run.storage)
+    except LocationError as error:  # which does not repeat an address with credentials
+        report.add("error", AREA, f"run.storage: {error}")
+        return
     try:
         within(TIMEOUT_S, lambda: try_storage(storage))
-    except (DataError, OSError) as error:
-        report.add("error", AREA, f"run.storage: {storage} cannot be used: {error}", "choose another run.storage")
+    except (LocationError, OSError) as error:
+        message = f"run.storage: {storage} cannot be used: {reason_of(error)}"
+        report.add("error", AREA, message, "choose another run.storage, or mend this one")
         return
     report.add("ok", AREA, f"run.storage: {storage} can be written and read")
-    if not is_uri(storage):
-        _check_space(config, Path(storage), num_classes, report)
+    if (folder := local_path(storage)) is not None:
+        _check_space(config, folder, num_classes, report)
 
 
-def try_storage(storage: str) -> None:
+def try_storage(storage: str, patience: Patience = PATIENCE) -> None:
     """Writes a small file to a folder or URI, reads it back and deletes it, with all folders made on the way.
 
+    A storage that can't be used is found out within seconds; one that does not answer at all may take longer: where
+    that matters, call it by `within`.
+
     Raises:
-        DataError: a URI that no file system answers to.
+        LocationError: a URI that no file system answers to, or that holds credentials.
         OSError: one of these is not possible.
     """
-    file_system, folder = open_location(storage)
-    new_folder = _first_missing(file_system, folder)
     content = secrets.token_bytes(64)
-    name = f"{folder.rstrip('/')}/.check-{secrets.token_hex(4)}"
+    location = join(storage, f".check-{secrets.token_hex(4)}")
+    new_folder = _first_missing(storage, patience)
     try:
-        file_system.create_dir(folder, recursive=True)
-        with file_system.open_output_stream(name) as stream:
-            stream.write(content)
-        with file_system.open_input_file(name) as stream:
-            if stream.read() != content:
-                raise OSError("what was written does not come back")
-        file_system.delete_file(name)
+        make_folder(storage, patience)
+        write(location, lambda stream: stream.write(content), patience)
+        if read_bytes(location, patience) != content:
+            raise OSError("what was written does not come back")
+        delete_file(location, patience)
     finally:
-        if new_folder is not None and file_system.get_file_info(new_folder).type == fs.FileType.Directory:
-            file_system.delete_dir(new_folder)
+        # Deleting a bucket's last object below a name leaves an empty one that stands for the folder.
+        if new_folder is not None and not list_files(new_folder, patience):
+            delete_folder(new_folder, patience)
 
 
-def _first_missing(file_system: fs.FileSystem, folder: str) -> str | None:
-    """The outermost of the folders on the way to ``folder`` that is not there; None where all are."""
+def _first_missing(folder: str, patience: Patience) -> str | None:
+    """The outermost of the folders on the way to ``folder`` that is not there; None where all are.
+
+    A bucket is not looked at: it has to be there, and may be looked into by few.
+    """
     missing = None
-    while folder.strip("/") and file_system.get_file_info(folder).type == fs.FileType.NotFound:
-        missing = folder
-        folder = folder.rstrip("/").rpartition("/")[0]
+    while not (is_remote(folder) and folder.partition("?")[0].count("/") < 3):
+        if file_info(folder, patience).type != FileType.NotFound:
+            break
+        missing, folder = folder, parent(folder)
     return missing
 
 
