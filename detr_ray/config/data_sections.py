@@ -128,6 +128,10 @@ class DataConfig(Section):
     window: Count | None = None
     """Samples that are sorted by shape at a time, so that images of like shape share a batch. More means less padding
     and less shuffling. null: 4096, or 64 global batches if that is more."""
+    shard_window: Count | None = None
+    """With `data.train.shards`: so many shards are shuffled together at a time, in an order that differs from epoch to
+    epoch, so that the reads of a stretch of training stay in few files. Fewer means less shuffling. null: the whole
+    data set."""
     tasks_per_worker: Count = 2
     """Data tasks that read and augment images at the same time for each training worker."""
     prefetch_batches: Count = 4
@@ -145,3 +149,7 @@ class DataConfig(Section):
                 yield Violation((name, "root"), "cannot go together with data.root: set one of them to null")
         if self.generate is not None and self.root is None:
             yield Violation(("root", "generate"), "is missing: it is the folder that data.generate writes into")
+        elif self.generate is not None and self.root is not None and "://" in self.root:
+            yield Violation(("root", "generate"), "must be a local folder: data.generate draws into it")
+        if self.shard_window is not None and (self.train is None or self.train.shards is None):
+            yield Violation(("shard_window", "train"), "needs data.train.shards: there are no shards to take in turn")

@@ -86,7 +86,7 @@ class _Seen:
 
 
 def find_missing_storage(index: CocoIndex) -> dict[int, str]:
-    """Finds out whether the folder or the shards that hold the images are there, with one look at it or at their folder.
+    """Finds out whether the folder or the shards that hold the images are there, with one look at a folder.
 
     Returns:
         What is wrong, by number of the shard; number -1 is the folder. Empty where all is there.

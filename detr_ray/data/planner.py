@@ -1,18 +1,19 @@
 """The training stream, addressed by position: what every sample of every step is, before a pixel is read.
 
-Global batch ``step`` is a pure function of (image sizes, seed, global batch size, augmentation, window, step). How many
-workers share it, what was asked for before and which process asks makes no difference, so that a run can go on anywhere
-with any number of workers. Random numbers are the raw 64-bit words of PCG64, which numpy keeps the same across
+Global batch ``step`` is a pure function of (image sizes, seed, global batch size, augmentation, windows, step). How
+many workers share it, what was asked for before and which process asks makes no difference, so that a run can go on
+anywhere with any number of workers. Random numbers are the raw 64-bit words of PCG64, which numpy keeps the same across
 versions. Knows nothing of boxes, pixels, files or processes.
 """
 
 from __future__ import annotations
 
+import bisect
 import heapq
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,10 @@ class Planner:
 
     An epoch is a permutation of the images, of which the last ``images % global_batch_size`` are left out (others in
     each epoch). Each window of it is grouped into global batches of like shape, which then come in random order.
+
+    Where the images lie in shards, the permutation may be one of shards first: an epoch then takes a few shards at a
+    time, in random order, and shuffles the images of these together. A window is of one such group of shards, but for
+    the images that were too few for a last batch of the group before, which come with it.
     """
 
     def __init__(
@@ -50,6 +55,8 @@ class Planner:
         global_batch_size: int,
         augment: AugmentValues,
         window: int = 4096,
+        shard_of: np.ndarray | None = None,
+        shards_at_a_time: int | None = None,
     ) -> None:
         """Plans for one data set; nothing is drawn yet.
 
@@ -63,6 +70,9 @@ class Planner:
             window: most samples that are grouped by shape at a time, cut to whole global batches (at least one) and
                 then such that the windows of an epoch are about equally long. The more batches in a window, the less
                 padding, and the less the workers wait for each other: 64 global batches are a good measure.
+            shard_of: ``[I]`` number of the file that each image lies in; needed with ``shards_at_a_time`` alone.
+            shards_at_a_time: so many shards are shuffled together; None for all images. Part of what the stream is a
+                function of.
 
         Raises:
             DataError: there are not enough images for one step.
@@ -78,12 +88,20 @@ class Planner:
         self.global_batch_size = global_batch_size
         self.augment = augment
         self.steps_per_epoch = len(image_ids) // global_batch_size
-        windows = -(-self.steps_per_epoch // max(1, window // global_batch_size))
-        self.steps_per_window = -(-self.steps_per_epoch // windows)
+        self._steps_at_most = max(1, window // global_batch_size)
+        self._even_bounds = _cut_evenly(0, self.steps_per_epoch, self._steps_at_most)
+        self._shards: tuple[np.ndarray, ...] = ()
+        self._shards_at_a_time = shards_at_a_time
+        if shards_at_a_time is not None:
+            if shard_of is None:
+                raise ValueError("shards_at_a_time needs shard_of")
+            by_shard = np.argsort(shard_of, kind="stable").astype(np.int32)
+            self._shards = tuple(np.split(by_shard, np.flatnonzero(np.diff(shard_of[by_shard])) + 1))
         self._windows: OrderedDict[tuple[int, int], _Window] = OrderedDict()
+        self._bounds: OrderedDict[int, tuple[int, ...]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_windows": OrderedDict()}
+        return self.__dict__ | {"_windows": OrderedDict(), "_bounds": OrderedDict()}
 
     def place_of(self, step: int) -> tuple[int, int]:
         """(epoch, step within the epoch), both from 0."""
@@ -92,9 +110,10 @@ class Planner:
     def global_batch(self, step: int) -> tuple[SamplePlan, ...]:
         """The samples of one step, neighbours being of like shape."""
         epoch, step_of_epoch = self.place_of(step)
-        number, batch = divmod(step_of_epoch, self.steps_per_window)
+        bounds = self.window_bounds(epoch)
+        number = bisect.bisect_right(bounds, step_of_epoch) - 1
         window = self._window(epoch, number)
-        size = self.global_batch_size
+        size, batch = self.global_batch_size, step_of_epoch - bounds[number]
         taken = slice(batch * size, (batch + 1) * size)
         rows = window.rows[taken]
         draws = window.draws
@@ -123,9 +142,42 @@ class Planner:
 
     def epoch_sizes(self, epoch: int) -> np.ndarray:
         """Final sizes of a whole epoch, ``[steps_per_epoch, global_batch_size, 2]`` int32 (height, width) in pixels."""
-        numbers = range(-(-self.steps_per_epoch // self.steps_per_window))
+        numbers = range(len(self.window_bounds(epoch)) - 1)
         sizes = np.concatenate([self._plan_window(epoch, number).draws.size for number in numbers])
         return sizes.reshape(self.steps_per_epoch, self.global_batch_size, 2)
+
+    def window_bounds(self, epoch: int) -> tuple[int, ...]:
+        """Steps of the epoch that its windows begin with, and the number of its steps at the end."""
+        if self._shards_at_a_time is None:
+            return self._even_bounds
+        bounds = self._bounds.get(epoch)
+        if bounds is None:
+            images = np.cumsum([sum(map(len, group)) for group in self._shard_groups(epoch)])
+            # A batch that two groups share goes with the second.
+            ends = np.unique([0, *images // self.global_batch_size]).tolist()
+            pieces = [_cut_evenly(start, end, self._steps_at_most)[:-1] for start, end in pairwise(ends)]
+            bounds = self._bounds[epoch] = (*chain.from_iterable(pieces), self.steps_per_epoch)
+            if len(self._bounds) > CACHED_WINDOWS:
+                self._bounds.popitem(last=False)
+        return bounds
+
+    def _shard_groups(self, epoch: int) -> list[list[np.ndarray]]:
+        """The rows of the shards that an epoch shuffles together, group by group."""
+        assert self._shards_at_a_time is not None
+        order = np.argsort(self._words(epoch, 0).random_raw(len(self._shards)), kind="stable").tolist()
+        return [
+            [self._shards[shard] for shard in order[start : start + self._shards_at_a_time]]
+            for start in range(0, len(order), self._shards_at_a_time)
+        ]
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        """Rows of the index in the order that an epoch takes them in, before they are grouped by shape."""
+        words = self._words(epoch, 0)
+        if self._shards_at_a_time is None:
+            return np.argsort(words.random_raw(len(self.image_ids)), kind="stable")
+        words.random_raw(len(self._shards))  # those that the order of the shards was drawn from
+        parts = [np.concatenate(group) for group in self._shard_groups(epoch)]
+        return np.concatenate([part[np.argsort(words.random_raw(len(part)), kind="stable")] for part in parts])
 
     def _window(self, epoch: int, number: int) -> _Window:
         key = (epoch, number)
@@ -139,10 +191,8 @@ class Planner:
 
     def _plan_window(self, epoch: int, number: int) -> _Window:
         size = self.global_batch_size
-        first = number * self.steps_per_window
-        last = min(first + self.steps_per_window, self.steps_per_epoch)
-        permutation = np.argsort(self._words(epoch, 0).random_raw(len(self.image_ids)), kind="stable")
-        rows = permutation[first * size : last * size]
+        first, last = self.window_bounds(epoch)[number : number + 2]
+        rows = self._permutation(epoch)[first * size : last * size]
 
         words = self._words(epoch, 1 + number)
         uniform = _uniform(words.random_raw(len(rows) * DRAWS_PER_SAMPLE)).reshape(-1, DRAWS_PER_SAMPLE)
@@ -157,6 +207,12 @@ class Planner:
     def _words(self, epoch: int, stream: int) -> np.random.PCG64:
         """A source of random words for one purpose: stream 0 shuffles the epoch, the others are its windows'."""
         return np.random.PCG64(np.random.SeedSequence([self.seed, epoch, stream]))
+
+
+def _cut_evenly(start: int, end: int, most: int) -> tuple[int, ...]:
+    """Bounds of pieces of about equal length, none longer than ``most``, the last one the shortest."""
+    length = -(-(end - start) // -(-(end - start) // most))
+    return (*range(start, end, length), end)
 
 
 def _uniform(words: np.ndarray) -> np.ndarray:

@@ -50,6 +50,8 @@ class PlannedData:
                 global_batch_size=config.train.global_batch_size,
                 augment=AugmentValues(**config.data.augment.model_dump()),
                 window=config.data.window or max(MIN_WINDOW, MIN_WINDOW_BATCHES * config.train.global_batch_size),
+                shard_of=None if self.train.shards is None else self.train.shards.file_of,
+                shards_at_a_time=config.data.shard_window,
             )
         evaluation = []
         if self.val is not None:
