@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from detr_ray.cli import run_command
+from detr_ray.cli import EXIT_INTERRUPTED, run_command
 from detr_ray.config import Config
 
 DESCRIPTION = """Train a detector on Ray workers.
@@ -39,7 +39,7 @@ def _train(config: Config, arguments: argparse.Namespace) -> int:
     say(f"everything else   {result.run_path}")
     if config.tracking.enabled:
         say(f"curves            {viewing_hint(run_tracking_uri(config))}")
-    return 0
+    return EXIT_INTERRUPTED if result.status == "stopped" else 0
 
 
 def say(line: str) -> None:

@@ -8,12 +8,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 T = TypeVar("T")
+
+LeaveReason = Literal["asked", "preempted", "resized"]
+"""Why a worker is to leave after a step, with a checkpoint: someone asked to stop, its node is taken away, or the group
+is started again with another number of workers."""
+
+Phase = Literal[
+    "starting",
+    "adding up metrics",
+    "writing a checkpoint",
+    "waiting for the checkpoint",
+    "detecting on validation images",
+    "scoring",
+    "waiting for the scores",
+    "waiting for data",
+    "summing over workers",
+    "forward pass",
+    "loss",
+    "backward pass",
+    "update",
+    "leaving",
+]
+"""What a worker may be doing, in the order of one step's number: who is behind in it is whom the others wait for."""
 
 
 class WorkerContext(Protocol):
@@ -53,8 +75,12 @@ class WorkerContext(Protocol):
         """Shows the user a line of progress (rank 0 only does)."""
         ...
 
-    def stop_requested(self) -> bool:
-        """Whether this worker was asked to stop at the next step."""
+    def enter(self, phase: Phase, step: int) -> None:
+        """Notes what this worker does from now on, for whoever looks for workers that hang; costs nothing."""
+        ...
+
+    def leave_reason(self) -> LeaveReason | None:
+        """Why this worker is to leave after the next step; None while it is to go on."""
         ...
 
 
@@ -107,6 +133,9 @@ class LocalContext:
         """Hands the line on."""
         self._say(line)
 
-    def stop_requested(self) -> bool:
+    def enter(self, phase: Phase, step: int) -> None:
+        """Nobody looks."""
+
+    def leave_reason(self) -> LeaveReason | None:
         """Asks the function given."""
-        return self._should_stop()
+        return "asked" if self._should_stop() else None

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from detr_ray.engine.context import LeaveReason, Phase
+
 T = TypeVar("T")
 
 # The newer name of the option; the older one warns where both exist.
@@ -66,6 +68,9 @@ class DistributedContext:
     def say(self, line: str) -> None:
         """Nobody to show a line to."""
 
-    def stop_requested(self) -> bool:
+    def enter(self, phase: Phase, step: int) -> None:
+        """Nobody looks."""
+
+    def leave_reason(self) -> LeaveReason | None:
         """Nobody asks."""
-        return False
+        return None

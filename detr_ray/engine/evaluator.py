@@ -49,8 +49,15 @@ class Evaluator:
         self._max_detections = max_detections
 
     @torch.inference_mode()
-    def detect(self, model: nn.Module, batches: Iterator[PaddedBatch]) -> tuple[DetectionTable, list[int], list[str]]:
+    def detect(
+        self, model: nn.Module, batches: Iterator[PaddedBatch], step: int = 0
+    ) -> tuple[DetectionTable, list[int], list[str]]:
         """Detections on this worker's batches.
+
+        Args:
+            model: the model.
+            batches: this worker's share.
+            step: optimizer steps that the model has taken, for whoever looks for workers that hang.
 
         Returns:
             The detections; the ids of all images seen; a line for each image that could not be read.
@@ -61,6 +68,7 @@ class Evaluator:
         found: list[DetectionTable] = []
         image_ids: list[int] = []
         bad_images: list[str] = []
+        self._context.enter("detecting on validation images", step)
         for padded in batches:
             batch = to_device(padded, device, self._channels_last)
             with torch.autocast(device.type, dtype=self._dtype, enabled=self._dtype is not None):
@@ -72,13 +80,15 @@ class Evaluator:
             )
             image_ids += ids
             bad_images += padded.bad_images
+            self._context.enter("detecting on validation images", step)  # each batch is progress
         model.train(was_training)
+        self._context.enter("waiting for the scores", step)
         return DetectionTable.concat(found), image_ids, bad_images
 
     def evaluate(
-        self, model: nn.Module, batches: Iterator[PaddedBatch]
+        self, model: nn.Module, batches: Iterator[PaddedBatch], step: int = 0
     ) -> tuple[CocoMetrics | None, DetectionTable | None]:
-        """The COCO numbers of a model over the shares of all workers; every worker must call it.
+        """The COCO numbers of a model over the shares of all workers; every worker must call it. See `detect`.
 
         Returns:
             The numbers and all detections on rank 0; None and None elsewhere.
@@ -86,7 +96,7 @@ class Evaluator:
         Raises:
             RunFailed: images could not be read, or were not seen exactly once.
         """
-        shares = self._context.gather(self.detect(model, batches))
+        shares = self._context.gather(self.detect(model, batches, step))
         bad_images = [line for _, _, lines in shares for line in lines]
         if bad_images:
             shown = "\n  ".join(bad_images[:20])
@@ -99,6 +109,7 @@ class Evaluator:
             )
         if self._context.rank != 0:
             return None, None
+        self._context.enter("scoring", step)
         detections = DetectionTable.concat([table for table, _, _ in shares])
         return evaluate_detections(GroundTruth.from_columns(self._index), detections), detections
 

@@ -16,7 +16,7 @@ import torch
 
 from detr_ray.engine.batches import BatchSource
 from detr_ray.engine.checkpoint import CheckpointError, CheckpointInfo
-from detr_ray.engine.context import WorkerContext
+from detr_ray.engine.context import LeaveReason, WorkerContext
 from detr_ray.engine.ema import ModelEma
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.evaluator import build_evaluator
@@ -51,6 +51,7 @@ class FitResult:
         best_checkpoint: its folder.
         table: the 12 COCO numbers of the last evaluation, for people.
         train_s: seconds this process spent in the loop, evaluations included.
+        leave: why it stopped before its end.
     """
 
     run_name: str
@@ -62,6 +63,7 @@ class FitResult:
     best_checkpoint: str | None = None
     table: str = ""
     train_s: float = 0.0
+    leave: LeaveReason | None = None
 
 
 class TrainingLoop:
@@ -84,6 +86,7 @@ class TrainingLoop:
         self._store = job.run.checkpoints
         self._latest: CheckpointInfo | None = None
 
+        context.enter("starting", 0)
         self.model = job.build_model().to(context.device)
         if config.train.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
@@ -129,12 +132,13 @@ class TrainingLoop:
             RunFailed: the run cannot go on.
         """
         started = time.perf_counter()
+        leave: LeaveReason | None = None
         status: Literal["finished", "stopped", "nothing to do"] = "finished"
         if self.step >= self.job.total_steps and not self._evaluation_due():
             status = "nothing to do"
         if self._evaluation_due():  # an earlier process died between the checkpoint and its evaluation
             self._evaluate()
-        waiting_since = time.perf_counter()
+        waiting_since = self._wait_for_data()
         for micro_batches in self.batches.train_batches(self.step, self.job.total_steps):
             self._train_step.times.data_wait += time.perf_counter() - waiting_since
             epoch = self.step / self.job.steps_per_epoch
@@ -142,16 +146,21 @@ class TrainingLoop:
             self.criterion.at_epoch(epoch)
             outcome = self._train_step(self.step, micro_batches)
             self._after_step(outcome, len(micro_batches))
-            if outcome.stop:
+            leave = outcome.leave if self.step < self.job.total_steps else None
+            if leave or self._checkpoint_due():
+                self._save()
+            if leave:
                 status = "stopped"
-                self._save()
                 break
-            if self._checkpoint_due():
-                self._save()
             if self._evaluation_due():
                 self._evaluate()
-            waiting_since = time.perf_counter()
-        return self._result(status, time.perf_counter() - started)
+            waiting_since = self._wait_for_data()
+        self.context.enter("leaving", self.step)
+        return self._result(status, leave, time.perf_counter() - started)
+
+    def _wait_for_data(self) -> float:
+        self.context.enter("waiting for data", self.step)
+        return time.perf_counter()
 
     def _after_step(self, outcome: StepOutcome, num_micro_batches: int) -> None:
         config = self.job.config.train
@@ -172,6 +181,7 @@ class TrainingLoop:
             self._log(num_micro_batches)
 
     def _log(self, num_micro_batches: int) -> None:
+        self.context.enter("adding up metrics", self.step)
         metrics = self._meters.flush(self._train_step.times, num_micro_batches)
         self._train_step.times = StepTimes()
         loss = sum(weight * metrics.get(f"train/{name}", 0.0) for name, weight in self.criterion.weights.items())
@@ -216,11 +226,12 @@ class TrainingLoop:
         assert self._evaluator is not None
         started = time.perf_counter()
         model = self.model if self.ema is None else self.ema.module
-        scores, _ = self._evaluator.evaluate(model, self.batches.evaluation_batches())
+        scores, _ = self._evaluator.evaluate(model, self.batches.evaluation_batches(), self.step)
         metrics: dict[str, float] = {}
         if scores is not None:
             metrics = scores.as_metrics("val/") | {"val/seconds": time.perf_counter() - started}
             self._note(scores, metrics)
+        self.context.enter("waiting for the scores", self.step)
         noted = self.context.gather(metrics)[0]
         if self._latest is not None and self._latest.step == self.step:
             self._latest = dataclasses.replace(self._latest, metrics=noted)
@@ -247,10 +258,12 @@ class TrainingLoop:
         A checkpoint that can't be written (a full disk) costs no run: the last good one stays good, training goes on
         and tries again at the next one. Only the last of a run has to succeed.
         """
+        self.context.enter("writing a checkpoint", self.step)
         self._average_running_statistics()
         written: tuple[CheckpointInfo | None, str] = (None, "")
         if self.context.rank == 0:
             written = self._write_checkpoint()
+        self.context.enter("waiting for the checkpoint", self.step)
         info, problem = self.context.gather(written)[0]
         if info is not None:
             self._latest = info
@@ -352,7 +365,9 @@ class TrainingLoop:
         with path.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def _result(self, status: Literal["finished", "stopped", "nothing to do"], seconds: float) -> FitResult:
+    def _result(
+        self, status: Literal["finished", "stopped", "nothing to do"], leave: LeaveReason | None, seconds: float
+    ) -> FitResult:
         best = self._store.best()
         if status == "finished" and self.context.rank == 0 and self._latest is not None and self.job.run.local_path:
             self.tracker.log_file(f"{self._latest.path}/{MODEL_FILE}", "checkpoints/last")
@@ -367,4 +382,5 @@ class TrainingLoop:
             best_checkpoint=best.path if best else None,
             table=self.table,
             train_s=seconds,
+            leave=leave,
         )

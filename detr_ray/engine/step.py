@@ -12,12 +12,13 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from detr_ray.engine.context import WorkerContext
+from detr_ray.engine.context import LeaveReason, WorkerContext
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.nonfinite import describe_nonfinite
 from detr_ray.loss import NonFiniteOutputs, SetCriterion
@@ -50,7 +51,7 @@ class StepOutcome:
         losses: this worker's share of each loss (they add up over workers), detached, on the device.
         grad_norm: norm of the whole gradient before clipping, the same on all workers.
         skipped: whether the update was left out because something was not finite.
-        stop: whether any worker was asked to stop.
+        leave: why all workers are to leave now, if any of them is; the same on all.
         positions: stream positions of this worker's samples.
         image_ids: their image ids.
         padded_pixels: pixels of the padded micro-batches.
@@ -61,7 +62,7 @@ class StepOutcome:
     losses: dict[str, Tensor] = field(default_factory=dict)
     grad_norm: float = 0.0
     skipped: bool = False
-    stop: bool = False
+    leave: LeaveReason | None = None
     positions: list[int] = field(default_factory=list)
     image_ids: list[int] = field(default_factory=list)
     padded_pixels: int = 0
@@ -152,18 +153,20 @@ class TrainStep:
     def _agree(self, step: int, micro_batches: Sequence[PaddedBatch], outcome: StepOutcome) -> tuple[float, float]:
         """Sums the normalisers over all workers, and finds out whether anyone failed or is asked to stop."""
         started = time.perf_counter()
+        self.context.enter("summing over workers", step)
         outcome.bad_images = [line for padded in micro_batches for line in padded.bad_images]
         failed = bool(outcome.bad_images) and not self._skip_bad_images
         boxes = class_weight = 0.0
         for padded in micro_batches:
             sums = self.criterion.normalisers(padded.counts.tolist(), self._num_queries)
             boxes, class_weight = boxes + sums[0], class_weight + sums[1]
+        reason = self.context.leave_reason()
         numbers = torch.tensor(
-            [boxes, class_weight, failed, self.context.stop_requested()],
+            [boxes, class_weight, failed, reason is not None],
             dtype=torch.float64,
             device=self.context.device,
         )
-        boxes, class_weight, failures, stops = self.context.all_reduce_sum(numbers).tolist()
+        boxes, class_weight, failures, leaving = self.context.all_reduce_sum(numbers).tolist()
         if failures:
             lines = [line for lines in self.context.gather(outcome.bad_images) for line in lines]
             shown = "\n  ".join(lines[:20])
@@ -173,7 +176,9 @@ class TrainStep:
                 "data.on_bad_image=skip",
                 agreed=True,
             )
-        outcome.stop = stops > 0
+        if leaving:
+            reasons = self.context.gather(reason)
+            outcome.leave = next(known for known in get_args(LeaveReason) if known in reasons)
         self.times.forward += time.perf_counter() - started
         return boxes, class_weight
 
@@ -182,9 +187,11 @@ class TrainStep:
     ) -> str | None:
         """One micro-batch; returns what was not finite, for people, or None."""
         started = time.perf_counter()
+        self.context.enter("forward pass", step)
         with self._autocast():
             outputs: ModelOutput = self._wrapped(batch.images, batch.mask)
         forward_done = time.perf_counter()
+        self.context.enter("loss", step)
         report = None
         try:
             losses = self.criterion(outputs, batch.targets, num_boxes, class_weight_sum)
@@ -202,6 +209,7 @@ class TrainStep:
                 seed_step(self._seed, step, self.context.rank)
                 report += "; " + describe_nonfinite(self.model, batch, self._autocast())
         loss_done = time.perf_counter()
+        self.context.enter("backward pass", step)
         self.scaler.scale(total).backward()
         self.times.forward += forward_done - started
         self.times.loss += loss_done - forward_done
@@ -211,6 +219,7 @@ class TrainStep:
     def _update(self, step: int, outcome: StepOutcome, nonfinite: str | None) -> None:
         """Clips, checks and applies the gradient, which is the same on all workers."""
         started = time.perf_counter()
+        self.context.enter("update", step)
         self.scaler.unscale_(self.optimizer)
         max_norm = self._clip_max_norm or float("inf")
         norm = nn.utils.clip_grad_norm_(self._parameters, max_norm, foreach=True)

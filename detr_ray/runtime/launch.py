@@ -6,19 +6,16 @@ process, without Ray.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import signal
-import threading
-import types
-from collections.abc import Callable, Iterator
+import time
+from contextlib import AbstractContextManager
 from typing import Any
 
 import ray
 import ray.train
 import torch
+from ray.actor import ActorHandle
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.util.queue import Empty, Queue
 
 from detr_ray.config import Config, ConfigError
 from detr_ray.engine.batches import LocalBatches
@@ -28,9 +25,18 @@ from detr_ray.engine.evaluation_job import EvaluationJob, EvaluationResult, prep
 from detr_ray.engine.job import Say, TrainJob, prepare_job, run_summary
 from detr_ray.engine.loop import FitResult, TrainingLoop
 from detr_ray.engine.records import open_tracker
+from detr_ray.runtime.board import open_board
+from detr_ray.runtime.controller_callback import BoardCallback, describe_failure
+from detr_ray.runtime.resources import WorkerRequest, plan_workers
 from detr_ray.runtime.session import ray_session, warm_data_workers
-from detr_ray.runtime.worker import evaluate_worker, train_worker
+from detr_ray.runtime.supervision import StopSignals, Supervisor, run_in_thread, stop_signals
+from detr_ray.runtime.worker import run_worker
 from detr_ray.tracking import Status
+
+# Workers that wait for one that hangs give up only after the watch has named and ended that one.
+COLLECTIVES_WAIT_LONGER_S = 120
+
+EARLIER_JOB_ENDS_S = 20.0
 
 
 def fit(config: Config, say: Say = lambda line: None) -> FitResult:
@@ -55,8 +61,8 @@ def fit(config: Config, say: Say = lambda line: None) -> FitResult:
         with job.run.locked():
             if config.train.launcher == "local":
                 return _fit_here(job, say)
-            with ray_session(config.train.num_workers or 1, config.data.tasks_per_worker, config.train.use_gpu):
-                return _run_workers(train_worker, job, job.run.path, config, say)
+            with _session(config):
+                return _run_workers(job, job.run.path, job.run.path, say)
     except KeyboardInterrupt:
         say(f"stopped; the same command with run.name={job.run.name} goes on from the last checkpoint")
         raise
@@ -76,8 +82,8 @@ def evaluate(config: Config, say: Say = lambda line: None) -> EvaluationResult:
         result = run_evaluation(job, LocalContext(_local_device(config)), batches)
         assert result is not None, "one worker is rank 0"
         return result
-    with ray_session(config.train.num_workers or 1, config.data.tasks_per_worker, config.train.use_gpu):
-        return _run_workers(evaluate_worker, job, job.storage, config, say)
+    with _session(config):
+        return _run_workers(job, job.storage, None, say)
 
 
 def _fit_here(job: TrainJob, say: Say) -> FitResult:
@@ -86,13 +92,18 @@ def _fit_here(job: TrainJob, say: Say) -> FitResult:
     tracker = open_tracker(job)
     status: Status = "FAILED"
     try:
-        with _stop_on_signals() as stop_requested:
-            context = LocalContext(_local_device(job.config), say=say, should_stop=stop_requested)
+        with stop_signals() as signals:
+            context = LocalContext(_local_device(job.config), say=say, should_stop=signals.asked)
             result = TrainingLoop(job, context, batches, tracker).run()
         status = "KILLED" if result.status == "stopped" else "FINISHED"
         return result
     finally:
         tracker.finish(status)
+
+
+def _session(config: Config) -> AbstractContextManager[None]:
+    most = config.train.worker_range[1] if config.train.worker_range else 1
+    return ray_session(most, config.data.tasks_per_worker, config.train.use_gpu, config.train.worker_resource)
 
 
 def _local_device(config: Config) -> str:
@@ -102,122 +113,86 @@ def _local_device(config: Config) -> str:
     return "cuda" if use_gpu else "cpu"
 
 
-@contextlib.contextmanager
-def _stop_on_signals() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C or termination into a request to stop after the step."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
+def _run_workers(job: TrainJob | EvaluationJob, path: str, run_path: str | None, say: Say) -> Any:
+    """Has training workers do a job, and gives back what rank 0 returned.
 
-    def ask(number: int, frame: types.FrameType | None) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _run_workers(
-    worker: Callable[[dict[str, Any]], dict[str, Any]],
-    job: TrainJob | EvaluationJob,
-    path: str,
-    config: Config,
-    say: Say,
-) -> Any:
-    """Runs a worker function on every training worker and gives back what rank 0 returned."""
-    num_workers, use_gpu = _scaling(config)
-    say(f"starting {num_workers} {'GPU' if use_gpu else 'CPU'} worker{'s' if num_workers > 1 else ''}")
-    warming = warm_data_workers(max(1, min(config.data.tasks_per_worker * num_workers, 8)))
-    lines = Queue(maxsize=1000, actor_options={"num_cpus": 0})
+    Args:
+        job: what to do.
+        path: folder or URI for what Ray Train keeps.
+        run_path: the run that the job writes; None if it writes none.
+        say: shows the user a line.
+    """
+    config = job.data.config
+    request = plan_workers(config)
+    board = _open_board(run_path)
+    warming = warm_data_workers(max(1, min(config.data.tasks_per_worker * request.max_workers, 8)))
     bare = dataclasses.replace(job, data=None, initial_weights=None)  # type: ignore[arg-type]
-    trainer = TorchTrainer(
-        worker,
-        train_loop_config={
-            "job": [ray.put(bare)],
-            "data": [ray.put(job.data)],
-            "weights": [] if job.initial_weights is None else [ray.put(job.initial_weights)],
-            "lines": lines,
-        },
-        torch_config=TorchConfig(timeout_s=config.train.stall_timeout_s),
-        scaling_config=ray.train.ScalingConfig(num_workers=num_workers, use_gpu=use_gpu),
-        run_config=ray.train.RunConfig(
-            name="ray",
-            storage_path=path,
-            failure_config=ray.train.FailureConfig(max_failures=config.train.max_failures),
-            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
-        ),
-    )
-    with _showing(lines, say):
-        try:
-            outcome = trainer.fit().return_value
-        except (ray.train.WorkerGroupError, ray.train.ControllerError) as error:
-            raise RunFailed(_explain(error)) from error
-        except SystemExit:
-            # Ray Train's own handler ends the process without a word when Ctrl-C is pressed.
-            raise KeyboardInterrupt from None
-    del warming
-    if "failed" in outcome:
-        raise RunFailed(outcome["failed"])
-    return outcome["result"]
-
-
-def _scaling(config: Config) -> tuple[int, bool]:
-    """Number of workers, and whether they use GPUs, from the configuration and what the cluster has."""
-    resources = ray.cluster_resources()
-    gpus = int(resources.get("GPU", 0))
-    use_gpu = gpus > 0 if config.train.use_gpu is None else config.train.use_gpu
-    if use_gpu and gpus == 0:
-        raise ConfigError("train.use_gpu: true, but the cluster has no GPU (set train.use_gpu=false to train on CPUs)")
-    num_workers = config.train.num_workers or (gpus if use_gpu else 1)
-    available, unit = (gpus, "GPU") if use_gpu else (int(resources.get("CPU", 0)) - 1, "CPU")
-    if num_workers > available:
-        raise ConfigError(
-            f"train.num_workers: {num_workers} workers need {num_workers} {unit}s"
-            + ("" if use_gpu else " and one more for data tasks")
-            + f"; the cluster has {available if use_gpu else available + 1}"
-        )
-    if num_workers > config.train.global_batch_size:
-        raise ConfigError(
-            f"train.num_workers: {num_workers} workers for train.global_batch_size={config.train.global_batch_size} "
-            "leave some without an image; ask for fewer workers or a larger batch"
-        )
-    return num_workers, use_gpu
-
-
-@contextlib.contextmanager
-def _showing(lines: Queue, say: Say) -> Iterator[None]:
-    """Shows the workers' lines as they come."""
-    done = threading.Event()
-
-    def show() -> None:
+    parts = {
+        "job": [ray.put(bare)],
+        "data": [ray.put(job.data)],
+        "weights": [] if job.initial_weights is None else [ray.put(job.initial_weights)],
+        "board": board,
+    }
+    supervisor = Supervisor(board, config.train, request.missing, say)
+    with stop_signals() as signals:
         while True:
-            try:
-                say(lines.get(timeout=0.5))
-            except Empty:
-                if done.is_set():
-                    return
-            except ray.exceptions.RayError as error:
-                say(f"progress is not shown any more: {error}")
-                return
+            say(f"starting {_described(request)}")
+            trainer = TorchTrainer(
+                run_worker,
+                train_loop_config=parts,
+                torch_config=TorchConfig(timeout_s=config.train.stall_timeout_s + COLLECTIVES_WAIT_LONGER_S),
+                scaling_config=request.scaling_config(config.train.resize_check_s),
+                run_config=ray.train.RunConfig(
+                    name="ray",
+                    storage_path=path,
+                    failure_config=ray.train.FailureConfig(max_failures=config.train.max_failures),
+                    callbacks=[BoardCallback(board)],
+                    logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+                ),
+            )
+            outcome = _watched(trainer, supervisor, signals)
+            del warming[:]
+            if "failed" in outcome:
+                raise RunFailed(outcome["failed"])
+            result = outcome["result"]
+            if not isinstance(result, FitResult) or result.leave != "preempted":
+                return result
+            say(f"a node is taken away; going on from step {result.step} without it")
 
-    thread = threading.Thread(target=show, name="progress", daemon=True)
-    thread.start()
+
+def _watched(trainer: TorchTrainer, supervisor: Supervisor, signals: StopSignals) -> dict[str, Any]:
+    """Runs a trainer under the driver's watch."""
+    thread, results, errors = run_in_thread(lambda: trainer.fit().return_value)
     try:
-        yield
-    finally:
-        done.set()
-        thread.join(timeout=10)
-        lines.shutdown(force=True)
+        supervisor.watch(thread, signals)
+    except BaseException:
+        supervisor.abort()
+        raise
+    if not errors:
+        return results[0]
+    if isinstance(errors[0], ray.train.WorkerGroupError | ray.train.ControllerError):
+        lines = ["the workers failed, and train.max_failures restarts did not help:", describe_failure(errors[0])]
+        raise RunFailed("\n".join([*lines, *supervisor.stalls])) from errors[0]
+    raise errors[0]
 
 
-def _explain(error: Exception) -> str:
-    """What a failed worker group means to a user: the first worker's own error."""
-    failures = getattr(error, "worker_failures", None) or {}
-    lines = [f"rank {rank}: {str(failure).strip()}" for rank, failure in sorted(failures.items())]
-    return "the workers failed, and train.max_failures restarts did not help:\n" + ("\n".join(lines) or str(error))
+def _open_board(run_path: str | None) -> ActorHandle:
+    """The job's board; waits a little for that of an earlier job of the run, which has just ended."""
+    give_up = time.monotonic() + EARLIER_JOB_ENDS_S
+    while True:
+        try:
+            return open_board(run_path)
+        except ValueError:
+            if time.monotonic() > give_up:
+                raise ConfigError(
+                    f"run.name: another job on this cluster is writing {run_path}; wait for it, stop it, or choose "
+                    "another run.name"
+                ) from None
+            time.sleep(1)
+
+
+def _described(request: WorkerRequest) -> str:
+    kind = "GPU" if request.use_gpu else "CPU"
+    if request.min_workers == request.max_workers:
+        return f"{request.max_workers} {kind} worker{'s' if request.max_workers > 1 else ''}"
+    return f"{request.min_workers} to {request.max_workers} {kind} workers, as many as have room"

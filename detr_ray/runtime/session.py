@@ -13,11 +13,14 @@ _ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",
 }
 
 
 @contextlib.contextmanager
-def ray_session(num_workers: int, data_tasks: int, use_gpu: bool | None) -> Iterator[None]:
+def ray_session(
+    num_workers: int, data_tasks: int, use_gpu: bool | None, worker_resource: str | None = None
+) -> Iterator[None]:
     """Uses the Ray that is running, or starts one on this machine and ends it afterwards.
 
     A cluster is joined where ``RAY_ADDRESS`` names one (``ray job submit`` sets it) or this process already uses one.
@@ -28,6 +31,7 @@ def ray_session(num_workers: int, data_tasks: int, use_gpu: bool | None) -> Iter
         num_workers: training workers that will be asked for.
         data_tasks: data tasks of one worker that should be able to run at the same time.
         use_gpu: whether workers use GPUs; None when it is not decided yet.
+        worker_resource: custom resource that each worker takes one of.
     """
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
@@ -44,6 +48,7 @@ def ray_session(num_workers: int, data_tasks: int, use_gpu: bool | None) -> Iter
         num_cpus = max(os.cpu_count() or 1, num_workers + max(1, min(data_tasks * num_workers, os.cpu_count() or 1)))
         ray.init(
             num_cpus=num_cpus,
+            resources={worker_resource: num_workers} if worker_resource else None,
             include_dashboard=False,
             log_to_driver=_workers_are_heard(),
             logging_level=logging.WARNING,
