@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow check format lock bench clean
+.PHONY: help install quickstart cluster-up cluster-down test test-slow check format lock bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,12 @@ install: $(READY)  ## create the environment in .venv (about 3 minutes, 6 GB)
 
 quickstart: $(READY)  ## train a small detector on generated images, on two workers (about 10 minutes on 2 cores)
 	$(BIN)/python -m detr_ray.train --config configs/quickstart.yaml
+
+cluster-up: $(READY)  ## start a real Ray cluster of three nodes on this machine, to submit jobs to
+	$(BIN)/python cluster/local.py up
+
+cluster-down: $(READY)  ## end that cluster
+	$(BIN)/python cluster/local.py down
 
 test: $(READY)  ## run the tests (minutes)
 	$(BIN)/python -m pytest

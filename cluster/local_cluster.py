@@ -383,7 +383,7 @@ class LocalCluster:
         for leader in leaders:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(leader, signal.SIGTERM)
-        _until(lambda: not any(_runs(leader) for leader in leaders), seconds=8)
+        _until(lambda: not any(_runs(leader) for leader in leaders), seconds=5)
 
     def _kill(self, processes: Callable[[], list[psutil.Process]]) -> None:
         """Kills until none is left: a process may start another one before its turn comes."""
