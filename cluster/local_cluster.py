@@ -27,6 +27,10 @@ import psutil
 
 HEAD_TYPE, WORKER_TYPE = "head", "cpu_worker"
 
+# One on every node but the head: with train.worker_resource=worker_slot each node takes one training worker, as a
+# machine with one GPU would, and its other CPUs are left to data tasks.
+WORKER_SLOT = "worker_slot"
+
 _CLUSTER_MARK = "DETR_RAY_LOCAL_CLUSTER"
 _NODE_MARK = "DETR_RAY_LOCAL_NODE"
 _LOCALHOST = "127.0.0.1"
@@ -284,6 +288,7 @@ class LocalCluster:
             "--dashboard-agent-listen-port", "0", "--num-cpus", str(cpus), "--num-gpus", "0",
             "--object-store-memory", str(state["spec"]["object_store_mb"] * 1_000_000),
             "--temp-dir", str(self.folder / name),
+            "--resources", json.dumps({} if name == "head" else {WORKER_SLOT: 1}),
         ]  # fmt: skip
         marks = {_CLUSTER_MARK: str(self.folder), _NODE_MARK: name}
         if state["spec"]["autoscale"]:
@@ -317,7 +322,7 @@ class LocalCluster:
             "available_node_types": {
                 HEAD_TYPE: {"resources": {"CPU": spec.head_cpus, **memory}, "node_config": {}, "max_workers": 0},
                 WORKER_TYPE: {
-                    "resources": {"CPU": spec.cpus_per_node, **memory},
+                    "resources": {"CPU": spec.cpus_per_node, WORKER_SLOT: 1, **memory},
                     "node_config": {},
                     "min_workers": fewest,
                     "max_workers": most,
