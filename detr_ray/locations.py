@@ -186,7 +186,7 @@ def _open_s3(location: str) -> tuple[fs.FileSystem, str]:
         raise LocationError(
             f"{address}: unknown option {unknown[0]!r} in the address; known are {', '.join(sorted(_S3_OPTIONS))}"
         )
-    path = unquote(address.partition("://")[2]).strip("/")
+    path = unquote(address.partition("://")[2]).rstrip("/")
     bucket = path.partition("/")[0]
     if not bucket:
         raise LocationError(f"{address}: names no bucket")

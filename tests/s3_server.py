@@ -1,12 +1,14 @@
 """A real S3 server for tests: moto's, in a process of its own, behind a layer that fails requests and counts them.
 
-    with S3Server() as server:
-        server.create_bucket("data")
-        server.upload(folder, "data/coco")
-        monkeypatch or os.environ.update(server.environment)
-        ...
-        server.set_faults(share=0.05, seed=1)
-        server.requests()          # what was asked for since the last `forget`
+    from s3_server import s3, s3_server  # noqa: F401  (fixtures; in a conftest.py)
+
+    def test_something(s3):                            # its address and credentials are in the environment
+        bucket = s3.new_bucket()
+        uri = s3.upload(folder, f"{bucket}/coco")      # s3://BUCKET/coco
+        s3.set_faults(share=0.05, seed=1)
+        s3.requests()                                  # what was asked for since the last `forget`
+
+Without pytest: ``with S3Server() as server: os.environ.update(server.environment)``.
 
 Faults are drawn for each request from a seeded generator: ``503 SlowDown``, a connection that is reset before the
 answer, and an answer that breaks off in its middle.
@@ -31,6 +33,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+import pytest
 
 FAULTS = ("slow_down", "reset", "truncated")
 _CONTROL = "/-/"
@@ -60,6 +64,7 @@ class S3Server:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
+        self._num_buckets = 0
         self.endpoint = ""
 
     def start(self) -> S3Server:
@@ -102,6 +107,13 @@ class S3Server:
     def create_bucket(self, name: str) -> None:
         """Makes a bucket; one that is there stays."""
         self._ask("PUT", f"/{name}", b"")
+
+    def new_bucket(self) -> str:
+        """Makes a bucket of its own; gives back its name."""
+        self._num_buckets += 1
+        name = f"bucket-{self._num_buckets}"
+        self.create_bucket(name)
+        return name
 
     def put(self, path: str, content: bytes) -> None:
         """Stores an object; the path starts with the bucket."""
@@ -170,6 +182,10 @@ class S3Server:
         """Number of requests of each kind since the last `forget`."""
         return dict(collections.Counter(request.kind for request in self.requests()))
 
+    def most_at_once(self) -> int:
+        """Most requests that were under way at the same time since the last `forget`."""
+        return json.loads(self._ask("GET", f"{_CONTROL}most"))
+
     def forget(self) -> None:
         """Starts counting anew."""
         self._ask("POST", f"{_CONTROL}forget", b"")
@@ -184,6 +200,23 @@ class S3Server:
             return answer.read()
 
 
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """One server for all tests of a process."""
+    with S3Server() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    """The server, without faults, its requests forgotten; its address and credentials are in the environment."""
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    s3_server.forget()
+    yield s3_server
+    s3_server.set_faults()
+
+
 # What runs in the server's process.
 
 
@@ -196,6 +229,7 @@ class FaultyLayer:
         self._requests: list[tuple[str, str, tuple[int, int] | None, str]] = []
         self._faults: dict[str, Any] = {"share": 0.0}
         self._draws = random.Random(0)
+        self._under_way = self._most = 0
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         path = environ["PATH_INFO"]
@@ -203,7 +237,18 @@ class FaultyLayer:
             return self._control(path.removeprefix(_CONTROL), environ, start_response)
         if environ.get("HTTP_X_NOT_COUNTED"):
             return self._application(environ, start_response)
-        kind, path = _kind(environ), path.strip("/")
+        with self._lock:
+            self._under_way += 1
+            self._most = max(self._most, self._under_way)
+        try:
+            return self._answer(_kind(environ), path.strip("/"), environ, start_response)
+        finally:
+            with self._lock:
+                self._under_way -= 1
+
+    def _answer(
+        self, kind: str, path: str, environ: dict[str, Any], start_response: Callable[..., Any]
+    ) -> Iterable[bytes]:
         with self._lock:
             faults, fault = self._faults, self._fault(kind, path)
             self._requests.append((kind, path, _range(environ), fault))
@@ -253,6 +298,9 @@ class FaultyLayer:
                 self._draws = random.Random(self._faults["seed"])
             elif verb == "forget":
                 self._requests.clear()
+                self._most = 0
+            elif verb == "most":
+                answer = self._most
             elif verb == "requests":
                 answer = self._requests
             elif verb == "keys":

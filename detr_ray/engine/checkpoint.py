@@ -180,6 +180,8 @@ class CheckpointStore:
                 self._remove(info.path)
 
     def _write_manifest(self, folder: str, manifest: Mapping[str, Any]) -> None:
+        # A bucket's clock has seconds: another manifest of the same size may look like the one before.
+        self._manifests.pop(folder, None)
         write_bytes(join(folder, MANIFEST), json.dumps(manifest, indent=1).encode())
 
     def _remove(self, folder: str) -> None:
