@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 HEAD_RESOURCE = "node:__internal_head__"
 _NODE_TYPE_LABEL = "ray.io/node-group"
-_ANSWER_WITHIN_S = 15.0
+_ANSWER_WITHIN_S = 5.0
 # How Ray's monitor names the "types" of nodes that nobody scales.
 _NOT_SCALED = "node_"
 

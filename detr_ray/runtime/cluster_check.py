@@ -10,7 +10,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -27,6 +27,7 @@ from detr_ray.runtime.node_probe import Answer, Questions, code_facts, probe_nod
 from detr_ray.runtime.resources import Node, plan_workers, usable_nodes
 from detr_ray.runtime.session import ray_session
 from detr_ray.runtime.shared_places import StorageTrial, refuse_lost_storage, sample_files, tracking_on_disk
+from detr_ray.tracking.store import sqlite_path
 
 Say = Callable[[str], None]
 
@@ -38,6 +39,7 @@ _CLEANING_S = 2.0
 _JOIN_S = 5.0
 _NODES_NAMED = 8
 _SAME_CODE = "install the same on all nodes, or submit the job with --working-dir, which brings its own code along"
+_SAME_PACKAGES = "install the same on all nodes"
 _SHARED = "use a folder that all nodes share, or a bucket (s3://..., gs://...)"
 
 
@@ -70,11 +72,12 @@ def check_cluster(config: Config, report: Report, say: Say) -> None:
             report.add("error", AREA, f"the cluster at {os.environ.get('RAY_ADDRESS')} cannot be joined: {reason}")
             return
         _check_workers(config, report)
-        storage = absolute_storage(config.run.storage)
         try:
+            storage = absolute_storage(config.run.storage)
             refuse_lost_storage(storage)
         except ConfigError as error:
             report.add("error", AREA, str(error))
+            return
         _check_nodes(config, storage, report, started, tracking_fault="error")
 
 
@@ -155,7 +158,9 @@ def _check_nodes(config: Config, storage: str, report: Report, started: float, t
         if fault:
             report.add("error", AREA, f"run.storage: {storage} cannot be used from here: {fault}", "choose another one")
         uri = run_tracking_uri(config) if config.tracking.enabled else None
-        answers = _ask(nodes, trial, samples, uri, ALL_WITHIN_S - (time.monotonic() - started))
+        # A database in the storage goes with it.
+        asked = uri if uri is not None and (sqlite_path(uri) is None or tracking_on_disk(uri, storage)) else None
+        answers = _ask(nodes, trial, samples, asked, ALL_WITHIN_S - (time.monotonic() - started))
         unseen = trial.unseen(_CLEANING_S)
     finally:
         trial.end(_CLEANING_S)
@@ -168,7 +173,7 @@ def _check_nodes(config: Config, storage: str, report: Report, started: float, t
         report.add("ok", AREA, f"{len(heard)} node{'' if len(heard) == 1 else 's'} {verb}: {_where(list(heard))}")
         _compare_code(nodes, heard, report)
         if not fault:
-            _report_storage(storage, heard, [node for node in heard if _file_of(nodes, node) in unseen], report)
+            _report_storage(storage, heard, [node.name for node in nodes if node.node_id in unseen], report)
         _report_samples(samples, heard, report)
         if uri is not None:
             _report_tracking(config, uri, storage, heard, report, tracking_fault)
@@ -197,10 +202,6 @@ def _begin(config: Config, trial: StorageTrial, report: Report) -> tuple[str | N
     for key, reason in not_tried.items():
         report.add("warning", AREA, f"{key}: not tried on the nodes: {reason}")
     return fault.result(), samples
-
-
-def _file_of(nodes: Sequence[Node], name: str) -> str:
-    return next(node.node_id for node in nodes if node.name == name)
 
 
 def _ask(
@@ -239,19 +240,16 @@ def _compare_code(nodes: Sequence[Node], heard: dict[str, Answer], report: Repor
     here, before = code_facts(), report.count("error") + report.count("warning")
     without = [node for node, answer in heard.items() if "detr_ray" not in answer["facts"]]
     if without:
-        report.add("error", AREA, f"detr_ray is not installed on {_where(without)}", _SAME_CODE, without)
+        report.add("error", AREA, f"detr_ray is not installed on {_where(without)}", _SAME_CODE)
     for package in ("ray", "Python", "torch", "torchvision", "detr_ray"):
-        others: dict[str, list[str]] = {}
-        for node, answer in heard.items():
-            there = _public(answer["facts"].get(package, "none"))
-            if there != _public(here[package]) and not (package == "detr_ray" and node in without):
-                others.setdefault(there, []).append(node)
-        for version, names in others.items():
-            level: Level = "warning" if package == "Python" else "error"
-            message = f"{package} is {version} on {_where(names)}, {_public(here[package])} here"
-            report.add(
-                level, AREA, message, _SAME_CODE if package == "detr_ray" else "install the same on all nodes", names
-            )
+        there = {node: _public(answer["facts"].get(package, "none")) for node, answer in heard.items()}
+        if package == "detr_ray":
+            there = {node: version for node, version in there.items() if node not in without}
+        for version, names in _by_value(there).items():
+            if version != _public(here[package]):
+                level: Level = "warning" if package == "Python" else "error"
+                message = f"{package} is {version} on {_where(names)}, {_public(here[package])} here"
+                report.add(level, AREA, message, _SAME_CODE if package == "detr_ray" else _SAME_PACKAGES)
     changed = [
         node
         for node, answer in heard.items()
@@ -263,7 +261,7 @@ def _compare_code(nodes: Sequence[Node], heard: dict[str, Answer], report: Repor
             f"detr_ray {here['detr_ray']} has other source files on {_where(changed)} ({codes}) than here "
             f"({here['code']})"
         )
-        report.add("error", AREA, message, _SAME_CODE, changed)
+        report.add("error", AREA, message, _SAME_CODE)
     _check_gpus(nodes, heard, report)
     if report.count("error") + report.count("warning") == before:
         versions = ", ".join(f"{name} {_public(here[name])}" for name in ("ray", "Python", "torch", "detr_ray"))
@@ -275,10 +273,8 @@ def _check_gpus(nodes: Sequence[Node], heard: dict[str, Answer], report: Report)
     blind = [node for node in with_gpus if heard[node]["facts"].get("torch", "").endswith("+cpu")]
     if blind:
         message = f"torch is a build without GPUs on {_where(blind)}, which Ray has GPUs on"
-        report.add("error", AREA, message, "install a CUDA build of torch there", blind)
-    drivers: dict[str, list[str]] = {}
-    for node in with_gpus:
-        drivers.setdefault(heard[node]["facts"].get("NVIDIA driver", "none"), []).append(node)
+        report.add("error", AREA, message, "install a CUDA build of torch there")
+    drivers = _by_value({node: heard[node]["facts"].get("NVIDIA driver", "none") for node in with_gpus})
     if len(drivers) > 1:
         shown = "; ".join(f"{driver} on {_where(names)}" for driver, names in sorted(drivers.items()))
         report.add("warning", AREA, f"NVIDIA drivers differ: {shown}")
@@ -295,29 +291,26 @@ def _report_storage(storage: str, heard: dict[str, Answer], unseen: list[str], r
         faults = answer["faults"]
         if faults.get("read storage") == "":
             message = f"run.storage: {storage} is not shared: node {node} does not see what was written here"
-            report.add("error", AREA, message, _SHARED, [node])
+            report.add("error", AREA, message, _SHARED)
         elif "read storage" in faults or "storage" in faults:
             reason = faults.get("read storage") or faults.get("storage")
-            report.add("error", AREA, f"run.storage: {storage} cannot be read on node {node}: {reason}", "", [node])
+            report.add("error", AREA, f"run.storage: {storage} cannot be read on node {node}: {reason}")
         elif "write storage" in faults:
             message = f"run.storage: {storage} cannot be written on node {node}: {faults['write storage']}"
-            report.add("error", AREA, message, "", [node])
+            report.add("error", AREA, message)
         elif node in unseen:
             message = f"run.storage: {storage} is not shared: what node {node} wrote is not seen here"
-            report.add("error", AREA, message, _SHARED, [node])
+            report.add("error", AREA, message, _SHARED)
     if report.count("error") == before:
         report.add("ok", AREA, f"run.storage: {storage} is written and read by all of them")
 
 
 def _report_samples(samples: dict[str, str], heard: dict[str, Answer], report: Report) -> None:
     for key, location in samples.items():
-        blind: dict[str, list[str]] = {}
-        for node, answer in heard.items():
-            if key in answer["faults"]:
-                blind.setdefault(answer["faults"][key], []).append(node)
+        blind = _by_value({node: answer["faults"][key] for node, answer in heard.items() if key in answer["faults"]})
         for reason, names in blind.items():
             message = f"{key}: {location} cannot be read on {_where(names)}: {reason}"
-            report.add("error", AREA, message, f"the nodes read the images themselves: {_SHARED}", names)
+            report.add("error", AREA, message, f"the nodes read the images themselves: {_SHARED}")
         if not blind:
             report.add("ok", AREA, f"{key}: {location} is read by all of them")
 
@@ -326,21 +319,15 @@ def _report_tracking(
     config: Config, uri: str, storage: str, heard: dict[str, Answer], report: Report, level: Level
 ) -> None:
     before = len(report.findings)
-    blind: dict[str, list[str]] = {}
-    for node, answer in heard.items():
-        if "tracking" in answer["faults"]:
-            blind.setdefault(answer["faults"]["tracking"], []).append(node)
-    for reason, names in blind.items():
-        report.add(level, AREA, f"tracking: from {_where(names)}: {reason}", "rank 0 may run on any node", names)
+    faults = {node: answer["faults"]["tracking"] for node, answer in heard.items() if "tracking" in answer["faults"]}
+    for reason, names in _by_value(faults).items():
+        report.add(level, AREA, f"tracking: from {_where(names)}: {reason}", "rank 0 may run on any node")
     if config.tracking.uri is None:
         here = os.environ.get("MLFLOW_TRACKING_URI", "")
         unlike = [node for node, answer in heard.items() if answer["facts"].get("MLFLOW_TRACKING_URI", "") != here]
         if unlike:
-            message = f"MLFLOW_TRACKING_URI is {'not the same' if here else 'set'} on {_where(unlike)} as here"
-            message = message if here else f"MLFLOW_TRACKING_URI is set on {_where(unlike)}, and not here"
-            report.add(
-                "warning", AREA, message, "set tracking.uri, so that it does not matter where rank 0 runs", unlike
-            )
+            message = f"MLFLOW_TRACKING_URI is not on {_where(unlike)} what it is here"
+            report.add("warning", AREA, message, "set tracking.uri, so that it does not matter where rank 0 runs")
     elsewhere = tracking_on_disk(uri, storage)
     if elsewhere and len(heard) > 1:
         report.add(
@@ -349,6 +336,14 @@ def _report_tracking(
         )  # fmt: skip
     if len(report.findings) == before:
         report.add("ok", AREA, "tracking: the store is reached from all of them")
+
+
+def _by_value(values: Mapping[str, str]) -> dict[str, list[str]]:
+    """Value -> the nodes that have it."""
+    nodes: dict[str, list[str]] = {}
+    for node, value in values.items():
+        nodes.setdefault(value, []).append(node)
+    return nodes
 
 
 def _where(names: Collection[str]) -> str:

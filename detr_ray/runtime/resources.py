@@ -25,7 +25,7 @@ class Node:
     """A node that work can be placed on.
 
     Attributes:
-        name: as Ray shows it.
+        name: as Ray shows it, with a part of the id where several have one name.
         node_id: Ray's id.
         total: its resources.
         free: those of them that nothing uses now.
@@ -200,10 +200,16 @@ def usable_nodes() -> list[Node]:
     """The nodes that new work can be placed on: alive, and not about to leave."""
     leaving = state.state.get_draining_nodes()
     free = state.available_resources_per_node()
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
+    times = Counter(node["NodeName"] for node in nodes)
     return [
-        Node(node["NodeName"], node["NodeID"], node["Resources"], free.get(node["NodeID"], {}))
-        for node in sorted(ray.nodes(), key=lambda node: node["NodeName"])
-        if node["Alive"] and node["NodeID"] not in leaving
+        Node(
+            node["NodeName"] if times[node["NodeName"]] == 1 else f"{node['NodeName']} ({node['NodeID'][-6:]})",
+            node["NodeID"],
+            node["Resources"],
+            free.get(node["NodeID"], {}),
+        )
+        for node in sorted(nodes, key=lambda node: (node["NodeName"], node["NodeID"]))
     ]
 
 
