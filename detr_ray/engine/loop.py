@@ -361,7 +361,12 @@ class TrainingLoop:
             return
         path = folder / "stream" / f"rank-{self.context.rank:05d}.jsonl"
         path.parent.mkdir(exist_ok=True)
-        line = {"step": self.step, "positions": outcome.positions, "image_ids": outcome.image_ids}
+        line = {
+            "step": self.step,
+            "world_size": self.context.world_size,
+            "positions": outcome.positions,
+            "image_ids": outcome.image_ids,
+        }
         with path.open("a") as file:
             file.write(json.dumps(line) + "\n")
 

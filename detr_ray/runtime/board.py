@@ -12,12 +12,13 @@ import logging
 import os
 import threading
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.actor import ActorHandle
 
-from detr_ray.engine.context import LeaveReason, Phase
+if TYPE_CHECKING:  # the board's process needs no torch, whose import takes seconds
+    from detr_ray.engine.context import LeaveReason, Phase
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,8 @@ class Beat:
     Attributes:
         rank: the worker.
         world_size: workers of its group.
-        place: its node and process, for people.
+        node: address of its node.
+        process: id of its process there.
         phase: what it does.
         step: at which optimizer step.
         seconds: for how long.
@@ -48,7 +50,8 @@ class Beat:
 
     rank: int
     world_size: int
-    place: str
+    node: str
+    process: int
     phase: Phase
     step: int
     seconds: float
@@ -166,11 +169,10 @@ class Heart:
     """
 
     def __init__(self, board: ActorHandle, rank: int, world_size: int) -> None:
-        context = ray.get_runtime_context()
         self._board = board
         self._rank, self._world_size = rank, world_size
-        self._place = f"process {os.getpid()} on node {ray.util.get_node_ip_address()} ({context.get_node_id()[:8]})"
-        self._worker = context.current_actor
+        self._node = ray.util.get_node_ip_address()
+        self._worker = ray.get_runtime_context().current_actor
         self._doing: tuple[Phase, int, float] = ("starting", 0, time.monotonic())
         self._stopped = threading.Event()
         self.leave_reason: LeaveReason | None = None
@@ -192,7 +194,9 @@ class Heart:
         while not last:
             last = self._stopped.wait(interval)
             phase, step, since = self._doing
-            beat = Beat(self._rank, self._world_size, self._place, phase, step, time.monotonic() - since)
+            beat = Beat(
+                self._rank, self._world_size, self._node, os.getpid(), phase, step, time.monotonic() - since
+            )  # fmt: skip
             try:
                 asked = ray.get(self._board.beat.remote(beat, [self._worker]), timeout=10)
             except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:

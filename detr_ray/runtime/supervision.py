@@ -78,6 +78,7 @@ class Supervisor:
         self._waiting_noted_s = 0.0
         self._num_failures = 0
         self._ending = False
+        self._processes: set[tuple[str, int]] = set()
         self.stalls: list[str] = []
 
     def watch(self, job: threading.Thread, signals: StopSignals) -> None:
@@ -93,6 +94,7 @@ class Supervisor:
             if signals.asked():
                 self._stop(news)
             if news.running:
+                self._show_places(news.beats)
                 self._look_for_stalls(news.beats)
             else:
                 self._wait_for_workers(news.since_s)
@@ -117,6 +119,13 @@ class Supervisor:
             self._say(f"{failure}; starting the workers again (restart {self._num_failures}{of})")
         return news
 
+    def _show_places(self, beats: Mapping[int, Beat]) -> None:
+        """Says once for each group of workers where they are."""
+        processes = {(beat.node, beat.process) for beat in beats.values()}
+        if beats and len(beats) == next(iter(beats.values())).world_size and processes != self._processes:
+            self._processes = processes
+            self._say(f"at work: {places(beats)}")
+
     def _stop(self, news: News) -> None:
         if not news.beats:
             self._say("stopped before the workers had begun")
@@ -132,7 +141,7 @@ class Supervisor:
         for beat in hanging_workers(beats, self._limits.stall_timeout_s):
             found = (
                 f"rank {beat.rank} hangs: {_described(beat, beats)} (train.stall_timeout_s="
-                f"{self._limits.stall_timeout_s}; {beat.place})"
+                f"{self._limits.stall_timeout_s}; process {beat.process} on {beat.node})"
             )
             self.stalls.append(found)
             self._say(f"{found}; it is ended")
@@ -165,6 +174,15 @@ def hanging_workers(beats: Mapping[int, Beat], limit_s: float) -> list[Beat]:
     behind = min((beat.step, _PHASES.index(beat.phase)) for beat in beats.values())
     last = [beat for beat in beats.values() if (beat.step, _PHASES.index(beat.phase)) == behind]
     return [beat for beat in last if beat.seconds > limit_s and beat.phase != "leaving"]
+
+
+def places(beats: Mapping[int, Beat]) -> str:
+    """Which ranks are on which node, as in ``rank 0 on 10.0.0.1; ranks 1, 2 on 10.0.0.2``."""
+    ranks: dict[str, list[str]] = {}
+    for rank, beat in sorted(beats.items()):
+        ranks.setdefault(beat.node, []).append(str(rank))
+    parts = (f"rank{'s' if len(on) > 1 else ''} {', '.join(on)} on {node}" for node, on in ranks.items())
+    return "; ".join(parts)
 
 
 def _described(beat: Beat, beats: Mapping[int, Beat]) -> str:
