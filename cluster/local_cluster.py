@@ -73,7 +73,7 @@ class ClusterSpec:
     object_store_mb: int = 200
     port: int | None = None
     autoscale: tuple[int, int] | None = None
-    idle_minutes: float = 0.2
+    idle_minutes: float = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
