@@ -26,6 +26,7 @@ from detr_ray.engine.job import Say, TrainJob, prepare_job, run_summary
 from detr_ray.engine.loop import FitResult, TrainingLoop
 from detr_ray.engine.records import open_tracker
 from detr_ray.runtime.board import open_board
+from detr_ray.runtime.cluster_check import preflight_nodes
 from detr_ray.runtime.controller_callback import BoardCallback, describe_failure
 from detr_ray.runtime.resources import WorkerRequest, plan_workers
 from detr_ray.runtime.session import ray_session, warm_data_workers
@@ -62,6 +63,7 @@ def fit(config: Config, say: Say = lambda line: None) -> FitResult:
             if config.train.launcher == "local":
                 return _fit_here(job, say)
             with _session(config):
+                preflight_nodes(config, job.run.path, say)
                 return _run_workers(job, job.run.path, job.run.path, say)
     except KeyboardInterrupt:
         say(f"stopped; the same command with run.name={job.run.name} goes on from the last checkpoint")
