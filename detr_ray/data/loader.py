@@ -6,7 +6,7 @@ pipelines move between processes. Knows nothing of the order of batches, of work
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -55,13 +55,33 @@ class BatchLoader:
             ValueError: no samples.
             DataError: the storage failed, or an annotation's category is not in the label map.
         """
+        return self._assemble(samples, self._begin(samples))
+
+    def load_each(self, batches: Iterable[Sequence[SamplePlan]]) -> Iterator[PaddedBatch]:
+        """Loads micro-batches one after the other, as `load` does; what is remote is read one batch ahead.
+
+        So a batch is fetched while the one before it is decoded, and no more than two are held.
+        """
+        ahead: tuple[Sequence[SamplePlan], list[Callable[[], bytes]]] | None = None
+        for samples in batches:
+            begun = samples, self._begin(samples)
+            if ahead is not None:
+                yield self._assemble(*ahead)
+            ahead = begun
+        if ahead is not None:
+            yield self._assemble(*ahead)
+
+    def _begin(self, samples: Sequence[SamplePlan]) -> list[Callable[[], bytes]]:
         if not samples:
             raise ValueError("a batch is made of at least one sample")
+        return self.reader.read_many([sample.index for sample in samples])
+
+    def _assemble(self, samples: Sequence[SamplePlan], reads: Sequence[Callable[[], bytes]]) -> PaddedBatch:
+        """The batch of the samples whose images are being read."""
         height = max(sample.size[0] for sample in samples)
         width = max(sample.size[1] for sample in samples)
         images = np.zeros((len(samples), 3, height, width), np.uint8)
         labels, boxes, bad_images = [], [], []
-        reads = self.reader.read_many([sample.index for sample in samples])
         for image, sample, read in zip(images, samples, reads, strict=True):
             try:
                 self._load_image(sample, read, image)

@@ -7,7 +7,7 @@ from typing import Protocol
 from detr_ray.data.errors import DataError
 from detr_ray.data.index import CocoIndex, read_coco_index
 from detr_ray.data.shards import read_shard_index
-from detr_ray.locations import join
+from detr_ray.locations import LocationError, check_address, join
 
 
 class SplitPlaces(Protocol):
@@ -28,8 +28,14 @@ def open_split(root: str | None, places: SplitPlaces | None, split: str) -> Coco
         split: ``train`` or ``val``.
 
     Raises:
-        DataError: it is not there, or not what it should be.
+        DataError: it is not there, or not what it should be; or an address holds credentials.
     """
+    given = (root,) if places is None else (places.annotations, places.images, places.shards)
+    try:
+        for location in filter(None, given):
+            check_address(location)
+    except LocationError as error:
+        raise DataError(f"{split}: {error}") from error
     if places is not None:
         if places.shards is not None:
             return read_shard_index(places.shards)

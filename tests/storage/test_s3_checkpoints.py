@@ -11,8 +11,10 @@ import time
 
 import pytest
 import torch
+from coco_folder import sound_folder
 from s3_server import S3Server
 
+from detr_ray.check import main as check
 from detr_ray.config import ConfigError
 from detr_ray.engine.checkpoint import CheckpointError, CheckpointStore
 from detr_ray.engine.evaluation_job import find_checkpoint
@@ -237,3 +239,21 @@ def test_a_storage_that_cannot_be_used_is_found_out_within_seconds(s3: S3Server,
     with pytest.raises(kind, match=message):
         within(3 if case == "silent" else 10, lambda: try_storage(storage))
     assert time.monotonic() - started < 12
+
+
+def test_check_says_what_is_wrong_with_the_storage_and_the_data(s3: S3Server, tmp_path, capsys):
+    root = sound_folder(tmp_path / "set")
+    keys = ["tracking.enabled=false", "model.backbone_weights=none", "model.backbone_norm=batch"]
+    keys += ["train.global_batch_size=4"]
+    assert check([f"data.root={root}", "run.storage=s3://not-made/runs", *keys]) == 1
+    assert "run.storage: s3://not-made/runs cannot be used: no such bucket" in capsys.readouterr().out
+    assert check([f"data.root={root}", "run.storage=s3://AKIAKEY:hidden@bucket/runs", *keys]) == 1
+    captured = capsys.readouterr()
+    assert "run.storage: an address s3://... holds credentials" in captured.out
+    assert "hidden" not in captured.out + captured.err
+    uri = s3.upload(root, f"{s3.new_bucket()}/set")
+    assert check([f"data.root={uri}", f"run.storage={uri}/runs", *keys]) == 0
+    said = capsys.readouterr().out
+    assert f"run.storage: {uri}/runs can be written and read" in said
+    assert check([f"data.root={uri}x", f"run.storage={tmp_path}", *keys]) == 1
+    assert "instances_train2017.json: no such object (the annotation file)" in capsys.readouterr().out

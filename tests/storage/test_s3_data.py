@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from coco_folder import sound_folder
 from s3_server import S3Server
+from small_shards import write_small_shards
 
-from detr_ray.data import shards
 from detr_ray.data.augmentation import AugmentValues
 from detr_ray.data.errors import DataError
 from detr_ray.data.images import READS_AT_ONCE, ImageError, ImageReader
@@ -86,6 +86,25 @@ def test_images_of_a_batch_are_read_at_the_same_time(folder, s3: S3Server):
     assert READS_AT_ONCE // 2 < s3.most_at_once() <= READS_AT_ONCE
 
 
+def test_the_next_batch_is_read_while_one_is_decoded(folder, local, s3: S3Server):
+    remote = open_split(s3.upload(folder, f"{s3.new_bucket()}/coco"), None, "train")
+    planner = planner_of(local)
+    plans = [planner.global_batch(step) for step in range(4)]
+    loaders = [BatchLoader(index, LabelMap.contiguous(index.categories)) for index in (local, remote)]
+    s3.forget()
+    batches = loaders[1].load_each(plans)
+    first = next(batches)
+    deadline = time.monotonic() + 30
+    while len(s3.requests()) < 2 * 16 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.1)
+    assert len(s3.requests()) == 2 * 16, "the second batch is there before it is asked for, the third is not begun"
+    for expected, got in zip(loaders[0].load_each(plans), [first, *batches], strict=True):
+        np.testing.assert_array_equal(got.images, expected.images)
+        np.testing.assert_array_equal(got.positions, expected.positions)
+    assert list(loaders[1].load_each([])) == []
+
+
 def test_requests_that_fail_change_nothing(folder, local, s3: S3Server):
     uri = s3.upload(folder, f"{s3.new_bucket()}/coco")
     s3.set_faults(0.05, seed=1)
@@ -120,6 +139,9 @@ def test_annotations_that_are_not_there_are_named(s3: S3Server):
     with pytest.raises(DataError, match="holds credentials") as refused:
         open_split(f"s3://AKIAKEY:hidden@{bucket}/coco", None, "train")
     assert "hidden" not in str(refused.value)
+    places = SimpleNamespace(annotations="/a.json", images=f"s3://AKIAKEY:hidden@{bucket}/coco", shards=None)
+    with pytest.raises(DataError, match=r"train: an address s3://\.\.\. holds credentials"):
+        open_split(None, places, "train")
 
 
 # Shards
@@ -163,14 +185,16 @@ def test_prepare_writes_to_a_bucket_and_goes_on_there(folder, local, s3: S3Serve
     assert "s3://not-made/x/train cannot be written: no such bucket" in capsys.readouterr().err
 
 
-def test_what_cannot_be_finished_leaves_nothing(folder, s3: S3Server):
+def test_what_cannot_be_finished_leaves_nothing(folder, s3: S3Server, monkeypatch):
     uri = s3.upload(folder, f"{s3.new_bucket()}/coco")
     index = open_split(uri, None, "train")
     s3.delete(uri.removeprefix("s3://") + f"/train2017/{index.file_name(30)}")
     bucket = s3.new_bucket()
+    s3.forget()
     with pytest.raises(ImageError, match="no such object"):
-        write_shards(index, f"s3://{bucket}/shards", shard_megabytes=1)
-    assert s3.keys(bucket) == []
+        write_small_shards(index, f"s3://{bucket}/shards", 8, monkeypatch)
+    assert sum(request.kind == "PUT" for request in s3.requests()) >= 3
+    assert [key for key in s3.keys(bucket) if not key.endswith("/")] == []
 
 
 def test_near_neighbours_are_read_together(s3: S3Server, local):
@@ -207,7 +231,7 @@ def test_joined_parts_hold_all_that_was_asked_for(case):
 
 def test_reads_of_a_window_stay_in_its_shards(local, s3: S3Server, monkeypatch):
     uri = f"s3://{s3.new_bucket()}/shards"
-    write_many_shards(local, uri, monkeypatch)
+    write_small_shards(local, uri, 5, monkeypatch)
     index = read_shard_index(uri)
     assert index.shards is not None and len(index.shards.files) == 8
     planner = planner_of(index, size=5, shards_at_a_time=2)
@@ -224,15 +248,6 @@ def test_reads_of_a_window_stay_in_its_shards(local, s3: S3Server, monkeypatch):
     assert len(set.union(*visited)) == 8
 
 
-def write_many_shards(index: CocoIndex, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shards of five images each: one row group fills one."""
-    read_groups = shards._read_groups
-    monkeypatch.setattr(
-        shards, "_read_groups", lambda reader, start, end, most, progress: read_groups(reader, start, end, 1, progress)
-    )
-    write_shards(index, uri)
-
-
 def test_a_missing_or_cut_shard_is_named(local, s3: S3Server):
     uri = f"s3://{s3.new_bucket()}/shards"
     write_shards(local, uri)
@@ -246,7 +261,7 @@ def test_a_missing_or_cut_shard_is_named(local, s3: S3Server):
     with pytest.raises(DataError, match=rf"{uri}/shard-00000.parquet: the shard is missing \(no such object\)"):
         ImageReader(read_shard_index(uri)).read(0)
     with pytest.raises(DataError, match=rf"{uri}/absent/index.parquet: no such object"):
-        open_split(None, SimpleNamespace(shards=f"{uri}/absent"), "train")
+        open_split(None, SimpleNamespace(annotations=None, images=None, shards=f"{uri}/absent"), "train")
 
 
 KILLED = """

@@ -1,0 +1,19 @@
+"""Shards of a few images each, which the real writer would put into one."""
+
+from __future__ import annotations
+
+import pytest
+
+from detr_ray.data import shards
+from detr_ray.data.index import CocoIndex
+
+
+def write_small_shards(index: CocoIndex, uri: str, images: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writes shards that are closed after so many images."""
+    read_groups = shards._read_groups
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "_GROUP_IMAGES", images)
+        patch.setattr(
+            shards, "_read_groups", lambda reader, start, end, most, note: read_groups(reader, start, end, 1, note)
+        )
+        shards.write_shards(index, uri)
