@@ -255,7 +255,8 @@ class FaultyLayer:
         if faults.get("latency_s"):
             time.sleep(faults["latency_s"])
         if fault == "silent":
-            time.sleep(3600)
+            self._say_nothing(faults)
+            return _answer(start_response, "503 Slow Down", _SLOW_DOWN)
         if fault == "denied":
             return _answer(start_response, "403 Forbidden", _DENIED)
         if fault == "slow_down":
@@ -282,6 +283,15 @@ class FaultyLayer:
             faults["first"] -= 1
             return self._draws.choice(faults["kinds"])
         return self._draws.choice(faults["kinds"]) if self._draws.random() < faults["share"] else ""
+
+    def _say_nothing(self, faults: dict[str, Any]) -> None:
+        """Waits until other faults are set; nobody counts on such a request any more."""
+        with self._lock:
+            self._under_way -= 1
+        while self._faults is faults:
+            time.sleep(0.1)
+        with self._lock:
+            self._under_way += 1
 
     def _truncated(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterator[bytes]:
         """The right answer, up to its middle."""

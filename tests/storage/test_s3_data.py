@@ -79,11 +79,11 @@ def test_a_folder_in_a_bucket_gives_the_same_batches(folder, local, s3: S3Server
 def test_images_of_a_batch_are_read_at_the_same_time(folder, s3: S3Server):
     uri = s3.upload(folder, f"{s3.new_bucket()}/coco")
     reader = pickle.loads(pickle.dumps(ImageReader(open_split(uri, None, "train"))))
-    s3.set_faults(latency_s=0.05)
+    s3.set_faults(latency_s=0.2)
     s3.forget()
     reads = reader.read_many(range(NUM_IMAGES))
     assert [len(read()) for read in reads] == [path.stat().st_size for path in sorted((folder / "train2017").iterdir())]
-    assert READS_AT_ONCE // 2 < s3.most_at_once() <= READS_AT_ONCE
+    assert READS_AT_ONCE // 4 <= s3.most_at_once() <= READS_AT_ONCE
 
 
 def test_the_next_batch_is_read_while_one_is_decoded(folder, local, s3: S3Server):
