@@ -28,7 +28,7 @@ from detr_ray.engine.records import open_tracker
 from detr_ray.runtime.board import open_board
 from detr_ray.runtime.cluster_check import preflight_nodes
 from detr_ray.runtime.controller_callback import BoardCallback, describe_failure
-from detr_ray.runtime.resources import WorkerRequest, plan_workers
+from detr_ray.runtime.resources import WorkerRequest, plan_workers, usable_nodes
 from detr_ray.runtime.session import ray_session, warm_data_workers
 from detr_ray.runtime.supervision import StopSignals, Supervisor, run_in_thread, stop_signals
 from detr_ray.runtime.worker import run_worker
@@ -127,7 +127,9 @@ def _run_workers(job: TrainJob | EvaluationJob, path: str, run_path: str | None,
     config = job.data.config
     request = plan_workers(config)
     board = _open_board(run_path)
-    warming = warm_data_workers(max(1, min(config.data.tasks_per_worker * request.max_workers, 8)))
+    # On a cluster these would hold CPUs that the workers need, and call for nodes.
+    alone = len(usable_nodes()) == 1
+    warming = warm_data_workers(min(config.data.tasks_per_worker * request.max_workers, 8)) if alone else []
     bare = dataclasses.replace(job, data=None, initial_weights=None)  # type: ignore[arg-type]
     parts = {
         "job": [ray.put(bare)],

@@ -83,7 +83,7 @@ class WorkerRequest:
         if added:
             return f"{line}; {added}"
         if self.room(node.total for node in nodes) >= self.min_workers:
-            return f"{line}; other work holds the rest"
+            return f"{line}; what runs or is being started, also by this job, holds the rest"
         return line
 
     def needs(self, workers: int) -> str:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 
 import ray
+from ray.data._internal.stats import get_or_create_stats_actor
 
 _ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -44,6 +45,9 @@ def ray_session(
         # A cluster's dashboard shows runs whose state is kept. It costs an actor, of no use to a Ray of our own.
         os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
         ray.init(log_to_driver=_workers_are_heard(), logging_level=logging.WARNING)
+        # Ray Data keeps its statistics in an actor that outlives the job, on the node of who asks for it first. On a
+        # training node it would keep the autoscaler from ever taking that node away.
+        get_or_create_stats_actor()
     else:
         num_cpus = max(os.cpu_count() or 1, num_workers + max(1, min(data_tasks * num_workers, os.cpu_count() or 1)))
         ray.init(
