@@ -298,8 +298,22 @@ class LocalCluster:
                 command, env=_own_environment() | self._authentication() | _SETTINGS | marks | settings,
                 cwd=self.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
+        self._give_cores(child.pid, name, state["spec"])
         self._children.append(child)
         state["nodes"][name] = {"pid": child.pid, "created": psutil.Process(child.pid).create_time()}
+
+    def _give_cores(self, process: int, name: str, spec: Mapping[str, Any]) -> None:
+        """Gives a node, whose processes are yet to be started by this one, its share of the machine's cores.
+
+        As machines of their own would have: two nodes that both think they have all cores take turns in vain.
+        """
+        if name == "head" or not hasattr(os, "sched_setaffinity"):
+            return
+        cores = sorted(os.sched_getaffinity(0))
+        nodes = max(1, spec["autoscale"][1] if spec["autoscale"] else spec["nodes"] - 1)
+        share = max(1, len(cores) // nodes)
+        first = (int(name.rpartition("-")[2]) - 1) * share
+        os.sched_setaffinity(process, {cores[(first + i) % len(cores)] for i in range(share)})
 
     def _autoscaler(self, spec: ClusterSpec) -> dict[str, Any]:
         """Configuration of Ray's autoscaler, whose provider starts nodes here where others rent machines."""

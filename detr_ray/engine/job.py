@@ -20,6 +20,7 @@ from detr_ray.data.index import PROBLEMS, CocoIndex
 from detr_ray.data.label_map import LabelMap
 from detr_ray.data.splits import open_split
 from detr_ray.engine.planned_data import PlannedData
+from detr_ray.engine.records import run_tracking_uri
 from detr_ray.engine.run_directory import RunDirectory, open_run
 from detr_ray.loss import SetCriterion, build_criterion
 from detr_ray.model import Detr, build_model
@@ -37,12 +38,14 @@ class TrainJob:
         run: where the run keeps what it makes.
         initial_weights: model state to start from; None for the random one that the seed gives.
         code_version: git commit of the working folder, for the records; empty where there is none.
+        tracking_uri: MLflow store of its records. Decided here: on other machines the environment may name another.
     """
 
     data: PlannedData
     run: RunDirectory
     initial_weights: dict[str, torch.Tensor] | None
     code_version: str
+    tracking_uri: str
 
     @property
     def config(self) -> Config:
@@ -194,7 +197,9 @@ def prepare_job(config: Config, say: Say) -> TrainJob:
     weights = None
     if run.checkpoints.latest() is None:
         weights = _initial_weights(config, label_map, say)
-    return TrainJob(PlannedData(config, train, val, label_map), run, weights, code_version(Path.cwd()))
+    return TrainJob(
+        PlannedData(config, train, val, label_map), run, weights, code_version(Path.cwd()), run_tracking_uri(config)
+    )
 
 
 def _initial_weights(config: Config, label_map: LabelMap, say: Say) -> dict[str, torch.Tensor] | None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import platform
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from detr_ray import __version__
 from detr_ray.config import Config, flatten
-from detr_ray.engine.job import TrainJob
 from detr_ray.engine.run_directory import absolute_storage
 from detr_ray.tracking import MlflowTracker, NullTracker, Tracker, tracking_uri
+
+if TYPE_CHECKING:
+    from detr_ray.engine.job import TrainJob
 
 
 def local_storage(config: Config) -> Path:
@@ -39,7 +42,7 @@ def open_tracker(job: TrainJob) -> Tracker:
     folder = (job.run.local_path or local_storage(config) / f"{job.run.name}-{job.run.run_id[:8]}") / "tracking"
     tracker = MlflowTracker(
         folder,
-        uri=run_tracking_uri(config),
+        uri=job.tracking_uri,
         experiment=config.tracking.experiment,
         run_name=job.run.name,
         run_uid=job.run.run_id,

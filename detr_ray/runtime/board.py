@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 if TYPE_CHECKING:  # the board's process needs no torch, whose import takes seconds
     from detr_ray.engine.context import LeaveReason, Phase
@@ -153,7 +154,9 @@ def open_board(run_path: str | None) -> ActorHandle:
     Raises:
         ValueError: the run has a board in this cluster already.
     """
-    board = ray.remote(num_cpus=0)(_Board)
+    # Beside the driver: on another node it would be lost with that node.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ray.remote(num_cpus=0, scheduling_strategy=here)(_Board)
     if run_path is None:
         return board.remote()
     return board.options(name=f"run {run_path}", namespace=NAMESPACE).remote()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,7 @@ from detr_ray.engine.run_directory import absolute_storage
 from detr_ray.runtime import node_probe
 from detr_ray.runtime.node_probe import Answer, Questions, code_facts, probe_node, reason_of
 from detr_ray.runtime.resources import Node, plan_workers, usable_nodes
-from detr_ray.runtime.session import ray_session
+from detr_ray.runtime.session import ray_session, unreachable_address
 from detr_ray.runtime.shared_places import StorageTrial, refuse_lost_storage, sample_files, tracking_on_disk
 from detr_ray.tracking.store import sqlite_path
 
@@ -36,9 +35,6 @@ ALL_WITHIN_S = 20.0
 """When nodes that have not answered are given up, counted from the beginning."""
 _TRIAL_S = 7.0
 _CLEANING_S = 2.0
-_JOIN_S = 5.0
-_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
-"""How a client of a gRPC server begins; the server answers at once."""
 _NODES_NAMED = 8
 _SAME_CODE = "install the same on all nodes, or submit the job with --working-dir, which brings its own code along"
 _SAME_PACKAGES = "install the same on all nodes"
@@ -59,7 +55,7 @@ def check_cluster(config: Config, report: Report, say: Say) -> None:
     if config.train.launcher == "local":
         raise ConfigError("--cluster: with train.launcher=local a run uses no cluster")
     started = time.monotonic()
-    fault = _unreachable_address()
+    fault = unreachable_address()
     if fault:
         report.add("error", AREA, fault, "name a running cluster in RAY_ADDRESS, or unset it to train on this machine")
         return
@@ -110,22 +106,6 @@ def preflight_nodes(config: Config, storage_path: str, say: Say) -> None:
     ]
     if errors:
         raise ConfigError(errors)
-
-
-def _unreachable_address() -> str | None:
-    """Why the cluster that the environment names cannot be joined, found out in seconds; None where it may be."""
-    address = os.environ.get("RAY_ADDRESS", "")
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if ray.is_initialized() or not host or not port.isdigit():
-        return None
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=_JOIN_S) as connection:
-            connection.sendall(_HELLO)
-            # Ray's own client would wait for minutes.
-            answer = b"encrypted" if os.environ.get("RAY_USE_TLS", "0") != "0" else connection.recv(9)
-    except OSError as error:
-        return f"no cluster answers at {address} (RAY_ADDRESS): {error.strerror or error}"
-    return None if answer else f"what answers at {address} (RAY_ADDRESS) is no Ray cluster"
 
 
 def _check_workers(config: Config, report: Report) -> None:

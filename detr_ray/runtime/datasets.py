@@ -85,15 +85,18 @@ class PlannedBatches:
         """Loads the micro-batches of some rows."""
         _REFS[self._data.hex()] = self._data
         plan, train_loader, evaluation_loader = _parts(self._data.hex(), self._world_size, self._rank)
-        for row in rows["id"].to_pylist():
-            number = self._first + row
-            if self._split == TRAIN:
-                assert train_loader is not None
-                step, micro_batch = divmod(number, self._per_step)
-                yield to_table(train_loader.load(plan.step(step)[micro_batch]))
-            else:
-                assert evaluation_loader is not None
-                yield to_table(evaluation_loader.load(plan.evaluation[number]))
+        numbers = [self._first + row for row in rows["id"].to_pylist()]
+        if self._split == TRAIN:
+            loader, batches = train_loader, [self._micro_batch(plan, number) for number in numbers]
+        else:
+            loader, batches = evaluation_loader, [plan.evaluation[number] for number in numbers]
+        assert loader is not None, "the job has this split"
+        for batch in loader.load_each(batches):
+            yield to_table(batch)
+
+    def _micro_batch(self, plan: WorkerPlan, number: int) -> tuple[SamplePlan, ...]:
+        step, place = divmod(number, self._per_step)
+        return plan.step(step)[place]
 
 
 class RayBatches:

@@ -170,7 +170,7 @@ def _watched(trainer: TorchTrainer, supervisor: Supervisor, signals: StopSignals
     try:
         supervisor.watch(thread, signals)
     except BaseException:
-        supervisor.abort()
+        supervisor.abort(thread)
         raise
     if not errors:
         return results[0]

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import Iterator
 
 import ray
 from ray.data._internal.stats import get_or_create_stats_actor
+
+from detr_ray.config import ConfigError
 
 _ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -16,6 +19,11 @@ _ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",
 }
+
+
+JOIN_S = 5.0
+_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+"""How a client of a gRPC server begins; the server answers at once."""
 
 
 @contextlib.contextmanager
@@ -44,6 +52,9 @@ def ray_session(
     if os.environ.get("RAY_ADDRESS"):
         # A cluster's dashboard shows runs whose state is kept. It costs an actor, of no use to a Ray of our own.
         os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
+        fault = unreachable_address()
+        if fault:
+            raise ConfigError(f"{fault}; name a running cluster in RAY_ADDRESS, or unset it to train on this machine")
         ray.init(log_to_driver=_workers_are_heard(), logging_level=logging.WARNING)
         # Ray Data keeps its statistics in an actor that outlives the job, on the node of who asks for it first. On a
         # training node it would keep the autoscaler from ever taking that node away.
@@ -62,6 +73,22 @@ def ray_session(
         yield
     finally:
         ray.shutdown()
+
+
+def unreachable_address() -> str | None:
+    """Why the cluster that the environment names cannot be joined, found out in seconds; None where it may be."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if ray.is_initialized() or not host or not port.isdigit():
+        return None
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=JOIN_S) as connection:
+            connection.sendall(_HELLO)
+            # Ray's own client would wait for minutes.
+            answer = b"encrypted" if os.environ.get("RAY_USE_TLS", "0") != "0" else connection.recv(9)
+    except OSError as error:
+        return f"no cluster answers at {address} (RAY_ADDRESS): {error.strerror or error}"
+    return None if answer else f"what answers at {address} (RAY_ADDRESS) is no Ray cluster"
 
 
 def _workers_are_heard() -> bool:

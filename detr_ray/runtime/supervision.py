@@ -21,6 +21,7 @@ from detr_ray.runtime.board import Beat, News
 
 POLL_S = 0.5
 WAITING_NOTE_S = 30.0
+ABORT_S = 30.0
 _PHASES = get_args(Phase)
 
 
@@ -100,12 +101,13 @@ class Supervisor:
                 self._wait_for_workers(news.since_s)
         self._show()
 
-    def abort(self) -> None:
+    def abort(self, job: threading.Thread) -> None:
         """Ends the job's controller, and with it the workers."""
-        controller = ray.get(self._board.controller.remote())
-        if controller is not None:
-            with contextlib.suppress(ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
-                ray.get(controller.abort.remote(), timeout=30)
+        with contextlib.suppress(ray.exceptions.RayError):  # it ends by exiting, which the caller gets as an error
+            controller = ray.get(self._board.controller.remote(), timeout=ABORT_S)
+            if controller is not None:
+                ray.get(controller.abort.remote(), timeout=ABORT_S)
+        job.join(ABORT_S)
 
     def _show(self) -> News:
         news: News = ray.get(self._board.news.remote())

@@ -42,7 +42,8 @@ class RayContext(DistributedContext):
         self._heart = Heart(board, self.rank, self.world_size)
         if device.type == "cpu":
             # Ray gives each worker one thread; the workers of a machine share its cores evenly.
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            torch.set_num_threads(max(1, cores // context.get_local_world_size()))
 
     def report(self, metrics: dict[str, float]) -> None:
         """Reports to Ray Train; a barrier over all workers."""
