@@ -39,7 +39,7 @@ check: $(READY)  ## lint, types, spelling and import rules
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/codespell detr_ray tests configs docs README.md CHANGELOG.md CONTRIBUTING.md
+	$(BIN)/codespell detr_ray tests configs cluster docs README.md CHANGELOG.md CONTRIBUTING.md
 
 format: $(READY)  ## format the code
 	$(BIN)/ruff check --fix .

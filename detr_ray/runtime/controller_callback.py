@@ -71,10 +71,12 @@ def _cause(error: Exception) -> str:
         lost = "node" in text and ("died" in text or "dead" in text or "preempted" in text)
         died = "its node was lost" if lost and "The node" in text else "its process died"
         return f"{died} ({first_sentence(text)})"
+    if "onnection reset by peer" in text or "onnection closed by peer" in text:
+        return f"it lost another worker ({type(error).__name__}: {first_sentence(text)})"
     return f"{type(error).__name__}: {first_sentence(text)}" if text else type(error).__name__
 
 
 def first_sentence(text: str) -> str:
     """The beginning of a long error message, on one line."""
     line = " ".join(text.split("\n")[0].split())
-    return line if len(line) <= 300 else f"{line[:297]}..."
+    return line if len(line) <= 200 else f"{line[:197]}..."

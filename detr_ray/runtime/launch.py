@@ -7,6 +7,7 @@ process, without Ray.
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from contextlib import AbstractContextManager
 from typing import Any
@@ -38,6 +39,10 @@ from detr_ray.tracking import Status
 COLLECTIVES_WAIT_LONGER_S = 120
 
 EARLIER_JOB_ENDS_S = 20.0
+
+# Ray Train's elastic policy chooses a number of workers from a view of the cluster that lags behind by some seconds.
+# After this time it chooses again; a fixed number has nothing to choose.
+ELASTIC_START_S = 15
 
 
 def fit(config: Config, say: Say = lambda line: None) -> FitResult:
@@ -137,6 +142,8 @@ def _run_workers(job: TrainJob | EvaluationJob, path: str, run_path: str | None,
         "weights": [] if job.initial_weights is None else [ray.put(job.initial_weights)],
         "board": board,
     }
+    if request.min_workers < request.max_workers:
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(ELASTIC_START_S))
     supervisor = Supervisor(board, config.train, request.missing, say)
     with stop_signals() as signals:
         while True:
@@ -162,6 +169,7 @@ def _run_workers(job: TrainJob | EvaluationJob, path: str, run_path: str | None,
             if not isinstance(result, FitResult) or result.leave != "preempted":
                 return result
             say(f"a node is taken away; going on from step {result.step} without it")
+            ray.get(board.forget_workers.remote())
 
 
 def _watched(trainer: TorchTrainer, supervisor: Supervisor, signals: StopSignals) -> dict[str, Any]:

@@ -162,7 +162,8 @@ class Supervisor:
             )
         if seconds > self._waiting_noted_s + WAITING_NOTE_S:
             self._waiting_noted_s = seconds
-            self._say(f"waiting for workers for {duration(seconds)}: {self._missing()}")
+            missing = self._missing() or "there is room for them now"
+            self._say(f"waiting for workers for {duration(seconds)}: {missing}")
 
 
 def hanging_workers(beats: Mapping[int, Beat], limit_s: float) -> list[Beat]:

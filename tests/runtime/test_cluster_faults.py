@@ -40,8 +40,8 @@ class Job:
 
     def __init__(self, cluster: LocalCluster, dataset: Path, folder: Path, name: str, *settings: str) -> None:
         config = tiny_config(
-            dataset, folder, f"run.name={name}", "train.launcher=ray", "train.num_workers=2", f"train.epochs={STEPS // 5}",
-            "train.worker_resource=worker_slot", "train.checkpoint_every_steps=20", "model.dropout=0.1",
+            dataset, folder, f"run.name={name}", "train.launcher=ray", "train.num_workers=2",
+            f"train.epochs={STEPS // 5}", "train.worker_resource=worker_slot", "train.checkpoint_every_steps=20", "model.dropout=0.1",
             "eval.every_epochs=0", "train.log_every_steps=5", *settings,
         )  # fmt: skip
         path = folder / f"{name}.yaml"
@@ -144,7 +144,13 @@ def test_a_job_is_stopped_and_submitted_again(
 
 def test_workers_come_and_go(cluster: LocalCluster, dataset: Path, tmp_path: Path) -> None:
     steps = 300
-    settings = (f"train.epochs={steps // 5}", "train.log_every_steps=1")
+    # Frozen batch norm, from weights that it can be frozen with: one that trains normalises with its own worker's
+    # images, and so depends on how many there are.
+    first = fit_here(tiny_config(dataset, tmp_path, "run.name=first", "train.epochs=1"))
+    settings = (
+        f"train.epochs={steps // 5}", "train.log_every_steps=1", "model.backbone_norm=frozen",
+        f"model.init_from={first.best_checkpoint}/model.pt",
+    )  # fmt: skip
     fixed = tiny_config(dataset, tmp_path, "run.name=fixed", "model.dropout=0", "eval.every_epochs=0", *settings)
     tracker = MemoryTracker()
     fit_here(fixed, tracker)
@@ -177,8 +183,9 @@ def losses_shown(text: str) -> dict[int, float]:
 
 def assert_same_losses(found: dict[int, float], expected: dict[int, float]) -> None:
     """The curves agree but for what rounding in another order makes of itself over the steps."""
-    assert sorted(found) == sorted(expected)
-    apart = {step: abs(found[step] - expected[step]) / expected[step] for step in expected}
+    # Lines that a lost node had not handed over are missing.
+    apart = {step: abs(found[step] - expected[step]) / expected[step] for step in found}
+    assert len(apart) > 0.9 * len(expected)
     print("steps, largest relative difference of the loss:", [
         (upto, max(apart[step] for step in apart if step <= upto)) for upto in (20, 50, 100, 200, 300)
     ])  # fmt: skip
