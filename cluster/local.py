@@ -5,7 +5,8 @@ autoscaler adds and removes.
 
     python cluster/local.py up --nodes 3 --cpus-per-node 2    # a head without CPUs, and two nodes
     eval "$(python cluster/local.py submit-env)"              # where it is, and its token, for this shell
-    ray job submit --working-dir . -- python -m detr_ray.train --config configs/quickstart.yaml
+    ray job submit --working-dir . -- python -m detr_ray.train --config configs/quickstart.yaml \\
+        run.storage=$PWD/runs data.root=$PWD/runs/quickstart-data
     python cluster/local.py status
     python cluster/local.py remove-node node-2                # killed, as if its machine had lost power
     python cluster/local.py add-node
@@ -100,7 +101,8 @@ def _up(cluster: LocalCluster, arguments: argparse.Namespace) -> None:
     folder = "" if cluster.folder == DEFAULT_FOLDER else f" --folder {shlex.quote(str(cluster.folder))}"
     _say(f"dashboard  {cluster.job_server}  (token in {cluster.folder}/token)")
     _say(f'use it     eval "$({script} submit-env{folder})"')
-    _say("           ray job submit --working-dir . -- python -m detr_ray.train --config configs/quickstart.yaml")
+    _say("           ray job submit --working-dir . -- python -m detr_ray.train --config configs/quickstart.yaml \\")
+    _say("               run.storage=$PWD/runs data.root=$PWD/runs/quickstart-data")
     _say(f"end it     {script} down{folder}")
 
 
