@@ -8,12 +8,13 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.callback import ControllerCallback
 
 logger = logging.getLogger(__name__)
 
 LEAVE_WITHIN_S = 300.0
+_MOST_TEXT = 300
 
 
 class BoardCallback(ControllerCallback):  # type: ignore[misc]
@@ -58,25 +59,26 @@ class BoardCallback(ControllerCallback):  # type: ignore[misc]
 
 
 def describe_failure(error: Exception) -> str:
-    """What a failure of Ray Train's means to a user: a line for each worker, its own error."""
-    failures = getattr(error, "worker_failures", None) or {}
-    if failures:
-        return "; ".join(f"rank {rank}: {_cause(failure)}" for rank, failure in sorted(failures.items()))
-    return _cause(getattr(error, "controller_failure", None) or error)
+    """What a failure of Ray Train's means to a user: each worker's own error, those of the others' victims left out."""
+    failures: dict[int, Exception] = getattr(error, "worker_failures", None) or {}
+    if not failures:
+        return _cause(getattr(error, "controller_failure", None) or error)
+    culprits = {rank: failure for rank, failure in failures.items() if not _lost_another(failure)}
+    return "; ".join(f"rank {rank}: {_cause(failure)}" for rank, failure in sorted((culprits or failures).items()))
+
+
+def _lost_another(error: Exception) -> bool:
+    """Whether a worker only failed because its connection to another one broke."""
+    return any(sign in str(error) for sign in ("onnection reset by peer", "onnection closed by peer"))
 
 
 def _cause(error: Exception) -> str:
-    text = str(error).strip()
+    if isinstance(error, WorkerHealthCheckFailedError):
+        error = error.health_check_failure
+    text = " ".join(str(error).strip().split("\n")[0].split())
+    text = text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}..."
     if isinstance(error, ray.exceptions.RayActorError):
-        lost = "node" in text and ("died" in text or "dead" in text or "preempted" in text)
-        died = "its node was lost" if lost and "The node" in text else "its process died"
-        return f"{died} ({first_sentence(text)})"
-    if "onnection reset by peer" in text or "onnection closed by peer" in text:
-        return f"it lost another worker ({type(error).__name__}: {first_sentence(text)})"
-    return f"{type(error).__name__}: {first_sentence(text)}" if text else type(error).__name__
-
-
-def first_sentence(text: str) -> str:
-    """The beginning of a long error message, on one line."""
-    line = " ".join(text.split("\n")[0].split())
-    return line if len(line) <= 200 else f"{line[:197]}..."
+        return "its node was lost" if "node has died" in str(error) or error.preempted else f"its process died ({text})"
+    if _lost_another(error):
+        return f"it lost another worker ({text})"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -41,8 +41,8 @@ class Job:
     def __init__(self, cluster: LocalCluster, dataset: Path, folder: Path, name: str, *settings: str) -> None:
         config = tiny_config(
             dataset, folder, f"run.name={name}", "train.launcher=ray", "train.num_workers=2",
-            f"train.epochs={STEPS // 5}", "train.worker_resource=worker_slot", "train.checkpoint_every_steps=20", "model.dropout=0.1",
-            "eval.every_epochs=0", "train.log_every_steps=5", *settings,
+            f"train.epochs={STEPS // 5}", "train.worker_resource=worker_slot", "train.checkpoint_every_steps=20",
+            "model.dropout=0.1", "eval.every_epochs=0", "train.log_every_steps=5", *settings,
         )  # fmt: skip
         path = folder / f"{name}.yaml"
         path.write_text(config.to_yaml())
