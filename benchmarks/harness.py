@@ -1,8 +1,8 @@
 """Measuring two things side by side, and saying what was found.
 
-A benchmark is a module of this package that offers ``def run() -> list[Row]`` and says in its docstring what it compares
-and by which command. What is compared runs in turns in one process, so that whatever else the machine does falls on
-both; what is reported are medians. Peak memory is taken in a fresh process each.
+A benchmark is a module of this package that offers ``def run() -> list[Row]`` and says in its docstring what it
+compares and by which command. What is compared runs in turns in one process, so that whatever else the machine does
+falls on both; what is reported are medians. Peak memory is taken in a fresh process each.
 
     times = alternate({"ours": step_of_ours, "baseline": step_of_theirs}, rounds=5)
     return [Row("step", ours=2 / times["ours"].median, baseline=2 / times["baseline"].median, unit="images/s")]
