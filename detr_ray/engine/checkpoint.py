@@ -171,13 +171,14 @@ class CheckpointStore:
             raise CheckpointError(f"{path}: its content is not what was written (hash differs); remove {info.path}")
         return torch.load(pa.BufferReader(data), map_location=map_location, weights_only=True)
 
-    def prune(self, keep_last: int) -> None:
-        """Removes all but the best and the last few whole checkpoints."""
+    def prune(self, keep_last: int) -> CheckpointInfo | None:
+        """Removes all but the best and the last few whole checkpoints; gives the best."""
         found = self.checkpoints()
         best = self._best_of(found)
         for info in found[: max(len(found) - keep_last, 0)]:
             if best is None or info.step != best.step:
                 self._remove(info.path)
+        return best
 
     def _write_manifest(self, folder: str, manifest: Mapping[str, Any]) -> None:
         # A bucket's clock has seconds: another manifest of the same size may look like the one before.

@@ -129,7 +129,9 @@ def run_evaluation(job: EvaluationJob, context: WorkerContext, batches: BatchSou
     model = job.build_model().to(context.device)
     if job.data.config.train.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    metrics, detections = build_evaluator(job.data, context).evaluate(model, batches.evaluation_batches())
-    if metrics is None or detections is None:
+    evaluator = build_evaluator(job.data, context)
+    detections = evaluator.find(model, batches.evaluation_batches())
+    if detections is None:
         return None
-    return EvaluationResult(job.checkpoint, metrics, detections)
+    context.enter("scoring", 0)
+    return EvaluationResult(job.checkpoint, evaluator.score(detections), detections)

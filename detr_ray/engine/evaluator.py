@@ -85,13 +85,11 @@ class Evaluator:
         self._context.enter("waiting for the scores", step)
         return DetectionTable.concat(found), image_ids, bad_images
 
-    def evaluate(
-        self, model: nn.Module, batches: Iterator[PaddedBatch], step: int = 0
-    ) -> tuple[CocoMetrics | None, DetectionTable | None]:
-        """The COCO numbers of a model over the shares of all workers; every worker must call it. See `detect`.
+    def find(self, model: nn.Module, batches: Iterator[PaddedBatch], step: int = 0) -> DetectionTable | None:
+        """Detections over the shares of all workers; every worker must call it. See `detect`.
 
         Returns:
-            The numbers and all detections on rank 0; None and None elsewhere.
+            All detections on rank 0; None elsewhere.
 
         Raises:
             RunFailed: images could not be read, or were not seen exactly once.
@@ -107,11 +105,11 @@ class Evaluator:
                 f"evaluation: {len(seen)} images were seen ({len(np.unique(seen))} different) of {len(self._index)}",
                 agreed=True,
             )
-        if self._context.rank != 0:
-            return None, None
-        self._context.enter("scoring", step)
-        detections = DetectionTable.concat([table for table, _, _ in shares])
-        return evaluate_detections(GroundTruth.from_columns(self._index), detections), detections
+        return DetectionTable.concat([table for table, _, _ in shares]) if self._context.rank == 0 else None
+
+    def score(self, detections: DetectionTable) -> CocoMetrics:
+        """The COCO numbers of detections on the whole validation set."""
+        return evaluate_detections(GroundTruth.from_columns(self._index), detections)
 
 
 def build_evaluator(data: PlannedData, context: WorkerContext) -> Evaluator:

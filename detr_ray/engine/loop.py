@@ -19,13 +19,12 @@ from detr_ray.engine.checkpoint import CheckpointError, CheckpointInfo
 from detr_ray.engine.context import LeaveReason, WorkerContext
 from detr_ray.engine.ema import ModelEma
 from detr_ray.engine.errors import RunFailed
-from detr_ray.engine.evaluator import build_evaluator
 from detr_ray.engine.job import TrainJob
 from detr_ray.engine.meters import MEANS, Meters
 from detr_ray.engine.optimizer import build_optimizer, learning_rate_factor, set_learning_rate
 from detr_ray.engine.progress import duration, evaluation_line, step_line
+from detr_ray.engine.scoring import BackgroundScoring, Scored
 from detr_ray.engine.step import StepOutcome, StepTimes, TrainStep
-from detr_ray.evaluation import CocoMetrics
 from detr_ray.tracking import Tracker
 
 logger = logging.getLogger(__name__)
@@ -121,7 +120,7 @@ class TrainingLoop:
         )
         if restored is not None:
             self._train_step.scaler.load_state_dict(restored["scaler"])
-        self._evaluator = None if job.data.val is None else build_evaluator(job.data, context)
+        self._scoring = None if job.data.val is None else BackgroundScoring(job.data, context)
         names = [*sorted(self.criterion.weights), *MEANS]
         self._meters = Meters(context, names, config.train.global_batch_size)
 
@@ -155,6 +154,7 @@ class TrainingLoop:
             if self._evaluation_due():
                 self._evaluate()
             waiting_since = self._wait_for_data()
+        self._note_scores(wait=True)
         self.context.enter("leaving", self.step)
         return self._result(status, leave, time.perf_counter() - started)
 
@@ -179,6 +179,7 @@ class TrainingLoop:
         self.step += 1
         if self.step % config.log_every_steps == 0 or self.step == self.job.total_steps or self.step == 1:
             self._log(num_micro_batches)
+            self._note_scores(wait=False)
 
     def _log(self, num_micro_batches: int) -> None:
         self.context.enter("adding up metrics", self.step)
@@ -213,7 +214,7 @@ class TrainingLoop:
         return self._at_epoch_end() and (self._evaluation_due() or since >= MIN_STEPS_BETWEEN_CHECKPOINTS)
 
     def _evaluation_due(self) -> bool:
-        if self._evaluator is None or not self._at_epoch_end():
+        if self._scoring is None or not self._at_epoch_end():
             return False
         if self._latest is not None and self._latest.step == self.step and self._latest.metrics is not None:
             return False
@@ -222,35 +223,40 @@ class TrainingLoop:
         return self.step >= self.job.total_steps or (every > 0 and epoch % every == 0)
 
     def _evaluate(self) -> None:
-        """Scores the weights as they are now; the numbers are noted in their checkpoint."""
-        assert self._evaluator is not None
-        started = time.perf_counter()
+        """Finds objects with the weights as they are now; what was found is scored while training goes on."""
+        assert self._scoring is not None
+        self._note_scores(wait=True)
         model = self.model if self.ema is None else self.ema.module
-        scores, _ = self._evaluator.evaluate(model, self.batches.evaluation_batches(), self.step)
-        metrics: dict[str, float] = {}
-        if scores is not None:
-            metrics = scores.as_metrics("val/") | {"val/seconds": time.perf_counter() - started}
-            self._note(scores, metrics)
-        self.context.enter("waiting for the scores", self.step)
-        noted = self.context.gather(metrics)[0]
-        if self._latest is not None and self._latest.step == self.step:
-            self._latest = dataclasses.replace(self._latest, metrics=noted)
+        self._scoring.begin(model, self.batches.evaluation_batches(), self.step)
+
+    def _note_scores(self, *, wait: bool) -> None:
+        """Notes the numbers of the last evaluation in its checkpoint, if they are there and were not noted yet.
+
+        It comes before the next checkpoint at the latest: the newest one is then the only one whose numbers may be
+        missing, is not removed meanwhile, and is evaluated again by who goes on from it.
+        """
+        found = None if self._scoring is None else self._scoring.collect(self.step, self._note, wait=wait)
+        if found is None:
+            return
+        step, metrics = found
+        if self._latest is not None and self._latest.step == step:
+            self._latest = dataclasses.replace(self._latest, metrics=metrics)
         self.context.report(metrics)
 
-    def _note(self, scores: CocoMetrics, metrics: dict[str, float]) -> None:
+    def _note(self, scored: Scored) -> None:
         """Rank 0's records of an evaluation."""
-        self.table = scores.table()
-        self.tracker.log_metrics(metrics, self.step)
-        epoch = self.step / self.job.steps_per_epoch
-        self.tracker.log_text(f"{scores.table()}\n\n{scores.category_table()}\n", f"evaluation/epoch_{epoch:07.2f}.txt")
-        before = self._store.best()
-        if self._latest is not None and self._latest.step == self.step:
-            self._store.annotate(self._latest, {k: v for k, v in metrics.items() if k.count("/") == 1})
-        best = self._store.best()
-        self.context.say(evaluation_line(metrics, epoch, best is not None and best.step == self.step))
-        if best is not None and (before is None or best.step != before.step) and self.job.run.local_path is not None:
+        self.table = scored.scores.table()
+        self.tracker.log_metrics(scored.metrics, scored.step)
+        epoch = scored.step / self.job.steps_per_epoch
+        tables = f"{self.table}\n\n{scored.scores.category_table()}\n"
+        self.tracker.log_text(tables, f"evaluation/epoch_{epoch:07.2f}.txt")
+        if self._latest is not None and self._latest.step == scored.step:
+            self._store.annotate(self._latest, {k: v for k, v in scored.metrics.items() if k.count("/") == 1})
+        best = self._store.prune(self.job.config.train.keep_last)
+        is_best = best is not None and best.step == scored.step
+        self.context.say(evaluation_line(scored.metrics, epoch, is_best))
+        if best is not None and is_best and self.job.run.local_path is not None:
             self.tracker.log_file(f"{best.path}/{MODEL_FILE}", "checkpoints/best")
-        self._store.prune(self.job.config.train.keep_last)
 
     def _save(self) -> None:
         """Writes a checkpoint of this step (rank 0).
@@ -258,6 +264,7 @@ class TrainingLoop:
         A checkpoint that can't be written (a full disk) costs no run: the last good one stays good, training goes on
         and tries again at the next one. Only the last of a run has to succeed.
         """
+        self._note_scores(wait=True)
         self.context.enter("writing a checkpoint", self.step)
         self._average_running_statistics()
         written: tuple[CheckpointInfo | None, str] = (None, "")

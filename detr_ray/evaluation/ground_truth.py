@@ -1,4 +1,4 @@
-"""Ground truth as plain columns, under the names of the data set's index, and as pycocotools' object.
+"""Ground truth as plain columns, under the names of the data set's index.
 
 It knows neither files nor data sets: whoever has the columns hands them in.
 """
@@ -6,12 +6,9 @@ It knows neither files nor data sets: whoever has the columns hands them in.
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from dataclasses import dataclass, fields
-from typing import Any
 
 import numpy as np
-from pycocotools.coco import COCO
 
 logger = logging.getLogger(__name__)
 
@@ -74,56 +71,19 @@ class GroundTruth:
             for category_id, name in self.categories
         }
 
-    def to_coco(self) -> COCO:
-        """These annotations as the object that pycocotools works on.
+    def image_of_box(self) -> np.ndarray:
+        """``[A]`` image id of each box."""
+        return np.repeat(self.image_ids, np.diff(self.first_box))
 
-        Annotations are numbered anew from 1: pycocotools takes a match with an annotation of id 0 for no match, and of
-        two annotations with one id it keeps the last. Boxes that are not numbers are left out, since pycocotools would
-        let them match every detection.
-        """
-        image_of_box = np.repeat(np.asarray(self.image_ids), np.diff(self.first_box))
-        readable = np.isfinite(self.boxes_xywh_px).all(axis=1) & np.isfinite(self.areas)
+    def readable_boxes(self) -> np.ndarray:
+        """``[A]`` bool, false with a warning for boxes that are not numbers: nothing can be said to find them."""
+        readable: np.ndarray = np.isfinite(self.boxes_xywh_px).all(axis=1) & np.isfinite(self.areas)
         if not readable.all():
             rows = np.flatnonzero(~readable)
             logger.warning(
                 "%d annotated boxes are not numbers and are not scored, e.g. annotation %d of image %d",
                 len(rows),
                 self.annotation_ids[rows[0]],
-                image_of_box[rows[0]],
+                self.image_of_box()[rows[0]],
             )
-        annotations = annotation_dicts(
-            image_of_box[readable],
-            self.category_ids[readable],
-            self.boxes_xywh_px[readable],
-            self.areas[readable],
-            iscrowd=self.is_crowd[readable].astype(np.int64),
-        )
-        sizes = zip(self.image_ids.tolist(), self.heights.tolist(), self.widths.tolist(), strict=True)
-        images = [{"id": image_id, "height": height, "width": width} for image_id, height, width in sizes]
-        names = [{"id": category_id, "name": name} for category_id, name in self.category_names().items()]
-        return coco_of(images, names, annotations)
-
-
-def annotation_dicts(
-    image_ids: np.ndarray, category_ids: np.ndarray, boxes_xywh_px: np.ndarray, areas: np.ndarray, **more: np.ndarray
-) -> list[dict[str, Any]]:
-    """Rows as the dicts that pycocotools works on, numbered from 1; ``more`` are further columns by key."""
-    columns = {"image_id": image_ids, "category_id": category_ids, "bbox": boxes_xywh_px, "area": areas, **more}
-    keys = ("id", *columns)
-    ids = range(1, len(image_ids) + 1)
-    values = (column.tolist() for column in columns.values())
-    return [dict(zip(keys, row, strict=True)) for row in zip(ids, *values, strict=True)]
-
-
-def coco_of(images: list[dict[str, Any]], categories: list[dict[str, Any]], annotations: list[dict[str, Any]]) -> COCO:
-    """A ``COCO`` object with its indices filled, as ``createIndex`` fills them, without what that one prints."""
-    coco = COCO()
-    coco.dataset = {"images": images, "categories": categories, "annotations": annotations}
-    coco.imgs = {image["id"]: image for image in images}
-    coco.cats = {category["id"]: category for category in categories}
-    coco.anns = {annotation["id"]: annotation for annotation in annotations}
-    coco.imgToAnns, coco.catToImgs = defaultdict(list), defaultdict(list)
-    for annotation in annotations:
-        coco.imgToAnns[annotation["image_id"]].append(annotation)
-        coco.catToImgs[annotation["category_id"]].append(annotation["image_id"])
-    return coco
+        return readable
