@@ -1,11 +1,11 @@
-"""A Ray cluster of several nodes on this machine: real raylets, real job server, real autoscaler.
+r"""A Ray cluster of several nodes on this machine: real raylets, real job server, real autoscaler.
 
 For trying what a cluster does before paying for one, and for the tests: submitted jobs, nodes that die, nodes that an
 autoscaler adds and removes.
 
     python cluster/local.py up --nodes 3 --cpus-per-node 2    # a head without CPUs, and two nodes
     eval "$(python cluster/local.py submit-env)"              # where it is, and its token, for this shell
-    ray job submit --working-dir . -- python -m detr_ray.train --config configs/quickstart.yaml \\
+    ray job submit --working-dir . -- python -m detr_ray.train --config configs/quickstart.yaml \
         run.storage=$PWD/runs data.root=$PWD/runs/quickstart-data
     python cluster/local.py status
     python cluster/local.py remove-node node-2                # killed, as if its machine had lost power

@@ -203,7 +203,7 @@ def test_text_in_a_file_must_be_text(write):
         (["data.augment.crop_min=601"], "data.augment.crop_min: must not exceed data.augment.crop_max (600) (got 601"),
         (["data.augment.crop_scales=[300]"], "data.augment.crop_min: must not exceed the shortest of data.augment.cro"),
         (["train.micro_batch_size=17"], "train.micro_batch_size: must not exceed train.global_batch_size (16) (got 17"),
-        (["train.num_workers=[2, 17]"], "train.num_workers: must not exceed train.global_batch_size (16): every worker"),
+        (["train.num_workers=[2, 17]"], "train.num_workers: must not exceed train.global_batch_size (16): every"),
         (["train.num_workers=[3, 2]"], "train.num_workers: must name the least workers first, then the most"),
         (["train.num_workers=many"], "train.num_workers: must be a whole number or a range such as [2, 8]"),
         (["train.num_workers=17"], "train.num_workers: must not exceed train.global_batch_size (16): every worker"),

@@ -33,6 +33,9 @@ _WITHOUT_WORKERS = ("INITIALIZING", "SCHEDULING", "RESTARTING", "RESCHEDULING")
 BEAT_S = 1.0
 BEATS_PER_S = 200
 
+# A worker that has not reached the board for this long has lost its driver, and with it whoever could go on with it.
+ORPHANED_S = 60.0
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Beat:
@@ -193,18 +196,21 @@ class Heart:
 
     def _run(self) -> None:
         interval = max(BEAT_S, self._world_size / BEATS_PER_S)
-        last = False
+        last, heard = False, time.monotonic()
         while not last:
             last = self._stopped.wait(interval)
             phase, step, since = self._doing
             beat = Beat(
                 self._rank, self._world_size, self._node, os.getpid(), phase, step, time.monotonic() - since
             )  # fmt: skip
+            asked: LeaveReason | None = None
             try:
                 asked = ray.get(self._board.beat.remote(beat, [self._worker]), timeout=10)
-            except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
+                heard = time.monotonic()
+            except ray.exceptions.RayError as error:
                 logger.info("rank %d does not reach the board: %s", self._rank, error)
-                asked = None
+                if time.monotonic() - heard > ORPHANED_S:
+                    asked = "asked"
             self.leave_reason = asked or ("preempted" if _node_is_taken_away() else None)
 
 
