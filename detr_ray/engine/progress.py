@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+EVALUATION_LINE = ("AP", "AP50", "AP75", "AR100")
+
 
 def duration(seconds: float) -> str:
     """Seconds as a person says them: ``45 s``, ``3 min 20 s``, ``2 h 5 min``."""
@@ -34,8 +36,7 @@ def step_line(metrics: Mapping[str, float], step: int, total_steps: int, steps_p
 
 def evaluation_line(metrics: Mapping[str, float], epoch: float, is_best: bool) -> str:
     """One line about an evaluation."""
-    return (
-        f"epoch {epoch:6.2f}  evaluated in {duration(metrics['val/seconds'])}: AP {metrics['val/AP']:.3f}  "
-        f"AP50 {metrics['val/AP50']:.3f}  AP75 {metrics['val/AP75']:.3f}  AR100 {metrics['val/AR100']:.3f}"
-        + ("  (best so far)" if is_best else "")
-    )
+    numbers = [f"{name} {metrics[key]:.3f}" for name in EVALUATION_LINE if (key := f"val/{name}") in metrics]
+    found = "  ".join(numbers) or "no annotated boxes, no scores"
+    line = f"epoch {epoch:6.2f}  evaluated in {duration(metrics['val/seconds'])}: {found}"
+    return line + ("  (best so far)" if is_best else "")

@@ -174,3 +174,11 @@ def test_scoring_that_hangs_ends_the_run_in_time(
     with pytest.raises(RunFailed, match=r"step 5 could not be scored: .* train\.stall_timeout_s=1 "):
         train(dataset, tmp_path, witness, "train.stall_timeout_s=1")
     witness.go_on.set()
+
+
+def test_validation_images_without_boxes_are_said_to_give_no_scores(tmp_path: Path) -> None:
+    witness = Witness()
+    empty = make_dataset(tmp_path / "data", num_train=8, num_val=2, empty_fraction=1.0)
+    result, _ = train(empty, tmp_path / "runs", witness, "train.epochs=1")
+    assert "no annotated boxes, no scores" in witness.lines[-1]
+    assert result.metrics.keys() == {"val/seconds"} and "n/a" in result.table
