@@ -144,7 +144,7 @@ def test_a_job_is_stopped_and_submitted_again(
 
 
 def test_workers_come_and_go(cluster: LocalCluster, dataset: Path, tmp_path: Path) -> None:
-    steps = 300
+    steps = 600
     # Frozen batch norm, from weights that it can be frozen with: one that trains normalises with its own worker's
     # images, and so depends on how many there are.
     first = fit_here(tiny_config(dataset, tmp_path, "run.name=first", "train.epochs=1"))
@@ -162,7 +162,7 @@ def test_workers_come_and_go(cluster: LocalCluster, dataset: Path, tmp_path: Pat
         cluster, dataset, tmp_path, "elastic", "train.num_workers=[1, 2]", "train.resize_check_s=2", "model.dropout=0",
         *settings,
     )  # fmt: skip
-    job.wait_for(r"step 20/")
+    job.wait_for(r"step 10/")
     added = cluster.add_node()
     grown = int(job.wait_for(r"going on from step (\d+)").group(1))
     job.wait_for(rf"step {grown + 50}/")
@@ -187,8 +187,8 @@ def assert_same_losses(found: dict[int, float], expected: dict[int, float]) -> N
     # Lines that a lost node had not handed over are missing.
     apart = {step: abs(found[step] - expected[step]) / expected[step] for step in found}
     assert len(apart) > 0.9 * len(expected)
-    print("steps, largest relative difference of the loss:", [
-        (upto, max(apart[step] for step in apart if step <= upto)) for upto in (20, 50, 100, 200, 300)
+    print("relative difference of the loss, every tenth step:", [
+        f"{step}: {apart[step]:.0e}" for step in sorted(apart) if step % 10 == 0
     ])  # fmt: skip
     assert max(apart.values()) < 0.05
     assert max(apart[step] for step in apart if step <= 20) < 1e-3
