@@ -14,16 +14,24 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
-import sys
-import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
+from local_machine import (
+    LOCALHOST,
+    free_ports,
+    give_cores,
+    is_free,
+    node_address,
+    own_environment,
+    ray_command,
+    runs,
+    until,
+)
 
 HEAD_TYPE, WORKER_TYPE = "head", "cpu_worker"
 
@@ -33,7 +41,6 @@ WORKER_SLOT = "worker_slot"
 
 _CLUSTER_MARK = "DETR_RAY_LOCAL_CLUSTER"
 _NODE_MARK = "DETR_RAY_LOCAL_NODE"
-_LOCALHOST = "127.0.0.1"
 # Sockets lie below a node's folder, and a socket's path holds 107 characters; Ray appends about 66.
 _LONGEST_FOLDER = 107 - 66 - len("/node-00")
 _SETTINGS = {
@@ -44,8 +51,6 @@ _SETTINGS = {
     "RAY_health_check_period_ms": "1000",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",
 }
-# Of another cluster, or of a job in which this runs.
-_FOREIGN = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_NODE_ID")
 
 
 class ClusterError(Exception):
@@ -174,7 +179,8 @@ class LocalCluster:
         if node is None:
             raise ClusterError(f"no node {name!r} is alive; `status` lists them")
         command = [
-            *_ray("drain-node"), "--address", self.submit_environment()["RAY_ADDRESS"], "--node-id", node.node_id,
+            *ray_command("drain-node"), "--address", self.submit_environment()["RAY_ADDRESS"],
+            "--node-id", node.node_id,
             "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "the machine will be taken away",
             "--deadline-remaining-seconds", str(round(deadline_s)),
         ]  # fmt: skip
@@ -207,7 +213,7 @@ class LocalCluster:
 
     def is_running(self, name: str) -> bool:
         """Whether a node's processes are there, whatever Ray knows of it."""
-        return any(_runs(leader) for leader in self._sessions(name))
+        return any(runs(leader) for leader in self._sessions(name))
 
     def processes(self, node: str | None = None) -> list[psutil.Process]:
         """Processes of the cluster, or of one node."""
@@ -217,7 +223,7 @@ class LocalCluster:
             with contextlib.suppress(psutil.Error, OSError):
                 if os.getsid(process.pid) in sessions or self._is_marked(process, node):
                     found.append(process)
-        return [process for process in found if _runs(process.pid)]
+        return [process for process in found if runs(process.pid)]
 
     def down(self, keep_logs: bool = False) -> None:
         """Ends every process of the cluster and removes its folder; does nothing where there is none.
@@ -246,24 +252,24 @@ class LocalCluster:
         """The variables that lead to the cluster: `ray job submit` to its job server, drivers to its head."""
         with self._state() as state:
             return {
-                "RAY_API_SERVER_ADDRESS": f"http://{_LOCALHOST}:{state['port']}",
+                "RAY_API_SERVER_ADDRESS": f"http://{LOCALHOST}:{state['port']}",
                 "RAY_ADDRESS": _gcs_address(state),
                 **self._authentication(),
             }
 
     def client_environment(self) -> dict[str, str]:
         """This process's environment, with what a client of the cluster needs."""
-        return _own_environment() | self.submit_environment()
+        return own_environment() | self.submit_environment()
 
     def _start_head(self, spec: ClusterSpec) -> None:
-        gcs_port, client_port, free_port, *metric_ports = _free_ports(5)
-        if spec.port and not _is_free(spec.port):
+        gcs_port, client_port, free_port, *metric_ports = free_ports(5)
+        if spec.port and not is_free(spec.port):
             raise ClusterError(f"--port {spec.port}: something listens there already")
         record = {"spec": dataclasses.asdict(spec), "gcs_port": gcs_port, "port": spec.port or free_port, "nodes": {}}
         self._state_file.write_text(json.dumps(record))
         arguments = [
             "--head", "--port", str(gcs_port), "--ray-client-server-port", str(client_port),
-            "--dashboard-host", _LOCALHOST, "--dashboard-port", str(record["port"]), "--include-dashboard", "true",
+            "--dashboard-host", LOCALHOST, "--dashboard-port", str(record["port"]), "--include-dashboard", "true",
         ]  # fmt: skip
         # These ports are fixed otherwise, and of two clusters on one machine one would not get them.
         settings = dict(zip(("DASHBOARD_METRIC_PORT", "AUTOSCALER_METRIC_PORT"), map(str, metric_ports), strict=True))
@@ -284,7 +290,7 @@ class LocalCluster:
         if state.get("ending"):
             raise ClusterError("the cluster is being ended")
         command = [
-            *_ray("start"), *arguments, "--block", "--node-ip-address", node_address(name), "--node-name", name,
+            *ray_command("start"), *arguments, "--block", "--node-ip-address", node_address(name), "--node-name", name,
             "--dashboard-agent-listen-port", "0", "--num-cpus", str(cpus), "--num-gpus", "0",
             "--object-store-memory", str(state["spec"]["object_store_mb"] * 1_000_000),
             "--temp-dir", str(self.folder / name),
@@ -295,25 +301,13 @@ class LocalCluster:
             marks["RAY_NODE_TYPE_NAME"] = HEAD_TYPE if name == "head" else WORKER_TYPE
         with (self.folder / "logs" / f"{name}.log").open("wb") as log:
             child = subprocess.Popen(
-                command, env=_own_environment() | self._authentication() | _SETTINGS | marks | settings,
+                command, env=own_environment() | self._authentication() | _SETTINGS | marks | settings,
                 cwd=self.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
-        self._give_cores(child.pid, name, state["spec"])
+        spec = state["spec"]
+        give_cores(child.pid, name, spec["autoscale"][1] if spec["autoscale"] else spec["nodes"] - 1)
         self._children.append(child)
         state["nodes"][name] = {"pid": child.pid, "created": psutil.Process(child.pid).create_time()}
-
-    def _give_cores(self, process: int, name: str, spec: Mapping[str, Any]) -> None:
-        """Gives a node, whose processes are yet to be started by this one, its share of the machine's cores.
-
-        As machines of their own would have: two nodes that both think they have all cores take turns in vain.
-        """
-        if name == "head" or not hasattr(os, "sched_setaffinity"):
-            return
-        cores = sorted(os.sched_getaffinity(0))
-        nodes = max(1, spec["autoscale"][1] if spec["autoscale"] else spec["nodes"] - 1)
-        share = max(1, len(cores) // nodes)
-        first = (int(name.rpartition("-")[2]) - 1) * share
-        os.sched_setaffinity(process, {cores[(first + i) % len(cores)] for i in range(share)})
 
     def _autoscaler(self, spec: ClusterSpec) -> dict[str, Any]:
         """Configuration of Ray's autoscaler, whose provider starts nodes here where others rent machines."""
@@ -391,7 +385,7 @@ class LocalCluster:
 
     def _wait(self, what: str, there: Callable[[], bool], node: str, seconds: float = 180) -> None:
         """Waits for something that a node shall do, and shows what the node printed where that does not come."""
-        if _until(lambda: there() or not self.is_running(node), seconds) and there():
+        if until(lambda: there() or not self.is_running(node), seconds) and there():
             return
         printed = (self.folder / "logs" / f"{node}.log").read_text(errors="replace")[-2000:]
         raise ClusterError(
@@ -402,7 +396,7 @@ class LocalCluster:
         for leader in leaders:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(leader, signal.SIGTERM)
-        _until(lambda: not any(_runs(leader) for leader in leaders), seconds=5)
+        until(lambda: not any(runs(leader) for leader in leaders), seconds=5)
 
     def _kill(self, processes: Callable[[], list[psutil.Process]]) -> None:
         """Kills until none is left: a process may start another one before its turn comes."""
@@ -414,7 +408,7 @@ class LocalCluster:
                     process.kill()
             return not left
 
-        if not _until(none_left, seconds=20):
+        if not until(none_left, seconds=20):
             raise ClusterError(f"processes {[process.pid for process in processes()]} do not end")
 
     @contextlib.contextmanager
@@ -447,52 +441,5 @@ class LocalCluster:
         return self.folder / "token"
 
 
-def node_address(name: str) -> str:
-    """A node's own address, as on a real cluster, where this machine has more than one for itself."""
-    if not sys.platform.startswith("linux"):
-        return _LOCALHOST
-    return f"127.0.1.{1 if name == 'head' else 1 + int(name.partition('-')[2])}"
-
-
 def _gcs_address(state: Mapping[str, Any]) -> str:
     return f"{node_address('head')}:{state['gcs_port']}"
-
-
-def _own_environment() -> dict[str, str]:
-    """This process's environment, in which `python` is this one, so that it is also that of submitted jobs."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    return {key: value for key, value in os.environ.items() if key not in _FOREIGN} | {"PATH": path}
-
-
-def _ray(command: str) -> list[str]:
-    """Ray's command line of this Python, whatever the PATH holds."""
-    return [sys.executable, "-m", "ray.scripts.scripts", command]
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("", 0))
-        return [one.getsockname()[1] for one in sockets]
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as one:
-        return one.connect_ex((_LOCALHOST, port)) != 0
-
-
-def _runs(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
-
-
-def _until(there: Callable[[], bool], seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while not there():
-        if time.monotonic() >= deadline:
-            return False
-        time.sleep(0.25)
-    return True

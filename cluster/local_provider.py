@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from local_cluster import HEAD_TYPE, LocalCluster, node_address
+from local_cluster import HEAD_TYPE, LocalCluster
+from local_machine import node_address
 from ray.autoscaler.node_provider import NodeProvider
 from ray.autoscaler.tags import (
     NODE_KIND_HEAD,
