@@ -14,7 +14,7 @@ from detr_ray.engine.context import WorkerContext
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.planned_data import PlannedData
 from detr_ray.engine.step import AUTOCAST_DTYPES
-from detr_ray.evaluation import CocoMetrics, DetectionTable, GroundTruth, evaluate_detections
+from detr_ray.evaluation import CocoMetrics, DetectionTable, GroundTruth, evaluate_apart, evaluate_detections
 from detr_ray.model import postprocess
 from detr_ray.structures import PaddedBatch, to_device
 
@@ -110,6 +110,10 @@ class Evaluator:
     def score(self, detections: DetectionTable) -> CocoMetrics:
         """The COCO numbers of detections on the whole validation set."""
         return evaluate_detections(GroundTruth.from_columns(self._index), detections)
+
+    def score_apart(self, detections: DetectionTable, limit_s: float) -> CocoMetrics:
+        """The same numbers, computed by another process. See `evaluate_apart`."""
+        return evaluate_apart(GroundTruth.from_columns(self._index), detections, limit_s)
 
 
 def build_evaluator(data: PlannedData, context: WorkerContext) -> Evaluator:

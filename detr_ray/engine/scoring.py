@@ -1,13 +1,11 @@
-"""Scoring beside training: what was found on the validation set is scored by a thread while the next steps are taken.
+"""Scoring beside training: another process scores what was found on the validation set while the next steps are taken.
 
 The scores belong to the step whose weights were evaluated, whenever they are there: they are the same numbers, noted
-under the same step. A thread is enough, since scoring computes with whole columns, which leaves the interpreter to the
-loop.
+under the same step.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,10 +18,8 @@ from detr_ray.engine.context import WorkerContext
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.evaluator import build_evaluator
 from detr_ray.engine.planned_data import PlannedData
-from detr_ray.evaluation import CocoMetrics, DetectionTable
+from detr_ray.evaluation import CocoMetrics, DetectionTable, ScoringFailed
 from detr_ray.structures import PaddedBatch
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -92,12 +88,11 @@ class BackgroundScoring:
         if future is not None and (wait or future.done()):
             self._context.enter("scoring", step)
             try:
-                scored = future.result(self._limit_s)
+                scored = future.result()
             except TimeoutError:
                 problem = f"it takes more than train.stall_timeout_s={self._limit_s} seconds"
-            except Exception as error:  # whatever it is, all workers have to know
-                logger.error("scoring failed", exc_info=error)
-                problem = f"{type(error).__name__}: {error}"
+            except ScoringFailed as error:
+                problem = str(error)
             else:
                 note(scored)
                 metrics = scored.metrics
@@ -113,10 +108,10 @@ class BackgroundScoring:
     def _score(self, detections: DetectionTable, detecting_s: float, step: int) -> Future[Scored]:
         future: Future[Scored] = Future()
 
-        def run() -> None:
+        def run() -> None:  # waits for the other process
             started = time.perf_counter()
             try:
-                scores = self._evaluator.score(detections)
+                scores = self._evaluator.score_apart(detections, self._limit_s)
                 seconds = detecting_s + time.perf_counter() - started
                 future.set_result(Scored(step, scores.as_metrics("val/") | {"val/seconds": seconds}, scores))
             except BaseException as error:  # raised again by who asks for the scores

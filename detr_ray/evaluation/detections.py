@@ -9,13 +9,14 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from detr_ray.structures import Detections
+if TYPE_CHECKING:  # a process that only scores needs no torch, whose import takes seconds
+    from torch import Tensor
+
+    from detr_ray.structures import Detections
 
 NO_CATEGORY = -1
 
@@ -87,6 +88,8 @@ class DetectionTable:
         Raises:
             ValueError: Lengths differ, or a label is outside ``category_ids_of_label``.
         """
+        import torch
+
         if len(image_ids) != len(detections):
             raise ValueError(f"{len(image_ids)} image ids for {len(detections)} images of detections")
         if not detections:
@@ -161,7 +164,7 @@ class DetectionTable:
 
 
 def _to_int64(image_ids: Sequence[int] | np.ndarray | Tensor) -> np.ndarray:
-    if isinstance(image_ids, Tensor):
+    if not isinstance(image_ids, np.ndarray | Sequence):
         image_ids = image_ids.cpu().numpy()
     return np.asarray(image_ids, dtype=np.int64)
 

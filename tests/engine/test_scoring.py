@@ -6,20 +6,17 @@ import json
 import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
 from tiny import fit_here, make_dataset, tiny_config
 
-from detr_ray.engine import evaluator
 from detr_ray.engine.batches import LocalBatches
 from detr_ray.engine.context import LocalContext, Phase
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.job import prepare_job
 from detr_ray.engine.loop import FitResult, TrainingLoop
-from detr_ray.evaluation import CocoMetrics, evaluate_detections
+from detr_ray.evaluation import apart
 from detr_ray.tracking import MemoryTracker
 
 ROOT = Path(__file__).parents[2]
@@ -37,14 +34,15 @@ class Witness(LocalContext):
         self.reports: list[dict[str, float]] = []
         super().__init__(say=self._heard, on_report=self.reports.append)
         self.go_on_at = go_on_at
-        self.go_on = threading.Event()
+        self.go_on: Path | None = None
         self.lines: list[str] = []
         self.phases: list[tuple[Phase, int]] = []
 
     def _heard(self, line: str) -> None:
         self.lines.append(line)
         if self.go_on_at and self.go_on_at in line:
-            self.go_on.set()
+            assert self.go_on is not None
+            self.go_on.touch()
 
     def enter(self, phase: Phase, step: int) -> None:
         self.phases.append((phase, step))
@@ -61,14 +59,16 @@ def train(config_dataset: Path, storage: Path, witness: Witness, *overrides: str
     return TrainingLoop(job, witness, batches, tracker).run(), tracker
 
 
-def hold_scores(monkeypatch: pytest.MonkeyPatch, witness: Witness) -> None:
+def scorer(monkeypatch: pytest.MonkeyPatch, first: str) -> None:
+    """The process that scores does something else first."""
+    scoring = "from detr_ray.evaluation.apart import main; main()"
+    monkeypatch.setattr(apart, "COMMAND", (sys.executable, "-c", f"{first}\n{scoring}"))
+
+
+def hold_scores(monkeypatch: pytest.MonkeyPatch, witness: Witness, folder: Path) -> None:
     """Scoring begins, and ends when the witness lets it."""
-
-    def held(*arguments: object) -> CocoMetrics:
-        assert witness.go_on.wait(60)
-        return evaluate_detections(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(evaluator, "evaluate_detections", held)
+    witness.go_on = folder / "go_on"
+    scorer(monkeypatch, f"import os, time\nwhile not os.path.exists({str(witness.go_on)!r}): time.sleep(0.05)")
 
 
 def manifest_metrics(storage: Path, step: int) -> dict[str, float]:
@@ -81,7 +81,7 @@ def test_training_goes_on_while_scoring_takes_long(
     at_once = Witness()
     _, expected = train(dataset, tmp_path / "at_once", at_once)
     late = Witness(go_on_at="step 8/10")
-    hold_scores(monkeypatch, late)
+    hold_scores(monkeypatch, late, tmp_path)
     result, tracker = train(dataset, tmp_path / "late", late)
     assert late.line_with("step 8/10") < late.line_with("epoch   1.00  evaluated in")
 
@@ -100,11 +100,7 @@ def test_training_goes_on_while_scoring_takes_long(
 def test_the_next_checkpoint_waits_for_the_scores(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def slow(*arguments: object) -> CocoMetrics:
-        time.sleep(1)
-        return evaluate_detections(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(evaluator, "evaluate_detections", slow)
+    scorer(monkeypatch, "import time; time.sleep(1)")
     witness = Witness()
     result, _ = train(dataset, tmp_path, witness, "train.checkpoint_every_steps=2", "train.keep_last=1")
     phases = witness.phases
@@ -123,10 +119,10 @@ def test_who_is_stopped_waits_for_the_scores(dataset: Path, tmp_path: Path) -> N
 
 
 UNTIL_KILLED = """
-import sys, threading
-from detr_ray.engine import evaluator
+import sys
+from detr_ray.evaluation import apart
 from detr_ray.train import main
-evaluator.evaluate_detections = lambda *arguments: threading.Event().wait()
+apart.COMMAND = (sys.executable, "-c", "import time; time.sleep(10)")
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -156,10 +152,7 @@ def test_scores_that_died_with_the_process_are_made_up_for(dataset: Path, tmp_pa
 def test_scoring_that_fails_ends_the_run_and_says_so(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(*arguments: object) -> CocoMetrics:
-        raise ValueError("3 detections are not finite numbers")
-
-    monkeypatch.setattr(evaluator, "evaluate_detections", failing)
+    scorer(monkeypatch, "raise ValueError('3 detections are not finite numbers')")
     expected = "evaluation of step 5 could not be scored: ValueError: 3 detections are not finite"
     with pytest.raises(RunFailed, match=expected) as failure:
         train(dataset, tmp_path, Witness())
@@ -170,15 +163,16 @@ def test_scoring_that_hangs_ends_the_run_in_time(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     witness = Witness()
-    hold_scores(monkeypatch, witness)
+    hold_scores(monkeypatch, witness, tmp_path)
     with pytest.raises(RunFailed, match=r"step 5 could not be scored: .* train\.stall_timeout_s=1 "):
         train(dataset, tmp_path, witness, "train.stall_timeout_s=1")
-    witness.go_on.set()
 
 
 def test_validation_images_without_boxes_are_said_to_give_no_scores(tmp_path: Path) -> None:
     witness = Witness()
-    empty = make_dataset(tmp_path / "data", num_train=8, num_val=2, empty_fraction=1.0)
+    empty = make_dataset(tmp_path / "data", num_train=8, num_val=2)
+    annotations = empty / "annotations" / "instances_val2017.json"
+    annotations.write_text(json.dumps(json.loads(annotations.read_text()) | {"annotations": []}))
     result, _ = train(empty, tmp_path / "runs", witness, "train.epochs=1")
     assert "no annotated boxes, no scores" in witness.lines[-1]
     assert result.metrics.keys() == {"val/seconds"} and "n/a" in result.table
