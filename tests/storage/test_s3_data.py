@@ -68,7 +68,7 @@ def test_a_folder_in_a_bucket_gives_the_same_batches(folder, local, s3: S3Server
     uri = s3.upload(folder, f"{s3.new_bucket()}/coco")
     s3.forget()
     remote = open_split(uri, None, "train")
-    assert s3.counts() == {"HEAD": 1, "GET": 1}
+    assert sorted(r.kind for r in s3.requests() if r.path.endswith(".json")) == ["GET", "HEAD"]
     assert remote.fingerprint == local.fingerprint
     assert_same_batches(local, remote)
     # The size of an object is asked for before it is read: pyarrow knows no other way.
