@@ -41,7 +41,7 @@ class Row:
         unit: of both.
         better: whether higher or lower figures are better.
         note: what a reader has to know, in a few words.
-        spread: largest distance of a round from the median, as a share of the median (the worse of the two).
+        spread: how far half of the rounds stay from the median, as a share of it (the worse of the two).
     """
 
     name: str
@@ -74,8 +74,8 @@ class Timing:
 
     @property
     def spread(self) -> float:
-        """Largest distance of a round from the median, as a share of it."""
-        return max(abs(value - self.median) for value in self.seconds) / self.median
+        """How far half of the rounds stay from the median, as a share of it."""
+        return statistics.median(abs(value - self.median) for value in self.seconds) / self.median
 
 
 def alternate(runs: Mapping[str, Callable[[], Any]], rounds: int = 5, warmup: int = 1) -> dict[str, Timing]:
