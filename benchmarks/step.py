@@ -5,7 +5,8 @@
 Two models: the default one (ResNet-50, frozen norm, 6+6 layers, 100 queries) on 2 images of 512 x 683, one of them a
 little narrower and padded; and the quickstart's (ResNet-18 cut at stride 8, batch norm) on 16 images of 48 x 64.
 Dropout is 0, weights and images are the same on both sides. Each step starts from what a batch is when it arrives
-(bytes here, normalised floats there) and ends with the weights updated. bf16 is compared with plain fp32, and with plain bf16.
+(bytes here, normalised floats there) and ends with the weights updated. bf16 is compared with
+plain fp32, and with plain bf16.
 """
 
 from __future__ import annotations
