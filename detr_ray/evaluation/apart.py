@@ -53,7 +53,7 @@ def evaluate_apart(ground_truth: GroundTruth, detections: DetectionTable, limit_
                 timeout=limit_s,
                 check=False,
                 text=True,
-                start_new_session=True,  # Ctrl-C asks the training to stop, not this
+                process_group=0,  # Ctrl-C is not for it; but Linux weighs priorities within one session only
             )
         except subprocess.TimeoutExpired as error:
             raise TimeoutError(f"scoring takes more than {limit_s:g} seconds") from error

@@ -84,6 +84,32 @@ def test_some_of_the_images() -> None:
     assert_equal_to_the_last_bit(evaluate_detections(truth, found, some), plain, truth)
 
 
+@pytest.mark.parametrize(("order", "recall"), [([0, 1], 1.0), ([1, 0], 0.5)])
+def test_of_two_equal_overlaps_the_later_box_is_taken(order: list[int], recall: float) -> None:
+    boxes = np.array([[5.0, 0.0, 20.0, 10.0], [15.0, 0.0, 20.0, 10.0]])[order]  # the first detection is between them
+    truth = GroundTruth(
+        image_ids=np.array([7]),
+        heights=np.array([50]),
+        widths=np.array([50]),
+        first_box=np.array([0, 2]),
+        boxes_xywh_px=boxes,
+        category_ids=np.array([1, 1]),
+        areas=np.array([200.0, 200.0]),
+        is_crowd=np.zeros(2, bool),
+        annotation_ids=np.array([1, 2]),
+        categories=((1, "kind 1"),),
+    )
+    found = DetectionTable(
+        image_ids=np.array([7, 7]),
+        category_ids=np.array([1, 1]),
+        boxes_xywh_px=np.array([[10.0, 0.0, 20.0, 10.0], [0.0, 0.0, 20.0, 10.0]], np.float32),
+        scores=np.array([0.9, 0.8], np.float32),
+    )
+    plain = plain_pycocotools(as_coco(truth), found)
+    assert_equal_to_the_last_bit(evaluate_detections(truth, found), plain, truth)
+    assert plain.eval["recall"][0, 0, 0, 2] == recall
+
+
 def test_only_crowds() -> None:
     truth, found = draw_case(seed=102)
     columns = {name: getattr(truth, name) for name in truth.__slots__}
