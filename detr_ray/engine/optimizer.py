@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from detr_ray.schedules import Curve, Product, constant
 
@@ -24,6 +24,39 @@ def build_optimizer(model: nn.Module, *, lr: float, lr_backbone: float, weight_d
         ]
         groups.append({"params": parameters, "lr": rate, "initial_lr": rate})
     return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
+
+
+def clipped_update(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+    """Clips the gradient to a norm and applies it; leaves parameters and moments alone where it is not finite.
+
+    The fused optimizer divides the gradient, and leaves the update out, within its one pass, and is told to by tensors:
+    nothing waits for the device until someone reads the norm.
+
+    Args:
+        optimizer: updates ``parameters``.
+        parameters: those with a gradient count.
+        max_norm: a gradient with a larger norm is scaled down to it; 0 leaves all as they are.
+
+    Returns:
+        The norm before clipping, 0-d.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        norm = nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"), foreach=True)
+        if torch.isfinite(norm):
+            optimizer.step()
+        return norm
+    norm = nn.utils.get_total_norm(gradients, foreach=True)
+    scale = ((norm + 1e-6) / max_norm).clamp(min=1.0) if max_norm else None
+    # These attributes are how torch's own gradient scaler speaks to a fused optimizer.
+    told = {"found_inf": (~norm.isfinite()).to(torch.float32), "grad_scale": scale}
+    vars(optimizer).update(told)
+    try:
+        optimizer.step()
+    finally:
+        for name in told:
+            delattr(optimizer, name)
+    return norm
 
 
 def learning_rate_factor(

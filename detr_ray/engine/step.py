@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from detr_ray.engine.context import LeaveReason, WorkerContext
 from detr_ray.engine.errors import RunFailed
+from detr_ray.engine.memory import keep_freed_memory
 from detr_ray.engine.nonfinite import describe_nonfinite
+from detr_ray.engine.optimizer import clipped_update
 from detr_ray.loss import NonFiniteOutputs, SetCriterion
 from detr_ray.structures import Batch, ModelOutput, PaddedBatch, to_device
 
@@ -124,6 +126,8 @@ class TrainStep:
         self._skip_bad_images = skip_bad_images
         self._skip_nonfinite = skip_nonfinite
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if context.device.type == "cpu":
+            keep_freed_memory()
         self._wrapped = context.wrap(torch.compile(model) if compile_model else model)  # type: ignore[arg-type]
 
     def __call__(self, step: int, micro_batches: Sequence[PaddedBatch]) -> StepOutcome:
@@ -217,19 +221,21 @@ class TrainStep:
         return report
 
     def _update(self, step: int, outcome: StepOutcome, nonfinite: str | None) -> None:
-        """Clips, checks and applies the gradient, which is the same on all workers."""
+        """Clips and applies the gradient, which is the same on all workers, unless it is not finite."""
         started = time.perf_counter()
         self.context.enter("update", step)
-        self.scaler.unscale_(self.optimizer)
-        max_norm = self._clip_max_norm or float("inf")
-        norm = nn.utils.clip_grad_norm_(self._parameters, max_norm, foreach=True)
+        if self.scaler.is_enabled():  # leaves the update out by itself where something is not finite
+            self.scaler.unscale_(self.optimizer)
+            max_norm = self._clip_max_norm or float("inf")
+            norm = nn.utils.clip_grad_norm_(self._parameters, max_norm, foreach=True)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            norm = clipped_update(self.optimizer, self._parameters, self._clip_max_norm)
         outcome.grad_norm = float(norm)
         if not np.isfinite(outcome.grad_norm):
             outcome.skipped = True
             self._agree_on_nonfinite(step, nonfinite)
-        if not outcome.skipped or self.scaler.is_enabled():  # a scaler leaves the update out by itself
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.times.update += time.perf_counter() - started
 

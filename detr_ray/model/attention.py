@@ -46,21 +46,29 @@ class MultiheadAttention(nn.Module):
             ``[B, L, dim]``.
         """
         dim = self.out_proj.in_features
+        # Cut with one `split` each: a slice apiece would fill a gradient of the whole with zeros, for every slice.
         if query is key:
-            q, k = F.linear(query, self.in_proj_weight[: 2 * dim], self.in_proj_bias[: 2 * dim]).chunk(2, dim=-1)
+            weight, value_weight = self.in_proj_weight.split((2 * dim, dim))
+            bias, value_bias = self.in_proj_bias.split((2 * dim, dim))
+            q, k = F.linear(query, weight, bias).chunk(2, dim=-1)
         else:
-            q = F.linear(query, self.in_proj_weight[:dim], self.in_proj_bias[:dim])
-            k = F.linear(key, self.in_proj_weight[dim : 2 * dim], self.in_proj_bias[dim : 2 * dim])
-        v = F.linear(value, self.in_proj_weight[2 * dim :], self.in_proj_bias[2 * dim :])
-        gathered = F.scaled_dot_product_attention(
-            self._split_heads(q),
-            self._split_heads(k),
-            self._split_heads(v),
-            attn_mask=allowed,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
+            query_weight, key_weight, value_weight = self.in_proj_weight.chunk(3)
+            query_bias, key_bias, value_bias = self.in_proj_bias.chunk(3)
+            q, k = F.linear(query, query_weight, query_bias), F.linear(key, key_weight, key_bias)
+        v = F.linear(value, value_weight, value_bias)
+        gathered = self._gather(self._split_heads(q), self._split_heads(k), self._split_heads(v), allowed)
         out: Tensor = self.out_proj(gathered.transpose(1, 2).flatten(2))
         return out
+
+    def _gather(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
+        """The fused kernel, over ``[B, num_heads, L or S, dim / num_heads]``."""
+        dropout = self.dropout if self.training else 0.0
+        if q.device.type == "cpu" and q.dtype is torch.bfloat16 and torch.is_grad_enabled():
+            # The backward kernel of CPUs takes several times as long in bf16 as in fp32.
+            with torch.autocast("cpu", enabled=False):
+                exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), allowed, dropout)
+            return exact.to(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, allowed, dropout)
 
     def _split_heads(self, x: Tensor) -> Tensor:
         """``[B, L, dim]`` as ``[B, num_heads, L, dim / num_heads]``, without a copy."""

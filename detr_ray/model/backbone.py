@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d
 
+from detr_ray.model.convolution import convolve
+
 BACKBONES = {
     "resnet18": resnet.resnet18,
     "resnet34": resnet.resnet34,
@@ -25,19 +27,20 @@ STAGES_OF_STRIDE = {8: 2, 16: 3, 32: 4}
 """How many residual stages are kept, by the stride of the last one."""
 
 
-def _convolve(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
-    """Convolution and the norm behind it; a frozen norm is folded into the convolution's weights.
+def _convolve(x: Tensor, conv: nn.Conv2d, norm: nn.Module, shortcut: Tensor | None = None, relu: bool = True) -> Tensor:
+    """Convolution, the norm behind it, shortcut and ReLU; a frozen norm is folded into the convolution's weights.
 
     The fold is computed in the weights' own precision and, under autocast, rounded once afterwards. The gradient
     reaches ``conv.weight`` through the scale.
     """
-    if not isinstance(norm, FrozenBatchNorm2d):
-        out: Tensor = norm(conv(x))
-        return out
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    weight = conv.weight * scale.view(-1, 1, 1, 1)
-    shift = norm.bias - norm.running_mean * scale
-    return F.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
+    if isinstance(norm, FrozenBatchNorm2d):
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        shift = norm.bias - norm.running_mean * scale
+        return convolve(x, conv, conv.weight * scale.view(-1, 1, 1, 1), shift, shortcut, relu)
+    out: Tensor = norm(conv(x))
+    if shortcut is not None:
+        out += shortcut
+    return F.relu(out, inplace=True) if relu else out
 
 
 class ResidualBlock(nn.Module):
@@ -58,13 +61,14 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C_in, h, w]`` -> ``[B, C_out, h / stride, w / stride]``."""
-        out = F.relu(_convolve(x, self.conv1, self.bn1), inplace=True)
+        shortcut = x
+        if self.downsample is not None:
+            shortcut = _convolve(x, self.downsample[0], self.downsample[1], relu=False)
+        out = _convolve(x, self.conv1, self.bn1)
+        if not self.has_bottleneck:
+            return _convolve(out, self.conv2, self.bn2, shortcut)
         out = _convolve(out, self.conv2, self.bn2)
-        if self.has_bottleneck:
-            out = _convolve(F.relu(out, inplace=True), self.conv3, self.bn3)
-        shortcut = x if self.downsample is None else _convolve(x, self.downsample[0], self.downsample[1])
-        out += shortcut
-        return F.relu(out, inplace=True)
+        return _convolve(out, self.conv3, self.bn3, shortcut)
 
 
 class ResNetBody(nn.Module):
@@ -86,7 +90,7 @@ class ResNetBody(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images ``[B, 3, H, W]`` -> the last stage's features ``[B, C, h, w]``."""
-        x = F.relu(_convolve(images, self.conv1, self.bn1), inplace=True)
+        x = _convolve(images, self.conv1, self.bn1)
         x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
         for stage in range(1, self.num_stages + 1):
             x = self.get_submodule(f"layer{stage}")(x)

@@ -34,7 +34,7 @@ class BoxHead(nn.Module):
     def forward(self, objects: Tensor) -> Tensor:
         """``[..., dim]`` -> ``[..., 4]``."""
         for layer in self.layers[:-1]:
-            objects = F.relu(layer(objects), inplace=True)
+            objects = F.relu(layer(objects))
         out: Tensor = self.layers[-1](objects)
         return out
 

@@ -49,7 +49,7 @@ class EncoderLayer(nn.Module):
         return out
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.linear2(self.dropout(F.relu(self.linear1(x), inplace=True)))
+        out: Tensor = self.linear2(self.dropout(F.relu(self.linear1(x))))
         return out
 
 
@@ -108,7 +108,7 @@ class DecoderLayer(nn.Module):
         return out
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.linear2(self.dropout(F.relu(self.linear1(x), inplace=True)))
+        out: Tensor = self.linear2(self.dropout(F.relu(self.linear1(x))))
         return out
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from detr_ray.engine.optimizer import build_optimizer, learning_rate_factor, set_learning_rate
+from detr_ray.engine.optimizer import build_optimizer, clipped_update, learning_rate_factor, set_learning_rate
 from detr_ray.model import build_model
 
 
@@ -86,3 +86,63 @@ def test_the_backbone_has_a_rate_of_its_own() -> None:
     assert not any(".conv1." in name and "layer" not in name for name in backbone), "the stem does not train"
     set_learning_rate(optimizer, 0.5)
     assert [group["lr"] for group in optimizer.param_groups] == [5e-5, 5e-6]
+
+
+def small_network() -> nn.Module:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(16, 2))
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def give_gradient(network: nn.Module, seed: int) -> None:
+    images = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
+    network.zero_grad()
+    network(images.contiguous(memory_format=torch.channels_last)).square().sum().backward()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("max_norm", [0.1, 1e9, 0.0])
+def test_a_clipped_update_is_clipping_and_updating(fused: bool, max_norm: float) -> None:
+    ours, torchs = small_network(), small_network()
+    optimizer = torch.optim.AdamW(ours.parameters(), lr=1e-2, fused=fused)
+    expected = torch.optim.AdamW(torchs.parameters(), lr=1e-2, foreach=True)
+    for step in range(3):
+        give_gradient(ours, step)
+        give_gradient(torchs, step)
+        norm = clipped_update(optimizer, list(ours.parameters()), max_norm)
+        torch.testing.assert_close(norm, nn.utils.clip_grad_norm_(torchs.parameters(), max_norm or float("inf")))
+        expected.step()
+        for parameter, other in zip(ours.parameters(), torchs.parameters(), strict=True):
+            torch.testing.assert_close(parameter, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_changes_nothing(fused: bool, bad: float) -> None:
+    network, undisturbed = small_network(), small_network()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2, fused=fused)
+    other = torch.optim.AdamW(undisturbed.parameters(), lr=1e-2, fused=fused)
+    for step in (0, 1, 2):
+        give_gradient(network, step)
+        give_gradient(undisturbed, step)
+        if step == 1:
+            next(network.parameters()).grad[0, 0, 0, 0] = bad  # type: ignore[index]
+            assert not clipped_update(optimizer, list(network.parameters()), 0.1).isfinite()
+        else:
+            clipped_update(optimizer, list(network.parameters()), 0.1)
+            clipped_update(other, list(undisturbed.parameters()), 0.1)
+    for parameter, expected in zip(network.parameters(), undisturbed.parameters(), strict=True):
+        assert torch.equal(parameter, expected)
+        assert torch.equal(torch.as_tensor(optimizer.state[parameter]["step"]), torch.tensor(2.0))
+
+
+def test_gradients_and_moments_lie_in_memory_as_their_parameters() -> None:
+    """The fused update on CPUs walks through memory without a look at strides: another order mixes weights up."""
+    network = small_network()
+    give_gradient(network, 0)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2, fused=True)
+    optimizer.step()
+    for parameter in network.parameters():
+        assert parameter.grad is not None and parameter.grad.stride() == parameter.stride()
+        assert optimizer.state[parameter]["exp_avg"].stride() == parameter.stride()
+        assert optimizer.state[parameter]["exp_avg_sq"].stride() == parameter.stride()
