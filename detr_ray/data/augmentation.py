@@ -26,6 +26,9 @@ _DECIDING_SIZE = slice(1, 6)
 # (35 times as long as wide at the default scales) is not cut: one image would take gigabytes on its way.
 LONGEST_UNCUT_PX = 21_000
 
+_PIECE = 8192
+"""Samples that are drawn at a time: all that is computed on the way then stays in the processor's cache."""
+
 
 @dataclass(frozen=True, slots=True)
 class AugmentValues:
@@ -90,15 +93,19 @@ def resized_sizes(sizes: np.ndarray, short: np.ndarray, max_size: int | None = N
     Returns:
         ``[n, 2]`` int32 (height, width), at least 1 pixel.
     """
-    sizes = sizes.astype(np.int64)
-    shortest, longest = sizes.min(axis=1), sizes.max(axis=1)
+    # Column by column: reducing rows of two takes several times as long.
+    heights, widths = np.ascontiguousarray(sizes.T, dtype=np.int64)
+    shortest, longest = np.minimum(heights, widths), np.maximum(heights, widths)
     short = np.broadcast_to(np.asarray(short, dtype=np.int64), shortest.shape)
     if max_size is not None:
         too_long = longest / shortest * short > max_size
         short = np.where(too_long, np.rint(max_size * shortest / longest).astype(np.int64).clip(min=1), short)
     long = np.where(shortest == short, longest, (short * longest / shortest).astype(np.int64))
-    is_wide = sizes[:, 1] >= sizes[:, 0]
-    return np.stack([np.where(is_wide, short, long), np.where(is_wide, long, short)], axis=1).astype(np.int32)
+    is_wide = widths >= heights
+    resized = np.empty((len(heights), 2), np.int32)
+    resized[:, 0] = np.where(is_wide, short, long)
+    resized[:, 1] = np.where(is_wide, long, short)
+    return resized
 
 
 def draw(sizes: np.ndarray, uniform: np.ndarray, values: AugmentValues) -> Draws:
@@ -109,9 +116,19 @@ def draw(sizes: np.ndarray, uniform: np.ndarray, values: AugmentValues) -> Draws
         uniform: ``[n, DRAWS_PER_SAMPLE]`` in [0, 1).
         values: what to draw from.
     """
-    u_flip, u_crop, u_scale, u_crop_scale, u_width, u_height, u_top, u_left = uniform.T
+    pieces = [
+        _draw_piece(sizes[start : start + _PIECE], uniform[start : start + _PIECE], values)
+        for start in range(0, max(len(sizes), 1), _PIECE)
+    ]
+    if len(pieces) == 1:
+        return pieces[0]
+    return Draws(*(np.concatenate([getattr(piece, name) for piece in pieces]) for name in Draws.__slots__))
+
+
+def _draw_piece(sizes: np.ndarray, uniform: np.ndarray, values: AugmentValues) -> Draws:
+    u_flip, u_crop, u_scale, u_crop_scale, u_width, u_height, u_top, u_left = np.ascontiguousarray(uniform.T)
     resize = resized_sizes(sizes, _choice(values.crop_scales, u_crop_scale))
-    is_cropped = (u_crop < values.crop) & (resize.max(axis=1) <= LONGEST_UNCUT_PX)
+    is_cropped = (u_crop < values.crop) & (np.maximum(resize[:, 0], resize[:, 1]) <= LONGEST_UNCUT_PX)
     crop_height = _between(values.crop_min, resize[:, 0], values.crop_max, u_height)
     crop_width = _between(values.crop_min, resize[:, 1], values.crop_max, u_width)
     top = _below(resize[:, 0] - crop_height + 1, u_top)
@@ -140,6 +157,8 @@ def share_draws(uniform: np.ndarray, sizes: np.ndarray, count: int) -> np.ndarra
     Returns:
         The numbers for `draw`, ``[n, DRAWS_PER_SAMPLE]``.
     """
+    if count == 1:
+        return uniform
     by_aspect = np.argsort(sizes[:, 0] / sizes[:, 1], kind="stable")
     givers = by_aspect[np.arange(len(sizes)) // count * count]
     shared = uniform.copy()

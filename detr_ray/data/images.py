@@ -44,7 +44,21 @@ class ImageError(DataError):
     """One image that cannot be used; the message names the file and the reason."""
 
 
-def decode_image(data: bytes, name: str, size: tuple[int, int] | None = None) -> Tensor:
+def reduction(stored: tuple[int, int], wanted: tuple[int, int], margin: float) -> int:
+    """By how much (1, 2, 4, 8) an image may be made smaller while it is decoded.
+
+    Args:
+        stored: (height, width) in pixels. Only what divides both is considered, so that no pixel is cut in two.
+        wanted: (height, width) that the image is resized to next.
+        margin: the reduced image has at least this many times as many pixels along each side as are wanted.
+    """
+    fitting = (
+        k for k in (8, 4, 2) if all(a % k == 0 and a >= k * margin * b for a, b in zip(stored, wanted, strict=True))
+    )
+    return next(fitting, 1)
+
+
+def decode_image(data: bytes, name: str, size: tuple[int, int] | None = None, reduced: int = 1) -> Tensor:
     """Decodes an image file of any format that torchvision or Pillow know.
 
     JPEGs go through torchvision's decoder (which reports truncated data), all else and the kinds of JPEG that it does
@@ -55,6 +69,9 @@ def decode_image(data: bytes, name: str, size: tuple[int, int] | None = None) ->
         name: what to call the image in messages.
         size: (height, width) in pixels that the annotations were made on. Some annotation tools ignore the EXIF
             orientation: where only the image as stored has this size, it is left as stored.
+        reduced: 2, 4 or 8 to get a JPEG at that fraction of ``size``, which both its sides have to be multiples of.
+            The decoder then skips the finest frequencies instead of computing pixels that are averaged afterwards.
+            Other formats, and JPEGs that their decoder will not reduce so, come as they are.
 
     Returns:
         ``[3, H, W]`` uint8 RGB; not contiguous (the channels of a pixel lie together, as decoders leave them).
@@ -69,6 +86,10 @@ def decode_image(data: bytes, name: str, size: tuple[int, int] | None = None) ->
         if size is not None and (stored := _jpeg_size(data)) is not None and sorted(stored) != sorted(size):
             # Said before decoding: a damaged header can claim gigabytes.
             raise _wrong_size(name, stored, size)
+        if size is not None and reduced > 1:
+            pixels = _decode_reduced(data, name, (size[0] // reduced, size[1] // reduced), reduced)
+            if pixels is not None:
+                return pixels
         decode = _decode_jpeg
     else:
         decode = _decode_with_pillow
@@ -170,6 +191,23 @@ def _decode_jpeg(data: bytes, name: str, upright: bool) -> Tensor:
         if "support" not in str(error):
             raise _damaged(name, error) from error
     return _decode_with_pillow(data, name, upright)
+
+
+def _decode_reduced(data: bytes, name: str, size: tuple[int, int], reduced: int) -> Tensor | None:
+    """A JPEG at a fraction of its size; None where it does not come out at that ``size``."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.format != "JPEG" or image.mode not in ("L", "RGB"):
+                return None
+            image.draft(None, (image.width // reduced, image.height // reduced))
+            if sorted(image.size) != sorted(size):
+                return None
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+            found = [each for each in (upright, image) if (each.height, each.width) == size]
+            return torch.from_numpy(_to_rgb(found[0], name)).permute(2, 0, 1) if found else None
+    except Exception as error:
+        raise _damaged(name, error) from error
 
 
 def _decode_with_pillow(data: bytes, name: str, upright: bool) -> Tensor:

@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from detr_ray.data.augmentation import apply_to_boxes, apply_to_image
-from detr_ray.data.images import ImageError, ImageReader, decode_image
+from detr_ray.data.images import ImageError, ImageReader, decode_image, reduction
 from detr_ray.data.index import CocoIndex
 from detr_ray.data.label_map import LabelMap
 from detr_ray.structures import PaddedBatch, SamplePlan
@@ -38,11 +37,16 @@ class BatchLoader:
         index: the data set's images and boxes.
         label_map: turns its category ids into labels; has to know all of them.
         reader: reads its images; the index's own by default.
+        reduce: JPEGs that are at least twice this many times as large as they are wanted may be decoded at a fraction
+            of their size, of which at least this many times the wanted size is left; None to decode all as stored.
     """
 
-    def __init__(self, index: CocoIndex, label_map: LabelMap, reader: ImageReader | None = None) -> None:
+    def __init__(
+        self, index: CocoIndex, label_map: LabelMap, reader: ImageReader | None = None, reduce: float | None = None
+    ) -> None:
         self.index = index
         self.label_map = label_map
+        self.reduce = reduce
         self.reader = ImageReader(index) if reader is None else reader
 
     def load(self, samples: Sequence[SamplePlan]) -> PaddedBatch:
@@ -80,20 +84,22 @@ class BatchLoader:
         """The batch of the samples whose images are being read."""
         height = max(sample.size[0] for sample in samples)
         width = max(sample.size[1] for sample in samples)
-        images = np.zeros((len(samples), 3, height, width), np.uint8)
+        # As decoders leave pixels and as convolutions take them: a row of an image is copied whole.
+        pixels = np.empty((len(samples), height, width, 3), np.uint8)
         labels, boxes, bad_images = [], [], []
-        for image, sample, read in zip(images, samples, reads, strict=True):
+        for padded, sample, read in zip(pixels, samples, reads, strict=True):
             try:
-                self._load_image(sample, read, image)
+                self._load_image(sample, read, padded)
             except ImageError as error:
                 bad_images.append(str(error))
+                padded.fill(0)
                 image_labels, image_boxes = np.zeros(0, np.int64), np.zeros((0, 4), np.float32)
             else:
                 image_labels, image_boxes = self._load_boxes(sample)
             labels.append(image_labels)
             boxes.append(image_boxes)
         return PaddedBatch(
-            images=images,
+            images=pixels.transpose(0, 3, 1, 2),
             sizes=np.array([sample.size for sample in samples], np.int32),
             orig_sizes=np.array([self._stored_size(sample) for sample in samples], np.int32),
             image_ids=np.array([sample.image_id for sample in samples], np.int64),
@@ -108,10 +114,14 @@ class BatchLoader:
         return int(self.index.heights[sample.index]), int(self.index.widths[sample.index])
 
     def _load_image(self, sample: SamplePlan, read: Callable[[], bytes], padded: np.ndarray) -> None:
-        """Fills the top left of ``padded``, ``[3, H, W]`` zeros."""
-        pixels = decode_image(read(), self.reader.name(sample.index), self._stored_size(sample))
+        """Fills ``padded``, ``[H, W, 3]``: the image at the top left, zeros elsewhere."""
+        stored = self._stored_size(sample)
+        reduced = 1 if self.reduce is None else reduction(stored, sample.resize or sample.size, self.reduce)
+        pixels = decode_image(read(), self.reader.name(sample.index), stored, reduced)
         height, width = sample.size
-        torch.from_numpy(padded)[:, :height, :width] = apply_to_image(pixels, sample)
+        padded[:height, :width] = apply_to_image(pixels, sample).permute(1, 2, 0).numpy()
+        padded[:height, width:] = 0
+        padded[height:] = 0
 
     def _load_boxes(self, sample: SamplePlan) -> tuple[np.ndarray, np.ndarray]:
         labels, boxes_xyxy_px, areas = self.index.training_boxes(sample.index, self.label_map)
@@ -122,9 +132,9 @@ class BatchLoader:
 def to_table(batch: PaddedBatch) -> pa.Table:
     """A table of one row that holds the batch: ``images`` as one binary value, the rest as flat lists.
 
-    No copy of the pixels is made where they are contiguous.
+    The pixels' bytes are ordered as BHWC. No copy of them is made where they lie so, as `BatchLoader` leaves them.
     """
-    images = np.ascontiguousarray(batch.images)
+    images = np.ascontiguousarray(batch.images.transpose(0, 2, 3, 1))
     buffer = pa.py_buffer(images.reshape(-1))
     offsets = pa.py_buffer(np.array([0, images.nbytes], np.int64))
     columns: dict[str, pa.Array] = {
@@ -151,7 +161,7 @@ def from_table(table: pa.Table) -> PaddedBatch:
         for name, (_, shape) in _COLUMNS.items()
     }
     return PaddedBatch(
-        images=_bytes_of(row["images"]).reshape(row["images_shape"][0].as_py()),
+        images=_bytes_of(row["images"]).reshape(row["images_shape"][0].as_py()).transpose(0, 3, 1, 2),
         bad_images=row["bad_images"][0].as_py(),
         **arrays,
     )

@@ -20,15 +20,22 @@ import numpy as np
 
 from detr_ray.data.augmentation import DRAWS_PER_SAMPLE, AugmentValues, Draws, draw, resized_sizes, share_draws
 from detr_ray.data.errors import DataError
-from detr_ray.data.grouping import order_by_shape
+from detr_ray.data.grouping import order_by_shape, order_part_by_shape
 from detr_ray.structures import SamplePlan
 
 CACHED_WINDOWS = 4
 
+LARGE_BATCH = 512
+"""Global batches above this are ordered by shape inside when they are asked for: a process that plans for one of many
+workers needs few of them, and ordering all of a window takes longer than anything else in planning it."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Window:
-    """A planned stretch of an epoch: rows of the index in the order they are taken, and what was drawn for them."""
+    """A planned stretch of an epoch: rows of the index in the order they are taken, and what was drawn for them.
+
+    The order within a large batch is not made yet.
+    """
 
     rows: np.ndarray
     draws: Draws
@@ -99,9 +106,11 @@ class Planner:
             self._shards = tuple(np.split(by_shard, np.flatnonzero(np.diff(shard_of[by_shard])) + 1))
         self._windows: OrderedDict[tuple[int, int], _Window] = OrderedDict()
         self._bounds: OrderedDict[int, tuple[int, ...]] = OrderedDict()
+        self._shuffled: tuple[int, np.ndarray] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_windows": OrderedDict(), "_bounds": OrderedDict()}
+        caches = {name: OrderedDict() for name in ("_windows", "_bounds")}
+        return self.__dict__ | caches | {"_shuffled": None}
 
     def place_of(self, step: int) -> tuple[int, int]:
         """(epoch, step within the epoch), both from 0."""
@@ -109,22 +118,21 @@ class Planner:
 
     def global_batch(self, step: int) -> tuple[SamplePlan, ...]:
         """The samples of one step, neighbours being of like shape."""
-        epoch, step_of_epoch = self.place_of(step)
-        bounds = self.window_bounds(epoch)
-        number = bisect.bisect_right(bounds, step_of_epoch) - 1
-        window = self._window(epoch, number)
-        size, batch = self.global_batch_size, step_of_epoch - bounds[number]
-        taken = slice(batch * size, (batch + 1) * size)
-        rows = window.rows[taken]
-        draws = window.draws
+        return self.samples(step, 0, self.global_batch_size)
+
+    def samples(self, step: int, first: int, last: int) -> tuple[SamplePlan, ...]:
+        """The samples ``first..last-1`` of one step's global batch."""
+        part = self._part(step, first, last)
+        rows, draws = part.rows, part.draws
+        start = step * self.global_batch_size + first
         columns = zip(
-            range(step * size, (step + 1) * size),
+            range(start, start + len(rows)),
             rows.tolist(),
             self.image_ids[rows].tolist(),
-            draws.flip[taken].tolist(),
-            draws.resize[taken].tolist(),
-            draws.crop[taken].tolist(),
-            draws.size[taken].tolist(),
+            draws.flip.tolist(),
+            draws.resize.tolist(),
+            draws.crop.tolist(),
+            draws.size.tolist(),
             strict=True,
         )
         return tuple(
@@ -143,7 +151,7 @@ class Planner:
     def epoch_sizes(self, epoch: int) -> np.ndarray:
         """Final sizes of a whole epoch, ``[steps_per_epoch, global_batch_size, 2]`` int32 (height, width) in pixels."""
         numbers = range(len(self.window_bounds(epoch)) - 1)
-        sizes = np.concatenate([self._plan_window(epoch, number).draws.size for number in numbers])
+        sizes = np.concatenate([self._plan_window(epoch, number, inside=True).draws.size for number in numbers])
         return sizes.reshape(self.steps_per_epoch, self.global_batch_size, 2)
 
     def window_bounds(self, epoch: int) -> tuple[int, ...]:
@@ -172,6 +180,12 @@ class Planner:
 
     def _permutation(self, epoch: int) -> np.ndarray:
         """Rows of the index in the order that an epoch takes them in, before they are grouped by shape."""
+        if self._shuffled is not None and self._shuffled[0] == epoch:
+            return self._shuffled[1]
+        self._shuffled = epoch, self._shuffle(epoch)
+        return self._shuffled[1]
+
+    def _shuffle(self, epoch: int) -> np.ndarray:
         words = self._words(epoch, 0)
         if self._shards_at_a_time is None:
             return np.argsort(words.random_raw(len(self.image_ids)), kind="stable")
@@ -179,17 +193,29 @@ class Planner:
         parts = [np.concatenate(group) for group in self._shard_groups(epoch)]
         return np.concatenate([part[np.argsort(words.random_raw(len(part)), kind="stable")] for part in parts])
 
+    def _part(self, step: int, first: int, last: int) -> _Window:
+        """Rows and draws of places ``first..last-1`` of one step."""
+        epoch, step_of_epoch = self.place_of(step)
+        bounds = self.window_bounds(epoch)
+        number = bisect.bisect_right(bounds, step_of_epoch) - 1
+        window = self._window(epoch, number)
+        start = (step_of_epoch - bounds[number]) * self.global_batch_size
+        if self.global_batch_size <= LARGE_BATCH:
+            return _taken(window, slice(start + first, start + last))
+        batch = _taken(window, slice(start, start + self.global_batch_size))
+        return _taken(batch, order_part_by_shape(batch.draws.size, first, last))
+
     def _window(self, epoch: int, number: int) -> _Window:
         key = (epoch, number)
         if key in self._windows:
             self._windows.move_to_end(key)
         else:
-            self._windows[key] = self._plan_window(epoch, number)
+            self._windows[key] = self._plan_window(epoch, number, inside=self.global_batch_size <= LARGE_BATCH)
             if len(self._windows) > CACHED_WINDOWS:
                 self._windows.popitem(last=False)
         return self._windows[key]
 
-    def _plan_window(self, epoch: int, number: int) -> _Window:
+    def _plan_window(self, epoch: int, number: int, *, inside: bool) -> _Window:
         size = self.global_batch_size
         first, last = self.window_bounds(epoch)[number : number + 2]
         rows = self._permutation(epoch)[first * size : last * size]
@@ -199,14 +225,20 @@ class Planner:
         uniform = share_draws(uniform, self.sizes[rows], self.augment.shared_draws)
         draws = draw(self.sizes[rows], uniform, self.augment)
 
-        batches = order_by_shape(draws.size, size).reshape(-1, size)
+        batches = order_by_shape(draws.size, size, inside=inside).reshape(-1, size)
         order = batches[np.argsort(words.random_raw(len(batches)), kind="stable")].ravel()
-        ordered = Draws(draws.flip[order], draws.resize[order], draws.crop[order], draws.size[order])
-        return _Window(rows[order], ordered)
+        return _taken(_Window(rows, draws), order)
 
     def _words(self, epoch: int, stream: int) -> np.random.PCG64:
         """A source of random words for one purpose: stream 0 shuffles the epoch, the others are its windows'."""
         return np.random.PCG64(np.random.SeedSequence([self.seed, epoch, stream]))
+
+
+def _taken(window: _Window, which: slice | np.ndarray) -> _Window:
+    draws = window.draws
+    return _Window(
+        window.rows[which], Draws(draws.flip[which], draws.resize[which], draws.crop[which], draws.size[which])
+    )
 
 
 def _cut_evenly(start: int, end: int, most: int) -> tuple[int, ...]:
@@ -234,20 +266,32 @@ def split_global_batch(
     Raises:
         DataError: there are fewer images than workers.
     """
-    if len(batch) < world_size:
+    bounds = share_bounds(len(batch), world_size, rank, micro_batch_size)
+    return [tuple(batch[first:last]) for first, last in bounds]
+
+
+def share_bounds(
+    global_batch_size: int, world_size: int, rank: int, micro_batch_size: int | None = None
+) -> list[tuple[int, int]]:
+    """The same as places in the global batch: (first, last + 1) of each micro-batch.
+
+    Raises:
+        DataError: there are fewer images than workers.
+    """
+    if global_batch_size < world_size:
         raise DataError(
-            f"train.global_batch_size={len(batch)} is less than the number of workers, {world_size}: some would have "
-            "nothing to do. Raise train.global_batch_size or lower train.num_workers"
+            f"train.global_batch_size={global_batch_size} is less than the number of workers, {world_size}: some would "
+            "have nothing to do. Raise train.global_batch_size or lower train.num_workers"
         )
-    share = _pieces(batch, world_size)[rank]
-    return _pieces(share, 1 if micro_batch_size is None else -(-len(share) // micro_batch_size))
+    first, last = _pieces(0, global_batch_size, world_size)[rank]
+    return _pieces(first, last, 1 if micro_batch_size is None else -(-(last - first) // micro_batch_size))
 
 
-def _pieces(samples: Sequence[SamplePlan], count: int) -> list[tuple[SamplePlan, ...]]:
-    """Neighbouring samples in ``count`` pieces whose lengths differ by one at most, longer ones first."""
-    least, longer = divmod(len(samples), count)
-    bounds = [piece * least + min(piece, longer) for piece in range(count + 1)]
-    return [tuple(samples[start:stop]) for start, stop in pairwise(bounds)]
+def _pieces(first: int, last: int, count: int) -> list[tuple[int, int]]:
+    """A range in ``count`` pieces whose lengths differ by one at most, longer ones first."""
+    least, longer = divmod(last - first, count)
+    bounds = [first + piece * least + min(piece, longer) for piece in range(count + 1)]
+    return list(pairwise(bounds))
 
 
 def plan_evaluation(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
 from detr_ray.data.loader import BatchLoader
-from detr_ray.data.planner import Planner, split_evaluation, split_global_batch
+from detr_ray.data.planner import Planner, share_bounds, split_evaluation
 from detr_ray.structures import PaddedBatch, SamplePlan
 
 A = TypeVar("A")
@@ -31,7 +32,7 @@ class WorkerPlan:
 
     Args:
         planner: plan of the training stream; None where nothing is trained.
-        evaluation: all batches of the validation set.
+        evaluation: gives all batches of the validation set; asked when they are needed, which may be never.
         world_size: number of workers.
         rank: this worker.
         micro_batch_size: most images of one forward pass; None for no limit.
@@ -40,7 +41,7 @@ class WorkerPlan:
     def __init__(
         self,
         planner: Planner | None,
-        evaluation: Sequence[tuple[SamplePlan, ...]],
+        evaluation: Callable[[], Sequence[tuple[SamplePlan, ...]]],
         world_size: int,
         rank: int,
         micro_batch_size: int | None,
@@ -49,13 +50,19 @@ class WorkerPlan:
         self._world_size = world_size
         self._rank = rank
         self._micro_batch_size = micro_batch_size
-        self.evaluation = split_evaluation(evaluation, world_size, rank)
+        self._plan_evaluation = evaluation
+
+    @functools.cached_property
+    def evaluation(self) -> list[tuple[SamplePlan, ...]]:
+        """This worker's batches of the validation set."""
+        return split_evaluation(self._plan_evaluation(), self._world_size, self._rank)
 
     def step(self, step: int) -> list[tuple[SamplePlan, ...]]:
         """This worker's micro-batches of one step."""
         assert self._planner is not None, "an evaluation has no training steps"
-        batch = self._planner.global_batch(step)
-        return split_global_batch(batch, self._world_size, self._rank, self._micro_batch_size)
+        size = self._planner.global_batch_size
+        bounds = share_bounds(size, self._world_size, self._rank, self._micro_batch_size)
+        return [self._planner.samples(step, first, last) for first, last in bounds]
 
 
 class LocalBatches:

@@ -5,16 +5,18 @@ Light on purpose: data tasks import it, and neither the model nor the loss.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 from detr_ray.config import Config
 from detr_ray.data.augmentation import AugmentValues
-from detr_ray.data.images import ImageReader
 from detr_ray.data.index import CocoIndex
 from detr_ray.data.label_map import LabelMap
 from detr_ray.data.loader import BatchLoader
 from detr_ray.data.planner import Planner, plan_evaluation
 from detr_ray.engine.batches import WorkerPlan
+from detr_ray.structures import SamplePlan
 
 # Fewer samples, or fewer batches, to choose from leave batches of unlike shapes.
 MIN_WINDOW = 4096
@@ -38,35 +40,45 @@ class PlannedData:
     label_map: LabelMap
 
     def plan(self, world_size: int, rank: int) -> WorkerPlan:
-        """One worker's part of the plan."""
+        """One worker's part of the plan; those of one process share what they plan."""
+        planner = None if self.train is None else self._planner
+        return WorkerPlan(planner, lambda: self._evaluation, world_size, rank, self.config.train.micro_batch_size)
+
+    @functools.cached_property
+    def _planner(self) -> Planner:
         config = self.config
-        planner = None
-        if self.train is not None:
-            planner = Planner(
-                heights=self.train.heights,
-                widths=self.train.widths,
-                image_ids=self.train.image_ids,
-                seed=config.run.seed,
-                global_batch_size=config.train.global_batch_size,
-                augment=AugmentValues(**config.data.augment.model_dump()),
-                window=config.data.window or max(MIN_WINDOW, MIN_WINDOW_BATCHES * config.train.global_batch_size),
-                shard_of=None if self.train.shards is None else self.train.shards.file_of,
-                shards_at_a_time=config.data.shard_window,
-            )
-        evaluation = []
-        if self.val is not None:
-            evaluation = plan_evaluation(
-                self.val.heights,
-                self.val.widths,
-                self.val.image_ids,
-                size=config.eval.size,
-                max_size=config.eval.max_size,
-                batch_size=config.eval.batch_size,
-            )
-        return WorkerPlan(planner, evaluation, world_size, rank, config.train.micro_batch_size)
+        assert self.train is not None
+        return Planner(
+            heights=self.train.heights,
+            widths=self.train.widths,
+            image_ids=self.train.image_ids,
+            seed=config.run.seed,
+            global_batch_size=config.train.global_batch_size,
+            augment=AugmentValues(**config.data.augment.model_dump()),
+            window=config.data.window or max(MIN_WINDOW, MIN_WINDOW_BATCHES * config.train.global_batch_size),
+            shard_of=None if self.train.shards is None else self.train.shards.file_of,
+            shards_at_a_time=config.data.shard_window,
+        )
+
+    @functools.cached_property
+    def _evaluation(self) -> list[tuple[SamplePlan, ...]]:
+        if self.val is None:
+            return []
+        return plan_evaluation(
+            self.val.heights,
+            self.val.widths,
+            self.val.image_ids,
+            size=self.config.eval.size,
+            max_size=self.config.eval.max_size,
+            batch_size=self.config.eval.batch_size,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_planner", "_evaluation")}
 
     def loaders(self) -> tuple[BatchLoader | None, BatchLoader | None]:
         """Loaders of training and of validation samples."""
-        train = None if self.train is None else BatchLoader(self.train, self.label_map, ImageReader(self.train))
-        val = None if self.val is None else BatchLoader(self.val, self.label_map, ImageReader(self.val))
+        reduce = self.config.data.reduced_decoding
+        train = None if self.train is None else BatchLoader(self.train, self.label_map, reduce=reduce)
+        val = None if self.val is None else BatchLoader(self.val, self.label_map, reduce=reduce)
         return train, val

@@ -10,6 +10,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.transforms.v2 import functional as reference
 
 from detr_ray.data.augmentation import (
@@ -240,6 +241,18 @@ def test_pixels_are_those_of_torchvision(layout):
         assert result.shape == (3, *steps.size)
         torch.testing.assert_close(result, expected, rtol=0, atol=0)
         torch.testing.assert_close(image, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("size", [(300, 400), (120, 90), (97, 131), (61, 47), (33, 200), (121, 160)])
+def test_pixels_are_those_of_pillow_within_one_level(size):
+    """The published code resizes with Pillow: bilinear with its antialiasing, larger and smaller."""
+    rng = np.random.default_rng(size[0])
+    pixels = rng.integers(0, 256, (120, 160, 3), dtype=np.uint8)
+    resized = apply_to_image(torch.from_numpy(pixels).permute(2, 0, 1), plan(size)).permute(1, 2, 0).numpy()
+    expected = np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BILINEAR))
+    difference = np.abs(resized.astype(int) - expected)
+    assert difference.max() <= 1
+    assert difference.mean() < 0.25
 
 
 def test_boxes_follow_the_pixels():

@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageOps
 
 from detr_ray.data.errors import DataError
-from detr_ray.data.images import ImageError, ImageReader, decode_image, read_image_size
+from detr_ray.data.images import ImageError, ImageReader, decode_image, read_image_size, reduction
 from detr_ray.data.index import read_coco_index
 
 HEIGHT, WIDTH = 37, 53
@@ -313,3 +313,64 @@ def test_real_images_have_the_size_that_their_annotations_say(coco128: Path) -> 
 
 def coco_paths(coco128: Path) -> tuple[str, str]:
     return str(next(coco128.glob("**/instances*.json"))), str(next(coco128.glob("**/*.jpg")).parent)
+
+
+# ---- decoding at a fraction of the size
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted", "margin", "expected"),
+    [
+        ((480, 640), (480, 640), 2.0, 1),
+        ((1920, 2560), (480, 640), 2.0, 2),
+        ((1920, 2560), (481, 640), 2.0, 1),  # one pixel too many
+        ((1920, 2560), (480, 640), 1.0, 4),
+        ((3840, 5120), (480, 640), 2.0, 4),
+        ((9600, 9600), (400, 400), 2.0, 8),
+        ((1922, 2560), (400, 500), 2.0, 2),  # 1922 / 4 is no whole number
+        ((1921, 2560), (400, 500), 2.0, 1),
+        ((200, 4000), (100, 100), 2.0, 1),  # the short side decides
+    ],
+)
+def test_reduction(stored: tuple[int, int], wanted: tuple[int, int], margin: float, expected: int) -> None:
+    assert reduction(stored, wanted, margin) == expected
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_a_reduced_image_is_the_whole_one_averaged(mode: str, factor: int) -> None:
+    size = (160, 240)
+    data = encode(picture(*size).convert(mode), "JPEG", quality=95)
+    whole = pixels(decode_image(data, "a.jpg", size)).astype(float)
+    reduced = pixels(decode_image(data, "a.jpg", size, factor))
+    assert reduced.shape == (160 // factor, 240 // factor, 3)
+    blocks = whole.reshape(160 // factor, factor, 240 // factor, factor, 3).mean(axis=(1, 3))
+    assert np.abs(reduced - blocks).max() < 4
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_reduced_image_is_turned_as_the_whole_one_is(orientation: int) -> None:
+    stored = picture(160, 240)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(stored, "JPEG", quality=95, exif=exif)
+    upright = (240, 160) if orientation >= 5 else (160, 240)
+    for size in {upright, (160, 240)}:  # annotated with the orientation, and without it
+        whole = pixels(decode_image(data, "a.jpg", size)).astype(float)
+        reduced = pixels(decode_image(data, "a.jpg", size, 2))
+        blocks = whole.reshape(size[0] // 2, 2, size[1] // 2, 2, 3).mean(axis=(1, 3))
+        assert np.abs(reduced - blocks).max() < 4
+
+
+@pytest.mark.parametrize(("mode", "file_format"), [("CMYK", "JPEG"), ("RGB", "PNG"), ("RGBA", "WEBP")])
+def test_what_cannot_be_reduced_comes_whole(mode: str, file_format: str) -> None:
+    data = encode(picture(160, 240).convert(mode), file_format)
+    assert pixels(decode_image(data, "a.x", (160, 240), 4)).shape == (160, 240, 3)
+
+
+def test_faults_are_named_in_reduced_images_too() -> None:
+    data = encode(picture(160, 240), "JPEG", quality=95)
+    with pytest.raises(ImageError, match=r"a\.jpg: damaged image: .*truncated"):
+        decode_image(data[: len(data) // 2], "a.jpg", (160, 240), 2)
+    with pytest.raises(ImageError, match=r"a\.jpg: the image is 160x240 .* say 320x480"):
+        decode_image(data, "a.jpg", (320, 480), 2)

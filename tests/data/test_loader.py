@@ -90,6 +90,36 @@ def test_a_batch_is_its_samples_one_by_one_padded_right_and_below(index: CocoInd
     assert 0 in batch.counts
 
 
+def test_pixels_lie_as_convolutions_take_them(index: CocoIndex) -> None:
+    """Also after the way through a table: nobody has to turn them round."""
+    batch = loader_of(index).load(training_plans(index)[:3])
+    for images in (batch.images, from_table(to_table(batch)).images):
+        assert images.transpose(0, 2, 3, 1).flags.c_contiguous
+
+
+def test_large_photos_may_be_decoded_at_a_fraction_of_their_size(tmp_path: Path) -> None:
+    """Only where it was asked for; waves as fine as the small image can hold change more than photos."""
+    y, x = np.mgrid[0:960, 0:1280]
+    waves = [127 + 120 * np.sin(x / a) * np.cos(y / b) for a, b in ((7, 11), (23, 5), (90, 40))]
+    (tmp_path / "images").mkdir()
+    Image.fromarray(np.stack(waves, axis=2).astype(np.uint8)).save(tmp_path / "images" / "a.jpg", quality=90)
+    content = {
+        "images": [{"id": 1, "file_name": "a.jpg", "height": 960, "width": 1280}],
+        "annotations": [],
+        "categories": [{"id": 1, "name": "waves"}],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    index = read_coco_index(str(tmp_path / "a.json"), str(tmp_path / "images"))
+    label_map = LabelMap.contiguous(index.categories)
+    plans = [plain_plan(index, 0, size=size) for size in ((240, 320), (241, 322), (120, 160))]
+    whole = [BatchLoader(index, label_map).load([plan]) for plan in plans]
+    reduced = [BatchLoader(index, label_map, reduce=2.0).load([plan]) for plan in plans]
+    differences = [np.abs(a.images.astype(int) - b.images) for a, b in zip(whole, reduced, strict=True)]
+    assert differences[0].any() and differences[2].any()
+    assert not differences[1].any()  # half of the photo is less than twice that size
+    assert max(difference.mean() for difference in differences) < 1.5
+
+
 def test_boxes_lie_where_augmentation_puts_the_pixels(tmp_path: Path) -> None:
     """A white rectangle on black: after any draw, its box is where the white pixels are, and gone where they are."""
     pixels = np.zeros((60, 90, 3), np.uint8)

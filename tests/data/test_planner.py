@@ -10,12 +10,14 @@ import pytest
 
 from detr_ray.data.augmentation import AugmentValues
 from detr_ray.data.errors import DataError
-from detr_ray.data.grouping import order_by_shape
+from detr_ray.data.grouping import measure_orders, order_by_shape, order_part_by_shape
 from detr_ray.data.index import CocoIndex, read_coco_index
 from detr_ray.data.planner import (
+    LARGE_BATCH,
     Planner,
     padding_fraction,
     plan_evaluation,
+    share_bounds,
     split_evaluation,
     split_global_batch,
 )
@@ -361,7 +363,56 @@ def test_order_by_shape_cuts_like_the_rule_says(group):
     assert areas(order_by_shape(sizes, group)) == areas(halve(np.arange(len(sizes))))
 
 
+@pytest.mark.parametrize("group", [1, 2, 9, 100])
+def test_groups_can_be_ordered_inside_later(group):
+    rng = np.random.default_rng(group)
+    sizes = rng.integers(384, 700, (group * 21, 2)).astype(np.int32)
+    groups = order_by_shape(sizes, group, inside=False).reshape(-1, group)
+    later = np.concatenate([rows[order_by_shape(sizes[rows], group)] for rows in groups])
+    np.testing.assert_array_equal(later, order_by_shape(sizes, group))
+
+
+@pytest.mark.parametrize("count", [1, 7, 256, 257, 2000, 4099])
+@pytest.mark.parametrize("largest", [400, 1333])
+def test_a_part_of_a_group_is_what_the_whole_has_there(count, largest):
+    rng = np.random.default_rng(count)
+    sizes = rng.integers(384, largest, (count, 2)).astype(np.int32)
+    whole = order_by_shape(sizes, count)
+    for first, last in [(0, count), (0, 1), (count // 2, count), *np.sort(rng.integers(0, count, (20, 2))).tolist()]:
+        np.testing.assert_array_equal(order_part_by_shape(sizes, first, last), whole[first:last])
+
+
+@pytest.mark.parametrize("largest", [30, 1333, 32_767, 60_000])
+def test_images_are_ordered_by_each_measure(largest):
+    """Sides on both sides of the limit up to which a faster sort is used; equal measures keep their order."""
+    heights, widths = np.random.default_rng(largest).integers(1, largest, (2, 3000)).astype(np.int32)
+    heights[:4], widths[:4] = (
+        [largest, largest - 1, largest - 1, largest],
+        [largest - 1, largest - 2, largest - 1, largest],
+    )
+    measures = (heights, widths, heights / widths, heights.astype(np.int64) * widths)
+    expected = [np.argsort(measure, kind="stable") for measure in measures]
+    np.testing.assert_array_equal(measure_orders(heights, widths), expected)
+
+
 # ---- sharing a step
+
+
+@pytest.mark.parametrize("shared_draws", [1, 4])
+def test_a_worker_of_many_plans_its_samples_alone(shared_draws):
+    """Large global batches are ordered inside when they are asked for: the stream is the same."""
+    options = {"images": 4000, "global_batch_size": LARGE_BATCH + 138, "window": 4000, "shared_draws": shared_draws}
+    whole, planner = make_planner(**options), make_planner(**options)
+    for step in (0, 7, 3):
+        batch = whole.global_batch(step)
+        for rank in (0, 64, 129):
+            bounds = share_bounds(LARGE_BATCH + 138, 130, rank, 2)
+            mine = [planner.samples(step, first, last) for first, last in bounds]
+            assert mine == split_global_batch(batch, 130, rank, 2)
+    flat = [[sample.size for sample in batch] for batch in walk(whole, whole.steps_per_epoch)]
+    assert [[tuple(size) for size in batch] for batch in whole.epoch_sizes(0).tolist()] == flat
+    padding = padding_fraction(micro_batches(planner, planner.steps_per_epoch, 130))
+    assert padding < 0.05
 
 
 def test_shares_differ_by_one_and_keep_the_order():
