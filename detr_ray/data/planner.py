@@ -109,8 +109,8 @@ class Planner:
         self._shuffled: tuple[int, np.ndarray] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        caches = {name: OrderedDict() for name in ("_windows", "_bounds")}
-        return self.__dict__ | caches | {"_shuffled": None}
+        without_caches: dict[str, Any] = {"_windows": OrderedDict(), "_bounds": OrderedDict(), "_shuffled": None}
+        return self.__dict__ | without_caches
 
     def place_of(self, step: int) -> tuple[int, int]:
         """(epoch, step within the epoch), both from 0."""
