@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart cluster-up cluster-down test test-slow check format lock bench clean
+.PHONY: help install quickstart cluster-up cluster-down test test-slow check format lock bench profile clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ lock:  ## resolve the newest allowed versions into requirements.lock
 
 bench: $(READY)  ## measure this machine against a plain implementation (under 15 minutes); one: python -m benchmarks NAME
 	$(BIN)/python -m benchmarks
+
+profile: $(READY)  ## show where a training step's time goes: phases, parts of the model, operators
+	$(BIN)/python -m benchmarks.profiling
 
 clean:  ## remove the environment and caches; runs stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
