@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -13,13 +14,31 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional
 
-SCALES = tuple(range(480, 801, 32))
-CROP_SCALES = (400, 500, 600)
-CROP_MIN, CROP_MAX = 384, 600
-MAX_SIZE = 1333
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 Target = dict[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Lengths in pixels that are drawn from; the original's by default.
+
+    Attributes:
+        scales: of the short side in the end.
+        max_size: most that the long side may have.
+        crop_scales: of the short side before a crop.
+        crop_min: least side of a crop.
+        crop_max: most side of a crop.
+    """
+
+    scales: tuple[int, ...] = tuple(range(480, 801, 32))
+    max_size: int = 1333
+    crop_scales: tuple[int, ...] = (400, 500, 600)
+    crop_min: int = 384
+    crop_max: int = 600
+
+
+ORIGINAL = Sizes()
 
 
 class CocoFolder(Dataset):
@@ -28,11 +47,13 @@ class CocoFolder(Dataset):
     Args:
         annotations: COCO JSON.
         images: folder.
+        sizes: what the augmentation draws from.
     """
 
-    def __init__(self, annotations: str | Path, images: str | Path) -> None:
+    def __init__(self, annotations: str | Path, images: str | Path, sizes: Sizes = ORIGINAL) -> None:
         content = json.loads(Path(annotations).read_text())
         self.images = Path(images)
+        self.sizes = sizes
         self.records = sorted(content["images"], key=lambda record: record["id"])
         self.boxes_of: dict[int, list[dict]] = {record["id"]: [] for record in self.records}
         for annotation in content["annotations"]:
@@ -53,7 +74,7 @@ class CocoFolder(Dataset):
         boxes[:, 1::2].clamp_(0, image.height)
         labels = torch.tensor([a["category_id"] for a in annotations], dtype=torch.int64)
         keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
-        image, target = augment(image, {"boxes": boxes[keep], "labels": labels[keep]})
+        image, target = augment(image, {"boxes": boxes[keep], "labels": labels[keep]}, self.sizes)
         pixels = functional.normalize(functional.to_tensor(image), MEAN, STD)
         sides = torch.tensor([image.width, image.height, image.width, image.height])
         left_top, right_bottom = target["boxes"][:, :2], target["boxes"][:, 2:]
@@ -61,16 +82,16 @@ class CocoFolder(Dataset):
         return pixels, target
 
 
-def augment(image: Image.Image, target: Target) -> tuple[Image.Image, Target]:
+def augment(image: Image.Image, target: Target, sizes: Sizes) -> tuple[Image.Image, Target]:
     """Flip; then resize, or resize, crop and resize."""
     if random.random() < 0.5:
         image = functional.hflip(image)
         boxes = target["boxes"][:, [2, 1, 0, 3]] * torch.tensor([-1, 1, -1, 1])
         target = {**target, "boxes": boxes + torch.tensor([image.width, 0, image.width, 0])}
     if random.random() < 0.5:
-        image, target = resize(image, target, random.choice(CROP_SCALES), None)
-        image, target = random_crop(image, target)
-    return resize(image, target, random.choice(SCALES), MAX_SIZE)
+        image, target = resize(image, target, random.choice(sizes.crop_scales), None)
+        image, target = random_crop(image, target, sizes)
+    return resize(image, target, random.choice(sizes.scales), sizes.max_size)
 
 
 def resize(image: Image.Image, target: Target, short: int, max_size: int | None) -> tuple[Image.Image, Target]:
@@ -85,10 +106,10 @@ def resize(image: Image.Image, target: Target, short: int, max_size: int | None)
     return resized, {**target, "boxes": target["boxes"] * torch.tensor([ratio_x, ratio_y, ratio_x, ratio_y])}
 
 
-def random_crop(image: Image.Image, target: Target) -> tuple[Image.Image, Target]:
+def random_crop(image: Image.Image, target: Target, sizes: Sizes) -> tuple[Image.Image, Target]:
     """Cuts a region out; boxes are clipped to it, those outside of it dropped."""
-    width = random.randint(min(CROP_MIN, image.width), min(image.width, CROP_MAX))
-    height = random.randint(min(CROP_MIN, image.height), min(image.height, CROP_MAX))
+    width = random.randint(min(sizes.crop_min, image.width), min(image.width, sizes.crop_max))
+    height = random.randint(min(sizes.crop_min, image.height), min(image.height, sizes.crop_max))
     left, top = random.randint(0, image.width - width), random.randint(0, image.height - height)
     image = functional.crop(image, top, left, height, width)
     boxes = target["boxes"] - torch.tensor([left, top, left, top])
