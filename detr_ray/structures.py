@@ -150,27 +150,33 @@ def padding_mask(sizes: Tensor, height: int, width: int) -> Tensor:
     return (rows >= sizes[:, 0, None, None]) | (columns >= sizes[:, 1, None, None])
 
 
+def _copied(array: np.ndarray, device: torch.device) -> Tensor:
+    """An array's values on a device, in memory that may be written to (that of the object store may not)."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.require(array, requirements=["W", "C"]))
+    # The processor goes on while a GPU fetches what is in pinned memory; torch reuses it when that is done.
+    host = torch.from_numpy(np.empty(0, array.dtype)).new_empty(array.shape, pin_memory=device.type == "cuda")
+    host.numpy()[...] = array
+    return host.to(device, non_blocking=True)
+
+
 def to_device(padded: PaddedBatch, device: torch.device, channels_last: bool = False) -> Batch:
     """Copies a padded batch to a device and normalises it there; what travels is bytes, not floats."""
     height, width = padded.images.shape[2:]
-    sizes = torch.from_numpy(padded.sizes.astype(np.int64))
     padded_pixels = padded.images.shape[0] * height * width
     image_pixels = int(padded.sizes.astype(np.int64).prod(axis=1).sum())
 
-    # What came from another process is read-only memory of the object store: a copy lets go of it.
-    images = torch.from_numpy(np.require(padded.images, requirements="W")).to(device, non_blocking=True)
-    if channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
-    mean = torch.tensor(IMAGENET_MEAN, device=device).view(1, 3, 1, 1) * 255
-    std = torch.tensor(IMAGENET_STD, device=device).view(1, 3, 1, 1) * 255
-    images = images.to(torch.float32).sub_(mean).div_(std)
+    # The pixels as they lie: a pixel's colours together.
+    images = _copied(padded.images.transpose(0, 2, 3, 1), device).permute(0, 3, 1, 2)
+    images = images.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    mean, std = (_copied(np.array(values, np.float32) * 255, device) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    images = images.to(torch.float32).sub_(mean.view(1, 3, 1, 1)).div_(std.view(1, 3, 1, 1))
     mask = None
     if image_pixels < padded_pixels:
-        mask = padding_mask(sizes.to(device, non_blocking=True), height, width)
+        mask = padding_mask(_copied(padded.sizes.astype(np.int64), device), height, width)
         images.masked_fill_(mask[:, None], 0.0)
 
-    labels = torch.from_numpy(np.require(padded.labels, requirements="W")).to(device, non_blocking=True)
-    boxes = torch.from_numpy(np.require(padded.boxes_cxcywh, requirements="W")).to(device, non_blocking=True)
+    labels, boxes = _copied(padded.labels, device), _copied(padded.boxes_cxcywh, device)
     counts = padded.counts.tolist()
     targets = [
         Target(labels=image_labels, boxes=image_boxes)

@@ -79,7 +79,6 @@ class TrainingLoop:
         config = job.config
         self.job, self.context, self.batches, self.tracker = job, context, batches, tracker
         self.step = 0
-        self.num_skipped = 0
         self.num_bad_images = 0
         self.table = ""
         self._store = job.run.checkpoints
@@ -120,6 +119,7 @@ class TrainingLoop:
         )
         if restored is not None:
             self._train_step.scaler.load_state_dict(restored["scaler"])
+            self._train_step.num_skipped = restored["num_skipped"]
         self._scoring = None if job.data.val is None else BackgroundScoring(job.data, context)
         names = [*sorted(self.criterion.weights), *MEANS]
         self._meters = Meters(context, names, config.train.global_batch_size)
@@ -165,24 +165,31 @@ class TrainingLoop:
     def _after_step(self, outcome: StepOutcome, num_micro_batches: int) -> None:
         config = self.job.config.train
         self._record_stream(outcome)
-        if outcome.skipped:
-            self.num_skipped += 1
-            if self.num_skipped > config.max_nonfinite_steps:
-                raise RunFailed(
-                    f"step {self.step}: {self.num_skipped} updates were left out because something was not finite, "
-                    "more than train.max_nonfinite_steps; lower optim.lr or use another train.precision",
-                    agreed=True,
-                )
-        elif self.ema is not None:
-            self.ema.update(self.model)
+        if self.ema is not None:
+            self._train_step.settle()
+            if not outcome.skipped:
+                self.ema.update(self.model)
+        self._check_skipped()
         self._meters.add(outcome)
         self.step += 1
         if self.step % config.log_every_steps == 0 or self.step == self.job.total_steps or self.step == 1:
             self._log(num_micro_batches)
             self._note_scores(wait=False)
 
+    def _check_skipped(self, *, settle: bool = False) -> None:
+        """Ends a run that skips too much; without ``settle`` the last step is looked at after the next one only."""
+        if settle:
+            self._train_step.settle()
+        if self._train_step.num_skipped > self.job.config.train.max_nonfinite_steps:
+            raise RunFailed(
+                f"step {self.step}: {self._train_step.num_skipped} updates were left out because something was not "
+                "finite, more than train.max_nonfinite_steps; lower optim.lr or use another train.precision",
+                agreed=True,
+            )
+
     def _log(self, num_micro_batches: int) -> None:
         self.context.enter("adding up metrics", self.step)
+        self._check_skipped(settle=True)
         metrics = self._meters.flush(self._train_step.times, num_micro_batches)
         self._train_step.times = StepTimes()
         loss = sum(weight * metrics.get(f"train/{name}", 0.0) for name, weight in self.criterion.weights.items())
@@ -265,6 +272,7 @@ class TrainingLoop:
         and tries again at the next one. Only the last of a run has to succeed.
         """
         self._note_scores(wait=True)
+        self._check_skipped(settle=True)
         self.context.enter("writing a checkpoint", self.step)
         self._average_running_statistics()
         written: tuple[CheckpointInfo | None, str] = (None, "")
@@ -309,7 +317,7 @@ class TrainingLoop:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self._train_step.scaler.state_dict(),
             "ema_updates": 0 if self.ema is None else self.ema.num_updates,
-            "num_skipped": self.num_skipped,
+            "num_skipped": self._train_step.num_skipped,
             "num_bad_images": self.num_bad_images,
         }
         return {MODEL_FILE: model_file, TRAINING_FILE: training}
@@ -336,7 +344,7 @@ class TrainingLoop:
             self.ema.module.load_state_dict(model_file["ema"])
             self.ema.num_updates = training["ema_updates"]
         self.step, self._latest = training["step"], info
-        self.num_skipped, self.num_bad_images = training["num_skipped"], training["num_bad_images"]
+        self.num_bad_images = training["num_bad_images"]
         if self.context.rank == 0:
             self.context.say(f"going on from step {self.step} (epoch {self.step / self.job.steps_per_epoch:.2f})")
         return training

@@ -4,6 +4,9 @@ Before the forward pass all workers add up four numbers in one small sum: the bo
 batch, so that neither the number of workers nor accumulation changes the gradient, and whether anyone failed or was
 asked to stop, so that all of them leave at the same step. The random numbers of a step (dropout) are addressed by seed,
 step and rank, so that a resumed run draws what an undisturbed one would have drawn.
+
+On a GPU the processor runs ahead and waits once a step: for the costs of the matching, which it computes. Whether the
+update before was finite is looked at then, when the answer is there.
 """
 
 from __future__ import annotations
@@ -51,8 +54,8 @@ class StepOutcome:
 
     Attributes:
         losses: this worker's share of each loss (they add up over workers), detached, on the device.
-        grad_norm: norm of the whole gradient before clipping, the same on all workers.
-        skipped: whether the update was left out because something was not finite.
+        grad_norm: norm of the whole gradient before clipping, the same on all workers; known once it is settled.
+        skipped: whether the update was left out because something was not finite; known once it is settled.
         leave: why all workers are to leave now, if any of them is; the same on all.
         positions: stream positions of this worker's samples.
         image_ids: their image ids.
@@ -70,6 +73,17 @@ class StepOutcome:
     padded_pixels: int = 0
     image_pixels: int = 0
     bad_images: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Update:
+    """An update that the device may not have reached yet, and what to say of it if it turns out not to be finite."""
+
+    step: int
+    outcome: StepOutcome
+    norm: Tensor
+    nonfinite: str | None
+    rates: list[float]
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -94,6 +108,10 @@ class TrainStep:
         compile_model: run the forward pass through ``torch.compile``.
         skip_bad_images: go on when an image can't be read (its place is empty), instead of failing the run.
         skip_nonfinite: leave an update out when predictions or gradients aren't finite, instead of failing the run.
+
+    Attributes:
+        times: seconds of this worker by phase; whoever reads them starts them anew.
+        num_skipped: settled updates that were left out; a run that goes on sets it.
     """
 
     def __init__(
@@ -118,6 +136,8 @@ class TrainStep:
         self.context = context
         self.scaler = torch.amp.GradScaler(context.device.type, enabled=precision == "fp16")
         self.times = StepTimes()
+        self.num_skipped = 0
+        self._unsettled: _Update | None = None
         self._num_queries = num_queries
         self._seed = seed
         self._dtype = AUTOCAST_DTYPES[precision]
@@ -131,10 +151,11 @@ class TrainStep:
         self._wrapped = context.wrap(torch.compile(model) if compile_model else model)  # type: ignore[arg-type]
 
     def __call__(self, step: int, micro_batches: Sequence[PaddedBatch]) -> StepOutcome:
-        """Takes one step on this worker's share of global batch ``step``.
+        """Takes one step on this worker's share of global batch ``step``, and settles the one before.
 
         Raises:
-            RunFailed: an image can't be read or something is not finite, and the settings say to stop.
+            RunFailed: an image can't be read, or something was not finite in the step before (`settle`), and the
+                settings say to stop.
         """
         outcome = StepOutcome()
         num_boxes, class_weight_sum = self._agree(step, micro_batches, outcome)
@@ -166,10 +187,8 @@ class TrainStep:
             boxes, class_weight = boxes + sums[0], class_weight + sums[1]
         reason = self.context.leave_reason()
         numbers = torch.tensor(
-            [boxes, class_weight, failed, reason is not None],
-            dtype=torch.float64,
-            device=self.context.device,
-        )
+            [boxes, class_weight, failed, reason is not None], dtype=torch.float64
+        )  # of the host, so that nothing waits for the device
         boxes, class_weight, failures, leaving = self.context.all_reduce_sum(numbers).tolist()
         if failures:
             lines = [line for lines in self.context.gather(outcome.bad_images) for line in lines]
@@ -212,6 +231,7 @@ class TrainStep:
             if not self._skip_nonfinite:
                 seed_step(self._seed, step, self.context.rank)
                 report += "; " + describe_nonfinite(self.model, batch, self._autocast())
+        self.settle()  # the matching has waited for the device
         loss_done = time.perf_counter()
         self.context.enter("backward pass", step)
         self.scaler.scale(total).backward()
@@ -232,24 +252,37 @@ class TrainStep:
             self.scaler.update()
         else:
             norm = clipped_update(self.optimizer, self._parameters, self._clip_max_norm)
-        outcome.grad_norm = float(norm)
-        if not np.isfinite(outcome.grad_norm):
-            outcome.skipped = True
-            self._agree_on_nonfinite(step, nonfinite)
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        self._unsettled = _Update(step, outcome, norm, nonfinite, rates)
         self.optimizer.zero_grad(set_to_none=True)
         self.times.update += time.perf_counter() - started
 
-    def _agree_on_nonfinite(self, step: int, nonfinite: str | None) -> None:
+    def settle(self) -> None:
+        """Waits for the last update, and finds out whether it was finite; fills ``grad_norm`` and ``skipped``.
+
+        Raises:
+            RunFailed: it was not, and the settings say to stop. The update was left out all the same.
+        """
+        if self._unsettled is None:
+            return
+        update, self._unsettled = self._unsettled, None
+        update.outcome.grad_norm = float(update.norm)
+        if not np.isfinite(update.outcome.grad_norm):
+            update.outcome.skipped = True
+            self.num_skipped += 1
+            self._agree_on_nonfinite(update)
+
+    def _agree_on_nonfinite(self, update: _Update) -> None:
         """All workers see the same gradient, so all of them come here together and decide the same."""
-        reports = [report for report in self.context.gather(nonfinite) if report]
+        reports = [report for report in self.context.gather(update.nonfinite) if report]
         if not reports and self.scaler.is_enabled():
             return  # fp16: the loss scale was too large; the scaler leaves the update out and lowers it
         if self._skip_nonfinite:
             return
-        rates = ", ".join(f"{group['lr']:.3g}" for group in self.optimizer.param_groups)
+        rates = ", ".join(f"{rate:.3g}" for rate in update.rates)
         found = "\n  ".join(reports) or "the predictions are finite, the gradient is not"
         raise RunFailed(
-            f"step {step}: not finite (learning rates {rates}):\n  {found}\n"
+            f"step {update.step}: not finite (learning rates {rates}):\n  {found}\n"
             "Lower optim.lr, add optim.warmup_epochs, use train.precision=bf16 or fp32, or set train.on_nonfinite=skip",
             agreed=True,
         )

@@ -57,6 +57,7 @@ def main() -> None:
             handle = model.transformer.register_forward_hook(lambda module, inputs, output: output * float("nan"))
         try:
             outcome = step(number, micro_batches)
+            step.settle()
         except RunFailed as error:
             Path(f"{out}.{rank}").write_text(f"{error.agreed}\n{error}")
             return
