@@ -49,12 +49,12 @@ def draw_batch(workload: str) -> PaddedBatch:
     rng = np.random.default_rng(0)
     sizes = np.tile(np.array([height, width], dtype=np.int32), (images, 1))
     sizes[-1, 1] -= width // 16
-    pixels = rng.integers(0, 256, (images, 3, height, width), dtype=np.uint8)
-    pixels[-1, :, :, sizes[-1, 1] :] = 0
+    pixels = rng.integers(0, 256, (images, height, width, 3), dtype=np.uint8)
+    pixels[-1, :, sizes[-1, 1] :] = 0
     sides = rng.uniform(0.05, 0.4, (images * boxes, 2))
     centres = sides / 2 + rng.random((images * boxes, 2)) * (1 - sides)
     return PaddedBatch(
-        images=pixels,
+        images=pixels.transpose(0, 3, 1, 2),
         sizes=sizes,
         orig_sizes=sizes,
         image_ids=np.arange(images),
