@@ -16,12 +16,19 @@ The same command with the same run.name goes on where a run stopped."""
 
 
 def _train(config: Config, arguments: argparse.Namespace) -> int:
+    from detr_ray.runtime.session import session_while_importing
+
+    started = time.perf_counter()
+    with session_while_importing(config, "detr_ray.engine.job"):
+        return _fit(config, started)
+
+
+def _fit(config: Config, started: float) -> int:
     from detr_ray.engine.progress import duration
     from detr_ray.engine.records import run_tracking_uri
     from detr_ray.runtime.launch import fit
     from detr_ray.tracking import viewing_hint
 
-    started = time.perf_counter()
     result = fit(config, say)
     if result.status == "nothing to do":
         say(f"nothing left to do: run {result.run_name} finished all {result.step} steps before")

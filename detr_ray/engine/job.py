@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,9 +23,10 @@ from detr_ray.data.splits import open_split
 from detr_ray.engine.planned_data import PlannedData
 from detr_ray.engine.records import run_tracking_uri
 from detr_ray.engine.run_directory import RunDirectory, open_run
-from detr_ray.loss import SetCriterion, build_criterion
-from detr_ray.model import Detr, build_model
-from detr_ray.model.weights import load_backbone_weights, load_initial_weights, read_checkpoint
+
+if TYPE_CHECKING:  # a driver builds neither, and torchvision's models alone take a second to import
+    from detr_ray.loss import SetCriterion
+    from detr_ray.model import Detr
 
 Say = Callable[[str], None]
 
@@ -66,6 +68,8 @@ class TrainJob:
 
     def build_model(self) -> Detr:
         """The model with its first weights, the same on every worker."""
+        from detr_ray.model import build_model
+
         torch.manual_seed(self.config.run.seed)
         model = build_model(self.config.model, self.data.label_map.num_classes)
         if self.initial_weights is not None:
@@ -74,6 +78,8 @@ class TrainJob:
 
     def build_criterion(self) -> SetCriterion:
         """The loss."""
+        from detr_ray.loss import build_criterion
+
         return build_criterion(self.config.loss, self.data.label_map.num_classes)
 
 
@@ -189,8 +195,7 @@ def prepare_job(config: Config, say: Say) -> TrainJob:
             f"{train.source} has {len(train)} images, fewer than one global batch; "
             f"set train.global_batch_size (now {config.train.global_batch_size}) to {len(train)} or less"
         )
-    initial = None if config.model.init_from is None else read_checkpoint(config.model.init_from)
-    official = initial is not None and initial["class_names"] is None
+    official = config.model.init_from is not None and _is_official(config.model.init_from)
     label_map = choose_label_map(config, train, val, official)
     fingerprints = {"train": train.fingerprint} | ({} if val is None else {"val": val.fingerprint})
     run = open_run(config.run.name, config.run.storage, flatten(config), fingerprints, config.to_yaml())
@@ -202,10 +207,20 @@ def prepare_job(config: Config, say: Say) -> TrainJob:
     )
 
 
+def _is_official(init_from: str) -> bool:
+    """Whether weights are published ones, which name no classes."""
+    from detr_ray.model.weights import read_checkpoint
+
+    return read_checkpoint(init_from)["class_names"] is None
+
+
 def _initial_weights(config: Config, label_map: LabelMap, say: Say) -> dict[str, torch.Tensor] | None:
     """State of a model loaded from elsewhere; None where all of it is random."""
     if config.model.init_from is None and config.model.backbone_weights == "none":
         return None
+    from detr_ray.model import build_model
+    from detr_ray.model.weights import load_backbone_weights, load_initial_weights
+
     torch.manual_seed(config.run.seed)
     model = build_model(config.model, label_map.num_classes)
     if config.model.init_from is not None:

@@ -23,6 +23,7 @@ from detr_ray.engine.job import TrainJob
 from detr_ray.engine.meters import MEANS, Meters
 from detr_ray.engine.optimizer import build_optimizer, learning_rate_factor, set_learning_rate
 from detr_ray.engine.progress import duration, evaluation_line, step_line
+from detr_ray.engine.result import FitResult
 from detr_ray.engine.scoring import BackgroundScoring, Scored
 from detr_ray.engine.step import StepOutcome, StepTimes, TrainStep
 from detr_ray.tracking import Tracker
@@ -34,35 +35,6 @@ TRAINING_FILE = "training.pt"
 
 # Epochs of a small data set are short, and a checkpoint after each would take longer than the epoch.
 MIN_STEPS_BETWEEN_CHECKPOINTS = 100
-
-
-@dataclasses.dataclass(frozen=True)
-class FitResult:
-    """How a run ended.
-
-    Attributes:
-        run_name: its name.
-        run_path: where it keeps its checkpoints.
-        status: ``finished``; ``stopped`` on request, to be gone on with; ``nothing to do``: it was finished before.
-        step: optimizer steps taken since the beginning of the run.
-        metrics: what the last evaluation gave.
-        best_metrics: what the best checkpoint's evaluation gave.
-        best_checkpoint: its folder.
-        table: the 12 COCO numbers of the last evaluation, for people.
-        train_s: seconds this process spent in the loop, evaluations included.
-        leave: why it stopped before its end.
-    """
-
-    run_name: str
-    run_path: str
-    status: Literal["finished", "stopped", "nothing to do"]
-    step: int
-    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
-    best_metrics: dict[str, float] = dataclasses.field(default_factory=dict)
-    best_checkpoint: str | None = None
-    table: str = ""
-    train_s: float = 0.0
-    leave: LeaveReason | None = None
 
 
 class TrainingLoop:

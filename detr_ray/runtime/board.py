@@ -88,20 +88,20 @@ class _Board:
         self._lines: list[str] = []
         self._failures: list[str] = []
         self._beats: dict[int, tuple[Beat, float]] = {}
-        self._workers: dict[int, ActorHandle] = {}
+        self._workers: dict[int, bytes] = {}
         self._leave: LeaveReason | None = None
         self._running, self._since = False, time.monotonic()
-        self._controller: ActorHandle | None = None
+        self._controller: bytes | None = None
 
     def say(self, line: str) -> None:
         if len(self._lines) < MOST_LINES:
             self._lines.append(line)
 
-    def beat(self, beat: Beat, worker: list[ActorHandle]) -> LeaveReason | None:
+    def beat(self, beat: Beat, worker: bytes) -> LeaveReason | None:
         if any(other.world_size != beat.world_size for other, _ in self._beats.values()):
             self.forget_workers()  # they belonged to an earlier group
         self._beats[beat.rank] = beat, time.monotonic()
-        self._workers[beat.rank] = worker[0]
+        self._workers[beat.rank] = worker
         return self._leave
 
     def ask_to_leave(self, reason: LeaveReason | None, instead_of: LeaveReason | None = None) -> bool:
@@ -115,8 +115,8 @@ class _Board:
     def everyone_left(self) -> bool:
         return all(beat.phase == "leaving" for beat, _ in self._beats.values())
 
-    def note_controller(self, controller: list[ActorHandle]) -> None:
-        self._controller = controller[0]
+    def note_controller(self, controller: bytes) -> None:
+        self._controller = controller
 
     def note_state(self, state: str, failure: str) -> None:
         running = state not in _WITHOUT_WORKERS
@@ -140,11 +140,22 @@ class _Board:
         failures, self._failures = self._failures, []
         return News(lines, beats, self._running, now - self._since, failures)
 
-    def worker(self, rank: int) -> ActorHandle | None:
+    def worker(self, rank: int) -> bytes | None:
         return self._workers.get(rank)
 
-    def controller(self) -> ActorHandle | None:
+    def controller(self) -> bytes | None:
         return self._controller
+
+
+def packed(actor: ActorHandle) -> bytes:
+    """A handle as the board keeps it: whoever unpacks one imports the actor's module, here all of Ray Train."""
+    content: bytes = ray.cloudpickle.dumps(actor)
+    return content
+
+
+def unpacked(content: bytes) -> ActorHandle:
+    """The handle that `packed` was given."""
+    return ray.cloudpickle.loads(content)
 
 
 def open_board(run_path: str | None) -> ActorHandle:
@@ -178,7 +189,7 @@ class Heart:
         self._board = board
         self._rank, self._world_size = rank, world_size
         self._node = ray.util.get_node_ip_address()
-        self._worker = ray.get_runtime_context().current_actor
+        self._worker = packed(ray.get_runtime_context().current_actor)
         self._doing: tuple[Phase, int, float] = ("starting", 0, time.monotonic())
         self._stopped = threading.Event()
         self.leave_reason: LeaveReason | None = None
@@ -195,17 +206,17 @@ class Heart:
         self._thread.join(timeout=10)
 
     def _run(self) -> None:
-        interval = max(BEAT_S, self._world_size / BEATS_PER_S)
-        last, heard = False, time.monotonic()
+        pause, last, heard = 0.0, False, time.monotonic()
         while not last:
-            last = self._stopped.wait(interval)
+            last = self._stopped.wait(pause)
+            pause = max(BEAT_S, self._world_size / BEATS_PER_S)
             phase, step, since = self._doing
             beat = Beat(
                 self._rank, self._world_size, self._node, os.getpid(), phase, step, time.monotonic() - since
             )  # fmt: skip
             asked: LeaveReason | None = None
             try:
-                asked = ray.get(self._board.beat.remote(beat, [self._worker]), timeout=10)
+                asked = ray.get(self._board.beat.remote(beat, self._worker), timeout=10)
                 heard = time.monotonic()
             except ray.exceptions.RayError as error:
                 logger.info("rank %d does not reach the board: %s", self._rank, error)

@@ -11,6 +11,8 @@ from ray.actor import ActorHandle
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.callback import ControllerCallback
 
+from detr_ray.runtime.board import packed
+
 logger = logging.getLogger(__name__)
 
 LEAVE_WITHIN_S = 300.0
@@ -33,7 +35,7 @@ class BoardCallback(ControllerCallback):  # type: ignore[misc]
 
     def after_controller_start(self, train_run_context: Any) -> None:
         """Puts the controller up, so that the driver can end it."""
-        self._board.note_controller.remote([ray.get_runtime_context().current_actor])
+        self._board.note_controller.remote(packed(ray.get_runtime_context().current_actor))
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         """Puts the state up, and what failed where that is its reason."""

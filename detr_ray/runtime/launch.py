@@ -9,31 +9,36 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.train
 import torch
 from ray.actor import ActorHandle
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
+from ray.data._internal.stats import get_or_create_stats_actor
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from detr_ray.config import Config, ConfigError
 from detr_ray.engine.batches import LocalBatches
 from detr_ray.engine.context import LocalContext
 from detr_ray.engine.errors import RunFailed
-from detr_ray.engine.evaluation_job import EvaluationJob, EvaluationResult, prepare_evaluation, run_evaluation
 from detr_ray.engine.job import Say, TrainJob, prepare_job, run_summary
-from detr_ray.engine.loop import FitResult, TrainingLoop
 from detr_ray.engine.records import open_tracker
+from detr_ray.engine.result import FitResult
 from detr_ray.runtime.board import open_board
 from detr_ray.runtime.cluster_check import preflight_nodes
 from detr_ray.runtime.controller_callback import BoardCallback, describe_failure
 from detr_ray.runtime.resources import WorkerRequest, plan_workers, usable_nodes
-from detr_ray.runtime.session import ray_session, warm_data_workers
+from detr_ray.runtime.session import session_of
 from detr_ray.runtime.supervision import StopSignals, Supervisor, run_in_thread, stop_signals
-from detr_ray.runtime.worker import run_worker
 from detr_ray.tracking import Status
+
+if TYPE_CHECKING:
+    # Only workers need the model, the loss and the loop: torchvision alone takes a second to import.
+    from detr_ray.engine.evaluation_job import EvaluationJob, EvaluationResult
 
 # Workers that wait for one that hangs give up only after the watch has named and ended that one.
 COLLECTIVES_WAIT_LONGER_S = 120
@@ -67,7 +72,7 @@ def fit(config: Config, say: Say = lambda line: None) -> FitResult:
         with job.run.locked():
             if config.train.launcher == "local":
                 return _fit_here(job, say)
-            with _session(config):
+            with session_of(config):
                 preflight_nodes(config, job.run.path, say)
                 return _run_workers(job, job.run.path, job.run.path, say)
     except KeyboardInterrupt:
@@ -83,18 +88,22 @@ def evaluate(config: Config, say: Say = lambda line: None) -> EvaluationResult:
         DataError: the data is not usable.
         RunFailed: the evaluation began and cannot be finished.
     """
+    from detr_ray.engine.evaluation_job import prepare_evaluation, run_evaluation
+
     job = prepare_evaluation(config, say)
     if config.train.launcher == "local":
         batches = LocalBatches(job.data.plan(1, 0), *job.data.loaders())
         result = run_evaluation(job, LocalContext(_local_device(config)), batches)
         assert result is not None, "one worker is rank 0"
         return result
-    with _session(config):
+    with session_of(config):
         return _run_workers(job, job.storage, None, say)
 
 
 def _fit_here(job: TrainJob, say: Say) -> FitResult:
     """The loop in this process."""
+    from detr_ray.engine.loop import TrainingLoop
+
     batches = LocalBatches(job.data.plan(1, 0), *job.data.loaders())
     tracker = open_tracker(job)
     status: Status = "FAILED"
@@ -106,11 +115,6 @@ def _fit_here(job: TrainJob, say: Say) -> FitResult:
         return result
     finally:
         tracker.finish(status)
-
-
-def _session(config: Config) -> AbstractContextManager[None]:
-    most = config.train.worker_range[1] if config.train.worker_range else 1
-    return ray_session(most, config.data.tasks_per_worker, config.train.use_gpu, config.train.worker_resource)
 
 
 def _local_device(config: Config) -> str:
@@ -132,9 +136,11 @@ def _run_workers(job: TrainJob | EvaluationJob, path: str, run_path: str | None,
     config = job.data.config
     request = plan_workers(config)
     board = _open_board(run_path)
-    # On a cluster these would hold CPUs that the workers need, and call for nodes.
-    alone = len(usable_nodes()) == 1
-    warming = warm_data_workers(min(config.data.tasks_per_worker * request.max_workers, 8)) if alone else []
+    # Two actors of Ray's that it would start, and wait for, later on. They outlive the job, on the node of who asks for
+    # them first: on a training node they would keep the autoscaler from ever taking that node away.
+    get_or_create_stats_actor()
+    get_or_create_autoscaling_coordinator()
+    trainer_class = _TrainerOnOneMachine if len(usable_nodes()) == 1 else TorchTrainer
     bare = dataclasses.replace(job, data=None, initial_weights=None)  # type: ignore[arg-type]
     parts = {
         "job": [ray.put(bare)],
@@ -145,15 +151,13 @@ def _run_workers(job: TrainJob | EvaluationJob, path: str, run_path: str | None,
     if request.min_workers < request.max_workers:
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(ELASTIC_START_S))
     supervisor = Supervisor(board, config.train, request.missing, say)
-    # Numbers of the host are summed on the host: a GPU has to be waited for otherwise, each step.
-    backend = "cpu:gloo,cuda:nccl" if request.use_gpu else "gloo"
     with stop_signals() as signals:
         while True:
             say(f"starting {_described(request)}")
-            trainer = TorchTrainer(
-                run_worker,
+            trainer = trainer_class(
+                _run_worker,
                 train_loop_config=parts,
-                torch_config=TorchConfig(backend, timeout_s=config.train.stall_timeout_s + COLLECTIVES_WAIT_LONGER_S),
+                torch_config=TorchConfig(timeout_s=config.train.stall_timeout_s + COLLECTIVES_WAIT_LONGER_S),
                 scaling_config=request.scaling_config(config.train.resize_check_s),
                 run_config=ray.train.RunConfig(
                     name="ray",
@@ -164,7 +168,6 @@ def _run_workers(job: TrainJob | EvaluationJob, path: str, run_path: str | None,
                 ),
             )
             outcome = _watched(trainer, supervisor, signals)
-            del warming[:]
             if "failed" in outcome:
                 raise RunFailed(outcome["failed"])
             result = outcome["result"]
@@ -172,6 +175,24 @@ def _run_workers(job: TrainJob | EvaluationJob, path: str, run_path: str | None,
                 return result
             say(f"a node is taken away; going on from step {result.step} without it")
             ray.get(board.forget_workers.remote())
+
+
+def _run_worker(parts: dict[str, Any]) -> dict[str, Any]:
+    """Runs on the workers, which import what the driver need not."""
+    from detr_ray.runtime.worker import run_worker
+
+    return run_worker(parts)
+
+
+class _TrainerOnOneMachine(TorchTrainer):  # type: ignore[misc]
+    """Without what costs a process each and has nothing to do here.
+
+    No data set goes through Ray Train, and there is nobody to give workers' places back to when the driver has ended.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        idle = (DatasetsCallback, PlacementGroupCleanerCallback)
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, idle)]
 
 
 def _watched(trainer: TorchTrainer, supervisor: Supervisor, signals: StopSignals) -> dict[str, Any]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import socket
+import threading
 from collections.abc import Iterator
 
 import ray
-from ray.data._internal.stats import get_or_create_stats_actor
 
-from detr_ray.config import ConfigError
+from detr_ray.config import Config, ConfigError
 
 _ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -20,10 +21,47 @@ _ENVIRONMENT = {
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",
 }
 
+# Of all processes of a Ray of our own. Ray runs tasks in a process that is there only if its environment is the same:
+# what Ray Train sets for its controller and its workers is set for everything, so that data tasks find those that were
+# warmed. One machine is not taken away in parts: nobody needs to watch for that.
+_OWN_ENVIRONMENT = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
+}
+
+# Ray would end a process that has had nothing to do for a second, and start another one, with seconds of imports, for
+# the next data task. The processes that it starts beforehand lack the environment above.
+_OWN_SETTINGS = {"idle_worker_killing_time_threshold_ms": 24 * 3600 * 1000, "prestart_worker_first_driver": False}
 
 JOIN_S = 5.0
 _HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 """How a client of a gRPC server begins; the server answers at once."""
+
+
+def session_of(config: Config) -> contextlib.AbstractContextManager[None]:
+    """The Ray that a job of this configuration runs on; see `ray_session`."""
+    most = config.train.worker_range[1] if config.train.worker_range else 1
+    return ray_session(most, config.data.tasks_per_worker, config.train.use_gpu, config.train.worker_resource)
+
+
+@contextlib.contextmanager
+def session_while_importing(config: Config, module: str) -> Iterator[None]:
+    """Starts a Ray of our own while a thread imports what comes next.
+
+    Each takes seconds, one of waiting and one of computing. A cluster is not joined here: it may call for nodes, which
+    bad data should not.
+
+    Args:
+        config: what Ray is started for.
+        module: what to import; nothing of Ray's, which this thread imports at the same time.
+    """
+    if config.train.launcher == "local" or ray.is_initialized() or os.environ.get("RAY_ADDRESS"):
+        yield
+        return
+    # Not the other way round: Ray's processes end with the thread that started them.
+    threading.Thread(target=importlib.import_module, args=(module,), name="imports", daemon=True).start()
+    with session_of(config):
+        yield
 
 
 @contextlib.contextmanager
@@ -56,23 +94,29 @@ def ray_session(
         if fault:
             raise ConfigError(f"{fault}; name a running cluster in RAY_ADDRESS, or unset it to train on this machine")
         ray.init(log_to_driver=_workers_are_heard(), logging_level=logging.WARNING)
-        # Ray Data keeps its statistics in an actor that outlives the job, on the node of who asks for it first. On a
-        # training node it would keep the autoscaler from ever taking that node away.
-        get_or_create_stats_actor()
     else:
-        num_cpus = max(os.cpu_count() or 1, num_workers + max(1, min(data_tasks * num_workers, os.cpu_count() or 1)))
-        ray.init(
-            num_cpus=num_cpus,
-            resources={worker_resource: num_workers} if worker_resource else None,
-            include_dashboard=False,
-            log_to_driver=_workers_are_heard(),
-            logging_level=logging.WARNING,
-            configure_logging=True,
-        )
+        _start_ray(num_workers, data_tasks, worker_resource)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _start_ray(num_workers: int, data_tasks: int, worker_resource: str | None) -> None:
+    """Starts a Ray of our own, and has the processes of its data tasks import what they need."""
+    cores = os.cpu_count() or 1
+    tasks_at_once = max(1, min(data_tasks * num_workers, cores))
+    ray.init(
+        num_cpus=max(cores, num_workers + tasks_at_once),
+        resources={worker_resource: num_workers} if worker_resource else None,
+        include_dashboard=False,
+        log_to_driver=_workers_are_heard(),
+        logging_level=logging.WARNING,
+        configure_logging=True,
+        runtime_env={"env_vars": _OWN_ENVIRONMENT | {name: os.environ[name] for name in _ENVIRONMENT}},
+        _system_config=_OWN_SETTINGS,
+    )
+    warm_data_workers(min(tasks_at_once, MOST_WARMED))
 
 
 def unreachable_address() -> str | None:
@@ -96,17 +140,23 @@ def _workers_are_heard() -> bool:
     return os.environ.get("DETR_RAY_WORKER_OUTPUT", "0") == "1"
 
 
+MOST_WARMED = 8
+
+
 @ray.remote(num_cpus=1)  # type: ignore[untyped-decorator]
 def _warm() -> int:
-    import detr_ray.data.loader  # noqa: F401 - the import is the work
+    import detr_ray.runtime.datasets  # noqa: F401 - the import is the work
 
     return os.getpid()
 
 
 def warm_data_workers(count: int) -> list[ray.ObjectRef]:
-    """Has worker processes import what data tasks need while the training workers start.
+    """Has worker processes of a Ray of our own import what data tasks need, while the training workers start.
 
-    A fresh process pays seconds of imports before its first batch; tasks of the same job run in the processes that
-    these leave behind.
+    A fresh process pays seconds of imports before its first batch; data tasks run in the processes that these leave
+    behind.
     """
-    return [_warm.remote() for _ in range(count)]
+    # An environment of their own, though it is the job's: Ray writes the sum of two environments otherwise than one
+    # that is taken over whole, and compares as written. Training workers, which start the data tasks, have a sum.
+    environment = {"env_vars": _OWN_ENVIRONMENT}
+    return [_warm.options(runtime_env=environment).remote() for _ in range(count)]

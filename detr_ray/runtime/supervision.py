@@ -17,7 +17,7 @@ from detr_ray.engine.context import Phase
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.job import Say
 from detr_ray.engine.progress import duration
-from detr_ray.runtime.board import Beat, News
+from detr_ray.runtime.board import Beat, News, unpacked
 
 POLL_S = 0.5
 WAITING_NOTE_S = 30.0
@@ -106,7 +106,7 @@ class Supervisor:
         with contextlib.suppress(ray.exceptions.RayError):  # it ends by exiting, which the caller gets as an error
             controller = ray.get(self._board.controller.remote(), timeout=ABORT_S)
             if controller is not None:
-                ray.get(controller.abort.remote(), timeout=ABORT_S)
+                ray.get(unpacked(controller).abort.remote(), timeout=ABORT_S)
         job.join(ABORT_S)
 
     def _show(self) -> News:
@@ -150,7 +150,7 @@ class Supervisor:
             self._ending = True
             worker = ray.get(self._board.worker.remote(beat.rank))
             if worker is not None:
-                ray.kill(worker, no_restart=True)
+                ray.kill(unpacked(worker), no_restart=True)
 
     def _wait_for_workers(self, seconds: float) -> None:
         if seconds < self._waiting_noted_s:

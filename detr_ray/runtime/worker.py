@@ -20,8 +20,9 @@ from detr_ray.engine.distributed import DistributedContext
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.evaluation_job import EvaluationJob, run_evaluation
 from detr_ray.engine.job import TrainJob
-from detr_ray.engine.loop import FitResult, TrainingLoop
+from detr_ray.engine.loop import TrainingLoop
 from detr_ray.engine.records import open_tracker
+from detr_ray.engine.result import FitResult
 from detr_ray.runtime.board import Heart
 from detr_ray.runtime.datasets import RayBatches
 from detr_ray.tracking import NullTracker, Status, Tracker
