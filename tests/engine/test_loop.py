@@ -43,9 +43,8 @@ def positions(run: Path) -> list[int]:
 def assert_same_weights(run_a: Path, run_b: Path) -> None:
     weights_a, weights_b = final_weights(run_a), final_weights(run_b)
     assert weights_a.keys() == weights_b.keys()
-    exactly = {"rtol": 0.0, "atol": 0.0, "equal_nan": True}
-    different = [name for name in weights_a if not torch.allclose(weights_a[name], weights_b[name], **exactly)]
-    assert different == []
+    for name, weight in weights_a.items():
+        assert torch.allclose(weight, weights_b[name], rtol=0, atol=0, equal_nan=True), name
 
 
 def test_metrics_have_their_public_names(dataset: Path, tmp_path: Path) -> None:
