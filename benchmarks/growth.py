@@ -135,7 +135,7 @@ def plan_share(images: int) -> dict[str, float]:
         heights, widths, np.arange(images), seed=0, global_batch_size=GLOBAL_BATCH, augment=AugmentValues(),
         window=max(MIN_WINDOW, MIN_WINDOW_BATCHES * GLOBAL_BATCH),
     )  # fmt: skip
-    steps = min(planner.steps_per_epoch, 64)
+    steps = planner.window_bounds(0)[1]  # a whole window: all that its planning is for
     seconds = []
     for step in range(steps):
         started = time.perf_counter()

@@ -74,6 +74,10 @@ class Draws:
     crop: np.ndarray
     size: np.ndarray
 
+    def take(self, places: np.ndarray) -> Draws:
+        """Those of some samples."""
+        return Draws(self.flip[places], self.resize[places], self.crop[places], self.size[places])
+
 
 def resized_size(size: tuple[int, int], short: int, max_size: int | None = None) -> tuple[int, int]:
     """Size of one image after its short side is brought to ``short``; see `resized_sizes`."""
