@@ -7,7 +7,7 @@ is 0, first weights are the same. Plain is the model, loss, step and Pillow Data
 what `detr_ray.train` runs: in one process (`train.launcher=local`), and as a Ray job with one worker and its data
 tasks. All use all cores, each of the three in a process of its own; images/s are those after the first step. Notes say
 how many pixels an image has in its padded batch: with random batches (`data.window` of one batch) ours computes about
-as many as plain.
+as many as plain, with `data.pad_multiple` there are fewer shapes.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from detr_ray.data.splits import open_split
 from detr_ray.engine.planned_data import PlannedData
 from detr_ray.model import build_model
 from detr_ray.model.weights import load_backbone_weights
+from detr_ray.structures import SamplePlan
 
 WEIGHTS = "resnet50.pth"
 
@@ -48,7 +49,10 @@ Found = dict[str, float]
 """Images/s after the first step, and pixels of an image in its padded batch."""
 
 
-def settings(root: str, scratch: str, launcher: str, precision: str, order: str) -> Config:
+VARIANTS = {"planned": (), "random": (f"data.window={BATCH}",), "multiples": ("data.pad_multiple=64",)}
+
+
+def settings(root: str, scratch: str, launcher: str, precision: str, variant: str) -> Config:
     """What ours trains."""
     lengths = {"scales": list(SIZES.scales), "max_size": SIZES.max_size, "crop_scales": list(SIZES.crop_scales),
                "crop_min": SIZES.crop_min, "crop_max": SIZES.crop_max}  # fmt: skip
@@ -59,9 +63,9 @@ def settings(root: str, scratch: str, launcher: str, precision: str, order: str)
             f"data.train.annotations={root}/annotations/instances_train2017.json",
             f"data.train.images={root}/train2017",
             f"data.label_space={'coco91' if Path(root) == COCO128 else 'contiguous'}",
-            f"data.window={BATCH if order == 'random' else 'null'}",
+            *VARIANTS[variant],
             f"model.backbone_weights={scratch}/{WEIGHTS}", "model.dropout=0",
-            f"run.storage={scratch}", f"run.name={launcher}-{precision}-{order}",
+            f"run.storage={scratch}", f"run.name={launcher}-{precision}-{variant}",
             "train.epochs=2", f"train.max_steps={STEPS}", f"train.log_every_steps={STEPS}",
             f"train.global_batch_size={BATCH}", "train.num_workers=1", "train.use_gpu=false",
             f"train.launcher={launcher}", f"train.precision={precision}",
@@ -70,12 +74,12 @@ def settings(root: str, scratch: str, launcher: str, precision: str, order: str)
     )  # fmt: skip
 
 
-def ours(root: str, scratch: str, launcher: str, precision: str, order: str) -> Found:
+def ours(root: str, scratch: str, launcher: str, precision: str, variant: str) -> Found:
     """Some steps, as the command takes them; the line of progress at the last one has the rate since the first."""
     from detr_ray.runtime.launch import fit
 
     lines: list[str] = []
-    config = settings(root, scratch, launcher, precision, order)
+    config = settings(root, scratch, launcher, precision, variant)
     fit(config, lines.append)
     rate = next(found for line in lines if (found := re.search(rf"step {STEPS}/{STEPS} .* ([\d.]+) images/s", line)))
     return {"images/s": float(rate[1]), "pixels": planned_pixels(config)}
@@ -87,6 +91,7 @@ def in_one_process(root: str, scratch: str) -> dict[str, Found]:
         "fp32": ours(root, scratch, "local", "fp32", "planned"),
         "bf16": ours(root, scratch, "local", "bf16", "planned"),
         "random": ours(root, scratch, "local", "fp32", "random"),
+        "multiples": ours(root, scratch, "local", "bf16", "multiples"),
     }
 
 
@@ -107,8 +112,12 @@ def planned_pixels(config: Config) -> float:
     train = open_split(config.data.root, config.data.train, "train")
     plan = PlannedData(config, train, None, LabelMap.contiguous(train.categories)).plan(1, 0)
     batches = [batch for step in range(1, STEPS) for batch in plan.step(step)]
-    areas = [max(sample.size[0] for sample in batch) * max(sample.size[1] for sample in batch) for batch in batches]
-    return statistics.fmean(areas)
+    multiple = config.data.pad_multiple
+
+    def padded(batch: tuple[SamplePlan, ...], side: int) -> int:
+        return -(-max(sample.size[side] for sample in batch) // multiple) * multiple
+
+    return statistics.fmean(padded(batch, 0) * padded(batch, 1) for batch in batches)
 
 
 def plain_step(scratch: str, precision: str) -> PlainStep:
@@ -168,5 +177,6 @@ def run() -> list[Row]:
         row("Ray job, fp32", jobs["fp32"], "fp32"),
         row("one process, bf16", local["bf16"], "fp32"),
         row("one process, bf16", local["bf16"], "bf16"),
+        row("one process, bf16, pad_multiple=64", local["multiples"], "fp32"),
         row("Ray job, bf16", jobs["bf16"], "fp32"),
     ]

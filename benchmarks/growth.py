@@ -135,9 +135,10 @@ def plan_share(images: int) -> dict[str, float]:
         heights, widths, np.arange(images), seed=0, global_batch_size=GLOBAL_BATCH, augment=AugmentValues(),
         window=max(MIN_WINDOW, MIN_WINDOW_BATCHES * GLOBAL_BATCH),
     )  # fmt: skip
-    steps = planner.window_bounds(0)[1]  # a whole window: all that its planning is for
+    steps = planner.window_bounds(1)[1]  # a whole window, of an epoch that is not the process's first
+    planner.samples(0, 0, 1)
     seconds = []
-    for step in range(steps):
+    for step in range(planner.steps_per_epoch, planner.steps_per_epoch + steps):
         started = time.perf_counter()
         for first, last in share_bounds(GLOBAL_BATCH, WORKERS, 517):
             planner.samples(step, first, last)

@@ -134,6 +134,10 @@ class DataConfig(Section):
     """With `data.train.shards`: so many shards are shuffled together at a time, in an order that differs from epoch to
     epoch, so that the reads of a stretch of training stay in few files. Fewer means less shuffling. null: the whole
     data set."""
+    pad_multiple: Count = 1
+    """Training batches are padded to a height and width that are multiples of so many pixels. At 64 about a tenth as
+    many shapes are left, each padded by some 6 % more: faster on CPUs with `train.precision=bf16`, whose kernels are
+    made anew for shapes that are not remembered, and with `train.compile`."""
     reduced_decoding: Annotated[Number, Field(ge=1)] | None = None
     """Decodes large JPEGs at 1/2, 1/4 or 1/8 of their size where at least this many times the pixels that are wanted
     along each side are left: faster, and not to the last bit what decoding all of them gives. At 2, pixels differ by

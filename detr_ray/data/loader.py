@@ -39,14 +39,21 @@ class BatchLoader:
         reader: reads its images; the index's own by default.
         reduce: JPEGs that are at least twice this many times as large as they are wanted may be decoded at a fraction
             of their size, of which at least this many times the wanted size is left; None to decode all as stored.
+        pad_multiple: batches are as high and wide as a multiple of so many pixels.
     """
 
     def __init__(
-        self, index: CocoIndex, label_map: LabelMap, reader: ImageReader | None = None, reduce: float | None = None
+        self,
+        index: CocoIndex,
+        label_map: LabelMap,
+        reader: ImageReader | None = None,
+        reduce: float | None = None,
+        pad_multiple: int = 1,
     ) -> None:
         self.index = index
         self.label_map = label_map
         self.reduce = reduce
+        self.pad_multiple = pad_multiple
         self.reader = ImageReader(index) if reader is None else reader
 
     def load(self, samples: Sequence[SamplePlan]) -> PaddedBatch:
@@ -82,8 +89,9 @@ class BatchLoader:
 
     def _assemble(self, samples: Sequence[SamplePlan], reads: Sequence[Callable[[], bytes]]) -> PaddedBatch:
         """The batch of the samples whose images are being read."""
-        height = max(sample.size[0] for sample in samples)
-        width = max(sample.size[1] for sample in samples)
+        height, width = (
+            -(-max(sample.size[side] for sample in samples) // self.pad_multiple) * self.pad_multiple for side in (0, 1)
+        )
         # As decoders leave pixels and as convolutions take them: a row of an image is copied whole.
         pixels = np.empty((len(samples), height, width, 3), np.uint8)
         labels, boxes, bad_images = [], [], []

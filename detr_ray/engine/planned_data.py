@@ -78,7 +78,11 @@ class PlannedData:
 
     def loaders(self) -> tuple[BatchLoader | None, BatchLoader | None]:
         """Loaders of training and of validation samples."""
-        reduce = self.config.data.reduced_decoding
-        train = None if self.train is None else BatchLoader(self.train, self.label_map, reduce=reduce)
-        val = None if self.val is None else BatchLoader(self.val, self.label_map, reduce=reduce)
+        data, train, val = self.config.data, None, None
+        if self.train is not None:
+            train = BatchLoader(
+                self.train, self.label_map, reduce=data.reduced_decoding, pad_multiple=data.pad_multiple
+            )
+        if self.val is not None:
+            val = BatchLoader(self.val, self.label_map, reduce=data.reduced_decoding)
         return train, val

@@ -97,6 +97,20 @@ def test_pixels_lie_as_convolutions_take_them(index: CocoIndex) -> None:
         assert images.transpose(0, 2, 3, 1).flags.c_contiguous
 
 
+@pytest.mark.parametrize("multiple", [16, 64])
+def test_batches_may_have_sides_of_a_multiple(index: CocoIndex, multiple: int) -> None:
+    plans = training_plans(index)[:3]
+    plain = loader_of(index).load(plans)
+    batch = BatchLoader(index, LabelMap.contiguous(index.categories), pad_multiple=multiple).load(plans)
+    height, width = plain.images.shape[2:]
+    for padded, side in zip(batch.images.shape[2:], (height, width), strict=True):
+        assert padded % multiple == 0 and 0 <= padded - side < multiple
+    np.testing.assert_array_equal(batch.images[:, :, :height, :width], plain.images)
+    assert not batch.images[:, :, height:].any() and not batch.images[:, :, :, width:].any()
+    np.testing.assert_array_equal(batch.boxes_cxcywh, plain.boxes_cxcywh)
+    np.testing.assert_array_equal(batch.sizes, plain.sizes)
+
+
 def test_large_photos_may_be_decoded_at_a_fraction_of_their_size(tmp_path: Path) -> None:
     """Only where it was asked for; waves as fine as the small image can hold change more than photos."""
     y, x = np.mgrid[0:960, 0:1280]
