@@ -147,6 +147,7 @@ def _run_workers(job: TrainJob | EvaluationJob, path: str, run_path: str | None,
         "data": [ray.put(job.data)],
         "weights": [] if job.initial_weights is None else [ray.put(job.initial_weights)],
         "board": board,
+        "threads": _threads_given(),
     }
     if request.min_workers < request.max_workers:
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(ELASTIC_START_S))
@@ -175,6 +176,12 @@ def _run_workers(job: TrainJob | EvaluationJob, path: str, run_path: str | None,
                 return result
             say(f"a node is taken away; going on from step {result.step} without it")
             ray.get(board.forget_workers.remote())
+
+
+def _threads_given() -> int | None:
+    """Torch threads that the user allows on this machine; in jobs on a cluster Ray sets the variable by itself."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdigit() and not os.environ.get("RAY_ADDRESS") else None
 
 
 def _run_worker(parts: dict[str, Any]) -> dict[str, Any]:

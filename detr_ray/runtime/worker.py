@@ -33,9 +33,10 @@ class RayContext(DistributedContext):
 
     Args:
         board: the job's board.
+        threads: threads of torch on a CPU; None shares the machine's cores among its workers.
     """
 
-    def __init__(self, board: ActorHandle) -> None:
+    def __init__(self, board: ActorHandle, threads: int | None) -> None:
         context = ray.train.get_context()
         device = ray.train.torch.get_device()
         super().__init__(context.get_world_rank(), context.get_world_size(), device)
@@ -44,7 +45,7 @@ class RayContext(DistributedContext):
         if device.type == "cpu":
             # Ray gives each worker one thread; the workers of a machine share its cores evenly.
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            torch.set_num_threads(max(1, cores // context.get_local_world_size()))
+            torch.set_num_threads(threads or max(1, cores // context.get_local_world_size()))
 
     def report(self, metrics: dict[str, float]) -> None:
         """Reports to Ray Train; a barrier over all workers."""
@@ -93,14 +94,14 @@ def run_worker(config: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         config: ``job`` (without data), ``data`` and ``weights`` as lists of an object reference (Ray resolves bare
-            ones), and the actor ``board``.
+            ones), the actor ``board``, and ``threads`` of torch, or None.
 
     Returns:
         ``{"result": what the work gave}``, or ``{"failed": message}`` where all workers agree that the job can't go on:
         Ray would start workers that fail again, to the same end.
     """
     job: TrainJob | EvaluationJob = _whole_job(config)
-    context = RayContext(config["board"])
+    context = RayContext(config["board"], config["threads"])
     batches = RayBatches(job.data, config["data"][0], context.world_size, context.rank)
     try:
         with context.at_work():
