@@ -152,13 +152,15 @@ def _run_workers(job: TrainJob | EvaluationJob, path: str, run_path: str | None,
     if request.min_workers < request.max_workers:
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(ELASTIC_START_S))
     supervisor = Supervisor(board, config.train, request.missing, say)
+    # Numbers of the host are summed on the host: a GPU would have to be waited for otherwise, each step.
+    backend = "cpu:gloo,cuda:nccl" if request.use_gpu else "gloo"
     with stop_signals() as signals:
         while True:
             say(f"starting {_described(request)}")
             trainer = trainer_class(
                 _run_worker,
                 train_loop_config=parts,
-                torch_config=TorchConfig(timeout_s=config.train.stall_timeout_s + COLLECTIVES_WAIT_LONGER_S),
+                torch_config=TorchConfig(backend, timeout_s=config.train.stall_timeout_s + COLLECTIVES_WAIT_LONGER_S),
                 scaling_config=request.scaling_config(config.train.resize_check_s),
                 run_config=ray.train.RunConfig(
                     name="ray",
