@@ -196,7 +196,8 @@ class TrainConfig(Section):
     log_every_steps: Count = 10
     """Optimizer steps between two records of metrics."""
     compile: bool = False
-    """Compile the model with torch.compile: slower to start, faster steps on GPUs."""
+    """Compile the model with torch.compile, once for each shape that batches have, which takes up to minutes each: set
+    `data.pad_multiple` to have few. On CPUs it hardly pays."""
     channels_last: bool = True
     """Keep image features in channels-last memory order, which convolutions are faster in."""
     on_nonfinite: Literal["raise", "skip"] = "raise"

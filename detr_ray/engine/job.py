@@ -189,6 +189,11 @@ def prepare_job(config: Config, say: Say) -> TrainJob:
         WeightsError: the weights to start from cannot be had, or do not fit.
     """
     config.check_training()
+    if config.train.compile and config.data.pad_multiple == 1:
+        say(
+            "WARNING: train.compile compiles the model anew for each shape that batches have, and data sets of photos "
+            "have hundreds of them; set data.pad_multiple, to 64 for example"
+        )
     train, val = open_data(config.data, say)
     if len(train) < config.train.global_batch_size:
         raise DataError(

@@ -29,6 +29,9 @@ from detr_ray.engine.optimizer import clipped_update
 from detr_ray.loss import NonFiniteOutputs, SetCriterion
 from detr_ray.structures import Batch, ModelOutput, PaddedBatch, to_device
 
+MOST_COMPILED = 512
+"""Versions of a compiled model that are kept; input of yet another shape goes through it uncompiled."""
+
 AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -92,6 +95,20 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(state[0]) << 32 | int(state[1]))
 
 
+def compiled(model: nn.Module) -> nn.Module:
+    """The model under ``torch.compile``, a version for each shape of its input.
+
+    torch gives up after eight versions by default, and goes on uncompiled. One version for many shapes is not to be
+    had: the kernels that it makes for convolutions' gradients hold for one size of a feature map.
+    """
+    import torch._dynamo  # a second's import
+
+    torch._dynamo.config.recompile_limit = MOST_COMPILED
+    torch._dynamo.config.accumulated_recompile_limit = 2 * MOST_COMPILED
+    found: nn.Module = torch.compile(model, dynamic=False)  # type: ignore[assignment]
+    return found
+
+
 class TrainStep:
     """The step, with what it needs bound.
 
@@ -148,7 +165,7 @@ class TrainStep:
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if context.device.type == "cpu":
             keep_freed_memory()
-        self._wrapped = context.wrap(torch.compile(model) if compile_model else model)  # type: ignore[arg-type]
+        self._wrapped = context.wrap(compiled(model) if compile_model else model)
 
     def __call__(self, step: int, micro_batches: Sequence[PaddedBatch]) -> StepOutcome:
         """Takes one step on this worker's share of global batch ``step``, and settles the one before.

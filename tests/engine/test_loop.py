@@ -20,6 +20,7 @@ from detr_ray.engine.context import LocalContext
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.job import prepare_job
 from detr_ray.engine.loop import TrainingLoop
+from detr_ray.engine.step import compiled
 from detr_ray.tracking import MemoryTracker
 
 
@@ -269,12 +270,28 @@ def test_every_precision_trains(dataset: Path, tmp_path: Path, precision: str) -
 def test_a_compiled_model_takes_the_same_steps(dataset: Path, tmp_path: Path) -> None:
     losses = {}
     fixed = make_dataset(tmp_path / "fixed", image_size=(64, 64))
-    for compiled in ("true", "false"):
+    for choice in ("true", "false"):
         tracker = MemoryTracker()
         settings = ("train.epochs=1", "model.dropout=0", "data.augment.scales=[64]", "eval.size=64")
-        fit_here(tiny_config(fixed, tmp_path, f"train.compile={compiled}", *settings), tracker)
-        losses[compiled] = [value for _, value in tracker.history("train/loss")]
+        fit_here(tiny_config(fixed, tmp_path, f"train.compile={choice}", *settings), tracker)
+        losses[choice] = [value for _, value in tracker.history("train/loss")]
     assert losses["true"] == pytest.approx(losses["false"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_more_shapes_are_compiled_than_torch_would_do_by_itself() -> None:
+    model = compiled(torch.nn.Conv2d(3, 4, 3))
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for width in range(8, 20):
+        model(torch.zeros(1, 3, 8, width))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 12
+
+
+@pytest.mark.parametrize(("multiple", "warned"), [(1, True), (64, False)])
+def test_compiling_for_many_shapes_is_warned_of(dataset: Path, tmp_path: Path, multiple: int, warned: bool) -> None:
+    lines: list[str] = []
+    prepare_job(tiny_config(dataset, tmp_path, "train.compile=true", f"data.pad_multiple={multiple}"), lines.append)
+    assert any("data.pad_multiple" in line for line in lines) == warned
 
 
 def test_one_epoch_without_validation_data(tmp_path: Path) -> None:
