@@ -52,7 +52,7 @@ lock:  ## resolve the newest allowed versions into requirements.lock
 		| sed -E '/^(nvidia-|triton|cuda-)/ s/$$/ ; sys_platform == "linux"/' > requirements.lock
 	rm -rf build/lock
 
-bench: $(READY)  ## measure this machine against a plain implementation (under 15 minutes); one: python -m benchmarks NAME
+bench: $(READY)  ## measure this machine against a plain implementation (about 15 minutes); one: python -m benchmarks NAME
 	$(BIN)/python -m benchmarks
 
 profile: $(READY)  ## show where a training step's time goes: phases, parts of the model, operators

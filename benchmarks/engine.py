@@ -45,7 +45,7 @@ SMALL_R50 = (
     "optim={lr: 1e-4, lr_backbone: 1e-5}",
     "train.global_batch_size=4",
 )
-WORKLOADS = {"quickstart": ((), 30, 5, 0, 1), "R50 4x160x213, 1 torch thread": (SMALL_R50, 4, 6, 1, 2)}
+WORKLOADS = {"quickstart": ((), 30, 5, 0, 1), "R50 4x160x213, 1 torch thread": (SMALL_R50, 4, 8, 1, 1)}
 """Overrides of the quickstart, steps of a logging interval, intervals that count, torch threads (0: all cores),
 rounds."""
 

@@ -45,7 +45,7 @@ PER_WORKER, WORKERS, RANKS = (2, 4, 8, 16), 2, 8
 BATCH = 16
 
 DRAWN, HELD_OUT = 1600, 160
-TRAIN_SEEDS, TRAIN_EPOCHS = (1, 2, 3), 3
+TRAIN_SEEDS, TRAIN_EPOCHS = (1, 2), 3
 LAST_STEPS = 50
 
 Shapes = tuple[np.ndarray, np.ndarray]

@@ -123,7 +123,7 @@ def run() -> list[Row]:
     """Four kinds of steps a workload, in turns."""
     rows = []
     for workload, (images, *_) in WORKLOADS.items():
-        rounds = 7 if images == 2 else 40
+        rounds = 5 if images == 2 else 30
         times = alternate(
             {
                 "plain fp32": plain_step(workload, "fp32"),

@@ -9,6 +9,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import ray
 
@@ -55,13 +56,25 @@ def session_while_importing(config: Config, module: str) -> Iterator[None]:
         config: what Ray is started for.
         module: what to import; nothing of Ray's, which this thread imports at the same time.
     """
-    if config.train.launcher == "local" or ray.is_initialized() or os.environ.get("RAY_ADDRESS"):
+    elsewhere = config.train.launcher == "local" or ray.is_initialized() or os.environ.get("RAY_ADDRESS")
+    if elsewhere or _lacks_data(config):  # who is told of a mistake need not wait for Ray
         yield
         return
     # Not the other way round: Ray's processes end with the thread that started them.
     threading.Thread(target=importlib.import_module, args=(module,), name="imports", daemon=True).start()
     with session_of(config):
         yield
+
+
+def _lacks_data(config: Config) -> bool:
+    """Whether some of the data is plainly not where the configuration says."""
+    data = config.data
+    places = [
+        place for split in (data.train, data.val) if split for place in (split.annotations, split.images, split.shards)
+    ]
+    if data.generate is None:
+        places.append(data.root)
+    return any(place and "://" not in place and not Path(place).exists() for place in places)
 
 
 @contextlib.contextmanager
