@@ -146,11 +146,12 @@ def test_a_job_is_stopped_and_submitted_again(
 def test_workers_come_and_go(cluster: LocalCluster, dataset: Path, tmp_path: Path) -> None:
     steps = 600
     # Frozen batch norm, from weights that it can be frozen with: one that trains normalises with its own worker's
-    # images, and so depends on how many there are.
+    # images, and so depends on how many there are. Micro-batches of what the smaller share has: a larger one is padded
+    # otherwise, which the model sees a little of.
     first = fit_here(tiny_config(dataset, tmp_path, "run.name=first", "train.epochs=1"))
     settings = (
         f"train.epochs={steps // 5}", "train.log_every_steps=1", "model.backbone_norm=frozen",
-        f"model.init_from={first.best_checkpoint}/model.pt",
+        f"model.init_from={first.best_checkpoint}/model.pt", f"train.micro_batch_size={BATCH // 2}",
     )  # fmt: skip
     fixed = tiny_config(dataset, tmp_path, "run.name=fixed", "model.dropout=0", "eval.every_epochs=0", *settings)
     tracker = MemoryTracker()
@@ -174,7 +175,8 @@ def test_workers_come_and_go(cluster: LocalCluster, dataset: Path, tmp_path: Pat
     workers = [record["world_size"] for record in records(run, 0)]
     assert [a for a, b in zip(workers, [*workers[1:], 0], strict=True) if a != b] == [1, 2, 1]
     assert len(jumps(run)) <= 1, "growing takes no step twice; shrinking goes back to the last checkpoint"
-    assert_same_losses(losses_shown(text), {step: m["train/loss"] for step, m in tracker.metrics if "train/loss" in m})
+    expected = {step: m["train/loss"] for step, m in tracker.metrics if "train/loss" in m}
+    assert_same_losses(losses_shown(text), expected, closely_until=grown + 20)
 
 
 def losses_shown(text: str) -> dict[int, float]:
@@ -182,7 +184,7 @@ def losses_shown(text: str) -> dict[int, float]:
     return {int(step): float(loss) for step, loss in re.findall(r"step (\d+)/\d+  loss ([\d.]+)", text)}
 
 
-def assert_same_losses(found: dict[int, float], expected: dict[int, float]) -> None:
+def assert_same_losses(found: dict[int, float], expected: dict[int, float], closely_until: int) -> None:
     """The curves agree but for what rounding in another order makes of itself over the steps."""
     # Lines that a lost node had not handed over are missing.
     apart = {step: abs(found[step] - expected[step]) / expected[step] for step in found}
@@ -190,8 +192,8 @@ def assert_same_losses(found: dict[int, float], expected: dict[int, float]) -> N
     print("relative difference of the loss, every tenth step:", [
         f"{step}: {apart[step]:.0e}" for step in sorted(apart) if step % 10 == 0
     ])  # fmt: skip
+    assert max(apart[step] for step in apart if step <= closely_until) < 1e-3
     assert max(apart.values()) < 0.05
-    assert max(apart[step] for step in apart if step <= 20) < 1e-3
 
 
 def test_the_head_dies_and_the_job_is_submitted_again(dataset: Path, undisturbed: Path, tmp_path: Path) -> None:
