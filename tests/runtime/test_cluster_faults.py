@@ -176,7 +176,7 @@ def test_workers_come_and_go(cluster: LocalCluster, dataset: Path, tmp_path: Pat
     assert [a for a, b in zip(workers, [*workers[1:], 0], strict=True) if a != b] == [1, 2, 1]
     assert len(jumps(run)) <= 1, "growing takes no step twice; shrinking goes back to the last checkpoint"
     expected = {step: m["train/loss"] for step, m in tracker.metrics if "train/loss" in m}
-    assert_same_losses(losses_shown(text), expected, closely_until=grown + 20)
+    assert_same_losses(losses_shown(text), expected)
 
 
 def losses_shown(text: str) -> dict[int, float]:
@@ -184,16 +184,15 @@ def losses_shown(text: str) -> dict[int, float]:
     return {int(step): float(loss) for step, loss in re.findall(r"step (\d+)/\d+  loss ([\d.]+)", text)}
 
 
-def assert_same_losses(found: dict[int, float], expected: dict[int, float], closely_until: int) -> None:
-    """The curves agree but for what rounding in another order makes of itself over the steps."""
+def assert_same_losses(found: dict[int, float], expected: dict[int, float]) -> None:
+    """The curves agree to the digits shown, but for what rounding in another order makes of itself over the steps."""
     # Lines that a lost node had not handed over are missing.
     apart = {step: abs(found[step] - expected[step]) / expected[step] for step in found}
     assert len(apart) > 0.9 * len(expected)
     print("relative difference of the loss, every tenth step:", [
         f"{step}: {apart[step]:.0e}" for step in sorted(apart) if step % 10 == 0
     ])  # fmt: skip
-    assert max(apart[step] for step in apart if step <= closely_until) < 1e-3
-    assert max(apart.values()) < 0.05
+    assert max(apart.values()) < 1e-3
 
 
 def test_the_head_dies_and_the_job_is_submitted_again(dataset: Path, undisturbed: Path, tmp_path: Path) -> None:

@@ -77,7 +77,8 @@ def test_two_workers_see_the_stream_of_one_and_everything_is_recorded(dataset: P
 
 def test_one_ray_worker_gives_the_weights_of_the_plain_loop_also_without_mlflow(dataset: Path, tmp_path: Path) -> None:
     settings = ("train.epochs=1", "model.dropout=0.1", "optim.ema_decay=0.9")
-    torch.set_num_threads(os.cpu_count() or 1)  # as the worker does: sums in another order are other sums
+    threads = int(os.environ["OMP_NUM_THREADS"])  # the worker takes no more: sums in another order are other sums
+    torch.set_num_threads(threads)
     by_ray = ("train.launcher=ray", "train.num_workers=1", "run.name=ray")
     server_away = ("tracking.enabled=true", "tracking.uri=http://127.0.0.1:9")
     lines: list[str] = []
