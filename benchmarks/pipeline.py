@@ -141,7 +141,7 @@ def through_ray(root: str) -> dict[str, float]:
     from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
     from detr_ray.runtime.datasets import RayBatches
-    from detr_ray.runtime.session import ray_session, warm_data_workers
+    from detr_ray.runtime.session import ray_session
 
     data = planned_data(f"data.root={root}", f"data.tasks_per_worker={WORKERS}")
     assert data.train is not None
@@ -155,7 +155,6 @@ def through_ray(root: str) -> dict[str, float]:
             peak[0] = max(peak[0], store.object_store_bytes_used / 1e6)
 
     with ray_session(1, WORKERS, False):
-        warming = warm_data_workers(WORKERS)
         batches = RayBatches(data, ray.put(data), 1, 0)
         # One stream over all epochs, as training reads it.
         stream = batches.train_batches(0, (1 + STEADY_EPOCHS) * steps)
@@ -168,7 +167,6 @@ def through_ray(root: str) -> dict[str, float]:
         found = steady(epoch, tree_cpu_seconds)
         ended.set()
         watcher.join()
-        del warming
     return {**found, "store_mb": peak[0]}
 
 

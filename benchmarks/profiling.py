@@ -20,35 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.step import WORKLOADS, draw_batch, settings
+from benchmarks.step import WORKLOADS, draw_batch, train_step
 from detr_ray.engine.context import LocalContext
-from detr_ray.engine.optimizer import build_optimizer
-from detr_ray.engine.step import StepTimes, TrainStep
-from detr_ray.loss import build_criterion
-from detr_ray.model import Detr, build_model
+from detr_ray.engine.step import StepTimes
+from detr_ray.model import Detr
 
 WARMUP = 2
 OPERATORS = 20
-
-
-def train_step(workload: str, precision: str) -> TrainStep:
-    """A step as the training loop makes it."""
-    config, classes = settings(workload), WORKLOADS[workload][3]
-    torch.manual_seed(0)
-    model = build_model(config.model, classes)
-    if config.train.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    return TrainStep(
-        model,
-        build_criterion(config.loss, classes),
-        build_optimizer(model, lr=config.optim.lr, lr_backbone=config.optim.lr_backbone, weight_decay=1e-4),
-        LocalContext(),
-        num_queries=config.model.num_queries,
-        seed=0,
-        precision=precision,
-        clip_max_norm=config.optim.clip_max_norm,
-        channels_last=config.train.channels_last,
-    )
 
 
 class PartClocks:

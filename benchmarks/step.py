@@ -65,15 +65,15 @@ def draw_batch(workload: str) -> PaddedBatch:
     )
 
 
-def our_step(workload: str, precision: str, **options: bool) -> Step:
-    """This project's step, ready to be taken again and again."""
+def train_step(workload: str, precision: str) -> TrainStep:
+    """This project's step, as the training loop makes it."""
     config = settings(workload)
     torch.manual_seed(0)
     model = build_model(config.model, WORKLOADS[workload][3])
     if config.train.channels_last:
         model = model.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(model, lr=1e-4, lr_backbone=1e-5, weight_decay=1e-4)
-    step = TrainStep(
+    return TrainStep(
         model,
         build_criterion(config.loss, WORKLOADS[workload][3]),
         optimizer,
@@ -83,9 +83,12 @@ def our_step(workload: str, precision: str, **options: bool) -> Step:
         precision=precision,
         clip_max_norm=config.optim.clip_max_norm,
         channels_last=config.train.channels_last,
-        **options,
     )
-    batch = draw_batch(workload)
+
+
+def our_step(workload: str, precision: str) -> Step:
+    """The same, ready to be taken again and again."""
+    step, batch = train_step(workload, precision), draw_batch(workload)
     return lambda: step(0, [batch])
 
 
