@@ -15,9 +15,9 @@ from detr_ray.engine.checkpoint import CheckpointStore
 from detr_ray.engine.context import WorkerContext
 from detr_ray.engine.evaluator import build_evaluator
 from detr_ray.engine.job import Say, open_evaluation_data
-from detr_ray.engine.loop import MODEL_FILE
 from detr_ray.engine.planned_data import PlannedData
 from detr_ray.engine.run_directory import absolute_storage
+from detr_ray.engine.training_state import MODEL_FILE
 from detr_ray.evaluation import CocoMetrics, DetectionTable
 from detr_ray.locations import file_info, join
 from detr_ray.model import Detr, build_model

@@ -10,28 +10,23 @@ import dataclasses
 import json
 import logging
 import time
-from typing import Any, Literal
-
-import torch
+from typing import Literal
 
 from detr_ray.engine.batches import BatchSource
-from detr_ray.engine.checkpoint import CheckpointError, CheckpointInfo
+from detr_ray.engine.checkpoint import CheckpointInfo
 from detr_ray.engine.context import LeaveReason, WorkerContext
-from detr_ray.engine.ema import ModelEma
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.job import TrainJob
 from detr_ray.engine.meters import MEANS, Meters
-from detr_ray.engine.optimizer import build_optimizer, learning_rate_factor, set_learning_rate
+from detr_ray.engine.optimizer import learning_rate_factor, set_learning_rate
 from detr_ray.engine.progress import duration, evaluation_line, step_line
 from detr_ray.engine.result import FitResult
 from detr_ray.engine.scoring import BackgroundScoring, Scored
 from detr_ray.engine.step import StepOutcome, StepTimes, TrainStep
+from detr_ray.engine.training_state import MODEL_FILE, TrainingState
 from detr_ray.tracking import Tracker
 
 logger = logging.getLogger(__name__)
-
-MODEL_FILE = "model.pt"
-TRAINING_FILE = "training.pt"
 
 # Epochs of a small data set are short, and a checkpoint after each would take longer than the epoch.
 MIN_STEPS_BETWEEN_CHECKPOINTS = 100
@@ -50,21 +45,12 @@ class TrainingLoop:
     def __init__(self, job: TrainJob, context: WorkerContext, batches: BatchSource, tracker: Tracker) -> None:
         config = job.config
         self.job, self.context, self.batches, self.tracker = job, context, batches, tracker
-        self.step = 0
-        self.num_bad_images = 0
         self.table = ""
         self._store = job.run.checkpoints
-        self._latest: CheckpointInfo | None = None
-
         context.enter("starting", 0)
-        self.model = job.build_model().to(context.device)
-        if config.train.channels_last:
-            self.model = self.model.to(memory_format=torch.channels_last)
+        self.state = TrainingState(job, context)
+        self.model, self.optimizer = self.state.model, self.state.optimizer
         self.criterion = job.build_criterion().to(context.device)
-        self.optimizer = build_optimizer(
-            self.model, lr=config.optim.lr, lr_backbone=config.optim.lr_backbone, weight_decay=config.optim.weight_decay
-        )
-        self.ema = ModelEma(self.model, config.optim.ema_decay) if config.optim.ema_decay else None
         self._lr_factor = learning_rate_factor(
             config.optim.schedule,
             epochs=config.train.epochs,
@@ -74,7 +60,8 @@ class TrainingLoop:
             warmup_epochs=config.optim.warmup_epochs,
             min_lr_factor=config.optim.min_lr_factor,
         )
-        restored = self._restore_weights()  # before the model is wrapped: wrapping compares it between workers
+        # Before the model is wrapped: wrapping compares it between workers.
+        self._latest, training = self.state.restore(self._store)
         self._train_step = TrainStep(
             self.model,
             self.criterion,
@@ -89,12 +76,15 @@ class TrainingLoop:
             skip_bad_images=config.data.on_bad_image == "skip",
             skip_nonfinite=config.train.on_nonfinite == "skip",
         )
-        if restored is not None:
-            self._train_step.scaler.load_state_dict(restored["scaler"])
-            self._train_step.num_skipped = restored["num_skipped"]
+        self.state.restore_step(self._train_step, training)
         self._scoring = None if job.data.val is None else BackgroundScoring(job.data, context)
         names = [*sorted(self.criterion.weights), *MEANS]
         self._meters = Meters(context, names, config.train.global_batch_size)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken."""
+        return self.state.step
 
     def run(self) -> FitResult:
         """Trains to the end, or until someone asks to stop.
@@ -137,13 +127,13 @@ class TrainingLoop:
     def _after_step(self, outcome: StepOutcome, num_micro_batches: int) -> None:
         config = self.job.config.train
         self._record_stream(outcome)
-        if self.ema is not None:
+        if self.state.ema is not None:
             self._train_step.settle()
             if not outcome.skipped:
-                self.ema.update(self.model)
+                self.state.ema.update(self.model)
         self._check_skipped()
         self._meters.add(outcome)
-        self.step += 1
+        self.state.step += 1
         if self.step % config.log_every_steps == 0 or self.step == self.job.total_steps or self.step == 1:
             self._log(num_micro_batches)
             self._note_scores(wait=False)
@@ -171,11 +161,11 @@ class TrainingLoop:
         metrics["optim/lr_backbone"] = self.optimizer.param_groups[1]["lr"]
         for name in ("ce", "bbox", "giou"):
             metrics[f"loss/weight/{name}"] = self.criterion.weights[f"loss_{name}"]
-        self.num_bad_images += int(metrics["train/bad_images"])
-        if self.num_bad_images > self.job.config.data.max_bad_images:
+        self.state.num_bad_images += int(metrics["train/bad_images"])
+        if self.state.num_bad_images > self.job.config.data.max_bad_images:
             raise RunFailed(
-                f"step {self.step}: {self.num_bad_images} images could not be read, more than data.max_bad_images; "
-                "`python -m detr_ray.check ... --decode` lists them",
+                f"step {self.step}: {self.state.num_bad_images} images could not be read, more than "
+                "data.max_bad_images; `python -m detr_ray.check ... --decode` lists them",
                 agreed=True,
             )
         if self.context.rank == 0:
@@ -205,7 +195,7 @@ class TrainingLoop:
         """Finds objects with the weights as they are now; what was found is scored while training goes on."""
         assert self._scoring is not None
         self._note_scores(wait=True)
-        model = self.model if self.ema is None else self.ema.module
+        model = self.model if self.state.ema is None else self.state.ema.module
         self._scoring.begin(model, self.batches.evaluation_batches(), self.step)
 
     def _note_scores(self, *, wait: bool) -> None:
@@ -246,7 +236,7 @@ class TrainingLoop:
         self._note_scores(wait=True)
         self._check_skipped(settle=True)
         self.context.enter("writing a checkpoint", self.step)
-        self._average_running_statistics()
+        self.state.average_running_statistics()
         written: tuple[CheckpointInfo | None, str] = (None, "")
         if self.context.rank == 0:
             written = self._write_checkpoint()
@@ -265,82 +255,13 @@ class TrainingLoop:
         }
         started = time.perf_counter()
         try:
-            info = self._store.save(self.step, self._state(), details)
+            info = self._store.save(self.step, self.state.files(self._train_step), details)
         except OSError as error:
             self.context.say(f"WARNING: no checkpoint at step {self.step}: {error}")
             return None, str(error)
         self._store.prune(self.job.config.train.keep_last)
         logger.info("checkpoint of step %d in %.2f s", self.step, time.perf_counter() - started)
         return info, ""
-
-    def _state(self) -> dict[str, Any]:
-        model_file = {
-            "format": "detr_ray",
-            "model": self.model.state_dict(),
-            "label_map": self.job.data.label_map.to_dict(),
-            "config": self.job.config.to_dict(),
-            "step": self.step,
-        }
-        if self.ema is not None:
-            model_file["ema"] = self.ema.module.state_dict()
-        training = {
-            "step": self.step,
-            "seed": self.job.config.run.seed,
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self._train_step.scaler.state_dict(),
-            "ema_updates": 0 if self.ema is None else self.ema.num_updates,
-            "num_skipped": self._train_step.num_skipped,
-            "num_bad_images": self.num_bad_images,
-        }
-        return {MODEL_FILE: model_file, TRAINING_FILE: training}
-
-    def _restore_weights(self) -> dict[str, Any] | None:
-        """Loads the newest whole checkpoint; the same one on every worker. Returns its training state."""
-        info, loaded = self._newest_readable() if self.context.rank == 0 else (None, None)
-        info = self.context.gather(info)[0]
-        if info is None:
-            return None
-        model_file, training = loaded or (self._store.load(info, MODEL_FILE), self._store.load(info, TRAINING_FILE))
-        try:
-            self.model.load_state_dict(model_file["model"])
-            self.optimizer.load_state_dict(training["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            raise RunFailed(
-                f"{info.path} does not fit this model; to start from its weights use model.init_from: {error}"
-            ) from error
-        for group, rate in zip(
-            self.optimizer.param_groups, (self.job.config.optim.lr, self.job.config.optim.lr_backbone), strict=True
-        ):
-            group["initial_lr"] = rate
-        if self.ema is not None:
-            self.ema.module.load_state_dict(model_file["ema"])
-            self.ema.num_updates = training["ema_updates"]
-        self.step, self._latest = training["step"], info
-        self.num_bad_images = training["num_bad_images"]
-        if self.context.rank == 0:
-            self.context.say(f"going on from step {self.step} (epoch {self.step / self.job.steps_per_epoch:.2f})")
-        return training
-
-    def _newest_readable(self) -> tuple[CheckpointInfo | None, tuple[dict[str, Any], dict[str, Any]] | None]:
-        for info in reversed(self._store.checkpoints()):
-            try:
-                return info, (self._store.load(info, MODEL_FILE), self._store.load(info, TRAINING_FILE))
-            except CheckpointError as error:
-                self.context.say(f"WARNING: {error}; trying the one before it")
-        return None, None
-
-    def _average_running_statistics(self) -> None:
-        """Trainable batch norm keeps statistics of its own worker's images: what is kept is their mean."""
-        buffers = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
-        if self.context.world_size == 1 or self.job.config.model.backbone_norm != "batch" or not buffers:
-            return
-        flat = torch.cat([buffer.flatten() for buffer in buffers])
-        flat = self.context.all_reduce_sum(flat) / self.context.world_size
-        for buffer, mean in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
-            buffer.copy_(mean.view_as(buffer))
-        if self.ema is not None:
-            for mine, theirs in zip(self.ema.module.buffers(), self.model.buffers(), strict=True):
-                mine.copy_(theirs)
 
     def _record_stream(self, outcome: StepOutcome) -> None:
         folder = self.job.run.local_path

@@ -15,7 +15,8 @@ from detr_ray.data.shards import write_shards
 from detr_ray.data.splits import open_split
 from detr_ray.engine.checkpoint import CheckpointStore
 from detr_ray.engine.evaluation_job import find_checkpoint
-from detr_ray.engine.loop import MODEL_FILE, FitResult
+from detr_ray.engine.loop import FitResult
+from detr_ray.engine.training_state import MODEL_FILE
 from detr_ray.runtime.launch import fit
 from detr_ray.tracking import MemoryTracker
 

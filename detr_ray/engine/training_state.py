@@ -1,0 +1,131 @@
+"""What a training run consists of between two steps: how it goes into a checkpoint, and how it comes out of one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from detr_ray.engine.checkpoint import CheckpointError, CheckpointInfo, CheckpointStore
+from detr_ray.engine.context import WorkerContext
+from detr_ray.engine.ema import ModelEma
+from detr_ray.engine.errors import RunFailed
+from detr_ray.engine.job import TrainJob
+from detr_ray.engine.optimizer import build_optimizer
+from detr_ray.engine.step import TrainStep
+
+MODEL_FILE = "model.pt"
+TRAINING_FILE = "training.pt"
+
+
+class TrainingState:
+    """One worker's copy of a run's state: the same on all workers, but for running statistics of batch norm.
+
+    Args:
+        job: what to train.
+        context: this worker's group.
+
+    Attributes:
+        model: the model, with its first weights until something is restored.
+        optimizer: of the model's parameters.
+        ema: the average of the weights; None where the configuration asks for none.
+        step: optimizer steps taken.
+        num_bad_images: images of the training set that could not be read.
+    """
+
+    def __init__(self, job: TrainJob, context: WorkerContext) -> None:
+        config = job.config
+        self._job, self._context = job, context
+        self.model = job.build_model().to(context.device)
+        if config.train.channels_last:
+            self.model = self.model.to(memory_format=torch.channels_last)
+        self.optimizer = build_optimizer(
+            self.model, lr=config.optim.lr, lr_backbone=config.optim.lr_backbone, weight_decay=config.optim.weight_decay
+        )
+        self.ema = ModelEma(self.model, config.optim.ema_decay) if config.optim.ema_decay else None
+        self.step = 0
+        self.num_bad_images = 0
+
+    def files(self, train_step: TrainStep) -> dict[str, Any]:
+        """The files of a checkpoint, by name."""
+        model_file = {
+            "format": "detr_ray",
+            "model": self.model.state_dict(),
+            "label_map": self._job.data.label_map.to_dict(),
+            "config": self._job.config.to_dict(),
+            "step": self.step,
+        }
+        if self.ema is not None:
+            model_file["ema"] = self.ema.module.state_dict()
+        training = {
+            "step": self.step,
+            "seed": self._job.config.run.seed,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": train_step.scaler.state_dict(),
+            "ema_updates": 0 if self.ema is None else self.ema.num_updates,
+            "num_skipped": train_step.num_skipped,
+            "num_bad_images": self.num_bad_images,
+        }
+        return {MODEL_FILE: model_file, TRAINING_FILE: training}
+
+    def restore(self, store: CheckpointStore) -> tuple[CheckpointInfo | None, dict[str, Any]]:
+        """Loads the newest whole checkpoint, the same one on every worker.
+
+        Returns:
+            The checkpoint, and what of its training state belongs to others (`restore_step`); None where there is none.
+
+        Raises:
+            RunFailed: it does not fit the model.
+        """
+        info, loaded = self._newest_readable(store) if self._context.rank == 0 else (None, None)
+        info = self._context.gather(info)[0]
+        if info is None:
+            return None, {}
+        model_file, training = loaded or (store.load(info, MODEL_FILE), store.load(info, TRAINING_FILE))
+        try:
+            self.model.load_state_dict(model_file["model"])
+            self.optimizer.load_state_dict(training["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise RunFailed(
+                f"{info.path} does not fit this model; to start from its weights use model.init_from: {error}"
+            ) from error
+        optim = self._job.config.optim
+        for group, rate in zip(self.optimizer.param_groups, (optim.lr, optim.lr_backbone), strict=True):
+            group["initial_lr"] = rate
+        if self.ema is not None:
+            self.ema.module.load_state_dict(model_file["ema"])
+            self.ema.num_updates = training["ema_updates"]
+        self.step = training["step"]
+        self.num_bad_images = training["num_bad_images"]
+        if self._context.rank == 0:
+            self._context.say(f"going on from step {self.step} (epoch {self.step / self._job.steps_per_epoch:.2f})")
+        return info, training
+
+    def restore_step(self, train_step: TrainStep, training: dict[str, Any]) -> None:
+        """Gives the step what `restore` returned for it."""
+        if training:
+            train_step.scaler.load_state_dict(training["scaler"])
+            train_step.num_skipped = training["num_skipped"]
+
+    def average_running_statistics(self) -> None:
+        """Trainable batch norm keeps statistics of its own worker's images: what is kept is their mean."""
+        buffers = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
+        if self._context.world_size == 1 or self._job.config.model.backbone_norm != "batch" or not buffers:
+            return
+        flat = torch.cat([buffer.flatten() for buffer in buffers])
+        flat = self._context.all_reduce_sum(flat) / self._context.world_size
+        for buffer, mean in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+            buffer.copy_(mean.view_as(buffer))
+        if self.ema is not None:
+            for mine, theirs in zip(self.ema.module.buffers(), self.model.buffers(), strict=True):
+                mine.copy_(theirs)
+
+    def _newest_readable(
+        self, store: CheckpointStore
+    ) -> tuple[CheckpointInfo | None, tuple[dict[str, Any], dict[str, Any]] | None]:
+        for info in reversed(store.checkpoints()):
+            try:
+                return info, (store.load(info, MODEL_FILE), store.load(info, TRAINING_FILE))
+            except CheckpointError as error:
+                self._context.say(f"WARNING: {error}; trying the one before it")
+        return None, None
