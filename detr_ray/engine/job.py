@@ -224,13 +224,18 @@ def _initial_weights(config: Config, label_map: LabelMap, say: Say) -> dict[str,
     if config.model.init_from is None and config.model.backbone_weights == "none":
         return None
     from detr_ray.model import build_model
-    from detr_ray.model.weights import load_backbone_weights, load_initial_weights
+    from detr_ray.model.weights import load_backbone_weights, load_initial_weights, shorten_names
 
     torch.manual_seed(config.run.seed)
     model = build_model(config.model, label_map.num_classes)
     if config.model.init_from is not None:
         report = load_initial_weights(model, config.model.init_from, label_map.names, LabelMap.coco91().names)
         say(report.table())
+        if report.missing:
+            say(
+                f"WARNING: {len(report.missing)} tensors start from random weights, since {report.source} lacks them: "
+                f"{shorten_names(report.missing)}. Where that is not meant, set the model section as in the file"
+            )
     else:
         load_backbone_weights(model, config.model.backbone_weights, config.model.backbone)
     return model.state_dict()

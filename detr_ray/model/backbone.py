@@ -9,6 +9,8 @@ Knows images, masks and strides; knows nothing of positions, attention or files.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,6 +27,39 @@ BACKBONES = {
 }
 STAGES_OF_STRIDE = {8: 2, 16: 3, 32: 4}
 """How many residual stages are kept, by the stride of the last one."""
+
+# Blocks of each stage, and whether they are bottlenecks.
+_SHAPES = {
+    "resnet18": ((2, 2, 2, 2), False),
+    "resnet34": ((3, 4, 6, 3), False),
+    "resnet50": ((3, 4, 6, 3), True),
+    "resnet101": ((3, 4, 23, 3), True),
+}
+
+
+def resnets_with(names: Collection[str]) -> tuple[list[str], int]:
+    """The networks that have layers of these parameter names, and the stride of the last stage among them.
+
+    Args:
+        names: as those of `ResNetBody`, for example ``layer3.5.conv1.weight``.
+
+    Returns:
+        Names of `BACKBONES`, none where no network has these layers alone; 0 with them.
+    """
+    blocks: list[set[str]] = [
+        {n.split(".")[1] for n in names if n.startswith(f"layer{stage}.")} for stage in range(1, 5)
+    ]
+    counts = tuple(len(numbers) for numbers in blocks if numbers)
+    strides = {stages: stride for stride, stages in STAGES_OF_STRIDE.items()}
+    if len(counts) not in strides:
+        return [], 0
+    has_bottlenecks = any(".conv3." in name for name in names)
+    fitting = [
+        name
+        for name, (shape, bottleneck) in _SHAPES.items()
+        if shape[: len(counts)] == counts and bottleneck == has_bottlenecks
+    ]
+    return fitting, strides[len(counts)] if fitting else 0
 
 
 def _convolve(x: Tensor, conv: nn.Conv2d, norm: nn.Module, shortcut: Tensor | None = None, relu: bool = True) -> Tensor:

@@ -1,7 +1,8 @@
 """Reading checkpoint files, from disk, from buckets and from the net, as data and never as code.
 
-Nothing but tensors, plain containers and an ``argparse.Namespace`` (which the original's training checkpoints carry)
-is read. Knows files, hashes and servers; knows nothing of the model that the weights are for.
+Torch files and safetensors files are told apart by their content. Of torch files nothing but tensors, plain containers
+and an ``argparse.Namespace`` (which the original's training checkpoints carry) is read. Knows files, hashes and
+servers; knows nothing of the model that the weights are for.
 """
 
 from __future__ import annotations
@@ -14,17 +15,20 @@ import re
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
-from itertools import takewhile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pyarrow as pa
+import safetensors.torch
 import torch
-from torch import Tensor
 
 from detr_ray.locations import LocationError, read_buffer
+from detr_ray.model.state_dicts import WeightsError, find_states, shorten_names
+from detr_ray.retries import reason_of
+
+__all__ = ["WeightsError", "read_checkpoint", "shorten_names"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,35 +37,13 @@ DOWNLOAD_TIMEOUT_S = 60.0
 
 _HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[A-Za-z.]+$")
 _FORBIDDEN_OBJECT = re.compile(r"GLOBAL ([\w.]+)")
-_NAMES_SHOWN = 6
-
-
-class WeightsError(ValueError):
-    """Weights that cannot be had or do not fit; the message names the file and what to do."""
-
-
-def shorten_names(names: Sequence[str]) -> str:
-    """Names in one line; more than a few are grouped by their first word and shown by what each group shares."""
-    if len(names) <= _NAMES_SHOWN:
-        return ", ".join(names)
-    groups: dict[str, list[list[str]]] = {}
-    for name in names:
-        words = name.split(".")
-        groups.setdefault(words[0], []).append(words)
-    return ", ".join(
-        ".".join(group[0]) if len(group) == 1 else f"{'.'.join(_shared_start(group))}.* ({len(group)})"
-        for group in groups.values()
-    )
-
-
-def _shared_start(lists: Sequence[Sequence[str]]) -> list[str]:
-    """The words that all lists start with."""
-    columns = zip(*lists, strict=False)
-    return [words[0] for words in takewhile(lambda words: len(set(words)) == 1, columns)]
+_OWN_FORMAT = "detr_ray"
+_LARGEST_HEADER = 100_000_000
+"""Bytes of a safetensors header that its library takes at most."""
 
 
 def read_checkpoint(source: str) -> dict[str, Any]:
-    """Reads a checkpoint onto the CPU, of this project's format, of the original's, or a bare state dict.
+    """Reads a checkpoint onto the CPU: this project's format, the original's, other trainers', or a bare state dict.
 
     Args:
         source: a path, the address of an object (``s3://``, ``gs://``, any pyarrow file system), or a ``file://``,
@@ -70,8 +52,9 @@ def read_checkpoint(source: str) -> dict[str, Any]:
             folder for the next time. Without such a name the content is taken as it comes, with a warning.
 
     Returns:
-        What the file holds; ``"model"`` is the state dict, ``"class_names"`` the names of the classifier's rows
-        without no-object, or None where the file does not say.
+        What the file holds; ``"model"`` is the state dict, ``"ema"`` that of averaged weights or None,
+        ``"class_names"`` the names of the classifier's rows without no-object, or None where the file does not say.
+        ``"label_map"`` and ``"config"`` are there in files of this project only.
 
     Raises:
         WeightsError: the file cannot be had, is damaged, or holds more than data.
@@ -81,25 +64,24 @@ def read_checkpoint(source: str) -> dict[str, Any]:
         content = _fetched(source)
     elif scheme == "file":
         path = Path(urllib.request.url2pathname(urlsplit(source).path))
-        content = _unpickled(path, source)
+        content = _loaded(path, source)
         _refuse_other_hash(source, path)
     elif scheme:
         content = _stored(source)
     else:
-        content = _unpickled(Path(source).expanduser(), source)
+        content = _loaded(Path(source).expanduser(), source)
 
-    if not isinstance(content, dict):
-        raise WeightsError(f"{source} holds a {type(content).__name__}, not a dictionary of weights")
-    checkpoint = content if isinstance(content.get("model"), Mapping) else {"model": content}
-    for part in ("model", "ema"):
-        state = checkpoint.get(part) or {}
-        if not isinstance(state, Mapping):
-            raise WeightsError(f"{source} holds no state dict under {part!r}, but a {type(state).__name__}")
-        strangers = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
-        if strangers:
-            raise WeightsError(f"{source} holds no state dict of tensors: {shorten_names(strangers)} is something else")
-    label_map = checkpoint.get("label_map")
-    return {**checkpoint, "class_names": None if label_map is None else list(label_map["names"])}
+    model, averaged = find_states(content, source)
+    beside = {key: value for key, value in content.items() if key not in ("label_map", "config")}
+    checkpoint = {**beside, "model": model, "ema": averaged, "class_names": None}
+    if content.get("format") != _OWN_FORMAT:
+        return checkpoint
+    label_map, config = content.get("label_map"), content.get("config")
+    names = label_map.get("names") if isinstance(label_map, Mapping) else None
+    ids = label_map.get("category_ids") if isinstance(label_map, Mapping) else None
+    if not (isinstance(names, list) and isinstance(ids, list) and isinstance(config, Mapping)):
+        raise WeightsError(f"{source} is damaged: it lacks its label map or its configuration")
+    return {**checkpoint, "class_names": list(names), "label_map": label_map, "config": config}
 
 
 def _stored(location: str) -> Any:
@@ -108,14 +90,20 @@ def _stored(location: str) -> Any:
         data = read_buffer(location)
     except (OSError, LocationError) as error:
         raise WeightsError(str(error)) from error
-    return _unpickled(data, location)
+    return _loaded(data, location)
 
 
-def _unpickled(place: Path | pa.Buffer, source: str) -> Any:
-    """Content of a torch file, or of its bytes, read without running anything of it."""
+def _loaded(place: Path | pa.Buffer, source: str) -> Any:
+    """Content of a torch file or a safetensors file, or of its bytes, read without running anything of it."""
+    kind, size = "torch", 0
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            file = pa.BufferReader(place) if isinstance(place, pa.Buffer) else place
+        size, start = _beginning(place)
+        if _is_safetensors(start, source):
+            kind = "safetensors"
+            return safetensors.torch.load(place.read_bytes() if isinstance(place, Path) else place.to_pybytes())
+        # torch is given a file and not a name, from which it would guess the format.
+        opened = place.open("rb") if isinstance(place, Path) else pa.BufferReader(place)
+        with opened as file, torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise WeightsError(f"there is no file {source}") from None
@@ -125,13 +113,29 @@ def _unpickled(place: Path | pa.Buffer, source: str) -> Any:
         raise WeightsError(f"{source} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # a damaged file fails in any way that its bytes lead to
         forbidden = _FORBIDDEN_OBJECT.search(str(error))
-        if forbidden is None:
-            size = place.size if isinstance(place, pa.Buffer) else place.stat().st_size
-            raise WeightsError(f"{source} is damaged or no torch file ({size} bytes)") from error
+        if kind == "safetensors" or forbidden is None:
+            reason = f": {reason_of(error)}" if kind == "safetensors" else ""
+            raise WeightsError(f"{source} is damaged or no {kind} file ({size} bytes){reason}") from error
         raise WeightsError(
             f"{source} holds Python objects beside its tensors ({forbidden.group(1)}), and reading them would run "
             "code. Where it was made, save the weights alone: torch.save({'model': model.state_dict()}, path)"
         ) from error
+
+
+def _beginning(place: Path | pa.Buffer) -> tuple[int, bytes]:
+    """Size of a file or of its bytes, and the first few of them."""
+    if not isinstance(place, Path):
+        return place.size, place.slice(0, min(9, place.size)).to_pybytes()
+    with place.open("rb") as file:
+        return place.stat().st_size, file.read(9)
+
+
+def _is_safetensors(start: bytes, source: str) -> bool:
+    """Whether a file with these first bytes is one, or is meant to be one."""
+    if start.startswith((b"PK", b"\x80")):  # a torch file: zip, or a pickle
+        return False
+    is_header = start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= _LARGEST_HEADER
+    return is_header or urlsplit(source).path.lower().endswith(".safetensors")
 
 
 def _refuse_other_hash(source: str, path: Path) -> None:
@@ -160,7 +164,7 @@ def _fetched(url: str) -> Any:
         except WeightsError as error:
             logger.warning("the copy of %s in %s is damaged and is fetched again: %s", url, folder, error)
         else:
-            return _unpickled(kept, url)
+            return _loaded(kept, url)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(dir=folder)
@@ -171,9 +175,9 @@ def _fetched(url: str) -> Any:
         _download(url, arrived)
         _refuse_other_hash(url, arrived)
         if not named_by_hash:
-            return _unpickled(arrived, url)
+            return _loaded(arrived, url)
         arrived.replace(kept)
-    return _unpickled(kept, url)
+    return _loaded(kept, url)
 
 
 def _download(url: str, path: Path) -> None:

@@ -6,21 +6,37 @@ file. To go on with a run, shapes, optimizer and all, is another matter and is n
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import EllipsisType
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchvision.models import get_model_weights
 
-from detr_ray.model.checkpoint_file import WeightsError, read_checkpoint, shorten_names
+from detr_ray.model.backbone import resnets_with
+from detr_ray.model.checkpoint_file import read_checkpoint
 from detr_ray.model.detr import Detr
+from detr_ray.model.state_dicts import StateDict, WeightsError, shorten_names, without_prefix
 
-__all__ = ["InitReport", "WeightsError", "load_backbone_weights", "load_initial_weights", "read_checkpoint"]
+__all__ = [
+    "InitReport",
+    "WeightsError",
+    "find_detector",
+    "load_backbone_weights",
+    "load_initial_weights",
+    "read_checkpoint",
+    "shorten_names",
+    "whole_state",
+]
 
-_WRAPPERS = ("module.", "detr.")
+PUBLISHED_ROWS = (91, 250)
+"""Classes of the published weights: COCO's 91 ids, alone or followed by those of the panoptic ones."""
+
 _COUNTER = ".num_batches_tracked"
+_NUMBERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_BODY = "backbone.0.body."
 _NAMES_SHOWN = 6
 
 
@@ -72,21 +88,22 @@ def load_backbone_weights(model: Detr, source: str, backbone: str) -> None:
         return
     if source == "imagenet":
         source = get_model_weights(backbone)["IMAGENET1K_V1"].url
-    state = read_checkpoint(source)["model"]
+    checkpoint = read_checkpoint(source)
     own = model.body.state_dict()
+    stored = checkpoint["ema"] if checkpoint.get("ema") is not None else checkpoint["model"]
+    state = without_prefix(stored, own, source).tensors
     wanted = [name for name in own if name in state or not name.endswith(_COUNTER)]
     missing = [name for name in wanted if name not in state]
+    if any(_BODY in name for name in stored):
+        raise WeightsError(f"{source} is no {backbone}: it holds DETR weights, which model.init_from takes")
     if missing:
-        hint = ""
-        if any(name.startswith("backbone.0.body.") for name in state):
-            hint = ": it holds DETR weights, which model.init_from takes"
-        raise WeightsError(f"{source} is no {backbone}{hint}; it lacks {shorten_names(missing)}")
+        raise WeightsError(f"{source} is no {backbone}; it lacks {shorten_names(missing)}")
     kept = {name.split(".")[0] for name in own}
     strangers = [name for name in state if name.split(".")[0] in kept and name not in own and _COUNTER not in name]
     if strangers:
         raise WeightsError(f"{source} is no {backbone}: it has more, {shorten_names(strangers)}")
     _refuse_other_shapes(source, {name: (state[name], own[name]) for name in wanted}, "is model.backbone the same?")
-    _refuse_non_finite(source, {name: state[name] for name in wanted})
+    _refuse_unusable_values(source, {name: state[name] for name in wanted})
     with torch.no_grad():
         for name in wanted:
             own[name].copy_(state[name])
@@ -102,7 +119,9 @@ def load_initial_weights(
 
     The classifier may be for other classes: rows of classes that both have, by name, are copied, and so is the
     no-object row. There may be more queries, whose rows then stay fresh, or fewer. The projection behind another
-    backbone is built anew. Any other difference in shape is a mistake in the config, and an error.
+    backbone's last stage is built anew. The backbone itself must be whole: what is frozen would stay random, and stages
+    without some of their layers give other features. Any other difference in shape is a mistake in the config, and an
+    error.
 
     Args:
         model: the model to change; what the file lacks keeps its values.
@@ -112,19 +131,16 @@ def load_initial_weights(
             ones start with the same 91.
 
     Raises:
-        WeightsError: the file cannot be had or read, holds other weights than DETR's, or its shapes do not fit.
+        WeightsError: the file cannot be had or read, holds other weights than DETR's or another backbone, or its shapes
+            do not fit.
     """
     assert len(class_names) + 1 == len(model.class_embed.bias), "one name a row of the classifier, without no-object's"
     checkpoint = read_checkpoint(source)
-    weights = "ema" if checkpoint.get("ema") is not None else "model"
-    state, name_in_file = _unwrapped(checkpoint[weights])
+    weights = "model" if checkpoint.get("ema") is None else "ema"
     own = model.state_dict()
+    found = find_detector(checkpoint, own, source)
+    state = found.tensors
     used = [name for name in own if name in state]
-    if not any(name.startswith(("transformer.", "backbone.")) for name in used):
-        raise WeightsError(
-            f"{source} holds no DETR weights, only {shorten_names(list(name_in_file.values()))}; "
-            "a ResNet's weights go into model.backbone_weights"
-        )
     rows = _Rows((), "")
     if "class_embed.bias" in state:
         old_rows = len(state["class_embed.bias"]) - 1
@@ -136,7 +152,8 @@ def load_initial_weights(
         {name: (state[name], own[name]) for name, part in parts.items() if part is None},
         "are model.hidden_dim, dim_feedforward, backbone and position_embedding the same?",
     )
-    _refuse_non_finite(source, {name: state[name] for name in used})
+    _refuse_other_backbone(source, own, state)
+    _refuse_unusable_values(source, {name: state[name] for name in used})
     fitting = {name: part for name, part in parts.items() if part is not None}
     with torch.no_grad():
         for name, part in fitting.items():
@@ -148,9 +165,65 @@ def load_initial_weights(
         rebuilt={name: part.note for name, part in fitting.items() if part.note},
         missing=tuple(name for name in own if name not in state and not name.endswith(_COUNTER)),
         unused=tuple(
-            original for name, original in name_in_file.items() if name not in own and not name.endswith(_COUNTER)
+            name
+            for name in [*(found.prefix + name for name in state if name not in own), *found.beside]
+            if not name.endswith(_COUNTER)
         ),
     )
+
+
+def find_detector(checkpoint: Mapping[str, Any], own_names: Collection[str], source: str) -> StateDict:
+    """The detector's weights in what `read_checkpoint` gave; averaged ones where there are any.
+
+    Args:
+        checkpoint: the file's content.
+        own_names: names of the model that they are for.
+        source: the file, for messages.
+
+    Raises:
+        WeightsError: they are not DETR's, or there are several.
+    """
+    stored = checkpoint["ema"] if checkpoint.get("ema") is not None else checkpoint["model"]
+    found = without_prefix(stored, own_names, source)
+    if not any(name in found.tensors and name.startswith(("transformer.", "backbone.")) for name in own_names):
+        raise WeightsError(
+            f"{source} holds no DETR weights, only {shorten_names(list(stored))}; "
+            "a ResNet's weights go into model.backbone_weights"
+        )
+    bias, weight = (found.tensors.get(f"class_embed.{kind}") for kind in ("bias", "weight"))
+    if bias is not None and (bias.dim() != 1 or len(bias) < 2 or weight is None or weight.shape[:1] != bias.shape):
+        raise WeightsError(f"{source} is damaged: class_embed.bias and class_embed.weight are no head of a classifier")
+    return found
+
+
+def whole_state(model: Detr, found: StateDict, source: str) -> dict[str, Tensor]:
+    """The weights of all of a model, to use it as it was trained; nothing may be missing or stay random.
+
+    Args:
+        model: the model; only its names and shapes count.
+        found: weights, as `find_detector` gave them. What is beside the detector in the file is left out.
+        source: the file, for messages.
+
+    Raises:
+        WeightsError: they are another model's, or not usable.
+    """
+    own, state = model.state_dict(), found.tensors
+    parts = {name.split(".")[0] for name in own}
+    missing = [name for name in own if name not in state and not name.endswith(_COUNTER)]
+    strangers = [name for name in state if name not in own and name.split(".")[0] in parts and _COUNTER not in name]
+    _refuse_other_shapes(
+        source,
+        {name: (state[name], own[name]) for name in own if name in state},
+        "is the model section the one that the weights were trained with?",
+    )
+    _refuse_other_backbone(source, own, state)
+    for names, what in ((missing, "it lacks"), (strangers, "it has more,")):
+        if names:
+            raise WeightsError(f"{source} does not fit the model section: {what} {shorten_names(names)}")
+    used = {name: state[name] for name in own if name in state}
+    _refuse_unusable_values(source, used)
+    counters = {name: torch.zeros_like(own[name], device="cpu") for name in own if name not in used}
+    return used | counters
 
 
 @dataclass(frozen=True)
@@ -192,18 +265,6 @@ def _fitting_part(name: str, value: Tensor, target: Tensor, rows: _Rows) -> _Par
     return None
 
 
-def _unwrapped(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The detector's tensors without the prefix of a wrapper (DDP, the panoptic model), and each one's old name.
-
-    What stands beside the wrapped detector keeps its name, so that it is reported as unused.
-    """
-    name_in_file = {name: name for name in state}
-    for wrapper in _WRAPPERS:
-        if any(name.startswith(wrapper) for name in name_in_file):
-            name_in_file = {name.removeprefix(wrapper): original for name, original in name_in_file.items()}
-    return {name: state[original] for name, original in name_in_file.items()}, name_in_file
-
-
 def _class_names_of(
     source: str, names: Sequence[str | None] | None, rows: int, coco91_names: Sequence[str | None] | None
 ) -> Sequence[str | None] | None:
@@ -212,7 +273,7 @@ def _class_names_of(
         if len(names) != rows:
             raise WeightsError(f"{source} is damaged: its label map names {len(names)} classes, its head has {rows}")
         return names
-    if coco91_names is not None and rows in (91, 250):
+    if coco91_names is not None and rows in PUBLISHED_ROWS:
         return [*coco91_names, *[None] * (rows - len(coco91_names))]
     return None
 
@@ -252,8 +313,43 @@ def _refuse_other_shapes(source: str, pairs: Mapping[str, tuple[Tensor, Tensor]]
         raise WeightsError(f"{source} does not fit ({question}): {'; '.join(differing[:_NAMES_SHOWN])}{more}")
 
 
-def _refuse_non_finite(source: str, state: Mapping[str, Tensor]) -> None:
-    """Raises where weights hold NaN or infinity: training from them fails at its first step, far from the cause."""
-    bad = [name for name, value in state.items() if not bool(torch.isfinite(value).all())]
+def _refuse_other_backbone(source: str, own: Collection[str], state: Collection[str]) -> None:
+    """Raises where a file's backbone lacks layers of the model's, or has more in the stages that the model has."""
+    mine = {name.removeprefix(_BODY) for name in own if name.startswith(_BODY) and not name.endswith(_COUNTER)}
+    theirs = {name.removeprefix(_BODY) for name in state if name.startswith(_BODY) and not name.endswith(_COUNTER)}
+    kept = {name.split(".")[0] for name in mine}
+    missing = sorted(mine - theirs)
+    more = sorted(name for name in theirs - mine if name.split(".")[0] in kept)
+    if not missing and not more:
+        return
+    what = f"lacks {shorten_names(missing)}" if missing else f"has more, {shorten_names(more)}"
+    names, stride = resnets_with(theirs)
+    if names:
+        advice = f"set model.backbone={' or '.join(names)} and model.backbone_stride={stride} (or less), as in the file"
+    else:
+        advice = "take a file that holds the whole detector"
+    raise WeightsError(f"{source} does not fit: its backbone is another one, it {what}; {advice}")
+
+
+def _refuse_unusable_values(source: str, state: Mapping[str, Tensor]) -> None:
+    """Raises where weights are no plain real numbers, or hold NaN or infinity.
+
+    Training from the latter fails at its first step, far from the cause; whole numbers are quantised weights, which
+    mean nothing without their scales.
+    """
+    values = {name: value for name, value in state.items() if not name.endswith(_COUNTER)}
+    odd = {name: value for name, value in values.items() if not _is_plain(value)}
+    if odd:
+        value = next(iter(odd.values()))
+        kind = str(value.dtype).removeprefix("torch.") if value.layout is torch.strided else str(value.layout)
+        raise WeightsError(
+            f"{source} holds {shorten_names(list(odd))} as {kind}: weights have to be dense tensors of float32, "
+            "float16, bfloat16 or float64; convert them where the file was made"
+        )
+    bad = [name for name, value in values.items() if not bool(torch.isfinite(value).all())]
     if bad:
         raise WeightsError(f"{source} holds NaN or infinity in {shorten_names(bad)}: take an earlier checkpoint")
+
+
+def _is_plain(value: Tensor) -> bool:
+    return value.layout is torch.strided and value.dtype in _NUMBERS and not value.is_quantized and not value.is_meta

@@ -87,6 +87,15 @@ def test_published_weights_start_a_model_for_other_classes(dataset: Path, publis
     assert fit_here(config).status == "finished"
 
 
+def test_layers_that_the_weights_lack_are_warned_of(coco128: Path, published: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    prepare_job(
+        coco128_config(coco128, tmp_path, f"model.init_from={published}", "model.decoder_layers=3"), lines.append
+    )
+    (warning,) = [line for line in lines if line.startswith("WARNING")]
+    assert warning.startswith("WARNING: 18 tensors start from random weights") and "decoder.layers.2.* (18)" in warning
+
+
 def test_own_weights_start_another_run(dataset: Path, tmp_path: Path) -> None:
     first = fit_here(tiny_config(dataset, tmp_path, "run.name=first", "optim.ema_decay=0.9"))
     source = f"{first.best_checkpoint}/model.pt"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from detr_ray.model import checkpoint_file
@@ -139,6 +140,29 @@ def test_truncated_files_are_named(tmp_path: Path, legacy: bool) -> None:
             read_checkpoint(str(path))
 
 
+def test_safetensors_are_known_by_their_content(tmp_path: Path) -> None:
+    for name in ("model.safetensors", "model.pt"):
+        safetensors.torch.save_file(STATE, tmp_path / name, metadata={"format": "pt"})
+        for source in (str(tmp_path / name), (tmp_path / name).as_uri()):
+            checkpoint = read_checkpoint(source)
+            assert_is_state(checkpoint)
+            assert checkpoint["class_names"] is None
+    assert_is_state(read_checkpoint(str(save(tmp_path / "misnamed.safetensors", STATE))))
+
+
+def test_broken_safetensors_are_named_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "cut.safetensors"
+    whole = safetensors.torch.save(STATE)
+    broken = [whole[:length] for length in range(0, len(whole), 7)]
+    broken += [whole + b"more", whole.replace(b"F32", b"F99", 1), whole.replace(b"F32", b"F16", 1)]
+    broken += [whole.replace(b"F32", b'F4"', 1), b"<html>not found</html>", b"\xff" * 64]
+    for content in broken:
+        path.write_bytes(content)
+        with pytest.raises(WeightsError, match=r"cut.safetensors is damaged or no safetensors file \(\d+ bytes\)") as e:
+            read_checkpoint(str(path))
+        assert "\n" not in str(e.value) and len(str(e.value)) < 400 + len(str(path))
+
+
 @pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"\x89PNG\r\n\x1a\n"])
 def test_other_files_are_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "page.pth"
@@ -159,6 +183,19 @@ def test_other_files_are_named(tmp_path: Path, content: bytes) -> None:
 def test_files_without_weights_are_named(tmp_path: Path, content: object, message: str) -> None:
     with pytest.raises(WeightsError, match=f"some.pth holds {message}"):
         read_checkpoint(str(save(tmp_path / "some.pth", content)))
+
+
+@pytest.mark.parametrize("changes", [{"label_map": None}, {"label_map": {"names": 3}}, {"config": None}])
+def test_our_own_files_must_be_whole(tmp_path: Path, changes: dict) -> None:
+    label_map = {"names": ["cat"], "category_ids": [1]}
+    content = {"format": "detr_ray", "model": STATE, "label_map": label_map, "config": {}} | changes
+    with pytest.raises(WeightsError, match=r"ours.pt is damaged: it lacks its label map or its configuration"):
+        read_checkpoint(str(save(tmp_path / "ours.pt", content)))
+
+
+def test_label_maps_of_others_are_not_taken_for_ours(tmp_path: Path) -> None:
+    checkpoint = read_checkpoint(str(save(tmp_path / "a.pt", {"model": STATE, "label_map": {1: "cat"}, "config": "x"})))
+    assert checkpoint["class_names"] is None and "label_map" not in checkpoint and "config" not in checkpoint
 
 
 def test_absent_files_folders_and_unknown_schemes(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from goldens import model_section
 from torch import Tensor
@@ -130,6 +131,130 @@ def test_panoptic_file_gives_its_detector(tmp_path: Path) -> None:
     report = load_initial_weights(model, save(tmp_path, state | mask_head), ["a", "b", "c"])
     assert_equal(model, source.state_dict())
     assert set(report.unused) == mask_head.keys()
+
+
+def prefixed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {prefix + name: value for name, value in state.items()}
+
+
+WRAPPED = {
+    "DDP": lambda state: {"model": prefixed(state, "module.")},
+    "bare": lambda state: state,
+    "state_dict": lambda state: {"state_dict": state, "arch": "detr", "epoch": 3},
+    "model_state_dict": lambda state: {"model_state_dict": state, "optimizer_state_dict": {"state": {}}},
+    "Lightning": lambda state: {
+        "state_dict": prefixed(state, "model.") | {"criterion.empty_weight": torch.ones(4)},
+        "pytorch-lightning_version": "2.5",
+        "callbacks": {"ModelCheckpoint": {"best_model_score": torch.ones(())}},
+    },
+    "compiled in DDP": lambda state: {"net": prefixed(state, "module._orig_mod.")},
+    "a model's configuration beside": lambda state: {"model": {"name": "detr"}, "state_dict": state},
+    "two dictionaries": lambda state: {"model": {"state_dict": state}},
+    "averaged alone": lambda state: {"ema": {"module": state, "updates": 5, "decay": 0.999}},
+    "averaged, other weights beside": lambda state: {
+        "model": {name: torch.zeros_like(value) for name, value in state.items()},
+        "ema": {"module": prefixed(state, "module.")},
+    },
+    "averaged by torch": lambda state: {
+        "model_ema": prefixed(state, "module.") | {"n_averaged": torch.tensor(3)},
+        "model": {name: torch.zeros_like(value) for name, value in state.items()},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """States of a detector and of a classifier."""
+    return tiny(3).state_dict(), get_model("resnet18").state_dict()
+
+
+@pytest.fixture(scope="module")
+def blank() -> Detr:
+    return tiny(3, seed=1)
+
+
+def assert_both_load(path: Path, model: Detr, detector: dict[str, Tensor], network: dict[str, Tensor], write) -> None:
+    """A detector's file starts a model, and a classifier's file its backbone."""
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    write(detector, path)
+    report = load_initial_weights(model, str(path), ["a", "b", "c"])
+    assert_equal(model, {name: value.float() for name, value in detector.items()})
+    assert not report.missing
+    assert set(report.unused) <= {"criterion.empty_weight", "n_averaged"}
+    write(network, path)
+    load_backbone_weights(model, str(path), "resnet18")
+    assert all(torch.equal(value, network[name].float()) for name, value in model.body.state_dict().items())
+
+
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED.keys())
+def test_what_other_trainers_put_around_weights_is_taken_off(tmp_path: Path, trained, blank: Detr, wrap) -> None:
+    assert_both_load(tmp_path / "start.pth", blank, *trained, lambda state, path: torch.save(wrap(state), path))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_safetensors_are_taken(tmp_path: Path, trained, blank: Detr, dtype: torch.dtype) -> None:
+    converted = [{name: value.to(dtype) for name, value in state.items()} for state in trained]
+
+    def write(state: dict[str, Tensor], path: Path) -> None:
+        safetensors.torch.save_file(prefixed(state, "model."), path)
+
+    assert_both_load(tmp_path / "model.safetensors", blank, *converted, write)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.complex64, torch.bool])
+def test_weights_that_are_no_plain_numbers_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    state = tiny(1).state_dict()
+    state["transformer.decoder.norm.bias"] = state["transformer.decoder.norm.bias"].to(dtype)
+    file = save(tmp_path, state)
+    with pytest.raises(WeightsError, match=rf"holds transformer.decoder.norm.bias as {str(dtype)[6:]}: weights have"):
+        load_initial_weights(tiny(1), file, ["a"])
+    network = get_model("resnet18").state_dict()
+    torch.save({**network, "conv1.weight": network["conv1.weight"].to(dtype)}, tmp_path / "net.pth")
+    with pytest.raises(WeightsError, match=rf"holds conv1.weight as {str(dtype)[6:]}: weights have"):
+        load_backbone_weights(tiny(1), str(tmp_path / "net.pth"), "resnet18")
+
+
+def test_a_model_that_is_there_twice_is_not_guessed(tmp_path: Path) -> None:
+    state = prefixed(tiny(1).state_dict(), "student.") | prefixed(tiny(1).state_dict(), "teacher.")
+    with pytest.raises(WeightsError, match=r"holds the model 2 times, under student\., teacher\.: save the one"):
+        load_initial_weights(tiny(1), save(tmp_path, state), ["a"])
+
+
+@pytest.mark.parametrize(
+    ("norm", "there", "here", "message"),
+    [
+        ("frozen", ("resnet50", 32), ("resnet101", 32), r"lacks layer3\.\* .*set model\.backbone=resnet50 "),
+        ("batch", ("resnet18", 32), ("resnet34", 32), r"it lacks layer1.*set model\.backbone=resnet18 "),
+        ("frozen", ("resnet101", 32), ("resnet50", 32), r"has more, layer3\.\* .*set model\.backbone=resnet101 "),
+        ("batch", ("resnet18", 16), ("resnet18", 32), r"resnet18 and model\.backbone_stride=16 \(or less\)"),
+    ],
+)
+def test_another_depth_of_the_backbone_is_an_error(
+    tmp_path: Path, norm: str, there: tuple[str, int], here: tuple[str, int], message: str
+) -> None:
+    source, model = (
+        tiny(1, backbone=name, backbone_stride=stride, backbone_norm=norm, seed=seed)
+        for seed, (name, stride) in enumerate((there, here))
+    )
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = {name: value for name, value in source.state_dict().items() if not name.startswith("input_proj")}
+    with pytest.raises(WeightsError, match=message):
+        load_initial_weights(model, save(tmp_path, state), ["a"])
+    assert_equal(model, before)
+
+
+def test_a_file_without_backbone_is_an_error(tmp_path: Path) -> None:
+    state = {name: value for name, value in tiny(1).state_dict().items() if not name.startswith("backbone.")}
+    with pytest.raises(WeightsError, match=r"its backbone is another one, it lacks .*take a file that holds the whole"):
+        load_initial_weights(tiny(1), save(tmp_path, state), ["a"])
+
+
+@pytest.mark.parametrize("bias", [torch.ones(()), torch.ones(1), torch.ones(5)])
+def test_a_damaged_head_is_an_error(tmp_path: Path, bias: Tensor) -> None:
+    state = tiny(2).state_dict() | {"class_embed.bias": bias}
+    with pytest.raises(WeightsError, match=r"is damaged: class_embed\.bias"):
+        load_initial_weights(tiny(2), save(tmp_path, state), ["a", "b"])
 
 
 def test_layers_that_one_side_lacks_are_listed(tmp_path: Path) -> None:
