@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart cluster-up cluster-down test test-slow check format lock bench profile clean
+.PHONY: help install quickstart cluster-up cluster-down test test-slow mutants check format lock bench profile clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ test: $(READY)  ## run the tests (minutes)
 
 test-slow: $(READY)  ## run the proofs that take long: killed processes, real images learnt by heart
 	$(BIN)/python -m pytest -m slow
+
+mutants: $(READY)  ## change lines one at a time and say which changes no test notices (an hour); some: python -m tests.mutants --help
+	$(BIN)/python -m tests.mutants
 
 check: $(READY)  ## lint, types, spelling and import rules
 	$(BIN)/ruff check .

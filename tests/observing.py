@@ -1,0 +1,209 @@
+"""Trains a tiny model in this process and notes what happens at the seams: what the model, the loss and the optimizer
+are given at each step, and what the store and the tracker get.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import tiny_config
+from torch import Tensor, nn
+
+from detr_ray.config import Config
+from detr_ray.engine.batches import LocalBatches
+from detr_ray.engine.checkpoint import CheckpointInfo, CheckpointStore
+from detr_ray.engine.context import LocalContext
+from detr_ray.engine.job import TrainJob, prepare_job
+from detr_ray.engine.loop import TrainingLoop
+from detr_ray.engine.result import FitResult
+from detr_ray.structures import ModelOutput, SamplePlan, Target
+from detr_ray.tracking import MemoryTracker
+
+SMALLEST = (
+    "model.hidden_dim=16",
+    "model.dim_feedforward=32",
+    "model.backbone_stride=8",
+    "model.num_queries=6",
+    "train.global_batch_size=4",
+    "train.epochs=1",
+    "data.augment.scales=[48]",
+)
+"""Over those of `tiny_config`: a step takes some 30 ms."""
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What a model was given, how it stood, with which seed of random numbers, and what it gave."""
+
+    images: Tensor
+    mask: Tensor | None
+    training: bool
+    with_gradient: bool
+    autocast: torch.dtype | None
+    seed: int
+    weights: dict[str, Tensor]
+    output: ModelOutput
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What the criterion was given, and its weights then."""
+
+    outputs: ModelOutput
+    targets: list[Target]
+    normalisers: tuple[float, float]
+    weights: dict[str, float]
+    eos_coef: float
+    costs: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Update:
+    """The optimizer before a step: rates of the two groups, weights and gradients by name."""
+
+    rates: tuple[float, float]
+    weights: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+
+
+@dataclass
+class Observed:
+    """A run, and what was noted of it."""
+
+    job: TrainJob
+    loop: TrainingLoop
+    tracker: MemoryTracker
+    lines: list[str] = field(default_factory=list)
+    phases: list[tuple[str, int]] = field(default_factory=list)
+    reports: list[dict[str, float]] = field(default_factory=list)
+    training: list[Forward] = field(default_factory=list)
+    evaluating: list[Forward] = field(default_factory=list)
+    losses: list[Loss] = field(default_factory=list)
+    updates: list[Update] = field(default_factory=list)
+    result: FitResult | None = None
+
+    @property
+    def store(self) -> CheckpointStore:
+        return self.job.run.checkpoints
+
+    def checkpoint(self, step: int | None = None) -> tuple[CheckpointInfo, dict[str, Any], dict[str, Any]]:
+        """What is known of a checkpoint (the last one), its model file, its training state."""
+        found = [info for info in self.store.checkpoints() if step is None or info.step == step]
+        return found[-1], self.store.load(found[-1], "model.pt"), self.store.load(found[-1], "training.pt")
+
+    def samples(self, step: int) -> list[SamplePlan]:
+        """What the plan says of a step, for one worker."""
+        return [sample for batch in self.job.data.plan(1, 0).step(step) for sample in batch]
+
+    def metric(self, name: str) -> list[float]:
+        return [value for _, value in self.tracker.history(name)]
+
+
+class _NotingContext(LocalContext):
+    def __init__(self, phases: list[tuple[str, int]], **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._phases = phases
+
+    def enter(self, phase: Any, step: int) -> None:
+        self._phases.append((phase, step))
+
+
+def small_config(data_root: Path, storage: Path, *overrides: str) -> Config:
+    """A configuration for a few steps in a fraction of a second."""
+    return tiny_config(data_root, storage, *SMALLEST, *overrides)
+
+
+def prepare(config: Config, say: Callable[[str], None] = lambda line: None) -> Observed:
+    """A loop that notes what it does, before its first step."""
+    job = prepare_job(config, say)
+    lines: list[str] = []
+    phases: list[tuple[str, int]] = []
+    reports: list[dict[str, float]] = []
+    asked = 0
+    observed: Observed
+
+    def should_stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked == getattr(observed, "stop_after", None)
+
+    context = _NotingContext(phases, say=lines.append, should_stop=should_stop, on_report=reports.append)
+    tracker = MemoryTracker()
+    loop = TrainingLoop(job, context, LocalBatches(job.data.plan(1, 0), *job.data.loaders()), tracker)
+    observed = Observed(job, loop, tracker, lines, phases, reports)
+    for model in [loop.model] + ([loop.ema.module] if loop.ema else []):
+        model.register_forward_hook(_note_forward(observed), with_kwargs=True)
+    loop.criterion.register_forward_pre_hook(_note_loss(observed), with_kwargs=True)
+    names = {parameter: name for name, parameter in loop.model.named_parameters()}
+    loop.optimizer.register_step_pre_hook(lambda optimizer, *_: observed.updates.append(_update(optimizer, names)))
+    return observed
+
+
+def run(observed: Observed, stop_after: int | None = None) -> Observed:
+    """Runs the loop to its end, or asks it to stop after so many steps."""
+    observed.stop_after = stop_after  # type: ignore[attr-defined]
+    with observed.job.run.locked():
+        observed.result = observed.loop.run()
+    return observed
+
+
+def observe(config: Config, stop_after: int | None = None) -> Observed:
+    """Trains, noting what happens."""
+    return run(prepare(config), stop_after)
+
+
+def copies(named: Any) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in named}
+
+
+def _note_forward(observed: Observed) -> Callable[..., None]:
+    def note(model: nn.Module, inputs: tuple, named: dict, output: ModelOutput) -> None:
+        images, mask = (*inputs, *named.values())
+        autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        seen = Forward(
+            images.detach().clone(),
+            None if mask is None else mask.clone(),
+            model.training,
+            torch.is_grad_enabled(),
+            autocast,
+            torch.initial_seed(),
+            copies(model.state_dict().items()),
+            _detached(output),
+        )
+        (observed.training if model.training else observed.evaluating).append(seen)
+
+    return note
+
+
+def _note_loss(observed: Observed) -> Callable[..., None]:
+    def note(criterion: Any, inputs: tuple, named: dict) -> None:
+        outputs, targets, *normalisers = (*inputs, *named.values())
+        matcher = criterion.matcher
+        costs = (matcher.cost_class, matcher.cost_bbox, matcher.cost_giou)
+        sums = (float(normalisers[0]), float(normalisers[1]))
+        weights = dict(criterion.weights)
+        observed.losses.append(Loss(_detached(outputs), targets, sums, weights, criterion.eos_coef, costs))
+
+    return note
+
+
+def _update(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> Update:
+    rates = tuple(group["lr"] for group in optimizer.param_groups)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return Update(
+        (rates[0], rates[-1]),
+        copies((names[parameter], parameter) for parameter in parameters),
+        copies((names[parameter], parameter.grad) for parameter in parameters if parameter.grad is not None),
+    )
+
+
+def _detached(output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return output.detach().clone()
+    if isinstance(output, dict):
+        return {name: _detached(value) for name, value in output.items()}
+    return [_detached(value) for value in output]

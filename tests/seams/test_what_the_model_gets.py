@@ -1,0 +1,150 @@
+"""Pixels, masks and boxes as they reach the model and the loss in a run, against torchvision's decoding, resizing and
+normalisation of the same files.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from observing import Forward, Observed, observe, small_config
+from tiny import make_dataset
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2 import functional as tv
+
+from detr_ray.data.index import CocoIndex
+from detr_ray.structures import SamplePlan
+
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of many shapes, so that batches are padded."""
+    return make_dataset(tmp_path_factory.mktemp("data") / "shapes", num_train=16, num_val=6, image_size=(40, 90))
+
+
+def stored(root: Path, split: str, index: CocoIndex, row: int) -> Tensor:
+    (path,) = (root / f"{split}2017").glob(f"*{index.image_ids[row]:012d}.*")
+    return decode_image(str(path), ImageReadMode.RGB)
+
+
+def normalised(pixels: Tensor) -> Tensor:
+    return tv.normalize(tv.to_dtype(pixels, torch.float32, scale=True), MEAN, STD)
+
+
+def augmented(image: Tensor, sample: SamplePlan) -> Tensor:
+    """What the plan says, in torchvision's words."""
+    if sample.flip:
+        image = tv.horizontal_flip(image)
+    if sample.crop is not None:
+        assert sample.resize is not None
+        image = tv.crop(tv.resize(image, list(sample.resize)), *sample.crop)
+    return tv.resize(image, list(sample.size))
+
+
+def assert_padded_batch(found: Forward, expected: list[Tensor]) -> None:
+    """The images lie at the top left, normalised; the rest is 0 and, alone, masked."""
+    height, width = (max(image.shape[side] for image in expected) for side in (1, 2))
+    assert found.images.dtype is torch.float32
+    assert found.images.shape == (len(expected), 3, height, width), "no more is padded than the largest image needs"
+    mask = torch.ones(len(expected), height, width, dtype=torch.bool)
+    for row, image in enumerate(expected):
+        mask[row, : image.shape[1], : image.shape[2]] = False
+        torch.testing.assert_close(found.images[row, :, : image.shape[1], : image.shape[2]], image, rtol=0, atol=1e-5)
+    assert (found.images.permute(0, 2, 3, 1)[mask] == 0).all()
+    if found.mask is None:
+        assert not mask.any()
+    else:
+        assert torch.equal(found.mask, mask)
+
+
+AUGMENTATIONS = {
+    "as stored": "data.augment={flip: 0, scales: [64], max_size: 128, crop: 0}",
+    "all": "data.augment={flip: 0.5, scales: [48, 64], max_size: 80, crop: 0.5, crop_scales: [56], crop_min: 40, "
+    "crop_max: 56}",
+}
+
+
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+@pytest.mark.parametrize("micro_batch_size", [4, 2])
+def test_training_images_are_torchvisions(
+    dataset: Path, tmp_path: Path, augmentation: str, micro_batch_size: int
+) -> None:
+    settings = (AUGMENTATIONS[augmentation], f"train.micro_batch_size={micro_batch_size}", "eval.every_epochs=0")
+    seen = observe(small_config(dataset, tmp_path, *settings), stop_after=4)
+    train = seen.job.data.train
+    assert train is not None
+    forwards = iter(seen.training)
+    shapes = set()
+    for step in range(4):
+        samples = seen.samples(step)
+        expected = [normalised(augmented(stored(dataset, "train", train, s.index), s)) for s in samples]
+        for first in range(0, 4, micro_batch_size):
+            assert_padded_batch(next(forwards), expected[first : first + micro_batch_size])
+        shapes |= {(s.flip, s.crop is not None) for s in samples}
+    assert next(forwards, None) is None and any(f.mask is not None for f in seen.training)
+    assert len(shapes) == (4 if augmentation == "all" else 1), "all kinds of samples were there"
+
+
+def test_validation_images_are_torchvisions_at_the_validation_size(dataset: Path, tmp_path: Path) -> None:
+    seen = observe(small_config(dataset, tmp_path, "eval={size: 56, max_size: 90, batch_size: 2}"), stop_after=4)
+    val = seen.job.data.val
+    assert val is not None
+    pending = {}
+    for row in range(len(val)):
+        image = tv.resize(stored(dataset, "val", val, row), [56], max_size=90)
+        pending[row] = normalised(image)
+    for forward in seen.evaluating:
+        assert not forward.training and forward.mask is None, "images of a size are together, nothing is padded"
+        for image in forward.images:
+            close = [r for r, e in pending.items() if e.shape == image.shape and (e - image).abs().max() < 1e-5]
+            assert len(close) == 1, "each image once"
+            del pending[close[0]]
+    assert not pending
+
+
+def boxes_of(seen: Observed, root: Path, sample: SamplePlan) -> tuple[list[int], Tensor]:
+    """Labels and cxcywh of an uncropped sample, from the annotations themselves."""
+    content = json.loads((root / "annotations" / "instances_train2017.json").read_text())
+    image = next(entry for entry in content["images"] if entry["id"] == sample.image_id)
+    order = sorted(category["id"] for category in content["categories"])
+    labels, boxes = [], []
+    for entry in content["annotations"]:
+        if entry["image_id"] == sample.image_id and not entry["iscrowd"]:
+            left, top, width, height = entry["bbox"]
+            labels.append(order.index(entry["category_id"]))
+            centre = (left + width / 2) / image["width"]
+            boxes.append([1 - centre if sample.flip else centre, (top + height / 2) / image["height"],
+                          width / image["width"], height / image["height"]])  # fmt: skip
+    return labels, torch.tensor(boxes).reshape(-1, 4)
+
+
+def test_the_loss_gets_the_boxes_of_the_images_that_the_model_gets(dataset: Path, tmp_path: Path) -> None:
+    augment = "data.augment={flip: 0.5, scales: [48], max_size: 128, crop: 0}"
+    seen = observe(small_config(dataset, tmp_path, augment, "train.micro_batch_size=2"), stop_after=4)
+    assert len(seen.losses) == len(seen.training) == 8
+    for step in range(4):
+        samples = seen.samples(step)
+        losses = seen.losses[2 * step : 2 * step + 2]
+        targets = [target for loss in losses for target in loss.targets]
+        total = 0
+        for sample, target in zip(samples, targets, strict=True):
+            labels, boxes_cxcywh = boxes_of(seen, dataset, sample)
+            assert target["labels"].tolist() == labels
+            torch.testing.assert_close(target["boxes"], boxes_cxcywh, rtol=0, atol=1e-5)
+            total += len(labels)
+        # Both normalisers are those of the whole step, in each micro-batch of it.
+        weight_sum = total + 0.1 * (4 * 6 - total)
+        assert all(loss.normalisers == pytest.approx((total, weight_sum)) for loss in losses)
+
+
+def test_what_the_loss_judges_is_what_the_model_said(dataset: Path, tmp_path: Path) -> None:
+    seen = observe(small_config(dataset, tmp_path), stop_after=2)
+    for forward, loss in zip(seen.training, seen.losses, strict=True):
+        assert torch.equal(forward.output["pred_logits"], loss.outputs["pred_logits"])
+        assert torch.equal(forward.output["pred_boxes"], loss.outputs["pred_boxes"])
+        assert len(loss.outputs["aux_outputs"]) == 1
