@@ -36,15 +36,21 @@ MAX_ROWS_PER_TASK = 16
 TRAIN, EVALUATION = "train", "evaluation"
 
 
-@functools.lru_cache(maxsize=4)
-def _parts(ref_hex: str, world_size: int, rank: int) -> tuple[WorkerPlan, BatchLoader | None, BatchLoader | None]:
-    """Plan and loaders of a job's data, kept for the life of a task's process."""
-    data: PlannedData = ray.get(_REFS[ref_hex])
+@functools.lru_cache(maxsize=2)
+def _opened(ref: ray.ObjectRef) -> tuple[PlannedData, BatchLoader | None, BatchLoader | None]:
+    """A job's data and its loaders, kept for the life of a task's process.
+
+    One process makes batches of many workers. They share one plan of the data: planning a window of an epoch takes
+    longer than loading a batch, and does not depend on the worker.
+    """
+    data: PlannedData = ray.get(ref)
     torch.set_num_threads(1)  # data tasks share the machine with each other and with training: one core each
-    return (data.plan(world_size, rank), *data.loaders())
+    return (data, *data.loaders())
 
 
-_REFS: dict[str, ray.ObjectRef] = {}
+@functools.lru_cache(maxsize=1024)
+def _plan(ref: ray.ObjectRef, world_size: int, rank: int) -> WorkerPlan:
+    return _opened(ref)[0].plan(world_size, rank)
 
 
 class ScheduleCalmly(ExecutionCallback):  # type: ignore[misc]
@@ -83,8 +89,8 @@ class PlannedBatches:
 
     def __call__(self, rows: pa.Table) -> Iterator[pa.Table]:
         """Loads the micro-batches of some rows."""
-        _REFS[self._data.hex()] = self._data
-        plan, train_loader, evaluation_loader = _parts(self._data.hex(), self._world_size, self._rank)
+        _, train_loader, evaluation_loader = _opened(self._data)
+        plan = _plan(self._data, self._world_size, self._rank)
         numbers = [self._first + row for row in rows["id"].to_pylist()]
         if self._split == TRAIN:
             loader, batches = train_loader, [self._micro_batch(plan, number) for number in numbers]

@@ -1,0 +1,57 @@
+"""What a process of data tasks keeps from one task to the next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from tiny import make_dataset, tiny_config
+
+from detr_ray.engine.job import prepare_job
+from detr_ray.runtime.datasets import EVALUATION, TRAIN
+
+RANKS, STEPS = 16, 3
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(120)
+@pytest.mark.usefixtures("shared_ray")
+def test_a_process_that_serves_many_workers_plans_each_window_once(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "shapes", num_train=48, num_val=20)
+    settings = (f"train.global_batch_size={RANKS}", "eval.batch_size=1", "train.epochs=1")
+    data = prepare_job(tiny_config(dataset, tmp_path, *settings), lambda line: None).data
+
+    @ray.remote
+    def serve(data: list[ray.ObjectRef]) -> tuple[list[Any], list[list[int]], list[list[int]]]:
+        """Makes the batches of all workers, step by step; the windows planned, and the images of each step."""
+        import pyarrow as pa
+
+        from detr_ray.data.planner import Planner
+        from detr_ray.runtime.datasets import PlannedBatches
+
+        planned: list[Any] = []
+        plan_window = Planner._plan_window
+
+        def counted(planner: Planner, epoch: int, number: int, **options: bool) -> Any:
+            planned.append((epoch, number))
+            return plan_window(planner, epoch, number, **options)
+
+        def images(split: str, rank: int, row: int) -> list[int]:
+            tables = PlannedBatches(data[0], split, RANKS, rank, 1, 0)(pa.table({"id": [row]}))
+            return [number for table in tables for number in table["image_ids"][0].as_py()]
+
+        Planner._plan_window = counted  # type: ignore[method-assign,assignment]
+        try:
+            train = [[i for rank in range(RANKS) for i in images(TRAIN, rank, step)] for step in range(STEPS)]
+        finally:
+            Planner._plan_window = plan_window  # type: ignore[method-assign]
+        return planned, train, [images(EVALUATION, rank, 0) for rank in range(RANKS)]
+
+    planned, train, evaluation = ray.get(serve.remote([ray.put(data)]))
+    assert planned == [(0, 0)], "the epoch is one window, and is planned once for all workers"
+    plan = data.plan(1, 0)
+    assert train == [[sample.image_id for batch in plan.step(step) for sample in batch] for step in range(STEPS)]
+    first = [batches[0] for rank in range(RANKS) if (batches := data.plan(RANKS, rank).evaluation)]
+    assert evaluation == [[sample.image_id for sample in batch] for batch in first]
