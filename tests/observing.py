@@ -4,7 +4,8 @@ are given at each step, and what the store and the tracker get.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 from tiny import tiny_config
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from detr_ray.config import Config
 from detr_ray.engine.batches import LocalBatches
@@ -20,6 +23,8 @@ from detr_ray.engine.context import LocalContext
 from detr_ray.engine.job import TrainJob, prepare_job
 from detr_ray.engine.loop import TrainingLoop
 from detr_ray.engine.result import FitResult
+from detr_ray.loss import SetCriterion
+from detr_ray.model import Detr
 from detr_ray.structures import ModelOutput, SamplePlan, Target
 from detr_ray.tracking import MemoryTracker
 
@@ -71,19 +76,28 @@ class Update:
 
 
 @dataclass
-class Observed:
-    """A run, and what was noted of it."""
+class Noted:
+    """What was noted, in the order in which it happened."""
 
-    job: TrainJob
-    loop: TrainingLoop
-    tracker: MemoryTracker
-    lines: list[str] = field(default_factory=list)
-    phases: list[tuple[str, int]] = field(default_factory=list)
-    reports: list[dict[str, float]] = field(default_factory=list)
     training: list[Forward] = field(default_factory=list)
     evaluating: list[Forward] = field(default_factory=list)
     losses: list[Loss] = field(default_factory=list)
     updates: list[Update] = field(default_factory=list)
+    models: list[Detr] = field(default_factory=list)
+    """The model that trains, and the one that is evaluated where it is another."""
+
+
+@dataclass
+class Observed(Noted):
+    """A run, and what was noted of it."""
+
+    job: TrainJob = None  # type: ignore[assignment]
+    loop: TrainingLoop = None  # type: ignore[assignment]
+    tracker: MemoryTracker = field(default_factory=MemoryTracker)
+    stop_after: int | None = None
+    lines: list[str] = field(default_factory=list)
+    phases: list[tuple[str, int]] = field(default_factory=list)
+    reports: list[dict[str, float]] = field(default_factory=list)
     result: FitResult | None = None
 
     @property
@@ -118,35 +132,28 @@ def small_config(data_root: Path, storage: Path, *overrides: str) -> Config:
 
 
 def prepare(config: Config, say: Callable[[str], None] = lambda line: None) -> Observed:
-    """A loop that notes what it does, before its first step."""
+    """A loop before its first step."""
     job = prepare_job(config, say)
-    lines: list[str] = []
-    phases: list[tuple[str, int]] = []
-    reports: list[dict[str, float]] = []
+    observed = Observed(job=job)
     asked = 0
-    observed: Observed
 
     def should_stop() -> bool:
         nonlocal asked
         asked += 1
-        return asked == getattr(observed, "stop_after", None)
+        return asked == observed.stop_after
 
-    context = _NotingContext(phases, say=lines.append, should_stop=should_stop, on_report=reports.append)
-    tracker = MemoryTracker()
-    loop = TrainingLoop(job, context, LocalBatches(job.data.plan(1, 0), *job.data.loaders()), tracker)
-    observed = Observed(job, loop, tracker, lines, phases, reports)
-    for model in [loop.model] + ([loop.ema.module] if loop.ema else []):
-        model.register_forward_hook(_note_forward(observed), with_kwargs=True)
-    loop.criterion.register_forward_pre_hook(_note_loss(observed), with_kwargs=True)
-    names = {parameter: name for name, parameter in loop.model.named_parameters()}
-    loop.optimizer.register_step_pre_hook(lambda optimizer, *_: observed.updates.append(_update(optimizer, names)))
+    context = _NotingContext(
+        observed.phases, say=observed.lines.append, should_stop=should_stop, on_report=observed.reports.append
+    )
+    batches = LocalBatches(job.data.plan(1, 0), *job.data.loaders())
+    observed.loop = TrainingLoop(job, context, batches, observed.tracker)
     return observed
 
 
 def run(observed: Observed, stop_after: int | None = None) -> Observed:
-    """Runs the loop to its end, or asks it to stop after so many steps."""
-    observed.stop_after = stop_after  # type: ignore[attr-defined]
-    with observed.job.run.locked():
+    """Runs the loop to its end, or asks it to stop after so many steps; notes what happens."""
+    observed.stop_after = stop_after
+    with observed.job.run.locked(), noting(observed):
         observed.result = observed.loop.run()
     return observed
 
@@ -156,39 +163,65 @@ def observe(config: Config, stop_after: int | None = None) -> Observed:
     return run(prepare(config), stop_after)
 
 
+@contextlib.contextmanager
+def noting(noted: Noted) -> Iterator[Noted]:
+    """Notes what models, losses and optimizers of this process are given."""
+
+    def after_module(module: nn.Module, inputs: tuple, output: Any) -> None:
+        if isinstance(module, Detr):
+            if module not in noted.models:
+                noted.models.append(module)
+            (noted.training if module.training else noted.evaluating).append(_forward(module, inputs, output))
+
+    def before_module(module: nn.Module, inputs: tuple) -> None:
+        if isinstance(module, SetCriterion):
+            noted.losses.append(_loss(module, inputs))
+
+    def before_update(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        names = {parameter: name for name, parameter in noted.models[0].named_parameters()}
+        noted.updates.append(_update(optimizer, names))
+
+    hooks = [
+        register_module_forward_hook(after_module),
+        register_module_forward_pre_hook(before_module),
+        register_optimizer_step_pre_hook(before_update),
+    ]
+    try:
+        yield noted
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def copies(named: Any) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in named}
 
 
-def _note_forward(observed: Observed) -> Callable[..., None]:
-    def note(model: nn.Module, inputs: tuple, named: dict, output: ModelOutput) -> None:
-        images, mask = (*inputs, *named.values())
-        autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-        seen = Forward(
-            images.detach().clone(),
-            None if mask is None else mask.clone(),
-            model.training,
-            torch.is_grad_enabled(),
-            autocast,
-            torch.initial_seed(),
-            copies(model.state_dict().items()),
-            _detached(output),
-        )
-        (observed.training if model.training else observed.evaluating).append(seen)
-
-    return note
+def _forward(model: Detr, inputs: tuple, output: ModelOutput) -> Forward:
+    images, mask = inputs
+    return Forward(
+        images.detach().clone(),
+        None if mask is None else mask.clone(),
+        model.training,
+        torch.is_grad_enabled(),
+        torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None,
+        torch.initial_seed(),
+        copies(model.state_dict().items()),
+        _detached(output),
+    )
 
 
-def _note_loss(observed: Observed) -> Callable[..., None]:
-    def note(criterion: Any, inputs: tuple, named: dict) -> None:
-        outputs, targets, *normalisers = (*inputs, *named.values())
-        matcher = criterion.matcher
-        costs = (matcher.cost_class, matcher.cost_bbox, matcher.cost_giou)
-        sums = (float(normalisers[0]), float(normalisers[1]))
-        weights = dict(criterion.weights)
-        observed.losses.append(Loss(_detached(outputs), targets, sums, weights, criterion.eos_coef, costs))
-
-    return note
+def _loss(criterion: SetCriterion, inputs: tuple) -> Loss:
+    outputs, targets, num_boxes, class_weight_sum = inputs
+    matcher = criterion.matcher
+    return Loss(
+        _detached(outputs),
+        targets,
+        (float(num_boxes), float(class_weight_sum)),
+        dict(criterion.weights),
+        criterion.eos_coef,
+        (matcher.cost_class, matcher.cost_bbox, matcher.cost_giou),
+    )
 
 
 def _update(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> Update:

@@ -29,7 +29,6 @@ SETTINGS = (
     "model.dropout=0.1",
     "data.on_bad_image=skip",
     "train.on_nonfinite=skip",
-    "eval.every_epochs=0",
     "tracking.enabled=false",
 )
 
@@ -155,9 +154,8 @@ def test_the_scale_of_fp16_is_gone_on_with(dataset: Path, tmp_path: Path) -> Non
 
 def test_each_entry_is_what_its_name_says(straight: Observed) -> None:
     info, model_file, training = straight.checkpoint(4)
-    loop, job = straight.loop, straight.job
-    assert loop.ema is not None
-    for entry, module in (("model", loop.model), ("ema", loop.ema.module)):
+    job = straight.job
+    for entry, module in zip(("model", "ema"), straight.models, strict=True):
         state = module.state_dict()
         assert model_file[entry].keys() == state.keys()
         assert all(torch.equal(value, state[name]) for name, value in model_file[entry].items())
@@ -165,7 +163,7 @@ def test_each_entry_is_what_its_name_says(straight: Observed) -> None:
     assert model_file["label_map"] == job.data.label_map.to_dict()
     assert config_from_dict(model_file["config"], "here") == job.config
     assert training["seed"] == job.config.run.seed and training["ema_updates"] == 4
-    assert len(training["optimizer"]["state"]) == len([p for p in loop.model.parameters() if p.requires_grad])
+    assert len(training["optimizer"]["state"]) == len([p for p in straight.models[0].parameters() if p.requires_grad])
     assert info.details["global_batch_size"] == 4 and info.details["world_size"] == 1
     assert info.details["epoch"] == pytest.approx(1)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from observing import Forward, Observed, observe, small_config
+from observing import Forward, Noted, noting, observe, small_config
 from tiny import make_dataset, tiny_config
 from torch import Tensor
 
@@ -38,22 +38,11 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
 
 
-def evaluated(config: Config, forwards: list[Forward] | None = None) -> EvaluationResult:
+def evaluated(config: Config, noted: Noted | None = None) -> EvaluationResult:
     """Evaluates in this process; notes what the model was given."""
-    import observing
-
     job = prepare_evaluation(config, lambda line: None)
-    if forwards is not None:
-        seen = Observed(None, None, None, evaluating=forwards)  # type: ignore[arg-type]
-        build = job.build_model
-
-        def build_and_note() -> torch.nn.Module:
-            model = build()
-            model.register_forward_hook(observing._note_forward(seen), with_kwargs=True)
-            return model
-
-        object.__setattr__(job, "build_model", build_and_note)
-    result = run_evaluation(job, LocalContext(), LocalBatches(job.data.plan(1, 0), *job.data.loaders()))
+    with noting(noted or Noted()):
+        result = run_evaluation(job, LocalContext(), LocalBatches(job.data.plan(1, 0), *job.data.loaders()))
     assert result is not None
     return result
 
@@ -79,16 +68,16 @@ def test_the_averaged_weights_are_evaluated_where_there_are_any(
     settings = (f"optim.ema_decay={ema_decay}", "optim.lr=1e-2", "optim.lr_backbone=1e-2", "run.name=a")
     seen = observe(small_config(dataset, tmp_path, *settings))
     _, model_file, _ = seen.checkpoint(4)
-    assert same(model_file["model"], seen.loop.model.state_dict()) and ("ema" in model_file) is (ema_decay > 0)
+    assert same(model_file["model"], seen.models[0].state_dict()) and ("ema" in model_file) is (ema_decay > 0)
     wanted = model_file["ema" if ema_decay else "model"]
     assert seen.evaluating and all(same(forward.weights, wanted) for forward in seen.evaluating)
     if ema_decay:
         assert not same(model_file["ema"], model_file["model"])
     # The command takes the same ones, and finds the same numbers.
-    forwards: list[Forward] = []
+    noted = Noted()
     config = small_config(dataset, tmp_path, f"eval.checkpoint={tmp_path / 'a'}")
-    numbers = evaluated(config, forwards).metrics.as_metrics("val/")
-    assert all(same(forward.weights, wanted) for forward in forwards)
+    numbers = evaluated(config, noted).metrics.as_metrics("val/")
+    assert all(same(forward.weights, wanted) for forward in noted.evaluating)
     assert all(seen.metric(name) == [value] for name, value in numbers.items() if seen.metric(name))
     assert seen.metric("val/AP")
 
@@ -96,17 +85,18 @@ def test_the_averaged_weights_are_evaluated_where_there_are_any(
 def test_the_average_follows_its_rule_at_every_step(dataset: Path, tmp_path: Path) -> None:
     settings = ("optim.ema_decay=0.3", "optim.lr=1e-2", "optim.lr_backbone=1e-2", "train.epochs=2")
     seen = observe(small_config(dataset, tmp_path, *settings))
-    after = [update.weights for update in seen.updates[1:]] + [dict(seen.loop.model.named_parameters())]
+    after = [update.weights for update in seen.updates[1:]] + [dict(seen.models[0].named_parameters())]
     average = dict(seen.updates[0].weights)
     for number, weights in enumerate(after):
         decay = min(0.3, (1 + number) / (10 + number))
         average = {name: decay * value + (1 - decay) * weights[name] for name, value in average.items()}
-    assert len(after) == 8 and seen.loop.ema is not None
-    for name, value in seen.loop.ema.module.named_parameters():
+    assert len(after) == 8
+    model, averaged = seen.models
+    for name, value in averaged.named_parameters():
         if name in average:
             torch.testing.assert_close(value, average[name], rtol=1e-4, atol=1e-6)
-    assert not any(parameter.requires_grad for parameter in seen.loop.ema.module.parameters())
-    for mine, theirs in zip(seen.loop.ema.module.buffers(), seen.loop.model.buffers(), strict=True):
+    assert not any(parameter.requires_grad for parameter in averaged.parameters())
+    for mine, theirs in zip(averaged.buffers(), model.buffers(), strict=True):
         assert torch.equal(mine, theirs), "running statistics are those of training"
 
 
@@ -118,10 +108,10 @@ def test_training_and_evaluation_are_of_the_precision_that_is_set(
     seen = observe(small_config(dataset, tmp_path, *settings))
     assert seen.training and seen.evaluating
     assert {forward.autocast for forward in seen.training + seen.evaluating} == {dtype}
-    forwards: list[Forward] = []
+    noted = Noted()
     settings = (f"train.precision={precision}", f"eval.checkpoint={tmp_path / 'a'}")
-    evaluated(small_config(dataset, tmp_path, *settings), forwards)
-    assert {forward.autocast for forward in forwards} == {dtype}
+    evaluated(small_config(dataset, tmp_path, *settings), noted)
+    assert {forward.autocast for forward in noted.evaluating} == {dtype}
 
 
 def test_the_model_trains_in_training_and_does_not_in_evaluation(dataset: Path, tmp_path: Path) -> None:
@@ -135,15 +125,15 @@ def test_the_model_trains_in_training_and_does_not_in_evaluation(dataset: Path, 
     statistics = {name: value for name, value in first[0].weights.items() if "running" in name}
     assert statistics and all(same(statistics, {n: f.weights[n] for n in statistics}) for f in first)
     with torch.no_grad():
-        again = seen.loop.model.eval()(seen.evaluating[-1].images, seen.evaluating[-1].mask)
+        again = seen.models[0].eval()(seen.evaluating[-1].images, seen.evaluating[-1].mask)
     assert torch.equal(again["pred_logits"], seen.evaluating[-1].output["pred_logits"])
 
 
 def test_detections_are_in_pixels_of_the_stored_image_with_its_category_ids(dataset: Path, tmp_path: Path) -> None:
     observe(small_config(dataset, tmp_path, "run.name=a", "train.max_steps=1"))
-    forwards: list[Forward] = []
+    noted = Noted()
     config = small_config(dataset, tmp_path, f"eval.checkpoint={tmp_path / 'a'}", "eval={size: 56, max_size: 90}")
-    result = evaluated(config, forwards)
+    result = evaluated(config, noted)
     job = prepare_evaluation(config, lambda line: None)
     val = job.data.val
     assert val is not None
@@ -152,7 +142,7 @@ def test_detections_are_in_pixels_of_the_stored_image_with_its_category_ids(data
     content = json.loads((dataset / "annotations" / "instances_val2017.json").read_text())
     assert sizes == {image["id"]: (image["height"], image["width"]) for image in content["images"]}
     ids = sorted(category["id"] for category in content["categories"])
-    expected = plain_detections(forwards, sizes, order)
+    expected = plain_detections(noted.evaluating, sizes, order)
     table = result.detections
     assert len(table.scores) == 6 * 6, "every query of every image"
     for image_id, rows in expected.items():

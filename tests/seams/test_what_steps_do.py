@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from observing import Loss, Observed, observe, prepare, run, small_config
+from observing import Loss, Observed, noting, observe, prepare, run, small_config
 from plain_loss import plain_losses
 from tiny import make_dataset
 from torch import Tensor
@@ -165,9 +165,9 @@ def test_the_weights_move_as_plain_adamw_moves_them(dataset: Path, tmp_path: Pat
     weights = {name: torch.nn.Parameter(value.clone()) for name, value in seen.updates[0].weights.items()}
     backbone = [p for name, p in weights.items() if name.startswith("backbone.")]
     rest = [p for name, p in weights.items() if not name.startswith("backbone.")]
-    assert backbone and rest and len(weights) == len([p for p in seen.loop.model.parameters() if p.requires_grad])
+    assert backbone and rest and len(weights) == len([p for p in seen.models[0].parameters() if p.requires_grad])
     plain = torch.optim.AdamW([{"params": rest}, {"params": backbone}], weight_decay=0.5)
-    after = [update.weights for update in seen.updates[1:]] + [dict(seen.loop.model.named_parameters())]
+    after = [update.weights for update in seen.updates[1:]] + [dict(seen.models[0].named_parameters())]
     for step, (update, wanted) in enumerate(zip(seen.updates, after, strict=True)):
         for name, gradient in update.gradients.items():
             weights[name].grad = gradient.clone()
@@ -205,7 +205,7 @@ def test_each_worker_has_random_numbers_of_its_own(dataset: Path, tmp_path: Path
     for rank in (0, 1):
         seen = prepare(small_config(dataset, tmp_path, f"run.name=rank-{rank}"))
         seen.loop.context.rank = rank  # type: ignore[misc]
-        with seen.job.run.locked():
+        with seen.job.run.locked(), noting(seen):
             micro_batches = next(seen.loop.batches.train_batches(0, 1))
             seen.loop._train_step(0, micro_batches)
         found.append(seen.training[0].seed)

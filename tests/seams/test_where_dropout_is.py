@@ -101,7 +101,7 @@ def test_frozen_norms_stay_as_loaded_and_batch_norms_follow_the_images(dataset: 
     for norm in ("frozen", "batch"):
         settings = (f"model.backbone_norm={norm}", f"model.backbone_weights={tmp_path / 'resnet18.pt'}")
         seen = observe(small_config(dataset, tmp_path, *settings, "optim.lr_backbone=1e-3"))
-        after = seen.loop.model.state_dict()
+        after = seen.models[0].state_dict()
         prefix = "backbone.0.body."
         names = [name for name in after if ".bn1.running_mean" in name]
         moved = [name for name in names if not torch.equal(after[name], weights[name.removeprefix(prefix)])]
