@@ -134,7 +134,8 @@ class OptimConfig(Section):
     lr: Positive = 1e-4
     """Learning rate of everything but the backbone."""
     lr_backbone: NonNegative = 1e-5
-    """Learning rate of the backbone; 0 leaves its weights as they are."""
+    """Learning rate of the backbone. 0 freezes it, as the original does: its weights (learned positions among them) and
+    its batch norm's statistics stay as they are, it has no moments and no part in the gradient's norm."""
     weight_decay: NonNegative = 1e-4
     """Weight decay."""
     clip_max_norm: NonNegative = 0.1
@@ -204,7 +205,8 @@ class TrainConfig(Section):
     """What to do about a step whose predictions, loss or gradients are not finite: end the run, or leave the step out
     on all workers."""
     max_nonfinite_steps: CountOrZero = 10
-    """With `train.on_nonfinite=skip`: the run ends when more steps than this were left out."""
+    """With `train.on_nonfinite=skip`: the run ends when more steps than this in a row were left out. Those that fp16
+    leaves out by itself while it looks for the scale of its gradients do not count."""
     stall_timeout_s: Count = 600
     """Seconds that a worker may spend in one phase of a step (waiting for data, the forward pass, a checkpoint, ...).
     One that takes longer hangs: it is named and replaced, which counts as a failure."""

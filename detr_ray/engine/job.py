@@ -68,12 +68,15 @@ class TrainJob:
 
     def build_model(self) -> Detr:
         """The model with its first weights, the same on every worker."""
+        from detr_ray.engine.optimizer import freeze_backbone
         from detr_ray.model import build_model
 
         torch.manual_seed(self.config.run.seed)
         model = build_model(self.config.model, self.data.label_map.num_classes)
         if self.initial_weights is not None:
             model.load_state_dict(self.initial_weights)
+        if self.config.optim.lr_backbone == 0:
+            freeze_backbone(model)
         return model
 
     def build_criterion(self) -> SetCriterion:

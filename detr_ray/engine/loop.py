@@ -17,7 +17,7 @@ from detr_ray.engine.checkpoint import CheckpointInfo
 from detr_ray.engine.context import LeaveReason, WorkerContext
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.job import TrainJob
-from detr_ray.engine.meters import MEANS, Meters
+from detr_ray.engine.meters import Meters
 from detr_ray.engine.optimizer import learning_rate_factor, set_learning_rate
 from detr_ray.engine.progress import duration, evaluation_line, step_line
 from detr_ray.engine.result import FitResult
@@ -78,8 +78,8 @@ class TrainingLoop:
         )
         self.state.restore_step(self._train_step, training)
         self._scoring = None if job.data.val is None else BackgroundScoring(job.data, context)
-        names = [*sorted(self.criterion.weights), *MEANS]
-        self._meters = Meters(context, names, config.train.global_batch_size)
+        self._meters = Meters(context, config.train.global_batch_size)
+        self._meters.restart(training.get("interval"))
 
     @property
     def step(self) -> int:
@@ -106,7 +106,7 @@ class TrainingLoop:
             set_learning_rate(self.optimizer, self._lr_factor.at(epoch))
             self.criterion.at_epoch(epoch)
             outcome = self._train_step(self.step, micro_batches)
-            self._after_step(outcome, len(micro_batches))
+            self._after_step(outcome)
             leave = outcome.leave if self.step < self.job.total_steps else None
             if leave or self._checkpoint_due():
                 self._save()
@@ -124,7 +124,7 @@ class TrainingLoop:
         self.context.enter("waiting for data", self.step)
         return time.perf_counter()
 
-    def _after_step(self, outcome: StepOutcome, num_micro_batches: int) -> None:
+    def _after_step(self, outcome: StepOutcome) -> None:
         config = self.job.config.train
         self._record_stream(outcome)
         if self.state.ema is not None:
@@ -135,27 +135,27 @@ class TrainingLoop:
         self._meters.add(outcome)
         self.state.step += 1
         if self.step % config.log_every_steps == 0 or self.step == self.job.total_steps or self.step == 1:
-            self._log(num_micro_batches)
+            self._log()
             self._note_scores(wait=False)
 
     def _check_skipped(self, *, settle: bool = False) -> None:
         """Ends a run that skips too much; without ``settle`` the last step is looked at after the next one only."""
         if settle:
             self._train_step.settle()
-        if self._train_step.num_skipped > self.job.config.train.max_nonfinite_steps:
+        if self._train_step.nonfinite_in_a_row > self.job.config.train.max_nonfinite_steps:
             raise RunFailed(
-                f"step {self.step}: {self._train_step.num_skipped} updates were left out because something was not "
-                "finite, more than train.max_nonfinite_steps; lower optim.lr or use another train.precision",
+                f"step {self.step}: {self._train_step.nonfinite_in_a_row} updates in a row were left out because "
+                "something was not finite, more than train.max_nonfinite_steps; lower optim.lr or use another "
+                "train.precision",
                 agreed=True,
             )
 
-    def _log(self, num_micro_batches: int) -> None:
+    def _log(self) -> None:
         self.context.enter("adding up metrics", self.step)
         self._check_skipped(settle=True)
-        metrics = self._meters.flush(self._train_step.times, num_micro_batches)
+        metrics = self._meters.metrics(self._meters.totals(self._train_step.times))
+        self._meters.restart()
         self._train_step.times = StepTimes()
-        loss = sum(weight * metrics.get(f"train/{name}", 0.0) for name, weight in self.criterion.weights.items())
-        metrics["train/loss"] = loss
         metrics["train/epoch"] = self.step / self.job.steps_per_epoch
         metrics["optim/lr"] = self.optimizer.param_groups[0]["lr"]
         metrics["optim/lr_backbone"] = self.optimizer.param_groups[1]["lr"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from detr_ray.engine.context import WorkerContext
 from detr_ray.engine.step import StepOutcome, StepTimes
@@ -13,23 +15,31 @@ from detr_ray.engine.step import StepOutcome, StepTimes
 # These are means over images, and not shares of a sum as the losses are.
 MEANS = ("class_error", "cardinality_error")
 
+_PHASES = tuple(field.name for field in dataclasses.fields(StepTimes))
+_COUNTS = ("steps", "seconds", "grad_norm", "skipped", "worker_steps", "padded_pixels", "image_pixels", "bad_images")
+
 
 class Meters:
     """Collects step outcomes without waiting for the device, and sums them over workers when asked.
 
     Args:
         context: this worker's group.
-        names: the losses to report, the same on every worker.
         global_batch_size: images of one step over all workers.
     """
 
-    def __init__(self, context: WorkerContext, names: Sequence[str], global_batch_size: int) -> None:
+    def __init__(self, context: WorkerContext, global_batch_size: int) -> None:
         self._context = context
-        self._names = names
         self._global_batch_size = global_batch_size
-        self._restart()
+        self._loss_names: tuple[str, ...] = ()
+        self.restart()
 
-    def _restart(self) -> None:
+    def restart(self, carried: Mapping[str, float] | None = None) -> None:
+        """Begins an interval.
+
+        Args:
+            carried: its sums so far, where an earlier process began it (`totals`).
+        """
+        self._carried = dict(carried or {}) if self._context.rank == 0 else {}
         self._outcomes: list[StepOutcome] = []
         self._started = time.perf_counter()
 
@@ -37,53 +47,71 @@ class Meters:
         """Takes one step in."""
         self._outcomes.append(outcome)
 
-    def flush(self, times: StepTimes, num_micro_batches: int) -> dict[str, float]:
-        """Metrics of the interval under their public names, the same on every worker; every worker must call it.
+    def totals(self, times: StepTimes) -> dict[str, float]:
+        """Sums over the interval and over all workers, the same on every worker; every worker must call it.
 
         Args:
-            times: this worker's seconds a phase over the interval.
-            num_micro_batches: forward passes of this worker a step, for the means over images.
+            times: this worker's seconds a phase since the interval began in this process.
         """
-        steps = max(len(self._outcomes), 1)
-        seconds = time.perf_counter() - self._started
-        names = self._names
-        world_size = self._context.world_size
-        sums = [
-            sum((outcome.losses[n].double() for outcome in self._outcomes if n in outcome.losses), torch.zeros(()))
-            for n in names
-        ]
-        pixels = [sum(o.padded_pixels for o in self._outcomes), sum(o.image_pixels for o in self._outcomes)]
-        phases = [times.data_wait, times.forward, times.loss, times.backward, times.update]
-        bad_images = sum(len(o.bad_images) for o in self._outcomes)
+        own = self._own_counts() | dataclasses.asdict(times)
+        names = self._agreed_loss_names()
         device = self._context.device
-        numbers = torch.stack(
-            [
-                torch.as_tensor(value, dtype=torch.float64, device=device)
-                for value in (*sums, *pixels, *phases, bad_images)
-            ]
+        counts = [self._carried.get(name, 0.0) + own[name] for name in (*_COUNTS, *_PHASES)]
+        losses = [self._own_loss(name) for name in names]
+        numbers = torch.cat(
+            [torch.tensor(counts, dtype=torch.float64).to(device), *(loss.reshape(1).to(device) for loss in losses)]
         )
-        totals = self._context.all_reduce_sum(numbers).tolist()
-        metrics = {}
-        for name, total in zip(names, totals, strict=False):
-            base = name.rsplit("_", 1)[0] if name[-1].isdigit() else name
-            share = steps * (world_size * max(num_micro_batches, 1) if base in MEANS else 1)
-            metrics[f"train/{name}"] = total / share
-        padded, images = totals[len(names) : len(names) + 2]
-        data_wait, forward, loss, backward, update = totals[len(names) + 2 : len(names) + 7]
-        worker_steps = steps * world_size
-        metrics |= {
-            "train/grad_norm": sum(o.grad_norm for o in self._outcomes) / steps,
-            "train/skipped_steps": float(sum(o.skipped for o in self._outcomes)),
-            "train/bad_images": totals[-1],
-            "perf/images_per_s": steps * self._global_batch_size / max(seconds, 1e-9),
-            "perf/step_s": seconds / steps,
-            "perf/data_wait_s": data_wait / worker_steps,
-            "perf/forward_s": forward / worker_steps,
-            "perf/loss_s": loss / worker_steps,
-            "perf/backward_s": backward / worker_steps,
-            "perf/update_s": update / worker_steps,
-            "perf/data_wait_frac": data_wait / max(seconds * world_size, 1e-9),
-            "perf/padding_frac": 1 - images / max(padded, 1),
+        summed = self._context.all_reduce_sum(numbers).tolist()
+        return dict(zip((*_COUNTS, *_PHASES, *names), summed, strict=True))
+
+    def metrics(self, totals: Mapping[str, float]) -> dict[str, float]:
+        """An interval's `totals` as means under their public names."""
+        steps, seconds = max(totals["steps"], 1), max(totals["seconds"], 1e-9)
+        worker_steps = max(totals["worker_steps"], 1)
+        workers = worker_steps / steps
+        metrics = {
+            f"train/{name}": totals[name] / (worker_steps if name in MEANS else steps) for name in self._loss_names
         }
-        self._restart()
-        return metrics
+        metrics |= {
+            "train/grad_norm": totals["grad_norm"] / steps,
+            "train/skipped_steps": totals["skipped"],
+            "train/bad_images": totals["bad_images"],
+            "perf/images_per_s": steps * self._global_batch_size / seconds,
+            "perf/step_s": seconds / steps,
+            "perf/data_wait_frac": totals["data_wait"] / (seconds * workers),
+            "perf/padding_frac": 1 - totals["image_pixels"] / max(totals["padded_pixels"], 1),
+        }
+        return metrics | {f"perf/{phase}_s": totals[phase] / worker_steps for phase in _PHASES}
+
+    def _own_counts(self) -> dict[str, float]:
+        """This worker's part; what is the same on all workers is rank 0's."""
+        outcomes, is_first = self._outcomes, self._context.rank == 0
+        return {
+            "steps": len(outcomes) * is_first,
+            "seconds": (time.perf_counter() - self._started) * is_first,
+            "grad_norm": sum(outcome.grad_norm for outcome in outcomes) * is_first,
+            "skipped": sum(outcome.skipped for outcome in outcomes) * is_first,
+            "worker_steps": len(outcomes),
+            "padded_pixels": sum(outcome.padded_pixels for outcome in outcomes),
+            "image_pixels": sum(outcome.image_pixels for outcome in outcomes),
+            "bad_images": sum(len(outcome.bad_images) for outcome in outcomes),
+        }
+
+    def _own_loss(self, name: str) -> Tensor:
+        total = torch.tensor(self._carried.get(name, 0.0), dtype=torch.float64)
+        for outcome in self._outcomes:
+            if name in outcome.losses:
+                value = outcome.losses[name].double()
+                total = total.to(value.device) + (value / outcome.num_micro_batches if name in MEANS else value)
+        return total
+
+    def _agreed_loss_names(self) -> tuple[str, ...]:
+        """What the first steps' criterion gave: all losses, and the last layer's errors.
+
+        A worker whose predictions were not finite has none; the others tell it.
+        """
+        if not self._loss_names:
+            own = {name for outcome in self._outcomes for name in outcome.losses}
+            found = {name for names in self._context.gather(sorted(own)) for name in names}
+            self._loss_names = tuple(sorted(name for name in found if name in MEANS or not name.startswith(MEANS)))
+        return self._loss_names

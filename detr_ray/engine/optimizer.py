@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from detr_ray.schedules import Curve, Product, constant
+
+
+def freeze_backbone(model: nn.Module) -> None:
+    """Keeps the backbone as it is: without gradients, and so in no optimizer, no norm and no backward pass.
+
+    The model keeps a backbone without gradients in evaluation mode, so that its statistics stay too.
+    """
+    for name, parameter in model.named_parameters():
+        if name.startswith("backbone."):
+            parameter.requires_grad_(False)
 
 
 def build_optimizer(model: nn.Module, *, lr: float, lr_backbone: float, weight_decay: float) -> torch.optim.AdamW:
@@ -26,14 +37,39 @@ def build_optimizer(model: nn.Module, *, lr: float, lr_backbone: float, weight_d
     return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
 
 
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Gives an optimizer the moments that an earlier one of the same model had.
+
+    They come to lie in memory as the parameters do: the fused update on CPUs walks through memory without a look at
+    strides, and a run may go on in another memory order (``train.channels_last``). Rates and options stay this
+    optimizer's own.
+
+    Args:
+        optimizer: of the model as it is now.
+        state: ``state_dict()`` of the earlier one. Moments of a group that trains no more are left out.
+
+    Raises:
+        ValueError: it has other groups, or groups of other sizes.
+    """
+    saved = [group["params"] for group in state["param_groups"]]
+    kept = [ids if group["params"] else [] for ids, group in zip(saved, optimizer.param_groups, strict=True)]
+    groups = [{**group, "params": ids} for group, ids in zip(optimizer.param_groups, kept, strict=True)]
+    moments = {key: state["state"][key] for ids in kept for key in ids if key in state["state"]}
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    for parameter, own in optimizer.state.items():
+        for name, value in own.items():
+            if value.shape == parameter.shape and value.stride() != parameter.stride():
+                own[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
 def clipped_update(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
     """Clips the gradient to a norm and applies it; leaves parameters and moments alone where it is not finite.
 
     The fused optimizer divides the gradient, and leaves the update out, within its one pass, and is told to by tensors:
-    nothing waits for the device until someone reads the norm.
+    nothing waits for the device until the norm is read.
 
     Args:
-        optimizer: updates ``parameters``.
+        optimizer: updates ``parameters``, whose gradients are no multiple of the real ones (any more).
         parameters: those with a gradient count.
         max_norm: a gradient with a larger norm is scaled down to it; 0 leaves all as they are.
 

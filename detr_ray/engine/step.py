@@ -56,7 +56,8 @@ class StepOutcome:
     """What one step gave on this worker.
 
     Attributes:
-        losses: this worker's share of each loss (they add up over workers), detached, on the device.
+        losses: this worker's share of each loss and of ``loss``, the weighted total (they add up over workers), and
+            sums over its micro-batches of the criterion's errors; detached, on the device.
         grad_norm: norm of the whole gradient before clipping, the same on all workers; known once it is settled.
         skipped: whether the update was left out because something was not finite; known once it is settled.
         leave: why all workers are to leave now, if any of them is; the same on all.
@@ -65,6 +66,7 @@ class StepOutcome:
         padded_pixels: pixels of the padded micro-batches.
         image_pixels: pixels of them that belong to images.
         bad_images: images that could not be read and were replaced.
+        num_micro_batches: forward passes of this worker.
     """
 
     losses: dict[str, Tensor] = field(default_factory=dict)
@@ -76,6 +78,7 @@ class StepOutcome:
     padded_pixels: int = 0
     image_pixels: int = 0
     bad_images: list[str] = field(default_factory=list)
+    num_micro_batches: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class _Update:
 
     step: int
     outcome: StepOutcome
-    norm: Tensor
+    numbers: Tensor  # norm of the gradient, and the loss scale that it was computed with
     nonfinite: str | None
     rates: list[float]
 
@@ -128,7 +131,8 @@ class TrainStep:
 
     Attributes:
         times: seconds of this worker by phase; whoever reads them starts them anew.
-        num_skipped: settled updates that were left out; a run that goes on sets it.
+        nonfinite_in_a_row: updates that were left out since the last one that was applied, as far as they are settled;
+            without what the scaler of fp16 leaves out while it looks for its scale. A run that goes on sets it.
     """
 
     def __init__(
@@ -153,7 +157,7 @@ class TrainStep:
         self.context = context
         self.scaler = torch.amp.GradScaler(context.device.type, enabled=precision == "fp16")
         self.times = StepTimes()
-        self.num_skipped = 0
+        self.nonfinite_in_a_row = 0
         self._unsettled: _Update | None = None
         self._num_queries = num_queries
         self._seed = seed
@@ -174,7 +178,7 @@ class TrainStep:
             RunFailed: an image can't be read, or something was not finite in the step before (`settle`), and the
                 settings say to stop.
         """
-        outcome = StepOutcome()
+        outcome = StepOutcome(num_micro_batches=len(micro_batches))
         num_boxes, class_weight_sum = self._agree(step, micro_batches, outcome)
         seed_step(self._seed, step, self.context.rank)
         self._wrapped.train()
@@ -235,9 +239,10 @@ class TrainStep:
         report = None
         try:
             losses = self.criterion(outputs, batch.targets, num_boxes, class_weight_sum)
+            own_total = self.criterion.total(losses)
             # Gradients are averaged over workers: undo that, the normalisers are global already.
-            total = self.criterion.total(losses) * self.context.world_size
-            for name, value in losses.items():
+            total = own_total * self.context.world_size
+            for name, value in {**losses, "loss": own_total}.items():
                 value = value.detach()
                 outcome.losses[name] = outcome.losses[name] + value if name in outcome.losses else value
         except NonFiniteOutputs as error:
@@ -261,16 +266,12 @@ class TrainStep:
         """Clips and applies the gradient, which is the same on all workers, unless it is not finite."""
         started = time.perf_counter()
         self.context.enter("update", step)
-        if self.scaler.is_enabled():  # leaves the update out by itself where something is not finite
-            self.scaler.unscale_(self.optimizer)
-            max_norm = self._clip_max_norm or float("inf")
-            norm = nn.utils.clip_grad_norm_(self._parameters, max_norm, foreach=True)
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        else:
-            norm = clipped_update(self.optimizer, self._parameters, self._clip_max_norm)
+        self.scaler.unscale_(self.optimizer)
+        norm = clipped_update(self.optimizer, self._parameters, self._clip_max_norm)
+        numbers = torch.stack([norm, self.scaler.scale(torch.ones_like(norm))])
+        self.scaler.update()  # what `unscale_` found not to be finite lowers the scale
         rates = [group["lr"] for group in self.optimizer.param_groups]
-        self._unsettled = _Update(step, outcome, norm, nonfinite, rates)
+        self._unsettled = _Update(step, outcome, numbers, nonfinite, rates)
         self.optimizer.zero_grad(set_to_none=True)
         self.times.update += time.perf_counter() - started
 
@@ -283,21 +284,28 @@ class TrainStep:
         if self._unsettled is None:
             return
         update, self._unsettled = self._unsettled, None
-        update.outcome.grad_norm = float(update.norm)
-        if not np.isfinite(update.outcome.grad_norm):
-            update.outcome.skipped = True
-            self.num_skipped += 1
-            self._agree_on_nonfinite(update)
+        update.outcome.grad_norm, loss_scale = update.numbers.tolist()
+        if np.isfinite(update.outcome.grad_norm):
+            self.nonfinite_in_a_row = 0
+            return
+        update.outcome.skipped = True
+        self._agree_on_nonfinite(update, loss_scale)
 
-    def _agree_on_nonfinite(self, update: _Update) -> None:
-        """All workers see the same gradient, so all of them come here together and decide the same."""
+    def _agree_on_nonfinite(self, update: _Update, loss_scale: float) -> None:
+        """All workers see the same gradient, so all of them come here together and decide the same.
+
+        fp16 multiplies the loss by a scale, which is raised until a gradient overflows and then halved: a gradient that
+        is not finite is ordinary there, as long as there is a scale to blame.
+        """
         reports = [report for report in self.context.gather(update.nonfinite) if report]
-        if not reports and self.scaler.is_enabled():
-            return  # fp16: the loss scale was too large; the scaler leaves the update out and lowers it
+        if not reports and loss_scale > 1:
+            return
+        self.nonfinite_in_a_row += 1
         if self._skip_nonfinite:
             return
         rates = ", ".join(f"{rate:.3g}" for rate in update.rates)
-        found = "\n  ".join(reports) or "the predictions are finite, the gradient is not"
+        unscaled = ", whatever the loss is scaled by" if self.scaler.is_enabled() else ""
+        found = "\n  ".join(reports) or f"the predictions are finite, the gradient is not{unscaled}"
         raise RunFailed(
             f"step {update.step}: not finite (learning rates {rates}):\n  {found}\n"
             "Lower optim.lr, add optim.warmup_epochs, use train.precision=bf16 or fp32, or set train.on_nonfinite=skip",

@@ -11,7 +11,7 @@ from detr_ray.engine.context import WorkerContext
 from detr_ray.engine.ema import ModelEma
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.job import TrainJob
-from detr_ray.engine.optimizer import build_optimizer
+from detr_ray.engine.optimizer import build_optimizer, restore_optimizer
 from detr_ray.engine.step import TrainStep
 
 MODEL_FILE = "model.pt"
@@ -63,7 +63,7 @@ class TrainingState:
             "optimizer": self.optimizer.state_dict(),
             "scaler": train_step.scaler.state_dict(),
             "ema_updates": 0 if self.ema is None else self.ema.num_updates,
-            "num_skipped": train_step.num_skipped,
+            "num_skipped": train_step.nonfinite_in_a_row,
             "num_bad_images": self.num_bad_images,
         }
         return {MODEL_FILE: model_file, TRAINING_FILE: training}
@@ -84,28 +84,25 @@ class TrainingState:
         model_file, training = loaded or (store.load(info, MODEL_FILE), store.load(info, TRAINING_FILE))
         try:
             self.model.load_state_dict(model_file["model"])
-            self.optimizer.load_state_dict(training["optimizer"])
+            restore_optimizer(self.optimizer, training["optimizer"])
         except (RuntimeError, ValueError) as error:
             raise RunFailed(
                 f"{info.path} does not fit this model; to start from its weights use model.init_from: {error}"
             ) from error
-        optim = self._job.config.optim
-        for group, rate in zip(self.optimizer.param_groups, (optim.lr, optim.lr_backbone), strict=True):
-            group["initial_lr"] = rate
         if self.ema is not None:
             self.ema.module.load_state_dict(model_file["ema"])
-            self.ema.num_updates = training["ema_updates"]
-        self.step = training["step"]
-        self.num_bad_images = training["num_bad_images"]
+            self.ema.num_updates = training.get("ema_updates", 0)
+        self.step = info.step
+        self.num_bad_images = training.get("num_bad_images", 0)
         if self._context.rank == 0:
             self._context.say(f"going on from step {self.step} (epoch {self.step / self._job.steps_per_epoch:.2f})")
         return info, training
 
     def restore_step(self, train_step: TrainStep, training: dict[str, Any]) -> None:
         """Gives the step what `restore` returned for it."""
-        if training:
+        if training.get("scaler"):
             train_step.scaler.load_state_dict(training["scaler"])
-            train_step.num_skipped = training["num_skipped"]
+        train_step.nonfinite_in_a_row = training.get("num_skipped", 0)
 
     def average_running_statistics(self) -> None:
         """Trainable batch norm keeps statistics of its own worker's images: what is kept is their mean."""

@@ -10,6 +10,7 @@ Knows images, masks and strides; knows nothing of positions, attention or files.
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -174,6 +175,10 @@ class Backbone(nn.Module):
         if norm == "frozen":
             for frozen in (self.body.conv1, self.body.get_submodule("layer1")):
                 frozen.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets training mode; a backbone none of whose weights train keeps its statistics too, in evaluation mode."""
+        return super().train(mode and any(parameter.requires_grad for parameter in self.parameters()))
 
     def forward(self, images: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Features and the mask at their resolution.

@@ -19,7 +19,8 @@ from detr_ray.engine.batches import LocalBatches
 from detr_ray.engine.distributed import DistributedContext
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.job import prepare_job
-from detr_ray.engine.step import TrainStep
+from detr_ray.engine.meters import Meters
+from detr_ray.engine.step import StepTimes, TrainStep
 
 
 class RecordingSgd(torch.optim.SGD):
@@ -51,6 +52,7 @@ def main() -> None:
     )  # fmt: skip
     batches = LocalBatches(job.data.plan(int(world_size), int(rank)), *job.data.loaders())
     norms, losses, skipped = [], [], []
+    meters = Meters(context, job.config.train.global_batch_size)
     for number, micro_batches in enumerate(batches.train_batches(0, int(steps))):
         handle = None
         if poisoned and number == int(poisoned[0]) and int(rank) == int(world_size) - 1:
@@ -65,13 +67,16 @@ def main() -> None:
             handle.remove()
         skipped.append(outcome.skipped)
         norms.append(outcome.grad_norm)
+        meters.add(outcome)
         if not poisoned:
             losses.append(float(context.all_reduce_sum(step.criterion.total(outcome.losses).double())))
     moved = {name: parameter.detach() - before[name] for name, parameter in model.named_parameters()}
     if poisoned:
         torch.save({"moved": moved, "skipped": skipped}, Path(f"{out}.{rank}"))
-    elif int(rank) == 0:
-        torch.save({"gradients": optimizer.gradients, "norms": norms, "losses": losses}, Path(out))
+    else:
+        logged = meters.metrics(meters.totals(StepTimes()))
+        found = {"gradients": optimizer.gradients, "norms": norms, "losses": losses, "logged": logged}
+        torch.save(found, Path(out) if int(rank) == 0 else Path(f"{out}.{rank}"))
     if int(world_size) > 1:
         dist.destroy_process_group()
 

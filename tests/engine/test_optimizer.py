@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from detr_ray.engine.optimizer import build_optimizer, clipped_update, learning_rate_factor, set_learning_rate
+from detr_ray.engine.optimizer import (
+    build_optimizer,
+    clipped_update,
+    freeze_backbone,
+    learning_rate_factor,
+    restore_optimizer,
+    set_learning_rate,
+)
 from detr_ray.model import build_model
 
 
@@ -70,13 +78,17 @@ def test_the_original_drops_after_200_epochs() -> None:
     assert [curve.at(epoch) for epoch in (0, 199.99, 200, 299)] == pytest.approx([1, 1, 0.1, 0.1])
 
 
-def test_the_backbone_has_a_rate_of_its_own() -> None:
+def small_detector(norm: str = "frozen") -> nn.Module:
     section = SimpleNamespace(
-        backbone="resnet18", backbone_norm="frozen", backbone_stride=32, dilation=False, position_embedding="sine",
+        backbone="resnet18", backbone_norm=norm, backbone_stride=32, dilation=False, position_embedding="learned",
         hidden_dim=32, num_heads=2, dim_feedforward=32, encoder_layers=1, decoder_layers=1, dropout=0.0, pre_norm=False,
         num_queries=3, aux_loss=True,
     )  # fmt: skip
-    model = build_model(section, 5)  # type: ignore[arg-type]
+    return build_model(section, 5)  # type: ignore[arg-type]
+
+
+def test_the_backbone_has_a_rate_of_its_own() -> None:
+    model = small_detector()
     optimizer = build_optimizer(model, lr=1e-4, lr_backbone=1e-5, weight_decay=1e-4)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     head, backbone = (sorted(names[id(p)] for p in group["params"]) for group in optimizer.param_groups)
@@ -146,3 +158,74 @@ def test_gradients_and_moments_lie_in_memory_as_their_parameters() -> None:
         assert parameter.grad is not None and parameter.grad.stride() == parameter.stride()
         assert optimizer.state[parameter]["exp_avg"].stride() == parameter.stride()
         assert optimizer.state[parameter]["exp_avg_sq"].stride() == parameter.stride()
+
+
+def in_order(network: nn.Module, channels_last: bool) -> nn.Module:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return network.to(memory_format=layout)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("was_channels_last", [True, False])
+@pytest.mark.parametrize("is_channels_last", [True, False])
+def test_restored_moments_belong_to_the_same_weights_in_any_memory_order(
+    was_channels_last: bool, is_channels_last: bool
+) -> None:
+    undisturbed, resumed = small_network(), in_order(small_network(), is_channels_last)
+    undisturbed = in_order(undisturbed, was_channels_last)
+    first = torch.optim.AdamW(undisturbed.parameters(), lr=1e-2, fused=True)
+    for step in range(3):
+        give_gradient(undisturbed, step)
+        clipped_update(first, list(undisturbed.parameters()), 0.1)
+    resumed.load_state_dict(undisturbed.state_dict())
+    second = torch.optim.AdamW(resumed.parameters(), lr=1e-2, fused=True)
+    restore_optimizer(second, copy.deepcopy(first.state_dict()))
+    for parameter in resumed.parameters():
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert second.state[parameter][name].stride() == parameter.stride()
+    before = [parameter.detach().clone() for parameter in undisturbed.parameters()]
+    for network, optimizer in ((undisturbed, first), (resumed, second)):
+        give_gradient(network, 3)
+        clipped_update(optimizer, list(network.parameters()), 0.1)
+    for old, expected, found in zip(before, undisturbed.parameters(), resumed.parameters(), strict=True):
+        assert float((found - expected).detach().norm()) < 1e-3 * float((expected - old).detach().norm())
+
+
+def test_restoring_keeps_the_options_that_the_optimizer_was_built_with() -> None:
+    network = small_network()
+    give_gradient(network, 0)
+    earlier = torch.optim.AdamW(network.parameters(), lr=1e-2, foreach=True, weight_decay=0.5)
+    earlier.step()
+    state = earlier.state_dict()
+    del state["param_groups"][0]["amsgrad"]  # an option that came later
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)
+    restore_optimizer(optimizer, state)
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["fused"], group["foreach"], group["amsgrad"]) == (1e-3, True, None, False)
+    with pytest.raises(ValueError, match="size of optimizer's group"):
+        restore_optimizer(torch.optim.AdamW(list(network.parameters())[:2]), state)
+
+
+@pytest.mark.parametrize("norm", ["frozen", "batch"])
+def test_a_backbone_without_a_rate_takes_no_part(norm: str) -> None:
+    model = small_detector(norm)
+    earlier = build_optimizer(model, lr=1e-4, lr_backbone=0, weight_decay=1e-4)
+    freeze_backbone(model)
+    optimizer = build_optimizer(model, lr=1e-4, lr_backbone=0, weight_decay=1e-4)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.train()
+    output = model(torch.randn(2, 3, 64, 64))
+    output["pred_logits"].square().sum().backward()
+    assert not [name for name, p in model.named_parameters() if name.startswith("backbone.") and p.grad is not None]
+    expected = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(clipped_update(optimizer, list(model.parameters()), 0.1), expected)
+    assert not optimizer.param_groups[1]["params"]
+    after = model.state_dict()
+    moved = [name for name, value in before.items() if not torch.equal(value, after[name])]
+    assert moved and not [name for name in moved if name.startswith("backbone.")], "statistics and counters stay too"
+    # A checkpoint of a version that kept moments for it all the same.
+    for group in earlier.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    earlier.step()
+    restore_optimizer(optimizer, earlier.state_dict())
+    assert len(optimizer.state) == len(optimizer.param_groups[0]["params"])

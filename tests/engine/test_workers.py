@@ -87,6 +87,13 @@ def test_the_gradient_is_that_of_one_worker(
     found = run_workers(config_file, world_size, tmp_path / "workers.pt", *overrides, steps=2)
     assert found["losses"] == pytest.approx(alone["losses"], rel=1e-5)
     assert found["norms"] == pytest.approx(alone["norms"], rel=1e-4)
+    assert found["logged"]["train/loss"] == pytest.approx(sum(alone["losses"]) / 2, rel=1e-5)
+    for name, value in alone["logged"].items():
+        if name.startswith("train/loss"):
+            assert found["logged"][name] == pytest.approx(value, rel=1e-4), name
+    for rank in range(1, world_size):
+        others = torch.load(tmp_path / f"workers.pt.{rank}", weights_only=True)["logged"]
+        assert others == found["logged"], "all workers know the same"
     for gradient, expected in zip(found["gradients"], alone["gradients"], strict=True):
         assert float((gradient - expected).norm() / expected.norm()) < bound
 

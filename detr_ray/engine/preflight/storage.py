@@ -12,6 +12,7 @@ from typing import TypeVar
 from pyarrow.fs import FileType
 
 from detr_ray.config import Config
+from detr_ray.engine.optimizer import freeze_backbone
 from detr_ray.engine.preflight.findings import Report
 from detr_ray.engine.preflight.first_weights import skeleton
 from detr_ray.engine.run_directory import absolute_storage
@@ -131,6 +132,8 @@ def checkpoint_bytes(config: Config, num_classes: int) -> tuple[int, int]:
     """
     model = skeleton(config, num_classes)
     state = sum(value.numel() for value in model.state_dict().values())
+    if config.optim.lr_backbone == 0:
+        freeze_backbone(model)
     trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
     model_file = state * (2 if config.optim.ema_decay else 1) * _BYTES_PER_NUMBER
     return model_file + 2 * trained * _BYTES_PER_NUMBER, model_file

@@ -1,0 +1,66 @@
+"""What is logged of the loss: what was optimised, layer by layer, for any number of layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import fit_here, make_dataset, tiny_config
+
+from detr_ray.engine.batches import LocalBatches
+from detr_ray.engine.job import TrainJob, prepare_job
+from detr_ray.structures import to_device
+from detr_ray.tracking import MemoryTracker
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("data") / "shapes")
+
+
+def loss_of_first_step(job: TrainJob) -> float:
+    """The weighted total of the first global batch in one piece, from the criterion alone."""
+    model, criterion = job.build_model().train(), job.build_criterion()
+    (padded,) = next(LocalBatches(job.data.plan(1, 0), *job.data.loaders()).train_batches(0, 1))
+    batch = to_device(padded, torch.device("cpu"), channels_last=False)
+    with torch.no_grad():
+        return float(criterion.total(criterion(model(batch.images, batch.mask), batch.targets)))
+
+
+@pytest.mark.parametrize(
+    ("layers", "overrides"),
+    [(1, ()), (3, ()), (6, ()), (8, ()), (3, ("model.aux_loss=false",)), (8, ("train.micro_batch_size=3",))],
+)
+def test_the_loss_that_is_logged_is_the_one_that_was_optimised(
+    dataset: Path, tmp_path: Path, layers: int, overrides: tuple[str, ...]
+) -> None:
+    tracker = MemoryTracker()
+    schedule = "loss.bbox={points: [[0, 5], [0.2, 10]], interpolation: constant}"
+    size = ("data.augment.scales=[48]", "data.augment.max_size=72", "model.dropout=0", "train.max_steps=1")
+    settings = (*size, schedule, f"model.decoder_layers={layers}")
+    fit_here(tiny_config(dataset, tmp_path, *settings, *overrides), tracker)
+    job = prepare_job(tiny_config(dataset, tmp_path, *settings, *overrides, "train.micro_batch_size=8"), print)
+    logged = tracker.metrics[0][1]
+    # Batch norm sees parts of the batch where it is accumulated.
+    assert logged["train/loss"] == pytest.approx(loss_of_first_step(job), rel=0.02 if overrides else 1e-5)
+    layers = 1 if "model.aux_loss=false" in overrides else layers
+    suffixes = ["", *(f"_{layer}" for layer in range(layers - 1))]
+    kinds = {"loss_ce": 1, "loss_bbox": 5, "loss_giou": 2}
+    series = {f"train/{kind}{suffix}": weight for kind, weight in kinds.items() for suffix in suffixes}
+    assert {name for name in logged if name.startswith("train/loss_")} == series.keys()
+    total = sum(weight * logged[name] for name, weight in series.items())
+    assert logged["train/loss"] == pytest.approx(total, rel=1e-5)
+
+
+def test_a_loss_schedule_counts_as_it_was_at_each_step(dataset: Path, tmp_path: Path) -> None:
+    """The mean over an interval is that of what was optimised, not the last weights times the mean losses."""
+    schedule = "loss.bbox={points: [[0, 5], [0.4, 100]], interpolation: constant}"
+    settings = (schedule, "train.max_steps=3", "model.dropout=0")
+    single, both = MemoryTracker(), MemoryTracker()
+    fit_here(tiny_config(dataset, tmp_path, *settings), single)
+    steps = [value for _, value in single.history("train/loss")]
+    assert steps[2] > 3 * steps[1]
+    fit_here(tiny_config(dataset, tmp_path, *settings, "train.log_every_steps=100"), both)
+    assert [step for step, _ in both.history("train/loss")] == [1, 3]
+    assert both.history("train/loss")[1][1] == pytest.approx((steps[1] + steps[2]) / 2, rel=1e-6)
