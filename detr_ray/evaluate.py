@@ -3,30 +3,66 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from detr_ray.cli import run_command
+from detr_ray.cli import EXIT_FAILED, run_command
 from detr_ray.config import Config, ConfigError
 from detr_ray.train import say
 
 if TYPE_CHECKING:
-    from detr_ray.evaluation import DetectionTable
+    import numpy as np
+
+    from detr_ray.engine.evaluation_job import EvaluationJob, EvaluationResult
 
 DESCRIPTION = """Score a checkpoint on the validation set: COCO's 12 numbers, and the AP of each category.
 
-eval.checkpoint names the checkpoint: a run's folder, a checkpoint in it, or DETR weights (path or URL)."""
+eval.checkpoint names the checkpoint: a run's folder, a checkpoint in it, or DETR weights (path or URL). A run's sizes,
+precision and data are used where they are not given."""
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", metavar="FILE", help="write the numbers to this file")
-    parser.add_argument("--detections", metavar="FILE", help="write all detections to this file, as COCO results")
-    parser.add_argument("--picture", metavar="FILE", help="draw the first images with their boxes into this file (PNG)")
-    parser.add_argument("--picture-images", metavar="N", type=int, default=12, help="images in the picture (12)")
-    parser.add_argument("--picture-score", metavar="S", type=float, default=0.5, help="least score drawn (0.5)")
+    parser.add_argument("--json", metavar="FILE", type=_file, help="write the numbers to this file")
+    parser.add_argument(
+        "--detections", metavar="FILE", type=_file, help="write all detections to this file, as COCO results"
+    )
+    parser.add_argument(
+        "--picture",
+        metavar="FILE",
+        type=_file,
+        help="draw the first images with their boxes into this file (PNG)",
+    )
+    parser.add_argument(
+        "--picture-images", metavar="N", type=_count, default=12, help="images in the picture (12), at least 1"
+    )
+    parser.add_argument(
+        "--picture-score", metavar="S", type=_share, default=0.5, help="least score drawn (0.5), from 0 to 1"
+    )
+
+
+def _file(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must name a file")
+    return text
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1 (got {text})")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1 (got {text})")
+    return value
 
 
 def _check(config: Config) -> None:
@@ -37,39 +73,91 @@ def _check(config: Config) -> None:
 
 
 def _evaluate(config: Config, arguments: argparse.Namespace) -> int:
-    from detr_ray.runtime.launch import evaluate
+    from detr_ray.engine.output_files import check_outputs
 
-    result = evaluate(config, say)
-    say("\n" + result.metrics.table() + "\n\n" + result.metrics.category_table() + "\n")
-    if arguments.json:
-        content = {"checkpoint": result.checkpoint, "metrics": result.metrics.as_metrics("")}
-        Path(arguments.json).write_text(json.dumps(content, indent=1) + "\n")
-        say(f"numbers      {arguments.json}")
-    if arguments.detections:
-        result.detections.save_coco_results(arguments.detections)
-        say(f"detections   {arguments.detections}")
     if arguments.picture:
-        _draw(config, result.detections, arguments)
-        say(f"picture      {arguments.picture}")
-    return 0
+        from detr_ray.viz import check_picture
+
+        check_picture(arguments.picture, arguments.picture_images)
+    given = {"--json": arguments.json, "--detections": arguments.detections, "--picture": arguments.picture}
+    check_outputs({option: location for option, location in given.items() if location is not None})
+
+    from detr_ray.engine.evaluation_job import prepare_evaluation
+
+    job = prepare_evaluation(config, say)
+
+    from detr_ray.runtime.launch import run_prepared_evaluation
+
+    result = run_prepared_evaluation(job, say)
+    say("\n" + result.metrics.table() + "\n\n" + result.metrics.category_table() + "\n")
+    contents: dict[str, Callable[[], bytes]] = {
+        "--json": lambda: _numbers(job, result),
+        "--detections": result.detections.coco_results_json,
+        "--picture": lambda: _picture(job, result, arguments),
+    }
+    written = [_write(option, location, contents[option]) for option, location in given.items() if location is not None]
+    return 0 if all(written) else EXIT_FAILED
 
 
-def _draw(config: Config, detections: DetectionTable, arguments: argparse.Namespace) -> None:
-    from detr_ray.data.images import ImageReader, decode_image
-    from detr_ray.engine.job import open_evaluation_data
-    from detr_ray.viz import DrawnBoxes, detection_grid
+def _write(option: str, location: str, content: Callable[[], bytes]) -> bool:
+    """Writes one of the files; one that fails all the same (a full disk) does not take the others with it."""
+    from detr_ray.data.errors import DataError
+    from detr_ray.engine.output_files import write_output
+    from detr_ray.retries import reason_of
 
-    index = open_evaluation_data(config.data, lambda line: None)
-    reader, names = ImageReader(index), dict(index.categories)
-    images, annotations, found = [], [], []
+    try:
+        write_output(location, content())
+    except (OSError, DataError) as error:
+        sys.stderr.write(f"error: {option}: {location} could not be written: {reason_of(error)}\n")
+        return False
+    say(f"{option.removeprefix('--'):<13}{location}")
+    return True
+
+
+def _numbers(job: EvaluationJob, result: EvaluationResult) -> bytes:
+    content = {
+        "checkpoint": result.checkpoint,
+        "settings": job.settings,
+        "metrics": result.metrics.as_metrics(""),
+    }
+    return (json.dumps(content, indent=1) + "\n").encode()
+
+
+def _picture(job: EvaluationJob, result: EvaluationResult, arguments: argparse.Namespace) -> bytes:
+    from detr_ray.viz import DrawnBoxes, detection_grid, picture_format
+
+    index, detections = job.data.val, result.detections
+    assert index is not None, "there is a validation set"
+    # The model may know more categories than the validation set has.
+    names = dict(job.data.label_map.categories) | dict(index.categories)
+    annotations, found = [], []
     for i in range(min(arguments.picture_images, len(index))):
-        images.append(decode_image(reader.read(i), reader.name(i)).permute(1, 2, 0).numpy())
         rows = slice(index.first_box[i], index.first_box[i + 1])
         annotations.append(DrawnBoxes(index.boxes_xywh_px[rows], [names[c] for c in index.category_ids[rows].tolist()]))
         mine = (detections.image_ids == index.image_ids[i]) & (detections.scores >= arguments.picture_score)
         categories = [names[c] for c in detections.category_ids[mine].tolist()]
         found.append(DrawnBoxes(detections.boxes_xywh_px[mine], categories, detections.scores[mine]))
-    detection_grid(images, annotations, found).save(arguments.picture)
+    file = io.BytesIO()
+    grid = detection_grid(_images(job, len(found)), annotations, found)
+    grid.save(file, format=picture_format(arguments.picture))
+    return file.getvalue()
+
+
+def _images(job: EvaluationJob, count: int) -> Iterator[np.ndarray]:
+    """The first images, one after another, lying as their annotations do; black where one cannot be read."""
+    import numpy as np
+
+    from detr_ray.data.images import ImageError, ImageReader, decode_image
+
+    index = job.data.val
+    assert index is not None
+    reader = ImageReader(index)
+    for i in range(count):
+        size = (int(index.heights[i]), int(index.widths[i]))
+        try:
+            yield decode_image(reader.read(i), reader.name(i), size).permute(1, 2, 0).numpy()
+        except ImageError:
+            yield np.zeros((*size, 3), np.uint8)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,7 +9,7 @@ from detr_ray.config.comparison import diff, flatten
 from detr_ray.config.data_sections import AugmentConfig, DataConfig, GenerateConfig, SplitConfig
 from detr_ray.config.errors import ConfigError
 from detr_ray.config.fields import Schedule
-from detr_ray.config.loading import config_from_dict, load_config
+from detr_ray.config.loading import config_from_dict, load_config, with_defaults
 from detr_ray.config.sections import (
     Config,
     EvalConfig,
@@ -40,4 +40,5 @@ __all__ = [
     "diff",
     "flatten",
     "load_config",
+    "with_defaults",
 ]

@@ -56,6 +56,25 @@ def config_from_dict(values: Mapping[str, Any], source: str) -> Config:
     return draft.build()
 
 
+def with_defaults(config: Config, defaults: Mapping[str, Any], source: str) -> Config:
+    """The same configuration with other defaults: values for keys that nobody gave.
+
+    Pydantic notes which keys a configuration was made with, here those of the files and overrides.
+
+    Args:
+        config: what was given.
+        defaults: section -> key -> value.
+        source: what to call the defaults in messages.
+
+    Raises:
+        ConfigError: given values and defaults do not go together.
+    """
+    draft = _Draft()
+    draft.merge(defaults, source)
+    draft.merge(config.model_dump(mode="json", exclude_unset=True), "what was given")
+    return draft.build()
+
+
 class _Draft:
     """What users gave so far: merged values, where each came from, and what is already known to be wrong."""
 

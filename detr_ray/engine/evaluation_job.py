@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
+import numpy as np
 import torch
 from pyarrow.fs import FileType
 from torch import Tensor
 
-from detr_ray.config import Config, ConfigError, ModelConfig, config_from_dict
-from detr_ray.data.label_map import LabelMap
+from detr_ray.config import Config, ConfigError, ModelConfig, config_from_dict, flatten
+from detr_ray.data.index import CocoIndex
+from detr_ray.data.label_map import COCO_NUM_CLASSES, LabelMap
 from detr_ray.engine.batches import BatchSource
 from detr_ray.engine.checkpoint import CheckpointStore
 from detr_ray.engine.context import WorkerContext
+from detr_ray.engine.errors import RunFailed
+from detr_ray.engine.evaluation_config import DECISIVE, evaluation_config
 from detr_ray.engine.evaluator import build_evaluator
 from detr_ray.engine.job import Say, open_evaluation_data
 from detr_ray.engine.planned_data import PlannedData
@@ -21,7 +26,15 @@ from detr_ray.engine.training_state import MODEL_FILE
 from detr_ray.evaluation import CocoMetrics, DetectionTable
 from detr_ray.locations import file_info, join
 from detr_ray.model import Detr, build_model
-from detr_ray.model.weights import read_checkpoint
+from detr_ray.model.state_dicts import StateDict
+from detr_ray.model.weights import (
+    PUBLISHED_ROWS,
+    WeightsError,
+    find_detector,
+    read_checkpoint,
+    shorten_names,
+    whole_state,
+)
 from detr_ray.retries import reason_of
 
 
@@ -58,6 +71,12 @@ class EvaluationJob:
     checkpoint: str
     storage: str
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The keys that decide the result, with their values."""
+        values = flatten(self.data.config)
+        return {key: values[key] for key in DECISIVE}
+
     def build_model(self) -> Detr:
         """The model with the checkpoint's weights."""
         model = build_model(self.model_config, self.data.label_map.num_classes)
@@ -89,7 +108,9 @@ def find_checkpoint(given: str) -> str:
 
 
 def prepare_evaluation(config: Config, say: Say) -> EvaluationJob:
-    """Opens the checkpoint and the validation set.
+    """Opens the checkpoint and the validation set: all that can be refused is refused here.
+
+    What decides the result and is not given comes from the run, see `evaluation_config`.
 
     Raises:
         ConfigError: no checkpoint is named, or it does not fit the configuration or the data.
@@ -100,28 +121,56 @@ def prepare_evaluation(config: Config, say: Say) -> EvaluationJob:
             "eval.checkpoint: is missing: give a run's folder, a checkpoint, or DETR weights (path or URL)"
         )
     source = find_checkpoint(config.eval.checkpoint)
-    checkpoint = read_checkpoint(source)
+    try:
+        checkpoint = read_checkpoint(source)
+        stored = config_from_dict(checkpoint["config"], source) if "config" in checkpoint else None
+        model_config = config.model if stored is None else stored.model
+        weights = find_detector(checkpoint, _skeleton(model_config, 1).state_dict(), source)
+    except WeightsError as error:
+        raise ConfigError(f"eval.checkpoint: {error}") from error
+    config, lines = evaluation_config(config, stored, source)
+    for line in lines:
+        say(line)
     val = open_evaluation_data(config.data, say)
-    model_config = config.model
-    if checkpoint.get("label_map") is not None:
+    if stored is None:
+        label_map = _unnamed_labels(config.data.label_space, weights, val, source)
+    else:
         label_map = LabelMap.from_dict(checkpoint["label_map"])
         label_map.check_covers(val.categories, val.source)
-        # The weights' own model; of the configuration only what does not shape them could differ.
-        model_config = config_from_dict(checkpoint["config"], source).model
-    else:
-        space = "coco91" if config.data.label_space == "auto" else config.data.label_space
-        label_map = LabelMap.for_space(space, val.categories, val.source)
-    state = checkpoint["ema"] if checkpoint.get("ema") is not None else checkpoint["model"]
-    storage = join(absolute_storage(config.run.storage), "evaluations")
-    job = EvaluationJob(PlannedData(config, None, val, label_map), model_config, state, source, storage)
     try:
-        with torch.device("meta"):
-            skeleton = build_model(model_config, label_map.num_classes)
-        skeleton.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        raise ConfigError(f"eval.checkpoint: {source} does not fit the model section: {error}") from error
-    say(f"checkpoint {source}; {len(val)} images, {label_map.num_classes} classes")
-    return job
+        state = whole_state(_skeleton(model_config, label_map.num_classes), weights, source)
+    except WeightsError as error:
+        raise ConfigError(f"eval.checkpoint: {error}") from error
+    kind = "averaged weights" if checkpoint["ema"] is not None else "weights"
+    say(f"{kind} of {source}; {len(val)} images, {label_map.num_classes} classes")
+    if weights.beside:
+        say(f"left out, since it is beside the detector: {shorten_names(weights.beside)}")
+    storage = join(absolute_storage(config.run.storage), "evaluations")
+    return EvaluationJob(PlannedData(config, None, val, label_map), model_config, state, source, storage)
+
+
+def _skeleton(model_config: ModelConfig, num_classes: int) -> Detr:
+    """The model's names and shapes, without memory for its weights."""
+    with torch.device("meta"):
+        return build_model(model_config, num_classes)
+
+
+def _unnamed_labels(space: str, weights: StateDict, val: CocoIndex, source: str) -> LabelMap:
+    """Labels of weights that do not name their classes; by their number, where ``data.label_space`` leaves it open."""
+    head = weights.tensors.get("class_embed.bias")
+    rows = COCO_NUM_CLASSES if head is None else len(head) - 1
+    if space == "auto":
+        space = "coco91" if rows in PUBLISHED_ROWS else "contiguous"
+    label_map = LabelMap.for_space(space, val.categories, val.source)
+    if space == "coco91" and rows in PUBLISHED_ROWS:
+        others = (None,) * (rows - label_map.num_classes)  # panoptic weights go on with classes that have no boxes
+        label_map = LabelMap(label_map.names + others, label_map.category_ids + others)
+    if rows != label_map.num_classes:
+        raise ConfigError(
+            f"eval.checkpoint: {source} names no classes; it has {rows}, which does not fit the "
+            f"{label_map.num_classes} of {val.source} (data.label_space={space})"
+        )
+    return label_map
 
 
 def run_evaluation(job: EvaluationJob, context: WorkerContext, batches: BatchSource) -> EvaluationResult | None:
@@ -131,7 +180,19 @@ def run_evaluation(job: EvaluationJob, context: WorkerContext, batches: BatchSou
         model = model.to(memory_format=torch.channels_last)
     evaluator = build_evaluator(job.data, context)
     detections = evaluator.find(model, batches.evaluation_batches())
+    if problem := context.gather(_problem(job, detections))[0]:
+        raise RunFailed(problem, agreed=True)
     if detections is None:
         return None
     context.enter("scoring", 0)
     return EvaluationResult(job.checkpoint, evaluator.score(detections), detections)
+
+
+def _problem(job: EvaluationJob, detections: DetectionTable | None) -> str | None:
+    """Why detections cannot be scored; finite weights may still overflow on the way."""
+    if detections is None or (np.isfinite(detections.scores).all() and np.isfinite(detections.boxes_xywh_px).all()):
+        return None
+    return (
+        f"eval.checkpoint: {job.checkpoint} gives predictions that are not finite with "
+        f"train.precision={job.data.config.train.precision}; try train.precision=fp32, or an earlier checkpoint"
+    )

@@ -158,9 +158,13 @@ class DetectionTable:
             for image_id, category_id, box_xywh_px, score in zip(*(column.tolist() for column in columns), strict=True)
         ]
 
+    def coco_results_json(self) -> bytes:
+        """COCO's results JSON, as the COCO server and other tools read it."""
+        return json.dumps(self.to_coco_results(), separators=(",", ":")).encode()
+
     def save_coco_results(self, path: str | Path) -> None:
-        """Writes COCO's results JSON, as the COCO server and other tools read it."""
-        Path(path).write_text(json.dumps(self.to_coco_results(), separators=(",", ":")), encoding="utf-8")
+        """Writes COCO's results JSON."""
+        Path(path).write_bytes(self.coco_results_json())
 
 
 def _to_int64(image_ids: Sequence[int] | np.ndarray | Tensor) -> np.ndarray:

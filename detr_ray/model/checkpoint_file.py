@@ -131,11 +131,11 @@ def _beginning(place: Path | pa.Buffer) -> tuple[int, bytes]:
 
 
 def _is_safetensors(start: bytes, source: str) -> bool:
-    """Whether a file with these first bytes is one, or is meant to be one."""
-    if start.startswith((b"PK", b"\x80")):  # a torch file: zip, or a pickle
-        return False
-    is_header = start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= _LARGEST_HEADER
-    return is_header or urlsplit(source).path.lower().endswith(".safetensors")
+    """Whether a file that begins so is one, or is meant to be one: the header's length comes first, then the header."""
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= _LARGEST_HEADER:
+        return True
+    is_torch = start.startswith((b"PK", b"\x80"))  # zip, or a pickle
+    return not is_torch and urlsplit(source).path.lower().endswith(".safetensors")
 
 
 def _refuse_other_hash(source: str, path: Path) -> None:

@@ -88,9 +88,16 @@ def evaluate(config: Config, say: Say = lambda line: None) -> EvaluationResult:
         DataError: the data is not usable.
         RunFailed: the evaluation began and cannot be finished.
     """
-    from detr_ray.engine.evaluation_job import prepare_evaluation, run_evaluation
+    from detr_ray.engine.evaluation_job import prepare_evaluation
 
-    job = prepare_evaluation(config, say)
+    return run_prepared_evaluation(prepare_evaluation(config, say), say)
+
+
+def run_prepared_evaluation(job: EvaluationJob, say: Say) -> EvaluationResult:
+    """Does what `prepare_evaluation` prepared; see `evaluate`."""
+    from detr_ray.engine.evaluation_job import run_evaluation
+
+    config = job.data.config
     if config.train.launcher == "local":
         batches = LocalBatches(job.data.plan(1, 0), *job.data.loaders())
         result = run_evaluation(job, LocalContext(_local_device(config)), batches)

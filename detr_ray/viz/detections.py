@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from detr_ray.config.errors import ConfigError
+
+# Ending of a picture's name -> format, and its longest side in pixels (JPEG's limit where a format has none).
+_FORMATS = {
+    ".png": ("PNG", 65_500),
+    ".jpg": ("JPEG", 65_500),
+    ".jpeg": ("JPEG", 65_500),
+    ".bmp": ("BMP", 65_500),
+    ".tif": ("TIFF", 65_500),
+    ".tiff": ("TIFF", 65_500),
+    ".webp": ("WEBP", 16_383),
+}
+_COLUMNS, _CELL_PX = 4, 256
 _GAP = 8
 _BACKGROUND = (24, 24, 27)
 _ANNOTATION = (255, 255, 255)
@@ -29,24 +43,53 @@ class DrawnBoxes:
     scores: np.ndarray | None = None
 
 
+def picture_format(location: str) -> str:
+    """The format of a picture by its name, as Pillow calls it.
+
+    Raises:
+        ConfigError: a name with another ending, or none.
+    """
+    return _format_of(location)[0]
+
+
+def check_picture(location: str, count: int) -> None:
+    """Makes sure that a picture of so many images can be written, as far as its name and size go.
+
+    Raises:
+        ConfigError: a format that is not known, or more images than a picture of that format has room for.
+    """
+    _, longest_side = _format_of(location)
+    most = (longest_side - _GAP) // (_CELL_PX + _GAP) * _COLUMNS
+    if count > most:
+        raise ConfigError(f"--picture-images: {location} has room for {most} images, not for {count}")
+
+
+def _format_of(location: str) -> tuple[str, int]:
+    ending = PurePosixPath(location.partition("?")[0] if "://" in location else location).suffix
+    if ending.lower() not in _FORMATS:
+        known = ", ".join(_FORMATS)
+        raise ConfigError(f"--picture: {location} names no format that pictures are written in: it must end in {known}")
+    return _FORMATS[ending.lower()]
+
+
 def detection_grid(
-    images: Sequence[np.ndarray],
+    images: Iterable[np.ndarray],
     annotations: Sequence[DrawnBoxes],
     detections: Sequence[DrawnBoxes],
-    columns: int = 4,
-    cell_px: int = 256,
+    columns: int = _COLUMNS,
+    cell_px: int = _CELL_PX,
 ) -> Image.Image:
     """Draws images in a grid: annotations as thin white boxes, detections in a colour for each name.
 
     Args:
-        images: ``[H, W, 3]`` uint8 each, of any sizes.
+        images: ``[H, W, 3]`` uint8 each, of any sizes; taken one after another.
         annotations: one an image.
         detections: one an image.
         columns: images in a row.
         cell_px: each image is scaled to fit a square of this side.
     """
-    columns = max(1, min(columns, len(images)))
-    rows = -(-len(images) // columns)
+    columns = max(1, min(columns, len(annotations)))
+    rows = -(-len(annotations) // columns)
     pitch = cell_px + _GAP
     picture = Image.new("RGB", (columns * pitch + _GAP, rows * pitch + _GAP), _BACKGROUND)
     for place, (image, truth, found) in enumerate(zip(images, annotations, detections, strict=True)):

@@ -150,6 +150,16 @@ def test_safetensors_are_known_by_their_content(tmp_path: Path) -> None:
     assert_is_state(read_checkpoint(str(save(tmp_path / "misnamed.safetensors", STATE))))
 
 
+def test_safetensors_are_known_whatever_length_their_header_has(tmp_path: Path) -> None:
+    lengths = set()
+    for note in range(0, 1100, 8):
+        content = safetensors.torch.save(STATE, metadata={"note": "x" * note})
+        lengths.add(content[:1])
+        (tmp_path / "model.pt").write_bytes(content)
+        assert_is_state(read_checkpoint(str(tmp_path / "model.pt")))
+    assert lengths >= {b"\x80", b"P"}, "bytes that torch files begin with"
+
+
 def test_broken_safetensors_are_named_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "cut.safetensors"
     whole = safetensors.torch.save(STATE)

@@ -1,0 +1,79 @@
+"""Files that a command writes when its work is done; that they can be written is made sure of before it begins."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+
+from detr_ray.config import ConfigError
+from detr_ray.locations import LocationError, local_path, parent, write_bytes
+from detr_ray.retries import reason_of
+
+
+def check_outputs(locations: Mapping[str, str]) -> None:
+    """Makes the folders of files that are written later, and tries to write there.
+
+    Args:
+        locations: the option or key that names a file -> path or URI.
+
+    Raises:
+        ConfigError: some of them cannot be written, or are the same file.
+    """
+    errors = []
+    taken: dict[str, str] = {}
+    for option, location in locations.items():
+        try:
+            place = _try(location)
+        except (OSError, LocationError) as error:
+            errors.append(f"{option}: {location} cannot be written: {reason_of(error)}")
+            continue
+        if place in taken:
+            errors.append(f"{option}: {location} is the file of {taken[place]} too; name another one")
+        taken[place] = option
+    if errors:
+        raise ConfigError(errors)
+
+
+def write_output(location: str, content: bytes) -> None:
+    """Writes a file whole or not at all, with its folders; into a device or a pipe, as it comes.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    path = local_path(location)
+    if path is None:
+        write_bytes(location, content)
+    elif path.exists() and not path.is_file():
+        path.write_bytes(content)
+    else:
+        write_bytes(str(path.resolve()), content)  # through a link, and not in its place
+
+
+def _try(location: str) -> str:
+    """Tries to write beside a file, and to open it where it is there; its place."""
+    path = local_path(location)
+    if path is None:
+        from detr_ray.engine.preflight.storage import try_storage  # imports the model
+
+        try_storage(parent(location))
+        return location
+    path = path.resolve()
+    if path.is_dir() or location.endswith("/"):
+        raise IsADirectoryError("it is a folder; name a file in it")
+    if path.exists() and not path.is_file():
+        return str(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise NotADirectoryError(f"{path.parent} cannot be made a folder: there is a file of that name") from None
+    if path.exists():
+        path.open("ab").close()
+    beside = Path(f"{path}.{secrets.token_hex(4)}.tmp")  # as long as the name that it is written under
+    try:
+        beside.open("xb").close()
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+    return str(path)
