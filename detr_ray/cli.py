@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from detr_ray.config import Config, ConfigError, load_config
 from detr_ray.config.reference import WIDTH, reference_markdown, reference_text
+from detr_ray.credentials import without_credentials
 
 EXIT_FAILED = 1
 EXIT_UNUSABLE = 2
@@ -148,5 +149,5 @@ def _exit_code(error: Exception) -> int | None:
 def _fail(messages: Sequence[str], code: int) -> int:
     sys.stdout.flush()
     for message in messages:
-        sys.stderr.write(f"error: {message}\n")
+        sys.stderr.write(f"error: {without_credentials(message)}\n")
     return code

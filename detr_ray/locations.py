@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable
@@ -21,12 +22,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, unquote
 
 import pyarrow as pa
 from pyarrow import fs
 
 from detr_ray.config.errors import ConfigError
+from detr_ray.credentials import credentials_in
 from detr_ray.retries import PATIENT, Patience, patiently
 
 T = TypeVar("T")
@@ -37,6 +39,7 @@ CONNECT_TIMEOUT_S = 5.0
 SILENCE_TIMEOUT_S = 20.0
 """How long a server may send nothing before a request counts as failed."""
 
+_URI = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 _OBJECT_STORES = frozenset({"s3", "gs", "gcs", "abfs", "abfss"})
 _S3_OPTIONS = frozenset({"region", "endpoint_override", "scheme"})
 _PART_BYTES = 64 << 20
@@ -67,7 +70,7 @@ class StoredFile:
 
 def is_uri(location: str) -> bool:
     """Whether a location names its file system (``s3://bucket/x``), rather than a path on this machine."""
-    return "://" in location
+    return _URI.match(location) is not None
 
 
 def is_remote(location: str) -> bool:
@@ -81,10 +84,26 @@ def is_object_store(location: str) -> bool:
 
 
 def local_path(location: str) -> Path | None:
-    """The absolute path of a location on this machine; None for any other."""
+    """The absolute path of a location on this machine; None for any other.
+
+    A path is taken as it is, whatever characters it has; a ``file://`` address is decoded.
+
+    Raises:
+        LocationError: a ``file://`` address of another machine, or with what has no meaning behind one.
+    """
     if not is_uri(location):
         return Path(location).expanduser().absolute()
-    return Path(unquote(urlsplit(location).path)) if _scheme(location) == "file" else None
+    if _scheme(location) != "file":
+        return None
+    host, _, path = location.partition("://")[2].partition("/")
+    if host not in ("", "localhost"):
+        raise LocationError(f"{location}: names a machine, {host!r}; an address of a file here has three slashes")
+    if "?" in path or "#" in path:
+        raise LocationError(
+            f"{location}: there are no options behind file://; write %3F for a question mark and %23 for a number "
+            "sign, or give the path without file://"
+        )
+    return Path(unquote(f"/{path}"))
 
 
 def resolve(location: str) -> str:
@@ -97,11 +116,31 @@ def resolve(location: str) -> str:
 
 
 def join(root: str, *names: str) -> str:
-    """The location of a file or folder below the folder ``root``."""
+    """The location of a file or folder below the folder ``root``.
+
+    Names are those of files, as they are listed: what has a meaning in an address is escaped.
+    """
     if not is_uri(root):
         return str(Path(root, *names))
     address, mark, options = root.partition("?")
-    return "/".join([address.rstrip("/"), *names]) + mark + options
+    return "/".join([address.rstrip("/"), *map(_escaped, names)]) + mark + options
+
+
+def name_of(location: str) -> str:
+    """The name of a file or folder in its folder."""
+    if not is_uri(location):
+        return Path(location).name
+    return unquote(location.partition("?")[0].rstrip("/").rpartition("/")[2])
+
+
+def _escaped(name: str) -> str:
+    return name.replace("%", "%25").replace("?", "%3F").replace("#", "%23")
+
+
+def _with_suffix(location: str, suffix: str) -> str:
+    """The location of a file whose name is this one's and a suffix, in the same folder."""
+    address, mark, options = location.partition("?") if is_uri(location) else (location, "", "")
+    return address + suffix + mark + options
 
 
 def parent(location: str) -> str:
@@ -113,24 +152,20 @@ def parent(location: str) -> str:
 
 
 def check_address(location: str) -> None:
-    """Refuses an address that holds credentials; asks no server.
+    """Refuses an address that holds credentials, or names no place on any machine; asks no server.
 
     Raises:
         LocationError: it does.
     """
-    if not is_uri(location):
-        return
-    scheme, _, rest = location.partition("://")
-    # Secret keys may hold slashes: up to the last @ all of it may be one. No bucket's name has a colon or an @.
-    authority, _, path = rest.partition("?")[0].partition("/")
-    named = "@" in authority or (scheme == "s3" and (":" in authority or "@" in path.partition("/")[0]))
-    password = ":" in authority.rpartition("@")[0]
-    if password or (scheme == "s3" and named):
+    found = credentials_in(location)
+    if found is not None:
         raise LocationError(
-            f"an address {scheme}://... holds credentials, which would be kept with the run and shown in its records "
-            "(it is not repeated here). Give them in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a "
-            "profile, the machine's role), and the address without them"
+            f"an address {location.partition('://')[0]}://... holds credentials ({found}), which would be kept with "
+            "the run and shown in its records (it is not repeated here). Give them in the environment "
+            "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, the machine's role), and the address without "
+            "them"
         )
+    local_path(location)
 
 
 def open_location(location: str) -> tuple[fs.FileSystem, str]:
@@ -140,10 +175,10 @@ def open_location(location: str) -> tuple[fs.FileSystem, str]:
         LocationError: an address that no file system answers to, or that holds credentials.
         OSError: S3 was asked for the region of a bucket, and did not tell.
     """
+    check_address(location)
     path = local_path(location)
     if path is not None:
         return _local_file_system(), str(path)
-    check_address(location)
     if _scheme(location) == "s3":
         return _open_s3(location)
     folder, name = _split(location)
@@ -158,7 +193,7 @@ def open_location(location: str) -> tuple[fs.FileSystem, str]:
 def _split(location: str) -> tuple[str, str]:
     """The folder's URI and the name in it; no name for what has no folder above it."""
     address = location.partition("?")[0].rstrip("/")
-    return (parent(location), unquote(address.rpartition("/")[2])) if address.count("/") > 2 else (location, "")
+    return (parent(location), name_of(location)) if address.count("/") > 2 else (location, "")
 
 
 def _scheme(location: str) -> str:
@@ -299,7 +334,7 @@ def write_bytes(location: str, data: bytes, patience: Patience = PATIENT) -> Non
         write(location, lambda stream: stream.write(data), patience)
         return
     make_folder(parent(location))
-    temporary = f"{location}.{secrets.token_hex(4)}.tmp"
+    temporary = _with_suffix(location, f".{secrets.token_hex(4)}.tmp")
     try:
         write(temporary, lambda stream: stream.write(data), patience)
         at(location, lambda file_system, path: file_system.move(open_location(temporary)[1], path), patience)
@@ -385,6 +420,20 @@ def upload(path: Path, location: str) -> None:
             shutil.copyfileobj(file, stream, 4 << 20)
 
     write(location, fill)
+
+
+def download(location: str, path: Path, patience: Patience = PATIENT) -> None:
+    """Copies a file to a local path, a part at a time.
+
+    Raises:
+        OSError: see `read_buffer`.
+    """
+
+    def fetch(file_system: fs.FileSystem, source: str) -> None:
+        with file_system.open_input_stream(source) as stream, path.open("wb") as file:
+            shutil.copyfileobj(stream, file, 4 << 20)
+
+    at(location, fetch, patience)
 
 
 def delete_file(location: str, patience: Patience = PATIENT) -> None:

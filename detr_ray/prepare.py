@@ -7,7 +7,6 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from detr_ray.cli import run_command
@@ -63,12 +62,13 @@ def _generate(config: Config) -> None:
     """Draws the generated data set, or finds it."""
     from detr_ray.data.errors import DataError
     from detr_ray.data.generated import MARKER, generate_dataset
+    from detr_ray.engine.job import generated_root
     from detr_ray.engine.pace import Pace
     from detr_ray.engine.progress import duration
 
     data = config.data
-    assert data.generate is not None and data.root is not None, "validated with the configuration"
-    root = Path(data.root)
+    assert data.generate is not None
+    root = generated_root(data)
     was_there = (root / MARKER).is_file()
     started = time.perf_counter()
     try:

@@ -160,7 +160,7 @@ class DataConfig(Section):
                 yield Violation((name, "root"), "cannot go together with data.root: set one of them to null")
         if self.generate is not None and self.root is None:
             yield Violation(("root", "generate"), "is missing: it is the folder that data.generate writes into")
-        elif self.generate is not None and self.root is not None and "://" in self.root:
+        elif self.generate is not None and self.root is not None and "://" in self.root.removeprefix("file://"):
             yield Violation(("root", "generate"), "must be a local folder: data.generate draws into it")
         if self.shard_window is not None and (self.train is None or self.train.shards is None):
             yield Violation(("shard_window", "train"), "needs data.train.shards: there are no shards to take in turn")

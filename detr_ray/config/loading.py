@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from detr_ray.config.addresses import refuse_credentials
 from detr_ray.config.errors import ConfigError
 from detr_ray.config.fields import Section
 from detr_ray.config.messages import Finding, findings, shown
@@ -31,14 +32,17 @@ def load_config(paths: FilePath | Sequence[FilePath] | None = None, overrides: S
         overrides: ``dotted.key=value``, also with two dashes in front; the value is read as YAML.
 
     Raises:
-        ConfigError: files that cannot be read, unknown keys, values out of range, rules broken: all of them at once.
+        ConfigError: files that cannot be read, unknown keys, values out of range, rules broken: all of them at once;
+            or an address with a password, a key or a signature in it.
     """
     draft = _Draft()
     for path in [paths] if isinstance(paths, str | Path) else paths or ():
         draft.add_file(Path(path))
     for item in overrides:
         draft.add_override(item)
-    return draft.build()
+    config = draft.build()
+    refuse_credentials(config.to_dict())
+    return config
 
 
 def config_from_dict(values: Mapping[str, Any], source: str) -> Config:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from detr_ray.config.addresses import refuse_credentials
 from detr_ray.config.data_sections import DataConfig
 from detr_ray.config.errors import ConfigError
 from detr_ray.config.fields import (
@@ -316,6 +317,7 @@ class Config(Section):
         Raises:
             ConfigError: no training images; or a backbone that neither is pretrained nor can train.
         """
+        refuse_credentials(self.to_dict())
         errors = []
         if self.data.root is None and self.data.train is None:
             errors.append(

@@ -21,8 +21,9 @@ from detr_ray.data.index import PROBLEMS, CocoIndex
 from detr_ray.data.label_map import LabelMap
 from detr_ray.data.splits import open_split
 from detr_ray.engine.planned_data import PlannedData
-from detr_ray.engine.records import run_tracking_uri
+from detr_ray.engine.records import check_tracking, run_tracking_uri
 from detr_ray.engine.run_directory import RunDirectory, open_run
+from detr_ray.locations import local_path
 
 if TYPE_CHECKING:  # a driver builds neither, and torchvision's models alone take a second to import
     from detr_ray.loss import SetCriterion
@@ -119,13 +120,20 @@ def generate_data(data: DataConfig, say: Say) -> None:
     """Writes the generated data set that a configuration asks for, if it is not there yet."""
     if data.generate is None:
         return
-    assert data.root is not None, "validated with the configuration"
-    if not Path(data.root).exists():
-        say(f"drawing {data.generate.num_train} + {data.generate.num_val} images into {data.root}")
+    root = generated_root(data)
+    if not root.exists():
+        say(f"drawing {data.generate.num_train} + {data.generate.num_val} images into {root}")
     try:
-        generate_dataset(Path(data.root), **data.generate.model_dump())
+        generate_dataset(root, **data.generate.model_dump())
     except OSError as error:
-        raise DataError(f"data.root: the data set cannot be written into {data.root}: {error}") from error
+        raise DataError(f"data.root: the data set cannot be written into {root}: {error}") from error
+
+
+def generated_root(data: DataConfig) -> Path:
+    """The folder of a generated data set."""
+    root = None if data.root is None else local_path(data.root)
+    assert root is not None, "validated with the configuration"
+    return root
 
 
 def _open_split(data: DataConfig, split: str, say: Say) -> CocoIndex:
@@ -206,6 +214,7 @@ def prepare_job(config: Config, say: Say) -> TrainJob:
     official = config.model.init_from is not None and _is_official(config.model.init_from)
     label_map = choose_label_map(config, train, val, official)
     fingerprints = {"train": train.fingerprint} | ({} if val is None else {"val": val.fingerprint})
+    check_tracking(config, say)
     run = open_run(config.run.name, config.run.storage, flatten(config), fingerprints, config.to_yaml())
     weights = None
     if run.checkpoints.latest() is None:

@@ -2,31 +2,83 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import stat
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from detr_ray import __version__
-from detr_ray.config import Config, flatten
-from detr_ray.engine.run_directory import absolute_storage
+from detr_ray.config import Config, ConfigError, flatten
+from detr_ray.engine.run_directory import RunDirectory, absolute_storage
+from detr_ray.locations import local_path
 from detr_ray.tracking import MlflowTracker, NullTracker, Tracker, tracking_uri
+from detr_ray.tracking.reachability import UnreachableError, UnusableError, try_store
 
 if TYPE_CHECKING:
     from detr_ray.engine.job import TrainJob
 
+TRY_STORE_S = 3.0
+"""How long a tracking server may take to answer before training starts without it."""
+
 
 def local_storage(config: Config) -> Path:
-    """A local folder for what cannot live in a bucket: ``run.storage`` itself where it is local."""
-    storage = absolute_storage(config.run.storage)
-    return Path(tempfile.gettempdir()) / "detr_ray" if "://" in storage else Path(storage)
+    """A local folder for what cannot live in a bucket: ``run.storage`` itself where it is local, else the user's own.
+
+    Raises:
+        ConfigError: the user's own is somebody else's.
+    """
+    folder = local_path(absolute_storage(config.run.storage))
+    if folder is not None:
+        return folder
+    user = str(os.getuid()) if hasattr(os, "getuid") else os.environ.get("USERNAME", "user")
+    folder = Path(tempfile.gettempdir()) / f"detr_ray-records-{user}"
+    _refuse_others(folder)
+    return folder
+
+
+def _refuse_others(folder: Path) -> None:
+    """Refuses a folder that others can write to: in the system's temporary folder, anybody may have made it."""
+    try:
+        found = folder.lstat()
+    except FileNotFoundError:
+        return
+    mine = not hasattr(os, "getuid") or (found.st_uid == os.getuid() and not found.st_mode & 0o022)
+    if not stat.S_ISDIR(found.st_mode) or not mine:
+        raise ConfigError(
+            f"{folder} is a link, or not only this user's: records of runs in buckets cannot be kept there; remove it, "
+            "or set TMPDIR to a folder of your own"
+        )
 
 
 def run_tracking_uri(config: Config) -> str:
     """The address of the MLflow store that runs of a configuration go to."""
     return tracking_uri(config.tracking.uri, local_storage(config))
+
+
+def tracking_folder(config: Config, run: RunDirectory) -> Path:
+    """Where a run's tracker keeps what is not in the store yet: with the run, or on this machine's disk."""
+    return (run.local_path or local_storage(config) / f"{run.name}-{run.run_id[:8]}") / "tracking"
+
+
+def check_tracking(config: Config, say: Callable[[str], None]) -> None:
+    """Refuses a store that can never record, and warns of one that is away; see `try_store`.
+
+    Raises:
+        ConfigError: what is configured can never record.
+    """
+    if not config.tracking.enabled:
+        return
+    try:
+        try_store(run_tracking_uri(config), TRY_STORE_S)
+    except UnusableError as error:
+        raise ConfigError(f"tracking.uri: {error}, or train without records: tracking.enabled=false") from error
+    except UnreachableError as error:
+        say(f"WARNING: {error}; training goes on, and its records are sent once they can be")
 
 
 def open_tracker(job: TrainJob) -> Tracker:
@@ -39,9 +91,10 @@ def open_tracker(job: TrainJob) -> Tracker:
     assert data.train is not None
     if not config.tracking.enabled:
         return NullTracker()
-    folder = (job.run.local_path or local_storage(config) / f"{job.run.name}-{job.run.run_id[:8]}") / "tracking"
+    if job.run.local_path is None:
+        local_storage(config).mkdir(mode=0o700, parents=True, exist_ok=True)
     tracker = MlflowTracker(
-        folder,
+        tracking_folder(config, job.run),
         uri=job.tracking_uri,
         experiment=config.tracking.experiment,
         run_name=job.run.name,

@@ -170,6 +170,22 @@ def open_run(
     return RunDirectory(name, path, run_id, is_new=True)
 
 
+def find_run(name: str, storage: str) -> RunDirectory:
+    """A run that is there, to look at.
+
+    Raises:
+        ConfigError: there is none of this name, or the storage cannot be read.
+    """
+    path = join(absolute_storage(storage), name)
+    try:
+        stored = _read_record(join(path, RECORD))
+    except OSError as error:
+        raise ConfigError(f"run.storage: {path} cannot be read: {reason_of(error)}") from error
+    if stored is None:
+        raise ConfigError(f"run.name: there is no run {name!r} in {absolute_storage(storage)}")
+    return RunDirectory(name, path, stored["run_id"], is_new=False)
+
+
 def _read_record(location: str) -> dict[str, Any] | None:
     """What a run was begun with; None where there is no run."""
     try:

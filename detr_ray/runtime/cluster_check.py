@@ -23,8 +23,9 @@ from detr_ray.engine.records import run_tracking_uri
 from detr_ray.engine.run_directory import absolute_storage
 from detr_ray.runtime import node_probe
 from detr_ray.runtime.node_probe import Answer, Questions, code_facts, probe_node, reason_of
+from detr_ray.runtime.ray_address import unreachable_address
 from detr_ray.runtime.resources import Node, plan_workers, usable_nodes
-from detr_ray.runtime.session import ray_session, unreachable_address
+from detr_ray.runtime.session import ray_session
 from detr_ray.runtime.shared_places import StorageTrial, refuse_lost_storage, sample_files, tracking_on_disk
 from detr_ray.tracking.store import sqlite_path
 
@@ -55,7 +56,11 @@ def check_cluster(config: Config, report: Report, say: Say) -> None:
     if config.train.launcher == "local":
         raise ConfigError("--cluster: with train.launcher=local a run uses no cluster")
     started = time.monotonic()
-    fault = unreachable_address()
+    try:
+        fault = None if ray.is_initialized() else unreachable_address()
+    except ConfigError as error:
+        report.add("error", AREA, str(error))
+        return
     if fault:
         report.add("error", AREA, fault, "name a running cluster in RAY_ADDRESS, or unset it to train on this machine")
         return
@@ -65,7 +70,7 @@ def check_cluster(config: Config, report: Report, say: Say) -> None:
             stack.enter_context(
                 ray_session(most, config.data.tasks_per_worker, config.train.use_gpu, config.train.worker_resource)
             )
-        except (ConnectionError, TimeoutError, ray.exceptions.RayError, RuntimeError) as error:
+        except (ConfigError, ConnectionError, TimeoutError, ray.exceptions.RayError, RuntimeError) as error:
             reason = str(error).strip().split("\n")[0]
             report.add("error", AREA, f"the cluster at {os.environ.get('RAY_ADDRESS')} cannot be joined: {reason}")
             return

@@ -31,6 +31,7 @@ from detr_ray.engine.result import FitResult
 from detr_ray.runtime.board import open_board
 from detr_ray.runtime.cluster_check import preflight_nodes
 from detr_ray.runtime.controller_callback import BoardCallback, describe_failure
+from detr_ray.runtime.ray_address import cluster_address
 from detr_ray.runtime.resources import WorkerRequest, plan_workers, usable_nodes
 from detr_ray.runtime.session import session_of
 from detr_ray.runtime.supervision import StopSignals, Supervisor, run_in_thread, stop_signals
@@ -190,7 +191,7 @@ def _run_workers(job: TrainJob | EvaluationJob, path: str, run_path: str | None,
 def _threads_given() -> int | None:
     """Torch threads that the user allows on this machine; in jobs on a cluster Ray sets the variable by itself."""
     given = os.environ.get("OMP_NUM_THREADS", "")
-    return int(given) if given.isdigit() and not os.environ.get("RAY_ADDRESS") else None
+    return int(given) if given.isdigit() and cluster_address() is None else None
 
 
 def _run_worker(parts: dict[str, Any]) -> dict[str, Any]:

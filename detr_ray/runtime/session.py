@@ -6,14 +6,19 @@ import contextlib
 import importlib
 import logging
 import os
-import socket
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import ray
 
-from detr_ray.config import Config, ConfigError
+from detr_ray.config import Config
+from detr_ray.locations import local_path
+from detr_ray.runtime.ray_address import (
+    cluster_address,
+    own_temporary_folder,
+    unreachable_address,
+    unreachable_error,
+)
 
 _ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -34,10 +39,6 @@ _OWN_ENVIRONMENT = {
 # the next data task. The processes that it starts beforehand lack the environment above.
 _OWN_SETTINGS = {"idle_worker_killing_time_threshold_ms": 24 * 3600 * 1000, "prestart_worker_first_driver": False}
 
-JOIN_S = 5.0
-_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
-"""How a client of a gRPC server begins; the server answers at once."""
-
 
 def session_of(config: Config) -> contextlib.AbstractContextManager[None]:
     """The Ray that a job of this configuration runs on; see `ray_session`."""
@@ -56,7 +57,7 @@ def session_while_importing(config: Config, module: str) -> Iterator[None]:
         config: what Ray is started for.
         module: what to import; nothing of Ray's, which this thread imports at the same time.
     """
-    elsewhere = config.train.launcher == "local" or ray.is_initialized() or os.environ.get("RAY_ADDRESS")
+    elsewhere = config.train.launcher == "local" or ray.is_initialized() or cluster_address() is not None
     if elsewhere or _lacks_data(config):  # who is told of a mistake need not wait for Ray
         yield
         return
@@ -74,7 +75,8 @@ def _lacks_data(config: Config) -> bool:
     ]
     if data.generate is None:
         places.append(data.root)
-    return any(place and "://" not in place and not Path(place).exists() for place in places)
+    paths = [local_path(place) for place in places if place]
+    return any(path is not None and not path.exists() for path in paths)
 
 
 @contextlib.contextmanager
@@ -100,13 +102,18 @@ def ray_session(
     if ray.is_initialized():
         yield
         return
-    if os.environ.get("RAY_ADDRESS"):
+    address = cluster_address()
+    if address is not None:
         # A cluster's dashboard shows runs whose state is kept. It costs an actor, of no use to a Ray of our own.
         os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
         fault = unreachable_address()
         if fault:
-            raise ConfigError(f"{fault}; name a running cluster in RAY_ADDRESS, or unset it to train on this machine")
-        ray.init(log_to_driver=_workers_are_heard(), logging_level=logging.WARNING)
+            raise unreachable_error(fault)
+        try:
+            ray.init(address, log_to_driver=_workers_are_heard(), logging_level=logging.WARNING)
+        except (ConnectionError, TimeoutError, RuntimeError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise unreachable_error(f"no cluster can be joined at {address} (RAY_ADDRESS): {reason}") from error
     else:
         _start_ray(num_workers, data_tasks, worker_resource)
     try:
@@ -120,6 +127,7 @@ def _start_ray(num_workers: int, data_tasks: int, worker_resource: str | None) -
     cores = os.cpu_count() or 1
     tasks_at_once = max(1, min(data_tasks * num_workers, cores))
     ray.init(
+        "local",  # and not one that was started on this machine for something else
         num_cpus=max(cores, num_workers + tasks_at_once),
         resources={worker_resource: num_workers} if worker_resource else None,
         include_dashboard=False,
@@ -128,24 +136,9 @@ def _start_ray(num_workers: int, data_tasks: int, worker_resource: str | None) -
         configure_logging=True,
         runtime_env={"env_vars": _OWN_ENVIRONMENT | {name: os.environ[name] for name in _ENVIRONMENT}},
         _system_config=_OWN_SETTINGS,
+        _temp_dir=own_temporary_folder(),
     )
     warm_data_workers(min(tasks_at_once, MOST_WARMED))
-
-
-def unreachable_address() -> str | None:
-    """Why the cluster that the environment names cannot be joined, found out in seconds; None where it may be."""
-    address = os.environ.get("RAY_ADDRESS", "")
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if ray.is_initialized() or not host or not port.isdigit():
-        return None
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=JOIN_S) as connection:
-            connection.sendall(_HELLO)
-            # Ray's own client would wait for minutes.
-            answer = b"encrypted" if os.environ.get("RAY_USE_TLS", "0") != "0" else connection.recv(9)
-    except OSError as error:
-        return f"no cluster answers at {address} (RAY_ADDRESS): {error.strerror or error}"
-    return None if answer else f"what answers at {address} (RAY_ADDRESS) is no Ray cluster"
 
 
 def _workers_are_heard() -> bool:

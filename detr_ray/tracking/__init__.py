@@ -6,10 +6,10 @@ thread needs it.
 
 from __future__ import annotations
 
-from detr_ray.tracking.mlflow_tracker import MlflowTracker, send_pending
+from detr_ray.tracking.mlflow_tracker import MlflowTracker, holds_records, recorded_uri, send_pending
 from detr_ray.tracking.sender import Timing
 from detr_ray.tracking.sent_state import Pending
-from detr_ray.tracking.store import default_tracking_uri, tracking_uri, viewing_hint
+from detr_ray.tracking.store import default_tracking_uri, public_uri, tracking_uri, viewing_hint
 from detr_ray.tracking.tracker import MemoryTracker, NullTracker, Scalar, Status, Tracker
 
 __all__ = [
@@ -22,6 +22,9 @@ __all__ = [
     "Timing",
     "Tracker",
     "default_tracking_uri",
+    "holds_records",
+    "public_uri",
+    "recorded_uri",
     "send_pending",
     "tracking_uri",
     "viewing_hint",

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from detr_ray.locations import download, is_uri
+from detr_ray.retries import Patience
 from detr_ray.tracking.event_log import LoggedEvent
+from detr_ray.tracking.logged_points import Row
 from detr_ray.tracking.mlflow_run import MlflowRun
 from detr_ray.tracking.naming import clean_names
 
@@ -33,7 +37,7 @@ class EventBatch:
         self.end = 0
         self.unreadable = 0
         self.uploads: dict[str, int] = {}
-        self._metrics: list[tuple[str, float, int, int]] = []
+        self._metrics: list[Row] = []
         self._params: list[dict[str, str]] = []
         self._tags: dict[str, str] = {}
         self._set_status: Callable[[MlflowRun], None] | None = None
@@ -53,7 +57,7 @@ class EventBatch:
             if line.event is None:
                 raise ValueError("torn line")
             self._add_event(line.event, line.start)
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             self.unreadable += 1
 
     def send(self, run: MlflowRun) -> None:
@@ -102,15 +106,33 @@ def upload(run: MlflowRun, line: LoggedEvent | None) -> None:
     if event["kind"] == "text":
         run.upload_text(event["text"], event["target"])
         return
-    path = Path(event["path"])
+    if is_uri(event["path"]):
+        _upload_remote(run, event["path"], event["target"])
+    else:
+        _upload_local(run, Path(event["path"]), event["dir"])
+
+
+def _upload_local(run: MlflowRun, path: Path, artifact_dir: str) -> None:
     if not path.exists():
         raise FileGoneError(f"{path} is gone")
     try:
-        run.upload(path, event["dir"])
+        run.upload(path, artifact_dir)
     except OSError as error:
         if not path.exists():
             raise FileGoneError(f"{path} went away while it was read") from error
         raise
+
+
+def _upload_remote(run: MlflowRun, location: str, target: str) -> None:
+    """Fetches a file first: MLflow's client sends files of this machine only."""
+    folder, _, name = target.rpartition("/")
+    with tempfile.TemporaryDirectory(prefix="upload-") as scratch:
+        path = Path(scratch, name)
+        try:
+            download(location, path, Patience(attempts=1))  # the sender tries again
+        except FileNotFoundError as error:
+            raise FileGoneError(f"{location} is gone") from error
+        run.upload(path, folder)
 
 
 def _with_clean_names(values: dict[str, Any]) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """An append-only log of a run's events: one JSON object a line, in the file ``events.jsonl`` of a folder.
 
-What was appended survives the death of the process (each line is one ``write`` of the whole line); a line that a death
-or a full disk cut short is skipped by the reader. The log knows nothing of who reads it.
+What was appended survives the death of the process (each line is one ``write`` of the whole line), and a loss of power
+after the next ``sync``; a line that a death or a full disk cut short is skipped by the reader. The log knows nothing of
+its readers.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from detr_ray.tracking.whole_files import sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +59,7 @@ class EventLog:
         self._dropped = 0
         self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         self._torn = self._ends_in_the_middle_of_a_line()
+        sync_folder(self.path.parent)
 
     def append(self, kind: str, **fields: Any) -> None:
         """Writes one event, stamped with the wall-clock time."""
@@ -68,6 +72,20 @@ class EventLog:
                 self._dropped += 1
             self._write_waiting()
 
+    def sync(self) -> None:
+        """Makes what was appended so far last beyond a loss of power."""
+        with self._lock:
+            if self._file < 0:
+                return
+            self._write_waiting()
+            self._sync()
+
+    def _sync(self) -> None:
+        try:
+            os.fsync(self._file)
+        except OSError as error:
+            logger.warning("%s may not survive a loss of power: %s", self.path, error)
+
     def close(self) -> None:
         """Writes what waits, if it can be written, and makes the log last beyond a loss of power."""
         with self._lock:
@@ -77,10 +95,7 @@ class EventLog:
             if self._waiting or self._dropped:
                 lost = len(self._waiting) + self._dropped
                 logger.error("%d tracking events could not be written to %s and are lost", lost, self.path)
-            try:
-                os.fsync(self._file)
-            except OSError as error:
-                logger.warning("%s may not survive a loss of power: %s", self.path, error)
+            self._sync()
             os.close(self._file)
             self._file = -1
 

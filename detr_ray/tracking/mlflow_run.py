@@ -1,7 +1,8 @@
 """One run on one MLflow store: found or created, then written to by explicit run id, step and time.
 
 Everything here may be done twice with the same result, so that a sender that died between sending and noting it can
-send again. This is the only module that imports MLflow, and it does so when a run is opened, not when it is imported.
+send again: a metric keeps its first point of a step, a parameter its first value, an artifact its last content. MLflow
+is imported when a run is opened, not when this module is.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from detr_ray.tracking.logged_points import LoggedPoints, Row
 from detr_ray.tracking.naming import shortened
 from detr_ray.tracking.store import artifact_location, public_uri, sqlite_path, sqlite_uri
 from detr_ray.tracking.whole_files import create_database_whole, write_whole
@@ -72,9 +74,10 @@ class RunSettings:
     def load(cls, folder: Path) -> RunSettings | None:
         """Reads what ``save`` kept; None where nothing readable is there."""
         try:
-            return cls(**json.loads((folder / _SETTINGS_NAME).read_text(encoding="utf-8")))
-        except (FileNotFoundError, TypeError, ValueError):
+            settings = cls(**json.loads((folder / _SETTINGS_NAME).read_text(encoding="utf-8")))
+        except (FileNotFoundError, TypeError, ValueError, RecursionError):
             return None
+        return settings if all(isinstance(value, str) for value in asdict(settings).values()) else None
 
 
 class MlflowRun:
@@ -96,6 +99,11 @@ class MlflowRun:
         data = client.get_run(run_id).data
         self._params: dict[str, str] = dict(data.params)
         self._tags: dict[str, str] = dict(data.tags)
+        last_steps = {metric.key: metric.step for metric in data.to_proto().metrics}
+        self._points = LoggedPoints(last_steps, self._steps_of)
+
+    def _steps_of(self, metric: str) -> list[int]:
+        return [point.step for point in self._client.get_metric_history(self.run_id, metric)]
 
     @classmethod
     def open(cls, settings: RunSettings, known_run_id: str | None, started_ms: int) -> MlflowRun:
@@ -131,11 +139,13 @@ class MlflowRun:
         _restore(client, run_id)
         return cls(client, run_id)
 
-    def log_metrics(self, rows: Sequence[tuple[str, float, int, int]]) -> None:
-        """Sends (name, value, milliseconds since 1970, step) rows; rows that are there already stay single."""
+    def log_metrics(self, rows: Sequence[Row]) -> None:
+        """Sends the points that the run does not have; of each metric, it has one point a step."""
         from mlflow.entities import Metric
 
-        self._log("metrics", [Metric(*row) for row in rows])
+        new = self._points.new_among(rows)
+        self._log("metrics", [Metric(*row) for row in new])
+        self._points.add(new)
 
     def log_params(self, params: dict[str, str]) -> None:
         """Sends parameters. MLflow keeps the first value; a changed one becomes the tag ``resume/<name>``."""

@@ -6,13 +6,15 @@ and a killed process loses nothing that it logged: the next one on the same fold
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 
+from detr_ray.locations import local_path, name_of
 from detr_ray.tracking.event_log import EventLog
 from detr_ray.tracking.mlflow_run import RunSettings
 from detr_ray.tracking.sender import Sender, Timing
@@ -92,17 +94,23 @@ class MlflowTracker:
         """Stores a text among the run's artifacts; kept in the log until it is sent."""
         self._append("text", target=_named(artifact_path(path)), text=text)
 
-    def log_file(self, local_path: str | Path, artifact_dir: str) -> None:
-        """Stores a file or a folder's content among the run's artifacts; read when it is sent."""
-        path = Path(local_path).absolute()
+    def log_file(self, location: str | Path, artifact_dir: str) -> None:
+        """Stores a file, or a local folder's content, among the run's artifacts; read when it is sent."""
         folder = artifact_path(artifact_dir)
-        target = f"{folder}/" if path.is_dir() else str(PurePosixPath(folder, path.name))
-        self._append("file", target=target, path=str(path), dir=folder)
+        path = local_path(str(location))
+        source = str(location if path is None else path)
+        is_folder = path is not None and path.is_dir()
+        target = f"{folder}/" if is_folder else str(PurePosixPath(folder, name_of(source)))
+        self._append("file", target=target, path=source, dir=folder)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Sets tags of the MLflow run."""
         if tags:
             self._append("tags", tags={name: str(value) for name, value in tags.items()})
+
+    def sync(self) -> None:
+        """Has the disk keep the log."""
+        self._log.sync()
 
     def finish(self, status: Status, timeout_s: float | None = None) -> None:
         """Records how the run ended and gives the sender a limited time to send what is left.
@@ -133,29 +141,51 @@ class MlflowTracker:
         self._sender.wake()
 
 
-def send_pending(folder: str | Path, uri: str | None = None, timeout_s: float = 60.0) -> Pending:
+def holds_records(folder: str | Path) -> bool:
+    """Whether a folder is that of a run's tracker."""
+    return RunSettings.load(Path(folder)) is not None
+
+
+def recorded_uri(folder: str | Path) -> str:
+    """The store that a run was recorded in, without user and password.
+
+    Raises:
+        FileNotFoundError: The folder holds no tracked run.
+    """
+    return _settings(Path(folder)).tracking_uri
+
+
+def send_pending(
+    folder: str | Path, uri: str | None = None, timeout_s: float = 60.0, say: Callable[[str], None] = lambda line: None
+) -> Pending:
     """Sends what a run could not send, and returns what is left.
 
     Args:
         folder: the folder of the run's tracker.
         uri: address of the MLflow store; None takes the run's own (which is kept without user and password).
         timeout_s: seconds to try.
+        say: gets a line of progress every few seconds.
 
     Raises:
         FileNotFoundError: The folder holds no tracked run.
     """
     place = Path(folder).resolve()
-    settings = RunSettings.load(place)
-    if settings is None:
-        raise FileNotFoundError(f"{place} holds no tracked run: there is no readable run.json in it")
+    settings = _settings(place)
     if uri is not None:
-        settings = RunSettings(uri, settings.experiment, settings.run_name, settings.run_uid)
+        settings = dataclasses.replace(settings, tracking_uri=uri)
     sender = Sender(place, settings, Timing(batch_interval=0.0))
     sender.start()
-    pending = sender.drain(timeout_s)
+    pending = sender.drain(timeout_s, lambda left: say(f"{left.counts}; still to be sent"))
     if pending:
         logger.warning("%s (%s)", pending, sender.last_error or "the time was over")
     return pending
+
+
+def _settings(folder: Path) -> RunSettings:
+    settings = RunSettings.load(folder)
+    if settings is None:
+        raise FileNotFoundError(f"{folder} holds no tracked run: there is no readable run.json in it")
+    return settings
 
 
 def _as_text(value: Scalar) -> str:

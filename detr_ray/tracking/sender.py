@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from detr_ray.credentials import without_credentials
 from detr_ray.tracking.event_batch import EventBatch, FileGoneError, upload
 from detr_ray.tracking.event_log import LOG_NAME, read_events
 from detr_ray.tracking.mlflow_run import MlflowRun, RefusedError, RunGoneError, RunSettings
@@ -29,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 _LOCK_NAME = "sender.lock"
 _URGENT_RETRY_S = 0.5
+_TELL_EVERY_S = 5.0
 _FAILURES_UNTIL_TOLD = 2  # a connection that had timed out fails once
 _FAILURES_UNTIL_SUSPICIOUS = 3
 
@@ -103,12 +106,17 @@ class Sender:
         events = sum(1 for _ in read_events(self._log_path, self._state.offset))
         return Pending(events, tuple(self._state.uploads), dict(self._state.left_out), self._folder)
 
-    def drain(self, timeout_s: float) -> Pending:
+    def drain(self, timeout_s: float, tell: Callable[[Pending], None] | None = None) -> Pending:
         """Sends without pauses until all is sent or the time is over, and stops the thread.
 
         Files that the artifacts' store does not take are tried once more and not waited for.
+
+        Args:
+            timeout_s: how long to wait.
+            tell: gets what is left, every few seconds.
         """
         deadline = time.monotonic() + timeout_s
+        told = time.monotonic()
         self._urgent.set()
         self._work.set()
         while not self._is_done() and self._thread.is_alive():
@@ -117,6 +125,9 @@ class Sender:
                 break
             self._progress.wait(min(left, 0.2))
             self._progress.clear()
+            if tell is not None and time.monotonic() - told > _TELL_EVERY_S:
+                told = time.monotonic()
+                tell(self.pending())
         self._stop.set()
         self._work.set()
         self._thread.join(timeout=max(deadline - time.monotonic(), 0.1))
@@ -151,8 +162,7 @@ class Sender:
                 self._progress.set()
             self._recovered()
         except Exception as error:  # whatever MLflow, its store or the disk raises: the log keeps what was not sent
-            if isinstance(error, RunGoneError):
-                self._run = None
+            self._run = None  # MLflow may have taken a part: what it holds is asked for again
             self._failed(error)
             pause = self._timing.pause(self._failures)
             if self._urgent.is_set():
@@ -163,8 +173,8 @@ class Sender:
 
     def _connect(self) -> MlflowRun:
         self._take_lock()
-        first = next((line.event for line in read_events(self._log_path) if line.event), None)
-        started_ms = int(first["t"]) if first else time.time_ns() // 1_000_000
+        times = (line.event["t"] for line in read_events(self._log_path) if line.event)
+        started_ms = next((t for t in times if type(t) is int), time.time_ns() // 1_000_000)
         run = MlflowRun.open(self._settings, self._state.run_id, started_ms)
         if run.run_id != self._state.run_id:
             self._state = SentState(self._state.destination, run.run_id)
@@ -277,7 +287,7 @@ class Sender:
         cause = _root_cause(error)
         first_line = (str(cause).splitlines() or [""])[0]
         told = f"{type(cause).__name__}: {first_line}"
-        return shortened(told.replace(self._settings.tracking_uri, public_uri(self._settings.tracking_uri)), 300)
+        return shortened(without_credentials(told), 300)
 
 
 def _root_cause(error: BaseException) -> BaseException:

@@ -1,14 +1,17 @@
 """How much of an event log has reached its destination, kept beside the log; and what is still to come.
 
-It is kept after each batch that was taken, so a sender that dies sends at most one batch twice.
+It is kept after each batch that was taken. It may lag behind what MLflow has, be lost or be damaged: then more is read
+from the log again than has to be, and what MLflow holds already is not sent twice (see `LoggedPoints`).
 """
 
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from detr_ray.tracking.event_log import LOG_NAME
 from detr_ray.tracking.whole_files import write_whole
@@ -39,9 +42,13 @@ class Pending:
     def __str__(self) -> str:
         if not self:
             return "everything that was logged is in MLflow"
-        return (
-            f"{self.events} events and {len(self.uploads)} files are not in MLflow yet; they are kept in {self.folder}"
-        )
+        command = shlex.join(["python", "-m", "detr_ray.send", "--run", str(self.folder)])
+        return f"{self.counts} are not in MLflow yet; `{command}` sends them, or the run does when it goes on"
+
+    @property
+    def counts(self) -> str:
+        """How much there is."""
+        return f"{self.events} events and {len(self.uploads)} files"
 
 
 @dataclass(slots=True)
@@ -64,18 +71,49 @@ class SentState:
 
     @classmethod
     def load(cls, folder: Path, destination: str) -> SentState:
-        """The kept state; a fresh one where there is none, or it is of another destination or another log."""
+        """The kept state; a fresh one where there is none, it is damaged, or of another destination or another log."""
         try:
-            content = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
-            content["left_out"] = Counter(content["left_out"])
-            state = cls(**content)
-        except (FileNotFoundError, KeyError, TypeError, ValueError):
+            state = cls._parsed(json.loads((folder / STATE_NAME).read_text(encoding="utf-8")))
+        except (OSError, ValueError, RecursionError):
             return cls(destination)
-        log = folder / LOG_NAME
-        fits = state.destination == destination and log.exists() and state.offset <= log.stat().st_size
-        return state if fits else cls(destination)
+        return state if state.destination == destination and state._fits(folder / LOG_NAME) else cls(destination)
+
+    @classmethod
+    def _parsed(cls, content: Any) -> SentState:
+        """The state of a file's content.
+
+        Raises:
+            ValueError: it is not what ``save`` writes.
+        """
+        if not isinstance(content, dict) or content.keys() != set(cls.__slots__):
+            raise ValueError("other keys than were written")
+        run_id, uploads, left_out = content["run_id"], content["uploads"], content["left_out"]
+        if not isinstance(content["destination"], str) or not isinstance(run_id, str | None):
+            raise ValueError("a name that is no text")
+        if not isinstance(uploads, dict) or not isinstance(left_out, dict):
+            raise ValueError("a list where names belong")
+        numbers = [content["offset"], *uploads.values(), *left_out.values()]
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError("an offset or a count that is no whole number")
+        return cls(content["destination"], run_id, content["offset"], uploads, Counter(left_out))
+
+    def _fits(self, log: Path) -> bool:
+        """Whether the offsets are beginnings of the log's lines."""
+        offsets = {self.offset, *self.uploads.values()}
+        try:
+            with log.open("rb") as file:
+                return max(offsets) <= log.stat().st_size and all(_begins_a_line(file, offset) for offset in offsets)
+        except OSError:
+            return False
 
     def save(self, folder: Path) -> None:
         """Replaces the kept state."""
         content = {name: getattr(self, name) for name in self.__slots__}
         write_whole(folder / STATE_NAME, json.dumps(content))
+
+
+def _begins_a_line(file: BinaryIO, offset: int) -> bool:
+    if offset == 0:
+        return True
+    file.seek(offset - 1)
+    return file.read(1) == b"\n"

@@ -7,11 +7,17 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from pathlib import Path
+from urllib.parse import unquote
 
-_SCHEME = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]+:")
-_USER_INFO = re.compile(r"(?<=://)[^/@]+@")
+from detr_ray.credentials import without_credentials
+from detr_ray.locations import is_uri, local_path
+
 _SQLITE = "sqlite:///"
+_SQLITE_QUOTED = "sqlite+pysqlite:///"
+"""The same to SQLAlchemy. MLflow makes the folder of an address that begins with the other one, without decoding it."""
+_ANY_SQLITE = re.compile(r"sqlite(\+pysqlite)?:///")
 
 
 def default_tracking_uri(storage_dir: str | Path) -> str:
@@ -20,13 +26,13 @@ def default_tracking_uri(storage_dir: str | Path) -> str:
     Raises:
         ValueError: The folder is in a bucket, where no database can live.
     """
-    if _SCHEME.match(str(storage_dir)) and not str(storage_dir).startswith("file://"):
+    folder = local_path(str(storage_dir))
+    if folder is None:
         raise ValueError(
             f"{storage_dir} is not a local folder, so MLflow's SQLite database cannot lie in it: "
             "give the address of an MLflow server, or a local sqlite:/// one"
         )
-    folder = Path(str(storage_dir).removeprefix("file://")).expanduser().resolve()
-    return sqlite_uri(folder / "mlflow.db")
+    return sqlite_uri(folder.resolve() / "mlflow.db")
 
 
 def tracking_uri(configured: str | None, storage_dir: str | Path) -> str:
@@ -38,18 +44,23 @@ def tracking_uri(configured: str | None, storage_dir: str | Path) -> str:
     path = sqlite_path(uri)
     if path is None or path.is_absolute():
         return uri
-    return uri.replace(str(path), str(path.expanduser().resolve()), 1)
+    _, mark, options = uri.partition("?")
+    return sqlite_uri(path.expanduser().resolve()) + mark + options
 
 
 def sqlite_uri(path: Path) -> str:
-    """The address of an SQLite database file."""
-    return f"{_SQLITE}{path}"
+    """The address of an SQLite database file. What begins an option or an escape in addresses is escaped."""
+    quoted = str(path).replace("%", "%25").replace("?", "%3F")
+    return f"{_SQLITE if quoted == str(path) else _SQLITE_QUOTED}{quoted}"
 
 
 def sqlite_path(uri: str) -> Path | None:
     """The database file of an SQLite address; None for any other store."""
-    path = uri.removeprefix(_SQLITE).partition("?")[0]
-    return Path(path) if uri.startswith(_SQLITE) and path and not path.startswith(":memory:") else None
+    begin = _ANY_SQLITE.match(uri)
+    path = "" if begin is None else unquote(uri[begin.end() :].partition("?")[0])
+    if path.startswith("file:"):
+        path = unquote(path.removeprefix("file:"))
+    return Path(path) if path and not path.startswith(":memory:") else None
 
 
 def artifact_location(uri: str) -> str | None:
@@ -59,12 +70,13 @@ def artifact_location(uri: str) -> str | None:
 
 
 def public_uri(uri: str) -> str:
-    """The address without user and password: for messages and files."""
-    return _USER_INFO.sub("", uri)
+    """The address without user and password: for messages and files. Of other stores than SQLite, without options."""
+    shown = without_credentials(uri)
+    return shown if sqlite_path(uri) is not None else shown.partition("?")[0]
 
 
 def viewing_hint(uri: str) -> str:
-    """What a person does to see the runs of a store."""
+    """What a person does to see the runs of a store: a command to copy, or the server's address."""
     if sqlite_path(uri) is not None:
-        return f"mlflow ui --backend-store-uri {uri}"
-    return public_uri(uri)
+        return shlex.join(["mlflow", "ui", "--backend-store-uri", uri])
+    return public_uri(uri) if is_uri(uri) else uri

@@ -27,16 +27,22 @@ class Tracker(Protocol):
     def log_text(self, text: str, path: str) -> None:
         """Stores a text under this path of the run's artifacts; the last text of a path stays."""
 
-    def log_file(self, local_path: str | Path, artifact_dir: str) -> None:
-        """Stores a file, or the content of a folder, in a folder of the run's artifacts ("" is the top).
+    def log_file(self, location: str | Path, artifact_dir: str) -> None:
+        """Stores a file, or the content of a local folder, in a folder of the run's artifacts ("" is the top).
 
-        The file is read later, so it must stay as it is until then. If it is gone by then it is left out and counted;
-        if the same target was logged again meanwhile, only the last is stored. The target of a file is ``artifact_dir``
-        and its name, the target of a folder is ``artifact_dir``.
+        The location is a path, or the URI of a file (``s3://...``). The file is read later, so it must stay as it is
+        until then. If it is gone by then it is left out and counted; if the same target was logged again meanwhile,
+        only the last is stored. The target of a file is ``artifact_dir`` and its name, the target of a folder is
+        ``artifact_dir``.
         """
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Sets labels that may change later."""
+
+    def sync(self) -> None:
+        """Makes what was logged so far last beyond a loss of power. Belongs to each checkpoint: what came before one
+        is never logged again.
+        """
 
     def finish(self, status: Status) -> None:
         """Says how the run ended. Nothing can be logged afterwards; a second call does nothing."""
@@ -54,10 +60,13 @@ class NullTracker:
     def log_text(self, text: str, path: str) -> None:
         """Does nothing."""
 
-    def log_file(self, local_path: str | Path, artifact_dir: str) -> None:
+    def log_file(self, location: str | Path, artifact_dir: str) -> None:
         """Does nothing."""
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Does nothing."""
+
+    def sync(self) -> None:
         """Does nothing."""
 
     def finish(self, status: Status) -> None:
@@ -72,7 +81,7 @@ class MemoryTracker:
         params: by name; the first value of a parameter stays.
         metrics: (step, values by name) in the order they came.
         texts: by path.
-        files: (local path, artifact folder) in the order they came; not copied.
+        files: (location, artifact folder) in the order they came; not copied.
         tags: by name.
         status: how the run ended, or None.
     """
@@ -80,7 +89,7 @@ class MemoryTracker:
     params: dict[str, Scalar] = field(default_factory=dict)
     metrics: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     texts: dict[str, str] = field(default_factory=dict)
-    files: list[tuple[Path, str]] = field(default_factory=list)
+    files: list[tuple[str, str]] = field(default_factory=list)
     tags: dict[str, str] = field(default_factory=dict)
     status: Status | None = None
 
@@ -96,13 +105,16 @@ class MemoryTracker:
         """Keeps the text."""
         self.texts[artifact_path(path)] = text
 
-    def log_file(self, local_path: str | Path, artifact_dir: str) -> None:
+    def log_file(self, location: str | Path, artifact_dir: str) -> None:
         """Keeps where the file is."""
-        self.files.append((Path(local_path), artifact_path(artifact_dir)))
+        self.files.append((str(location), artifact_path(artifact_dir)))
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Keeps the tags."""
         self.tags.update(tags)
+
+    def sync(self) -> None:
+        """Does nothing: memory does not last."""
 
     def finish(self, status: Status) -> None:
         """Keeps the first status."""

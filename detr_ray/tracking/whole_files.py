@@ -1,4 +1,4 @@
-"""Files and databases that appear whole or not at all, whenever the process dies."""
+"""Files and databases that appear whole or not at all, whenever the process dies or the power fails."""
 
 from __future__ import annotations
 
@@ -12,10 +12,26 @@ from pathlib import Path
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replaces a file in one go, so that a reader sees the old or the new content and nothing between."""
+    """Replaces a file in one go: a reader sees the old or the new content and nothing between.
+
+    That holds also after a loss of power.
+    """
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    draft.write_text(text, encoding="utf-8")
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     draft.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Has a disk keep the names in a folder even if the power fails now."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def create_database_whole(path: Path, create: Callable[[Path], None]) -> None:

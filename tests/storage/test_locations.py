@@ -60,6 +60,9 @@ def test_addresses_keep_their_options_at_the_end():
         "s3://AKIAKEY@bucket/x",
         "gs://someone:hidden@bucket/x",
         "abfs://account:hidden@container/x",
+        "abfs://container@account.dfs.core.windows.net/x?sig=hidden",
+        "s3://bucket/x?secret_key=hidden",
+        "s3://bucket/x?endpoint_override=AKIAKEY:hidden@host:9000",
     ],
 )
 def test_addresses_with_credentials_are_refused_and_not_repeated(address):
@@ -72,9 +75,8 @@ def test_addresses_with_credentials_are_refused_and_not_repeated(address):
 def test_unusable_addresses_are_errors():
     with pytest.raises(LocationError, match="no file system for this address"):
         open_location("nowhere://bucket/x")
-    with pytest.raises(LocationError, match="unknown option 'secret_key'") as refused:
-        open_location("s3://bucket/x?secret_key=hidden")
-    assert "hidden" not in str(refused.value)
+    with pytest.raises(LocationError, match="unknown option 'pace'"):
+        open_location("s3://bucket/x?pace=slow")
     with pytest.raises(LocationError, match="names no bucket"):
         open_location("s3:///x")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,7 +31,7 @@ def test_memory_tracker_remembers() -> None:
     assert tracker.history("train/loss")[0] == (3, 2.5)
     assert math.isnan(tracker.history("train/loss")[1][1])
     assert tracker.texts == {"config.yaml": "model: {}"}
-    assert tracker.files == [(Path("here/best.pt"), "checkpoints/best")]
+    assert tracker.files == [("here/best.pt", "checkpoints/best")]
     assert tracker.tags == {"git": "abc"}
     assert tracker.status == "FAILED"
 

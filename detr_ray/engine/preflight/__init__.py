@@ -23,7 +23,7 @@ from detr_ray.engine.preflight.annotations import (
 from detr_ray.engine.preflight.findings import Finding, Report
 from detr_ray.engine.preflight.first_weights import starts_from_official_weights
 from detr_ray.engine.records import run_tracking_uri
-from detr_ray.tracking.reachability import UnreachableError, try_store
+from detr_ray.tracking.reachability import UnreachableError, UnusableError, try_store
 
 __all__ = ["Finding", "Report", "run_preflight", "section"]
 
@@ -82,6 +82,8 @@ def _check_tracking(config: Config, report: Report) -> None:
         return
     try:
         report.add("ok", "tracking", try_store(run_tracking_uri(config)))
+    except UnusableError as error:
+        report.add("error", "tracking", str(error), "training refuses to start")
     except UnreachableError as error:
         report.add(
             "error", "tracking", str(error),

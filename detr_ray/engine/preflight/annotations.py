@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from detr_ray.config import Config
 from detr_ray.data.errors import DataError
 from detr_ray.data.generated import generate_dataset
@@ -11,7 +9,7 @@ from detr_ray.data.index import PROBLEMS, CocoIndex
 from detr_ray.data.label_map import LabelMap
 from detr_ray.data.splits import open_split
 from detr_ray.data.statistics import BoxStatistics, count_boxes
-from detr_ray.engine.job import choose_label_map
+from detr_ray.engine.job import choose_label_map, generated_root
 from detr_ray.engine.preflight.findings import Level, Report
 from detr_ray.engine.preflight.storage import try_storage
 
@@ -28,8 +26,7 @@ def check_generated(config: Config, report: Report) -> bool:
     data = config.data
     if data.generate is None:
         return True
-    assert data.root is not None, "validated with the configuration"
-    root = Path(data.root)
+    root = generated_root(data)
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         count = data.generate.num_train + data.generate.num_val
         try:
