@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Callable
@@ -27,9 +26,54 @@ from urllib.parse import parse_qsl, unquote
 import pyarrow as pa
 from pyarrow import fs
 
-from detr_ray.config.errors import ConfigError
-from detr_ray.credentials import credentials_in
+from detr_ray.addresses import (
+    LocationError,
+    check_address,
+    is_object_store,
+    is_remote,
+    is_uri,
+    join,
+    local_path,
+    name_of,
+    parent,
+    resolve,
+    scheme_of,
+    with_suffix,
+)
 from detr_ray.retries import PATIENT, Patience, patiently
+
+__all__ = [
+    "CONNECT_TIMEOUT_S",
+    "S3_ATTEMPTS",
+    "SILENCE_TIMEOUT_S",
+    "LocationError",
+    "StoredFile",
+    "at",
+    "check_address",
+    "delete_file",
+    "delete_folder",
+    "download",
+    "file_info",
+    "is_object_store",
+    "is_remote",
+    "is_uri",
+    "join",
+    "list_files",
+    "list_names",
+    "local_path",
+    "make_folder",
+    "name_of",
+    "open_location",
+    "parent",
+    "read_buffer",
+    "read_bytes",
+    "read_range",
+    "resolve",
+    "sync",
+    "upload",
+    "write",
+    "write_bytes",
+]
 
 T = TypeVar("T")
 
@@ -39,15 +83,9 @@ CONNECT_TIMEOUT_S = 5.0
 SILENCE_TIMEOUT_S = 20.0
 """How long a server may send nothing before a request counts as failed."""
 
-_URI = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
-_OBJECT_STORES = frozenset({"s3", "gs", "gcs", "abfs", "abfss"})
 _S3_OPTIONS = frozenset({"region", "endpoint_override", "scheme"})
 _PART_BYTES = 64 << 20
 _PARALLEL_PARTS = 4
-
-
-class LocationError(ConfigError):
-    """An address that cannot be used, whatever lies there; the text never repeats credentials."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,109 +103,6 @@ class StoredFile:
     changed: int
 
 
-# Addresses
-
-
-def is_uri(location: str) -> bool:
-    """Whether a location names its file system (``s3://bucket/x``), rather than a path on this machine."""
-    return _URI.match(location) is not None
-
-
-def is_remote(location: str) -> bool:
-    """Whether a location is beyond a network."""
-    return is_uri(location) and _scheme(location) != "file"
-
-
-def is_object_store(location: str) -> bool:
-    """Whether a location is in a bucket: no folders, objects appear whole or not at all, and moving one copies it."""
-    return is_uri(location) and _scheme(location) in _OBJECT_STORES
-
-
-def local_path(location: str) -> Path | None:
-    """The absolute path of a location on this machine; None for any other.
-
-    A path is taken as it is, whatever characters it has; a ``file://`` address is decoded.
-
-    Raises:
-        LocationError: a ``file://`` address of another machine, or with what has no meaning behind one.
-    """
-    if not is_uri(location):
-        return Path(location).expanduser().absolute()
-    if _scheme(location) != "file":
-        return None
-    host, _, path = location.partition("://")[2].partition("/")
-    if host not in ("", "localhost"):
-        raise LocationError(f"{location}: names a machine, {host!r}; an address of a file here has three slashes")
-    if "?" in path or "#" in path:
-        raise LocationError(
-            f"{location}: there are no options behind file://; write %3F for a question mark and %23 for a number "
-            "sign, or give the path without file://"
-        )
-    return Path(unquote(f"/{path}"))
-
-
-def resolve(location: str) -> str:
-    """A location that means the same in every process: an absolute path, or a URI without a slash at its end."""
-    path = local_path(location)
-    if path is not None:
-        return str(path)
-    address, mark, options = location.partition("?")
-    return address.rstrip("/") + mark + options
-
-
-def join(root: str, *names: str) -> str:
-    """The location of a file or folder below the folder ``root``.
-
-    Names are those of files, as they are listed: what has a meaning in an address is escaped.
-    """
-    if not is_uri(root):
-        return str(Path(root, *names))
-    address, mark, options = root.partition("?")
-    return "/".join([address.rstrip("/"), *map(_escaped, names)]) + mark + options
-
-
-def name_of(location: str) -> str:
-    """The name of a file or folder in its folder."""
-    if not is_uri(location):
-        return Path(location).name
-    return unquote(location.partition("?")[0].rstrip("/").rpartition("/")[2])
-
-
-def _escaped(name: str) -> str:
-    return name.replace("%", "%25").replace("?", "%3F").replace("#", "%23")
-
-
-def _with_suffix(location: str, suffix: str) -> str:
-    """The location of a file whose name is this one's and a suffix, in the same folder."""
-    address, mark, options = location.partition("?") if is_uri(location) else (location, "", "")
-    return address + suffix + mark + options
-
-
-def parent(location: str) -> str:
-    """The folder that a file or folder lies in."""
-    if not is_uri(location):
-        return str(Path(location).parent)
-    address, mark, options = location.partition("?")
-    return address.rstrip("/").rpartition("/")[0] + mark + options
-
-
-def check_address(location: str) -> None:
-    """Refuses an address that holds credentials, or names no place on any machine; asks no server.
-
-    Raises:
-        LocationError: it does.
-    """
-    found = credentials_in(location)
-    if found is not None:
-        raise LocationError(
-            f"an address {location.partition('://')[0]}://... holds credentials ({found}), which would be kept with "
-            "the run and shown in its records (it is not repeated here). Give them in the environment "
-            "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, the machine's role), and the address without "
-            "them"
-        )
-    local_path(location)
-
-
 def open_location(location: str) -> tuple[fs.FileSystem, str]:
     """The file system of a location, and the path on it.
 
@@ -179,7 +114,7 @@ def open_location(location: str) -> tuple[fs.FileSystem, str]:
     path = local_path(location)
     if path is not None:
         return _local_file_system(), str(path)
-    if _scheme(location) == "s3":
+    if scheme_of(location) == "s3":
         return _open_s3(location)
     folder, name = _split(location)
     try:
@@ -196,10 +131,6 @@ def _split(location: str) -> tuple[str, str]:
     return (parent(location), name_of(location)) if address.count("/") > 2 else (location, "")
 
 
-def _scheme(location: str) -> str:
-    return location.partition("://")[0].lower()
-
-
 @functools.cache
 def _local_file_system() -> fs.FileSystem:
     return fs.LocalFileSystem()
@@ -208,7 +139,7 @@ def _local_file_system() -> fs.FileSystem:
 @functools.lru_cache(maxsize=128)
 def _from_uri(location: str) -> tuple[fs.FileSystem, str]:
     address, _, options = location.partition("?")
-    if _scheme(location) in ("gs", "gcs") and "retry_limit_seconds" not in options:
+    if scheme_of(location) in ("gs", "gcs") and "retry_limit_seconds" not in options:
         options = f"{options}&retry_limit_seconds=60".lstrip("&")
     return fs.FileSystem.from_uri(f"{address}?{options}" if options else address)
 
@@ -254,9 +185,6 @@ def _s3_file_system(endpoint: str | None, region: str, scheme: str | None, key_i
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=S3_ATTEMPTS),
         allow_delayed_open=True,  # a small object is then one request instead of three
     )
-
-
-# Files
 
 
 def at(location: str, operation: Callable[[fs.FileSystem, str], T], patience: Patience = PATIENT) -> T:
@@ -334,7 +262,7 @@ def write_bytes(location: str, data: bytes, patience: Patience = PATIENT) -> Non
         write(location, lambda stream: stream.write(data), patience)
         return
     make_folder(parent(location))
-    temporary = _with_suffix(location, f".{secrets.token_hex(4)}.tmp")
+    temporary = with_suffix(location, f".{secrets.token_hex(4)}.tmp")
     try:
         write(temporary, lambda stream: stream.write(data), patience)
         at(location, lambda file_system, path: file_system.move(open_location(temporary)[1], path), patience)
