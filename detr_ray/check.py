@@ -10,6 +10,7 @@ from pathlib import Path
 
 from detr_ray.cli import EXIT_FAILED, run_command
 from detr_ray.config import Config, ConfigError
+from detr_ray.printable import printable_lines
 from detr_ray.train import say
 
 DESCRIPTION = """Look for problems before a run: annotations, labels, images, first weights, storage and tracking.
@@ -52,7 +53,7 @@ def _check(config: Config, arguments: argparse.Namespace) -> int:
 
 def _say_aside(line: str) -> None:
     """Shows a line where standard output is for a program."""
-    sys.stderr.write(line + "\n")
+    sys.stderr.write(printable_lines(line) + "\n")
     sys.stderr.flush()
 
 

@@ -7,6 +7,7 @@ the configuration or the data cannot be used, 130 stopped by Ctrl-C.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
 import sys
@@ -16,6 +17,7 @@ from typing import NoReturn
 from detr_ray.config import Config, ConfigError, load_config
 from detr_ray.config.reference import WIDTH, reference_markdown, reference_text
 from detr_ray.credentials import without_credentials
+from detr_ray.printable import printable_lines
 
 EXIT_FAILED = 1
 EXIT_UNUSABLE = 2
@@ -70,6 +72,7 @@ def run_command(
     Returns:
         The exit code.
     """
+    _take_every_character()
     try:
         return _run(name, description, main, sys.argv[1:] if argv is None else argv, add_arguments, check)
     except ConfigError as error:
@@ -85,6 +88,13 @@ def run_command(
         if code is None:
             raise
         return _fail([str(error)], code)
+
+
+def _take_every_character() -> None:
+    """Has characters that a terminal's encoding lacks written as escapes, instead of ending the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what takes its place in a host program is the host's
+            stream.reconfigure(errors="backslashreplace")
 
 
 def render_reference() -> str:
@@ -149,5 +159,5 @@ def _exit_code(error: Exception) -> int | None:
 def _fail(messages: Sequence[str], code: int) -> int:
     sys.stdout.flush()
     for message in messages:
-        sys.stderr.write(f"error: {without_credentials(message)}\n")
+        sys.stderr.write(f"error: {printable_lines(without_credentials(message))}\n")
     return code

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from detr_ray.cli import EXIT_INTERRUPTED, run_command
 from detr_ray.config import Config
+from detr_ray.printable import printable_lines
 
 DESCRIPTION = """Train a detector on Ray workers.
 
@@ -50,8 +51,8 @@ def _fit(config: Config, started: float) -> int:
 
 
 def say(line: str) -> None:
-    """Shows the user a line at once, also where output goes into a file."""
-    sys.stdout.write(line + "\n")
+    """Shows the user a line at once, also where output goes into a file; nothing in it controls a terminal."""
+    sys.stdout.write(printable_lines(line) + "\n")
     sys.stdout.flush()
 
 

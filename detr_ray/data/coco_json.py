@@ -5,18 +5,18 @@ Holds to the order of the file; grouping by image and everything that later part
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
 
 import numpy as np
 
 from detr_ray.data.errors import DataError, few
+from detr_ray.data.json_text import parse_json
+from detr_ray.data.records import Record, Records
 from detr_ray.locations import LocationError, is_remote, read_bytes
 from detr_ray.retries import reason_of
 
-Record = dict[str, Any]
+MOST_PIXELS_A_SIDE = 2**31 - 1
+"""Sizes are kept in 32 bits."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,26 +58,25 @@ def read_coco_columns(location: str) -> CocoColumns:
         DataError: the file is missing, not JSON, not COCO, or contradicts itself; says where and what to do.
     """
     content = _parse(location)
-    images = _Records(location, "image", content["images"])
-    annotations = _Records(location, "annotation", content["annotations"])
-    categories = _read_categories(_Records(location, "category", content["categories"]))
+    images = Records(location, "image", content["images"])
+    annotations = Records(location, "annotation", content["annotations"])
+    categories = read_categories(Records(location, "category", content["categories"]))
 
     image_ids = images.integers("id")
     _refuse_duplicates(image_ids, f"{location}: image ids used more than once")
-    file_names = images.values("file_name")
-    if not all(isinstance(name, str) and name for name in file_names):
-        images.blame("has no 'file_name'", lambda record: isinstance(record["file_name"], str) and record["file_name"])
+    file_names = images.texts("file_name")
 
     problems: dict[str, int] = {}
     boxes = annotations.boxes("bbox")
     image_of = annotations.integers("image_id")
     category_ids = annotations.integers("category_id")
-    areas = np.array([_number(record.get("area")) for record in annotations.records], dtype=np.float64)
-    is_crowd = np.array([bool(record.get("iscrowd") or 0) for record in annotations.records], dtype=bool)
-    problems["iscrowd_missing"] = sum(record.get("iscrowd") is None for record in annotations.records)
+    areas = annotations.optional_floats("area")
+    is_crowd, problems["iscrowd_missing"] = annotations.optional_flags("iscrowd")
     annotation_ids, problems["annotation_ids_renumbered"] = _annotation_ids(annotations)
     _refuse_unknown(annotations, image_of, image_ids, "image_id", "images")
-    _refuse_unknown(annotations, category_ids, np.array([i for i, _ in categories]), "category_id", "categories")
+    _refuse_unknown(
+        annotations, category_ids, np.array([i for i, _ in categories], np.int64), "category_id", "categories"
+    )
 
     finite = np.isfinite(boxes).all(axis=1)
     problems["boxes_not_finite"] = int((~finite).sum())
@@ -115,18 +114,14 @@ def _parse(location: str) -> dict[str, list]:
         raise DataError(f"{location}: the annotation file cannot be read: {reason_of(error)}") from error
     except LocationError as error:
         raise DataError(str(error)) from error
-    try:
-        # The outlines are nine tenths of a COCO file; dropping each as soon as it is parsed keeps memory low.
-        content = json.loads(raw, object_hook=_without_outline)
-    except (ValueError, RecursionError) as error:
-        size = f"{len(raw)} bytes"
-        raise DataError(f"{location}: broken JSON ({size}): {error}. Was the file copied completely?") from error
+    # The outlines are nine tenths of a COCO file; dropping each as soon as it is parsed keeps memory low.
+    content = parse_json(location, raw, object_hook=_without_outline)
     if not isinstance(content, dict):
         raise DataError(f"{location}: not a COCO file: a {type(content).__name__}, not an object with 'images'")
     for key in ("images", "annotations", "categories"):
         if not isinstance(content.get(key), list):
             raise DataError(
-                f"{location}: not a COCO instance file: no list under {key!r} (its keys: {sorted(content)[:8]})"
+                f"{location}: not a COCO instance file: no list under {key!r} (its keys: {few(sorted(content), 8)})"
             )
     if not content["images"]:
         raise DataError(f"{location}: no image in it")
@@ -140,71 +135,35 @@ def _without_outline(record: Record) -> Record:
     return record
 
 
-class _Records:
-    """The objects of one list of the file, and the way to name the wrong ones among them."""
+def read_categories(categories: Records) -> tuple[tuple[int, str], ...]:
+    """The categories (id, name) by rising id.
 
-    def __init__(self, location: str, noun: str, records: list[Record]) -> None:
-        self.location = location
-        self.noun = noun
-        self.records = records
-        strays = [place for place, record in enumerate(records) if not isinstance(record, dict)]
-        if strays:
-            raise DataError(f"{location}: not a COCO file: {noun} no. {few(strays)} is not an object with keys")
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def values(self, key: str, advice: str = "") -> list[Any]:
-        try:
-            return [record[key] for record in self.records]
-        except KeyError:
-            self.blame(f"has no {key!r}", lambda record: key in record, advice)
-
-    def integers(self, key: str, advice: str = "") -> np.ndarray:
-        """A required key as int64; whole floats are taken, text and null are not."""
-        column = _whole_numbers(self.values(key, advice))
-        if column is None:
-            self.blame(
-                f"has a {key!r} that is not a whole number",
-                lambda record: type(record[key]) is not bool and _whole_numbers([record[key]]) is not None,
-                advice,
-            )
-        return column
-
-    def boxes(self, key: str) -> np.ndarray:
-        """A required key as ``[A, 4]`` float64; null counts as NaN."""
-        values = self.values(key, "Is this an instance file (not panoptic, not captions)?")
-        try:
-            column = np.array(values, dtype=np.float64).reshape(len(values), -1)
-        except (ValueError, TypeError):
-            column = np.zeros((0, 0))
-        if len(values) and column.shape != (len(values), 4):
-            self.blame(f"has a {key!r} that is not 4 numbers (left, top, width, height)", lambda r: _is_box(r[key]))
-        return column.reshape(-1, 4)
-
-    def blame(self, what: str, fine: Callable[[Record], Any], advice: str = "") -> NoReturn:
-        """Raises a DataError that names the records which are not fine."""
-        wrong = [record.get("id", f"no. {place}") for place, record in enumerate(self.records) if not fine(record)]
-        raise DataError(f"{self.location}: {self.noun} {few(wrong)} {what}. {advice}".rstrip(" "))
-
-
-def _read_categories(categories: _Records) -> tuple[tuple[int, str], ...]:
+    Raises:
+        DataError: ids that are not whole or used twice, names that are not text.
+    """
     ids = categories.integers("id")
     _refuse_duplicates(ids, f"{categories.location}: category ids used more than once")
-    return tuple(sorted(zip(ids.tolist(), map(str, categories.values("name")), strict=True)))
+    if (ids < 0).any():
+        categories.blame("has a negative 'id'", lambda record: record["id"] >= 0, "Number categories from 0 or 1")
+    names = categories.texts("name", "Give each category a name, in quotes")
+    return tuple(sorted(zip(ids.tolist(), names, strict=True)))
 
 
-def _read_sides(images: _Records, key: str) -> np.ndarray:
+def _read_sides(images: Records, key: str) -> np.ndarray:
     advice = "Batches are planned from these sizes: write the images' real height and width into the file"
     sides = images.integers(key, advice)
     if (sides < 1).any():
-        images.blame(f"has a {key!r} below 1 pixel", lambda record: record[key] >= 1, advice)
+        images.blame(f"has a {key!r} below 1 pixel", lambda record: record[key] >= 1, advice, key)
+    if (sides > MOST_PIXELS_A_SIDE).any():
+        images.blame(
+            f"has a {key!r} above {MOST_PIXELS_A_SIDE} pixels", lambda r: r[key] <= MOST_PIXELS_A_SIDE, advice, key
+        )
     return sides
 
 
-def _annotation_ids(annotations: _Records) -> tuple[np.ndarray, int]:
+def _annotation_ids(annotations: Records) -> tuple[np.ndarray, int]:
     """The file's ids, or a running number where they are missing or repeated; and how many were given anew."""
-    ids = _whole_numbers([record.get("id") for record in annotations.records])
+    ids = annotations.optional_integers("id", "Number the annotations, or leave their ids out: they are numbered then")
     if ids is not None and len(np.unique(ids)) == len(ids):
         return ids, 0
     # Nothing but the book-keeping of the evaluation depends on these ids.
@@ -219,7 +178,7 @@ def _refuse_duplicates(ids: np.ndarray, what: str) -> None:
         )
 
 
-def _refuse_unknown(annotations: _Records, used: np.ndarray, known: np.ndarray, key: str, where: str) -> None:
+def _refuse_unknown(annotations: Records, used: np.ndarray, known: np.ndarray, key: str, where: str) -> None:
     if np.isin(used, known).all():
         return
     known_ids = set(known.tolist())
@@ -229,26 +188,3 @@ def _refuse_unknown(annotations: _Records, used: np.ndarray, known: np.ndarray, 
         lambda record: record[key] in known_ids,
         f"Add them to {where!r}, or take these annotations out",
     )
-
-
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else float("nan")
-
-
-def _whole_numbers(values: list[Any]) -> np.ndarray | None:
-    """Values as int64; None if one of them is no whole number."""
-    if not values:
-        return np.zeros(0, dtype=np.int64)
-    try:
-        column = np.array(values)
-    except ValueError:  # lists of unlike length among them
-        return None
-    if column.ndim != 1 or column.dtype.kind not in "iuf":
-        return None
-    if column.dtype.kind == "f" and not (np.isfinite(column) & (column == np.floor(column))).all():
-        return None
-    return column.astype(np.int64)
-
-
-def _is_box(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 4 and all(v is None or isinstance(v, int | float) for v in value)

@@ -28,9 +28,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from detr_ray.data.errors import DataError, few
+from detr_ray.data.coco_json import MOST_PIXELS_A_SIDE, read_categories
+from detr_ray.data.errors import DataError, few, shown
 from detr_ray.data.images import READS_AT_ONCE, ImageReader
 from detr_ray.data.index import CocoIndex, ShardPlaces
+from detr_ray.data.json_text import parse_json
+from detr_ray.data.parquet_columns import ParquetColumns
+from detr_ray.data.records import Records
 from detr_ray.locations import (
     LocationError,
     delete_file,
@@ -168,38 +172,71 @@ def read_shard_index(location: str) -> CocoIndex:
     content = (table.schema.metadata or {}).get(_METADATA_KEY)
     if content is None:
         raise DataError(f"{path}: not an index of shards (its schema has no metadata named 'detr_ray')")
-    about = json.loads(content)
-    if about["format"] != _FORMAT:
-        raise DataError(f"{path}: shards of format {about['format']}, this version reads {_FORMAT}; write them again")
-    return _index_of(table, about, folder)
+    about = parse_json(path, content)
+    if not isinstance(about, dict) or about.get("format") != _FORMAT:
+        found = about.get("format") if isinstance(about, dict) else about
+        raise DataError(f"{path}: shards of format {shown(found)}, this version reads {_FORMAT}; write them again")
+    return _index_of(ParquetColumns(path, table), about, path, folder)
 
 
-def _index_of(table: pa.Table, about: dict[str, Any], folder: str) -> CocoIndex:
-    columns = {name: table[name].combine_chunks() for name in table.column_names}
-    flat = {name: columns[name].flatten() for name in _ANNOTATION_COLUMNS}
-    boxes_xywh_px = flat["boxes_xywh"].flatten().to_numpy(zero_copy_only=False).reshape(-1, 4)
-    offsets = columns["annotation_ids"].offsets.to_numpy().astype(np.int64)
-    return CocoIndex(
-        image_ids=columns["image_id"].to_numpy(),
-        heights=columns["height"].to_numpy(),
-        widths=columns["width"].to_numpy(),
-        file_names=columns["file_name"],
-        first_box=offsets - offsets[0],
-        boxes_xywh_px=boxes_xywh_px,
-        category_ids=flat["category_ids"].to_numpy(),
-        areas=flat["areas"].to_numpy(),
-        is_crowd=flat["is_crowd"].to_numpy(zero_copy_only=False),
-        annotation_ids=flat["annotation_ids"].to_numpy(),
-        categories=tuple((category["id"], category["name"]) for category in about["categories"]),
+def _index_of(columns: ParquetColumns, about: dict[str, Any], path: str, folder: str) -> CocoIndex:
+    first_box = columns.offsets("annotation_ids")
+    if not all(np.array_equal(first_box, columns.offsets(name)) for name in _ANNOTATION_COLUMNS):
+        raise DataError(f"{path}: its lists of annotations are of unlike length: write the shards again")
+    index = CocoIndex(
+        image_ids=columns.integers("image_id"),
+        heights=_sides(columns, "height", path),
+        widths=_sides(columns, "width", path),
+        file_names=columns.texts("file_name"),
+        first_box=first_box,
+        boxes_xywh_px=columns.listed_floats("boxes_xywh", width=4),
+        category_ids=columns.listed_integers("category_ids"),
+        areas=columns.listed_floats("areas"),
+        is_crowd=columns.listed_flags("is_crowd"),
+        annotation_ids=columns.listed_integers("annotation_ids"),
+        categories=read_categories(Records(path, "category", about.get("categories") or [])),
         source=folder,
         shards=ShardPlaces(
-            files=tuple(join(folder, name) for name in about["shards"]),
-            file_of=columns["shard"].to_numpy(),
-            offsets=columns["offset"].to_numpy(),
-            lengths=columns["length"].to_numpy(),
+            files=tuple(join(folder, name) for name in _shard_names(about, path)),
+            file_of=columns.integers("shard"),
+            offsets=columns.integers("offset"),
+            lengths=columns.integers("length"),
         ),
-        problems=about["problems"],
+        problems=about.get("problems") or {},
     )
+    _refuse_contradictions(index, path)
+    return index
+
+
+def _sides(columns: ParquetColumns, name: str, path: str) -> np.ndarray:
+    sides = columns.integers(name)
+    if len(sides) and not 1 <= sides.min() <= sides.max() <= MOST_PIXELS_A_SIDE:
+        raise DataError(f"{path}: column {name!r} has sizes that no image has: write the shards again")
+    return sides
+
+
+def _shard_names(about: dict[str, Any], path: str) -> list[str]:
+    names = about.get("shards")
+    if not isinstance(names, list) or not all(isinstance(name, str) and _SHARD_NAME.fullmatch(name) for name in names):
+        raise DataError(f"{path}: its list of shards names other files than shards: {shown(names)}")
+    return names
+
+
+def _refuse_contradictions(index: CocoIndex, path: str) -> None:
+    """Refuses columns that are each of the right type and don't fit together."""
+    places = index.shards
+    assert places is not None
+    known = [category_id for category_id, _ in index.categories]
+    faults = {
+        "no image": len(index) == 0,
+        "images twice, or not by rising id": (np.diff(index.image_ids) <= 0).any(),
+        "boxes of unknown categories": not np.isin(index.category_ids, known).all(),
+        "images in no shard": ((places.file_of < 0) | (places.file_of >= len(places.files))).any(),
+        "places before the beginning of a shard": ((places.offsets < 0) | (places.lengths < 0)).any(),
+    }
+    found = [fault for fault, is_there in faults.items() if is_there]
+    if found:
+        raise DataError(f"{path}: contradicts itself ({few(found)}): write the shards again")
 
 
 def _write_all(

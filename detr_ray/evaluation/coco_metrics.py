@@ -15,6 +15,7 @@ from detr_ray.evaluation.detections import DetectionTable
 from detr_ray.evaluation.ground_truth import GroundTruth
 from detr_ray.evaluation.matching import Annotations, Found
 from detr_ray.evaluation.precision_recall import MAX_DETECTIONS, Curves, precision_recall_curves
+from detr_ray.printable import printable
 
 SUMMARY: dict[str, str] = {
     "AP": "precision, IoU 0.50:0.95, all areas",
@@ -82,8 +83,10 @@ class CocoMetrics:
         """
         scored = [(name, ap) for name, ap in self.category_ap.items() if ap is not None]
         scored.sort(key=lambda row: (-row[1], row[0]))
-        width = max([len("category"), *(len(name) for name, _ in scored)])
-        rows = [f"{name:<{width}}  {_number(ap)}  {_number(self.category_ap50[name])}" for name, ap in scored]
+        width = max([len("category"), *(len(printable(name)) for name, _ in scored)])
+        rows = [
+            f"{printable(name):<{width}}  {_number(ap)}  {_number(self.category_ap50[name])}" for name, ap in scored
+        ]
         if limit is not None and len(rows) > limit:
             head, tail = (limit + 1) // 2, limit // 2
             rows = [*rows[:head], f"... {len(rows) - limit} more", *rows[len(rows) - tail :]]

@@ -19,6 +19,7 @@ from detr_ray.model.backbone import resnets_with
 from detr_ray.model.checkpoint_file import read_checkpoint
 from detr_ray.model.detr import Detr
 from detr_ray.model.state_dicts import StateDict, WeightsError, shorten_names, without_prefix
+from detr_ray.printable import printable
 
 __all__ = [
     "InitReport",
@@ -68,7 +69,7 @@ class InitReport:
             names: tuple[str, ...] = getattr(self, kind)
             lines.append(f"  {kind:<8}{len(names):>5}  {shorten_names(names)}".rstrip())
         lines.insert(2, f"  {'rebuilt':<8}{len(self.rebuilt):>5}")
-        lines[3:3] = [f"{'':17}{name}: {what}" for name, what in self.rebuilt.items()]
+        lines[3:3] = [f"{'':17}{printable(f'{name}: {what}')}" for name, what in self.rebuilt.items()]
         return "\n".join(lines)
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from detr_ray.printable import printable
+
 Level = Literal["ok", "warning", "error"]
 
 _NAMES_SHOWN = 10
@@ -33,15 +35,15 @@ class Finding:
 
     def lines(self) -> list[str]:
         """The finding as indented lines of text, with its first names."""
-        shown, more = list(self.names[:_NAMES_SHOWN]), len(self.names) - _NAMES_SHOWN
+        shown, more = list(map(printable, self.names[:_NAMES_SHOWN])), len(self.names) - _NAMES_SHOWN
         if more > 0:
             shown.append(f"and {more} more")
         if all(len(name) <= _SHORT_NAME for name in shown):
             shown = [", ".join(shown).replace(", and ", " and ")] if shown else []
         return [
-            f"  {self.level:<8} {self.message}",
+            f"  {self.level:<8} {_on_one_line(self.message)}",
             *(f"{'':13}{line}" for line in shown),
-            *([f"{'':11}> {self.advice}"] if self.advice else []),
+            *([f"{'':11}> {_on_one_line(self.advice)}"] if self.advice else []),
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -96,6 +98,10 @@ class Report:
             "findings": [finding.to_dict() for finding in self.findings],
             "splits": self.splits,
         }
+
+
+def _on_one_line(text: str) -> str:
+    return printable(" ".join(line.strip() for line in text.split("\n")))
 
 
 def _plural(count: int, noun: str) -> str:
