@@ -147,6 +147,10 @@ class DataConfig(Section):
     """Data tasks that read and augment images at the same time for each training worker."""
     prefetch_batches: Count = 4
     """Batches that are kept ready ahead of each training worker."""
+    follow_links: bool = False
+    """Whether links in a folder of images may lead out of it. Otherwise files that such links lead to are refused: a
+    data set made by others could have any file of this machine read, and packed into shards. A folder that is a link
+    itself is followed in any case."""
     on_bad_image: Literal["raise", "skip"] = "raise"
     """What to do about an image that cannot be read: end the run, or train on a black image without boxes in its place,
     and count it."""

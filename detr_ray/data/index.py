@@ -81,6 +81,7 @@ class CocoIndex:
         source: what to call the data set in messages.
         images_root: folder or URI that the file names are relative to; None where the images lie in shards.
         shards: where the images lie in shards; None where they are files in a folder.
+        follow_links: whether links in that folder may lead out of it.
         problems: what was put right or left out on the way, counted; the keys are those of `PROBLEMS`. The reader gives
             its own; what can be seen in the columns is added when the index is made.
         fingerprint: sha256 of the content, the same wherever and in whichever format the data set lies.
@@ -100,6 +101,7 @@ class CocoIndex:
     source: str
     images_root: str | None = None
     shards: ShardPlaces | None = None
+    follow_links: bool = False
     problems: dict[str, int] = field(default_factory=dict)
     fingerprint: str = field(init=False)
 
@@ -156,12 +158,13 @@ class CocoIndex:
         return labels, boxes[keep], self.areas[rows][keep].astype(np.float32)
 
 
-def read_coco_index(annotations: str, images: str) -> CocoIndex:
+def read_coco_index(annotations: str, images: str, follow_links: bool = False) -> CocoIndex:
     """Reads a COCO annotation file.
 
     Args:
         annotations: path or URI of the JSON.
         images: folder or URI that the file names are relative to; not looked into here.
+        follow_links: whether links in that folder may lead out of it.
 
     Raises:
         DataError: see `read_coco_columns`.
@@ -185,6 +188,7 @@ def read_coco_index(annotations: str, images: str) -> CocoIndex:
         categories=columns.categories,
         source=annotations,
         images_root=images,
+        follow_links=follow_links,
         problems=columns.problems,
     )
 

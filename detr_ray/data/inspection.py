@@ -6,22 +6,21 @@ Memory does not grow with the number of images, only with the number of bad ones
 
 from __future__ import annotations
 
-import io
 import os
-import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from pyarrow import fs
 
+from detr_ray.data.decoding import decode_image
 from detr_ray.data.errors import DataError
-from detr_ray.data.images import ImageError, ImageReader, decode_image, read_image_size
+from detr_ray.data.image_headers import ImageError, ImageHeader, WrongSizeError, read_header
+from detr_ray.data.image_places import MisnamedError
+from detr_ray.data.images import ImageReader
 from detr_ray.data.index import CocoIndex
 from detr_ray.locations import LocationError, file_info, join, list_files, parent
 
@@ -30,8 +29,8 @@ _REMOTE_THREADS = 64
 _GROUP_IMAGES = 1024
 # Storage that fails again and again is away; each failure may take as long as the storage's time limit.
 _MOST_STORAGE_FAILURES = 50
-_EXIF_ORIENTATION = 0x0112
-_LAST_BYTES = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+_SAME_RATIO = 0.02
+_LAST_BYTES = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +41,17 @@ class BadImage:
         image_id: the annotation file's id.
         file: location of the file.
         reason: what is wrong with it.
+        wrong_size: (height, width) that it has, and that the annotations say, where that is what is wrong.
+        advice: what to do about its name, where that is what is wrong.
+        storage_failed: whether the storage failed, and the image may be fine.
     """
 
     image_id: int
     file: str
     reason: str
+    wrong_size: tuple[tuple[int, int], tuple[int, int]] | None = None
+    advice: str = ""
+    storage_failed: bool = False
 
 
 @dataclass(slots=True)
@@ -61,6 +66,7 @@ class Inspection:
         num_turned: images with an EXIF orientation other than upright.
         turned_unseen: files among them whose size is the same either way, so that it does not show whether the boxes
             were drawn on the turned or on the stored image.
+        num_unreadable_exif: images with EXIF that can't be read, which are taken as stored.
         broken_off: why the rest was not looked at; empty where all were.
     """
 
@@ -70,19 +76,8 @@ class Inspection:
     modes: Counter[str] = field(default_factory=Counter)
     num_turned: int = 0
     turned_unseen: list[str] = field(default_factory=list)
+    num_unreadable_exif: int = 0
     broken_off: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    """One image's header, or what is wrong with it."""
-
-    format: str = ""
-    mode: str = ""
-    is_turned: bool = False
-    is_turned_unseen: bool = False
-    reason: str = ""
-    storage_failed: bool = False
 
 
 def find_missing_storage(index: CocoIndex) -> dict[int, str]:
@@ -121,34 +116,38 @@ def inspect_images(
     index: CocoIndex,
     *,
     decode: bool = False,
+    only: Sequence[int] | None = None,
     without_shards: frozenset[int] = frozenset(),
     progress: Callable[[int, int], None] | None = None,
 ) -> Inspection:
-    """Looks at all images of a split.
+    """Looks at all images of a split, or at some.
 
     Args:
         index: the split.
-        decode: decode every image whole, which finds damage behind the header; otherwise only files in a local folder
-            that lack the end of their format are decoded.
+        decode: decode every image whole, which finds damage behind the header; otherwise only those whose header
+            leaves it open whether they can be used, the first of each kind, and files in a local folder that lack the
+            end of their format.
+        only: rows of the index to look at; None for all.
         without_shards: numbers of shards whose images are passed over.
         progress: called with (images done, images in all) from time to time.
     """
     reader = ImageReader(index)
-    rows = np.arange(len(index))
+    rows = np.arange(len(index)) if only is None else np.asarray(only)
     if index.shards is not None and without_shards:
-        rows = rows[~np.isin(index.shards.file_of, sorted(without_shards))]
+        rows = rows[~np.isin(index.shards.file_of[rows], sorted(without_shards))]
     threads = _REMOTE_THREADS if reader.is_remote else (os.cpu_count() or 1) if decode else _LOCAL_THREADS
     has_ends = not decode and index.images_root is not None and not reader.is_remote
     found, num_failures = Inspection(), 0
-    look = partial(_look, index, reader, decode=decode, has_ends=has_ends)
-    with warnings.catch_warnings(), ThreadPoolExecutor(threads, thread_name_prefix="inspection") as pool:
-        # Pillow warns of images above 89 megapixels; they are read all the same.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    look = partial(_look, index, reader, set(), decode=decode, has_ends=has_ends)
+    with ThreadPoolExecutor(threads, thread_name_prefix="inspection") as pool:
         for start in range(0, len(rows), _GROUP_IMAGES):
             group = rows[start : start + _GROUP_IMAGES].tolist()
             for i, seen in zip(group, pool.map(look, group), strict=True):
-                _note(found, index, reader, i, seen)
-                num_failures += seen.storage_failed
+                if isinstance(seen, BadImage):
+                    found.bad.append(seen)
+                    num_failures += seen.storage_failed
+                else:
+                    _note(found, reader.name(i), seen)
             found.num_seen += len(group)
             if progress is not None:
                 progress(found.num_seen, len(rows))
@@ -158,68 +157,76 @@ def inspect_images(
     return found
 
 
-def _note(found: Inspection, index: CocoIndex, reader: ImageReader, i: int, seen: _Seen) -> None:
-    if seen.reason:
-        found.bad.append(BadImage(int(index.image_ids[i]), reader.name(i), seen.reason))
-        return
-    found.formats[seen.format] += 1
-    found.modes[seen.mode] += 1
-    found.num_turned += seen.is_turned
-    if seen.is_turned_unseen:
-        found.turned_unseen.append(reader.name(i))
+def common_cause(bad: Sequence[BadImage], num_seen: int, split: str) -> str:
+    """What to do where one thing is wrong with all bad images; empty where there is no such thing.
+
+    Args:
+        bad: at least one.
+        num_seen: images that were looked at.
+        split: ``train`` or ``val``.
+    """
+    folder, advices = f"data.{split}.images (or data.root)", {image.advice for image in bad}
+    if len(advices) == 1 and "" not in advices:
+        return advices.pop()
+    sizes = [image.wrong_size for image in bad if image.wrong_size is not None]
+    if len(sizes) < len(bad):
+        if len(bad) == num_seen and len({image.reason for image in bad}) == 1:
+            return f"none of the images is usable: is {folder} the right place?"
+        return ""
+    if all(found == wanted[::-1] for found, wanted in sizes):
+        return "height and width are swapped in the annotation file: write them the other way round"
+    ratios = np.array([np.divide(found, wanted) for found, wanted in sizes])
+    if len(sizes) > 1 and np.ptp(ratios) < _SAME_RATIO * ratios.mean():
+        return (
+            f"the images have {ratios.mean():.3g} times the sides that were annotated: train on the images that were "
+            "annotated, or bring the sizes and boxes in the annotation file to those of the images"
+        )
+    if len(bad) == num_seen:
+        return (
+            f"no size in the annotation file is its image's: write the real ones; or is {folder} the place of other "
+            "images?"
+        )
+    return ""
 
 
-def _look(index: CocoIndex, reader: ImageReader, i: int, *, decode: bool, has_ends: bool) -> _Seen:
-    name = reader.name(i)
-    size = (int(index.heights[i]), int(index.widths[i]))
+def _note(found: Inspection, name: str, header: ImageHeader) -> None:
+    found.formats[header.format] += 1
+    found.modes[header.mode] += 1
+    found.num_unreadable_exif += header.has_unreadable_exif
+    found.num_turned += header.orientation > 1
+    if header.orientation in (2, 3, 4) or (header.orientation > 4 and header.stored[0] == header.stored[1]):
+        found.turned_unseen.append(name)
+
+
+def _look(
+    index: CocoIndex, reader: ImageReader, kinds: set[tuple[str, str]], i: int, *, decode: bool, has_ends: bool
+) -> ImageHeader | BadImage:
+    name, size = reader.name(i), (int(index.heights[i]), int(index.widths[i]))
     try:
-        data = reader.read(i) if decode else _header(reader, i, name, size)
+        header = read_header(whole := reader.read(i), name) if decode else reader.read_header(i)
+        kind = (header.format, header.mode)
+        # Whether a decoder for a kind of image is there shows when it is used.
         if decode:
-            decode_image(data, name, size)
-        seen = _describe(data)
-        if has_ends and _seems_cut_off(Path(name), seen.format):
+            decode_image(whole, name, size)
+        elif not header.is_certain or kind not in kinds or (has_ends and _seems_cut_off(reader, i, header)):
             decode_image(reader.read(i), name, size)
+        else:
+            header.turn(name, size)
     except (DataError, OSError) as error:
-        reason = str(error).removeprefix(f"{name}: ").replace("\n", " ")
-        return _Seen(reason=reason, storage_failed=not isinstance(error, ImageError))
-    return seen
+        return BadImage(
+            image_id=int(index.image_ids[i]),
+            file=name,
+            reason=str(error).removeprefix(f"{name}: ").replace("\n", " "),
+            wrong_size=(error.found, error.wanted) if isinstance(error, WrongSizeError) else None,
+            advice=error.advice if isinstance(error, MisnamedError) else "",
+            storage_failed=not isinstance(error, ImageError),
+        )
+    kinds.add(kind)
+    return header
 
 
-def _describe(data: bytes) -> _Seen:
-    """Format, pixel type and orientation of an image that is known to be readable."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            height, width = image.height, image.width
-            orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
-            return _Seen(
-                format=image.format or "unknown",
-                mode=image.mode,
-                is_turned=orientation in range(2, 9),
-                is_turned_unseen=orientation in (2, 3, 4) or (orientation in range(5, 9) and height == width),
-            )
-    except Exception:  # the other decoder read it, so this one may raise what it likes
-        return _Seen(format="unknown", mode="unknown")
-
-
-def _header(reader: ImageReader, i: int, name: str, size: tuple[int, int]) -> bytes:
-    """The first bytes of an image, as many as its header takes; its size is the one given, or an error is raised."""
-    head = reader.read_head(i)
-    try:
-        read_image_size(head, name, size)
-    except ImageError:
-        whole = reader.read(i)
-        if len(whole) > len(head):
-            read_image_size(whole, name, size)
-            return whole
-        raise
-    return head
-
-
-def _seems_cut_off(path: Path, file_format: str) -> bool:
-    """Whether a file does not end as files of its format do; some that are whole do not either."""
-    end = _LAST_BYTES.get(file_format)
-    if end is None:
-        return False
-    with path.open("rb") as file:
-        file.seek(-min(len(end), path.stat().st_size), os.SEEK_END)
-        return file.read() != end
+def _seems_cut_off(reader: ImageReader, i: int, header: ImageHeader) -> bool:
+    """Whether a local file does not end as files of its format do; some that are whole do not either."""
+    end = _LAST_BYTES.get(header.format)
+    num_bytes, last = reader.read_end(i, len(end or b""))
+    return last != end if end is not None else header.num_bytes == 0 or num_bytes < header.num_bytes

@@ -12,7 +12,9 @@ import numpy as np
 import pyarrow as pa
 
 from detr_ray.data.augmentation import apply_to_boxes, apply_to_image
-from detr_ray.data.images import ImageError, ImageReader, decode_image, reduction
+from detr_ray.data.decoding import decode_image, reduction
+from detr_ray.data.image_headers import ImageError
+from detr_ray.data.images import ImageReader
 from detr_ray.data.index import CocoIndex
 from detr_ray.data.label_map import LabelMap
 from detr_ray.structures import PaddedBatch, SamplePlan

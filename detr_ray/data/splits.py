@@ -18,7 +18,7 @@ class SplitPlaces(Protocol):
     shards: str | None
 
 
-def open_split(root: str | None, places: SplitPlaces | None, split: str) -> CocoIndex:
+def open_split(root: str | None, places: SplitPlaces | None, split: str, follow_links: bool = False) -> CocoIndex:
     """Opens a split.
 
     Args:
@@ -26,6 +26,7 @@ def open_split(root: str | None, places: SplitPlaces | None, split: str) -> Coco
             ``val``); used where ``places`` is None.
         places: where the split lies otherwise.
         split: ``train`` or ``val``.
+        follow_links: whether links in the folder of images may lead out of it.
 
     Raises:
         DataError: it is not there, or not what it should be; or an address holds credentials.
@@ -40,8 +41,8 @@ def open_split(root: str | None, places: SplitPlaces | None, split: str) -> Coco
         if places.shards is not None:
             return read_shard_index(places.shards)
         assert places.annotations is not None and places.images is not None, "validated with the configuration"
-        return read_coco_index(places.annotations, places.images)
+        return read_coco_index(places.annotations, places.images, follow_links)
     if root is None:
         raise DataError(f"no {split} data is given: set data.root or data.{split}")
     annotations = join(root, "annotations", f"instances_{split}2017.json")
-    return read_coco_index(annotations, join(root, f"{split}2017"))
+    return read_coco_index(annotations, join(root, f"{split}2017"), follow_links)

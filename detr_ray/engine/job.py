@@ -11,13 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from detr_ray.config import Config, ConfigError, DataConfig, flatten
 from detr_ray.data.errors import DataError
 from detr_ray.data.generated import generate_dataset
-from detr_ray.data.images import ImageError, ImageReader
 from detr_ray.data.index import PROBLEMS, CocoIndex
+from detr_ray.data.inspection import common_cause, inspect_images
 from detr_ray.data.label_map import LabelMap
 from detr_ray.data.splits import open_split
 from detr_ray.engine.planned_data import PlannedData
@@ -30,6 +31,8 @@ if TYPE_CHECKING:  # a driver builds neither, and torchvision's models alone tak
     from detr_ray.model import Detr
 
 Say = Callable[[str], None]
+
+_IMAGES_LOOKED_AT = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,31 +140,37 @@ def generated_root(data: DataConfig) -> Path:
 
 
 def _open_split(data: DataConfig, split: str, say: Say) -> CocoIndex:
-    index = open_split(data.root, data.train if split == "train" else data.val, split)
+    index = open_split(data.root, data.train if split == "train" else data.val, split, data.follow_links)
     if data.max_images is not None:
         index = index.first(data.max_images)
     problems = ", ".join(f"{count} {PROBLEMS[kind]}" for kind, count in index.problems.items() if count)
     say(f"{split}: {len(index)} images, {len(index.category_ids)} annotations" + (f" ({problems})" if problems else ""))
-    _look_at_images(index)
+    _look_at_images(index, split, data.on_bad_image == "skip", say)
     return index
 
 
-def _look_at_images(index: CocoIndex) -> None:
-    """Finds a wrong image folder now, and not when the workers have started.
+def _look_at_images(index: CocoIndex, split: str, skip: bool, say: Say) -> None:
+    """Finds now, and not when the workers have started, what is wrong with all images, or many.
+
+    A few images are looked at, all over the set: of one that is sorted, the first may be bad and the others not.
 
     Raises:
-        DataError: none of the first few images can be opened.
+        DataError: none of them can be used, or the storage fails; or one of the validation set cannot, where bad images
+            are not skipped: else the run would end after its first epoch.
     """
-    reader = ImageReader(index)
-    faults: list[ImageError] = []
-    for i in range(min(3, len(index))):
-        try:
-            reader.read_size(i)
-            return
-        except ImageError as error:
-            faults.append(error)
-    if faults:
-        raise DataError(f"{faults[0]}; nor can the next images be opened. Is the folder right?")
+    rows = np.unique(np.linspace(0, len(index) - 1, min(len(index), _IMAGES_LOOKED_AT)).astype(np.int64))
+    bad = inspect_images(index, only=rows.tolist()).bad
+    failed = next((image for image in bad if image.storage_failed), None)
+    if failed is not None:
+        raise DataError(f"{failed.file}: {failed.reason}")
+    if not bad:
+        return
+    message = f"{split}: {len(bad)} of {len(rows)} images that were looked at cannot be used: {bad[0].file}: "
+    message += f"{bad[0].reason}. {common_cause(bad, len(rows), split) or 'The check command names all of them'}"
+    if len(bad) == len(rows) or (split == "val" and not skip):
+        raise DataError(message)
+    if not skip:
+        say(f"WARNING: {message}; the run ends at the first of them, unless data.on_bad_image=skip")
 
 
 def choose_label_map(config: Config, train: CocoIndex, val: CocoIndex | None, official: bool) -> LabelMap:

@@ -36,6 +36,7 @@ FREE_KEYS = (
     "data.generate",
     "data.tasks_per_worker",
     "data.prefetch_batches",
+    "data.follow_links",
     "data.on_bad_image",
     "data.max_bad_images",
     "model.init_from",

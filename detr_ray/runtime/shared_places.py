@@ -12,8 +12,10 @@ from pathlib import Path
 from pyarrow import fs
 
 from detr_ray.config import Config, ConfigError
+from detr_ray.data.image_places import name_below, refuse_link_outside
 from detr_ray.engine.preflight.storage import within
 from detr_ray.locations import delete_file, delete_folder, file_info, is_uri, join, list_files, make_folder, parent
+from detr_ray.printable import printable
 from detr_ray.retries import Patience
 from detr_ray.runtime.node_probe import read_file, reason_of, write_file
 from detr_ray.tracking.store import sqlite_path
@@ -144,9 +146,27 @@ def sample_files(config: Config) -> tuple[dict[str, str], dict[str, str]]:
             continue
         if name is None:
             faults[key] = f"{annotations} does not name an image at its beginning"
-        else:
-            files[key] = _absolute(join(images, json.loads(name[1])))
+            continue
+        try:
+            files[key] = _image_file(_absolute(images), name[1], config.data.follow_links)
+        except ValueError as error:
+            faults[key] = f"{annotations}: {error}"
     return files, faults
+
+
+def _image_file(images: str, quoted_name: bytes, follow_links: bool) -> str:
+    """The location of an image, where data tasks would read it.
+
+    Raises:
+        ValueError: its name is no text, or leads out of the images' folder.
+    """
+    file_name = json.loads(quoted_name)
+    file_name.encode()
+    name = name_below(images, file_name)
+    location = join(images, name)
+    if not follow_links and not is_uri(images):
+        refuse_link_outside(images, name, printable(location))
+    return location
 
 
 def _absolute(location: str) -> str:

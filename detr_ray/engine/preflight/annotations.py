@@ -58,7 +58,7 @@ def open_splits(config: Config, report: Report) -> dict[str, CocoIndex]:
                 )  # fmt: skip
             continue
         try:
-            opened[split] = index = open_split(config.data.root, places, split)
+            opened[split] = index = open_split(config.data.root, places, split, config.data.follow_links)
         except DataError as error:
             report.add("error", DATA, f"{split}: {error}")
             continue

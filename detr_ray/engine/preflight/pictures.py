@@ -10,7 +10,7 @@ from collections.abc import Callable
 from detr_ray.config import Config
 from detr_ray.data.errors import DataError
 from detr_ray.data.index import CocoIndex
-from detr_ray.data.inspection import Inspection, find_missing_storage, inspect_images
+from detr_ray.data.inspection import Inspection, common_cause, find_missing_storage, inspect_images
 from detr_ray.engine.pace import Pace
 from detr_ray.engine.preflight.findings import Level, Report
 from detr_ray.engine.preflight.storage import TIMEOUT_S, within
@@ -83,8 +83,7 @@ def _add_bad(config: Config, split: str, index: CocoIndex, seen: Inspection, rep
         else:
             level = "warning"
     names = [f"{bad.file}: {bad.reason}" for bad in seen.bad]
-    if len(seen.bad) == len(index) and len({bad.reason for bad in seen.bad}) == 1:
-        advice = f"none of the images is usable: is data.{split}.images (or data.root) the right place?"
+    advice = common_cause(seen.bad, len(index), split) or advice
     message = f"{split}: {len(seen.bad)} of {len(index)} images cannot be used"
     report.add(level, AREA, message, advice, names)
 
@@ -93,6 +92,8 @@ def _listed(seen: Inspection) -> str:
     parts = [_counts(seen.formats), _counts(Counter({m: n for m, n in seen.modes.items() if m != "RGB"}))]
     if seen.num_turned:
         parts.append(f"{seen.num_turned} turned by EXIF")
+    if seen.num_unreadable_exif:
+        parts.append(f"{seen.num_unreadable_exif} with EXIF that can't be read, taken as stored")
     return "; ".join(part for part in parts if part)
 
 

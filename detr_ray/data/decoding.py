@@ -1,0 +1,232 @@
+"""From the bytes of an image file to RGB pixels.
+
+Every readable image becomes ``uint8 [3, H, W]`` RGB, whatever its file format and mode; one that is not readable is an
+`ImageError` that names the file and the reason. (What the JPEG library itself takes for whole is whole: pixels lost
+in the middle of a file with a valid end are filled by it.) Choices where formats leave one: the EXIF orientation is
+applied, and EXIF that can't be read is passed over; an alpha channel is dropped (as ``convert("RGB")`` of Pillow does);
+16-bit images keep the high byte, unless they say that they use fewer bits, and are refused where that would be nearly
+black; animations show their first frame. Knows nothing of boxes, augmentation or batches.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import io
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from detr_ray.data.image_headers import (
+    JPEG_START,
+    ImageError,
+    ImageHeader,
+    WrongSizeError,
+    damaged,
+    describe,
+    has_16_bit_channels,
+    is_white_zero,
+    jpeg_frame,
+    late_orientation,
+    quiet_pillow,
+    read_header,
+    refuse_early,
+    significant_bits,
+)
+
+_RGB = 3
+"""torchvision's ``ImageReadMode.RGB``."""
+
+
+def reduction(stored: tuple[int, int], wanted: tuple[int, int], margin: float) -> int:
+    """By how much (1, 2, 4, 8) an image may be made smaller while it is decoded.
+
+    Args:
+        stored: (height, width) in pixels. Only what divides both is considered, so that no pixel is cut in two.
+        wanted: (height, width) that the image is resized to next.
+        margin: the reduced image has at least this many times as many pixels along each side as are wanted.
+    """
+    fitting = (
+        k for k in (8, 4, 2) if all(a % k == 0 and a >= k * margin * b for a, b in zip(stored, wanted, strict=True))
+    )
+    return next(fitting, 1)
+
+
+def decode_image(data: bytes, name: str, size: tuple[int, int] | None = None, reduced: int = 1) -> Tensor:
+    """Decodes an image file of any format that torchvision or Pillow know.
+
+    JPEGs go through torchvision's decoder (which reports truncated data), all else and the kinds of JPEG that it does
+    not know through Pillow.
+
+    Args:
+        data: the file's content.
+        name: what to call the image in messages.
+        size: (height, width) in pixels that the annotations were made on. Some annotation tools ignore the EXIF
+            orientation: where only the image as stored has this size, it is left as stored.
+        reduced: 2, 4 or 8 to get a JPEG at that fraction of ``size``, which both its sides have to be multiples of.
+            The decoder then skips the finest frequencies instead of computing pixels that are averaged afterwards.
+            Other formats, and JPEGs that their decoder will not reduce so, come as they are.
+
+    Returns:
+        ``[3, H, W]`` uint8 RGB; not contiguous (the channels of a pixel lie together, as decoders leave them).
+
+    Raises:
+        ImageError: no content, not an image, damaged, truncated, a pixel type without a defined range, or another size
+            than ``size``.
+    """
+    refuse_early(data, name)
+    if not data.startswith(JPEG_START):
+        return _decode_with_pillow(data, name, size)
+    header = _jpeg_header(data, name)
+    is_upright = header.turn(name, size)  # refused before decoding: a damaged header can claim gigabytes
+    pixels = _decode_reduced(data, name, header, reduced) if size is not None and reduced > 1 else None
+    if pixels is None:
+        pixels = _decode_jpeg(data, name)
+    if pixels is None:
+        return _decode_with_pillow(data, name, size)
+    return (_turned(pixels, header.orientation) if is_upright else pixels).permute(2, 0, 1)
+
+
+def read_image_size(data: bytes, name: str, size: tuple[int, int] | None = None) -> tuple[int, int]:
+    """Reads an image's size from its header, without decoding a pixel.
+
+    Args:
+        data: the file's content, or the first part of it.
+        name: what to call the image in messages.
+        size: (height, width) that the annotations were made on.
+
+    Returns:
+        (height, width) in pixels of what `decode_image` would return.
+
+    Raises:
+        ImageError: no content, no image header, or another size than ``size``; see `read_header`.
+    """
+    header = read_header(data, name)
+    return header.upright if header.turn(name, size) else header.stored
+
+
+def _jpeg_header(data: bytes, name: str) -> ImageHeader:
+    """The header of a JPEG, without Pillow where there is nothing that only Pillow reads, which is most often."""
+    frame = jpeg_frame(data)
+    if frame is None or b"Exif\0\0" in data or b"http://ns.adobe.com/xap/" in data:
+        return read_header(data, name)
+    return ImageHeader("JPEG", "", frame.size)
+
+
+@functools.cache
+def _jpeg_decoder() -> Callable[[Tensor, int, bool], Tensor]:
+    """The JPEG decoder of torchvision.
+
+    Its library is loaded on its own where that is possible: importing torchvision takes a second, which every data
+    process would pay before its first image.
+    """
+    spec = importlib.util.find_spec("torchvision")
+    if spec is not None and spec.origin is not None:
+        for library in sorted(Path(spec.origin).parent.glob("image*.so")):
+            try:
+                torch.ops.load_library(str(library))
+            except OSError:
+                continue
+            if hasattr(torch.ops.image, "decode_jpeg"):
+                return torch.ops.image.decode_jpeg
+    import torchvision.io  # noqa: F401  (registers the operator)
+
+    return torch.ops.image.decode_jpeg
+
+
+def _decode_jpeg(data: bytes, name: str) -> Tensor | None:
+    """The pixels as stored, ``[H, W, 3]``; None for a JPEG of a kind that this decoder does not know."""
+    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    try:
+        return _jpeg_decoder()(encoded, _RGB, False).permute(1, 2, 0)
+    except RuntimeError as error:
+        # Only what this decoder cannot do is worth a second try: on damaged data Pillow is the more lenient one.
+        if "support" not in str(error):
+            raise damaged(name, error) from error
+    return None
+
+
+def _decode_reduced(data: bytes, name: str, header: ImageHeader, reduced: int) -> Tensor | None:
+    """The pixels as stored at a fraction of their size; None where they do not come out at that size."""
+    wanted = (header.stored[0] // reduced, header.stored[1] // reduced)
+    try:
+        with quiet_pillow(), Image.open(io.BytesIO(data)) as image:
+            if image.format != "JPEG" or image.mode not in ("L", "RGB"):
+                return None
+            image.draft(None, (image.width // reduced, image.height // reduced))
+            if (image.height, image.width) != wanted:
+                return None
+            image.load()
+            return torch.from_numpy(_to_rgb(image, name))
+    except Exception as error:
+        raise damaged(name, error) from error
+
+
+def _decode_with_pillow(data: bytes, name: str, size: tuple[int, int] | None) -> Tensor:
+    """An image of any format that Pillow knows, ``[3, H, W]``; upright where ``size`` does not say otherwise."""
+    try:
+        with quiet_pillow(), Image.open(io.BytesIO(data)) as image:
+            header = describe(image, data, name)
+            if size is not None and sorted(size) != sorted(header.stored):
+                raise WrongSizeError(name, header.upright, size)  # before decoding: see above
+            pixels = torch.from_numpy(_to_rgb(image, name))
+            if not header.is_certain and header.orientation == 1:
+                header = replace(header, orientation=late_orientation(image))
+    except Exception as error:
+        raise damaged(name, error) from error
+    is_upright, comes_upright = header.turn(name, size), header.format == "TIFF"
+    if is_upright and not comes_upright:
+        pixels = _turned(pixels, header.orientation)
+    elif comes_upright and not is_upright:
+        pixels = _turned(pixels, _OPPOSITE.get(header.orientation, header.orientation))
+    return pixels.permute(2, 0, 1)
+
+
+_OPPOSITE = {6: 8, 8: 6}
+"""EXIF orientations that undo each other; all others undo themselves."""
+
+
+def _turned(pixels: Tensor, orientation: int) -> Tensor:
+    """An image as stored, ``[H, W, 3]``, turned as its EXIF orientation says."""
+    if orientation >= 5:
+        pixels = pixels.transpose(0, 1)
+    mirrored = {2: [1], 3: [0, 1], 4: [0], 6: [1], 7: [0, 1], 8: [0]}.get(orientation)
+    return pixels if mirrored is None else pixels.flip(mirrored)
+
+
+_DARK = 0x0FFF
+"""A 16-bit image none of whose pixels is above this has 12 bits or fewer in its lower bits, or shows nearly nothing."""
+
+
+def _to_rgb(image: Image.Image, name: str) -> np.ndarray:
+    """``[H, W, 3]`` uint8 of an image of any mode."""
+    is_deep, bits = has_16_bit_channels(image), significant_bits(image)
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int32)
+        if is_white_zero(image):
+            values = (1 << bits) - 1 - values
+        most = int(values.max())
+        if bits == 16 and 0 < most <= _DARK:
+            raise _nearly_black(name, most)
+        grey = (values >> (bits - 8)).clip(0, 255).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if image.mode in ("La", "RGBa"):  # colours multiplied by their alpha
+        image = image.convert("LA" if image.mode == "La" else "RGBA")
+    if image.mode == "PA" or (image.mode == "P" and "transparency" in image.info):
+        image = image.convert("RGBA")  # straight to RGB is not possible, or warns
+    pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    if is_deep and pixels.max() <= _DARK >> 8:
+        raise _nearly_black(name, _DARK)
+    return pixels
+
+
+def _nearly_black(name: str, most: int) -> ImageError:
+    return ImageError(
+        f"{name}: its 16-bit pixels reach {most} at most, of 65535, and would be nearly black: 12 bits or fewer in 16? "
+        "Scale them to 16 bits (12 bits: times 16), or write 8 bits"
+    )
