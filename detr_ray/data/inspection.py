@@ -165,9 +165,9 @@ def common_cause(bad: Sequence[BadImage], num_seen: int, split: str) -> str:
         num_seen: images that were looked at.
         split: ``train`` or ``val``.
     """
-    folder, advices = f"data.{split}.images (or data.root)", {image.advice for image in bad}
-    if len(advices) == 1 and "" not in advices:
-        return advices.pop()
+    folder, kinds = f"data.{split}.images (or data.root)", {image.advice for image in bad}
+    if len(kinds) == 1 and "" not in kinds:
+        return kinds.pop()
     sizes = [image.wrong_size for image in bad if image.wrong_size is not None]
     if len(sizes) < len(bad):
         if len(bad) == num_seen and len({image.reason for image in bad}) == 1:

@@ -93,7 +93,7 @@ def test_the_key_reaches_every_command(folder, tmp_path, capsys):
 # Names
 
 
-@pytest.mark.parametrize("name", ["/etc/hostname", "../secret.txt", "sub/../../secret.txt", "", "a\0b", "caf\udce9"])
+@pytest.mark.parametrize("name", ["/etc/hostname", "../secret.txt", "sub/../../secret.txt", "", "a\0b", "se\udcf1or"])
 def test_no_file_of_the_machine_is_sampled(folder, name):
     folder.fill("val", 1)
     folder.add("train", "a.jpg", encoded())
@@ -133,7 +133,7 @@ MISNAMED = [
     ("../train2017/img.jpg", "img.jpg", "begins with other folders"),
     ("img.jpg", "img.JPG", "extension is written in other letters"),
     ("img", "img.jpg", "lacks the extension"),
-    ("cafe\u0301.jpg", "caf\u00e9.jpg", "Unicode's form NFC"),
+    ("sen\u0303or.jpg", "se\u00f1or.jpg", "Unicode's form NFC"),
 ]
 
 
