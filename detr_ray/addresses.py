@@ -7,6 +7,7 @@ the end.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from urllib.parse import unquote
@@ -46,7 +47,8 @@ def local_path(location: str) -> Path | None:
         LocationError: a ``file://`` address of another machine, or with what has no meaning behind one.
     """
     if not is_uri(location):
-        return Path(location).expanduser().absolute()
+        # pathlib would take ./~x for the home folder of x, and raise where there is nobody of that name.
+        return Path(os.path.expanduser(location)).absolute()  # noqa: PTH111
     if scheme_of(location) != "file":
         return None
     host, _, path = location.partition("://")[2].partition("/")

@@ -76,9 +76,14 @@ def check_tracking(config: Config, say: Callable[[str], None]) -> None:
     try:
         try_store(run_tracking_uri(config), TRY_STORE_S)
     except UnusableError as error:
-        raise ConfigError(f"tracking.uri: {error}, or train without records: tracking.enabled=false") from error
+        key = "tracking.uri" if config.tracking.uri else "MLFLOW_TRACKING_URI" if _from_environment() else "run.storage"
+        raise ConfigError(f"{key}: {error}, or train without records: tracking.enabled=false") from error
     except UnreachableError as error:
         say(f"WARNING: {error}; training goes on, and its records are sent once they can be")
+
+
+def _from_environment() -> bool:
+    return bool(os.environ.get("MLFLOW_TRACKING_URI"))
 
 
 def open_tracker(job: TrainJob) -> Tracker:

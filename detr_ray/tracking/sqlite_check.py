@@ -31,7 +31,11 @@ def try_sqlite(database: Path) -> str:
         UnusableError: MLflow can never record in it.
         UnreachableError: it is held by another process.
     """
-    if not database.exists():
+    try:
+        there = database.exists()
+    except OSError as error:  # a name that is too long, a loop of links
+        raise UnusableError(f"{database} cannot be used ({error.strerror}); {_ELSEWHERE}") from error
+    if not there:
         _try_folder(database.parent)
         return f"{database} is made by the first run"
     if database.is_dir():
