@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d
 
-from detr_ray.model.convolution import convolve
-
 BACKBONES = {
     "resnet18": resnet.resnet18,
     "resnet34": resnet.resnet34,
@@ -68,12 +66,22 @@ def _convolve(x: Tensor, conv: nn.Conv2d, norm: nn.Module, shortcut: Tensor | No
 
     The fold is computed in the weights' own precision and, under autocast, rounded once afterwards. The gradient
     reaches ``conv.weight`` through the scale.
+
+    Args:
+        x: ``[B, C_in, h, w]``.
+        conv: the convolution.
+        norm: frozen or trained batch norm over its output.
+        shortcut: of the output's shape and type, added before the ReLU; None for none.
+        relu: whether negative values become zero.
     """
+    out: Tensor
     if isinstance(norm, FrozenBatchNorm2d):
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         shift = norm.bias - norm.running_mean * scale
-        return convolve(x, conv, conv.weight * scale.view(-1, 1, 1, 1), shift, shortcut, relu)
-    out: Tensor = norm(conv(x))
+        weight = conv.weight * scale.view(-1, 1, 1, 1)
+        out = F.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
+    else:
+        out = norm(conv(x))
     if shortcut is not None:
         out += shortcut
     return F.relu(out, inplace=True) if relu else out
