@@ -21,6 +21,7 @@ from detr_ray.engine.evaluation_config import DECISIVE, evaluation_config
 from detr_ray.engine.evaluator import build_evaluator
 from detr_ray.engine.job import Say, open_evaluation_data
 from detr_ray.engine.planned_data import PlannedData
+from detr_ray.engine.precision import warn_of_slow_precision
 from detr_ray.engine.run_directory import absolute_storage
 from detr_ray.engine.training_state import MODEL_FILE
 from detr_ray.evaluation import CocoMetrics, DetectionTable
@@ -175,6 +176,8 @@ def _unnamed_labels(space: str, weights: StateDict, val: CocoIndex, source: str)
 
 def run_evaluation(job: EvaluationJob, context: WorkerContext, batches: BatchSource) -> EvaluationResult | None:
     """Evaluates on one worker; every worker must call it. The result is rank 0's, None elsewhere."""
+    if context.rank == 0:
+        warn_of_slow_precision(job.data.config.train.precision, context)
     model = job.build_model().to(context.device)
     if job.data.config.train.channels_last:
         model = model.to(memory_format=torch.channels_last)

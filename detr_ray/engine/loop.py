@@ -19,6 +19,7 @@ from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.job import TrainJob
 from detr_ray.engine.meters import Meters
 from detr_ray.engine.optimizer import learning_rate_factor, set_learning_rate
+from detr_ray.engine.precision import warn_of_slow_precision
 from detr_ray.engine.progress import duration, evaluation_line, step_line
 from detr_ray.engine.result import FitResult
 from detr_ray.engine.scoring import BackgroundScoring, Scored
@@ -97,6 +98,8 @@ class TrainingLoop:
         status: Literal["finished", "stopped", "nothing to do"] = "finished"
         if self.step >= self.job.total_steps and not self._evaluation_due():
             status = "nothing to do"
+        elif self.context.rank == 0:
+            warn_of_slow_precision(self.job.config.train.precision, self.context)
         if self._evaluation_due():  # an earlier process died between the checkpoint and its evaluation
             self._evaluate()
         waiting_since = self._wait_for_data()

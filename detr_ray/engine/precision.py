@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from detr_ray.engine.context import WorkerContext
+
 _INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16", "sve_bf16")
 """Names under which torch lists a processor's instructions for bf16; the last two are Arm's."""
 
@@ -30,6 +32,13 @@ def slow_precision(precision: str, device_type: str) -> str | None:
         f"this processor has no instructions for train.precision=bf16: a step takes {times} as long as in fp32; "
         "set train.precision=fp32"
     )
+
+
+def warn_of_slow_precision(precision: str, context: WorkerContext) -> None:
+    """Shows the user the line of `slow_precision`, if there is one; for one worker of a group."""
+    line = slow_precision(precision, context.device.type)
+    if line is not None:
+        context.say(f"WARNING: {line}")
 
 
 def _onednn_computes_bf16() -> bool:

@@ -101,7 +101,7 @@ def run_prepared_evaluation(job: EvaluationJob, say: Say) -> EvaluationResult:
     config = job.data.config
     if config.train.launcher == "local":
         batches = LocalBatches(job.data.plan(1, 0), *job.data.loaders())
-        result = run_evaluation(job, LocalContext(_local_device(config)), batches)
+        result = run_evaluation(job, LocalContext(_local_device(config), say=say), batches)
         assert result is not None, "one worker is rank 0"
         return result
     with session_of(config):

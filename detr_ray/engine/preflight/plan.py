@@ -6,12 +6,14 @@ import math
 from itertools import chain
 
 import numpy as np
+import torch
 
 from detr_ray.config import Config
 from detr_ray.data.index import CocoIndex
 from detr_ray.data.label_map import LabelMap
 from detr_ray.data.planner import split_global_batch
 from detr_ray.engine.planned_data import PlannedData
+from detr_ray.engine.precision import slow_precision
 from detr_ray.engine.preflight.findings import Report
 from detr_ray.structures import SamplePlan
 
@@ -28,7 +30,8 @@ _MOST_PLANNED = 200_000
 
 
 def check_plan(config: Config, opened: dict[str, CocoIndex], label_map: LabelMap | None, report: Report) -> None:
-    """Lays out the plan of training as far as its length and its shapes go."""
+    """Lays out the plan of training as far as its length and its shapes go, and its number format."""
+    _check_precision(config, report)
     train = opened.get("train")
     if train is None:
         return
@@ -56,6 +59,15 @@ def check_plan(config: Config, opened: dict[str, CocoIndex], label_map: LabelMap
     sizes = _check_shapes(PlannedData(config, train, opened.get("val"), labels), min(steps, steps_per_epoch), report)
     _check_enlargement(train, sizes, report)
     _check_length(config, len(train), steps * batch, float(np.median(sizes[:, 1:].min(axis=1))), report)
+
+
+def _check_precision(config: Config, report: Report) -> None:
+    """Looks at this machine's processor, which is not the workers' where they are on a cluster."""
+    on_gpu = torch.cuda.is_available() if config.train.use_gpu is None else config.train.use_gpu
+    line = slow_precision(config.train.precision, "cuda" if on_gpu else "cpu")
+    if line is not None:
+        message, _, advice = line.partition("; ")
+        report.add("warning", AREA, message, advice)
 
 
 def _check_shapes(data: PlannedData, steps: int, report: Report) -> np.ndarray:
