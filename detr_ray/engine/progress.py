@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 EVALUATION_LINE = ("AP", "AP50", "AP75", "AR100")
@@ -18,12 +19,14 @@ def duration(seconds: float) -> str:
 
 
 def step_line(metrics: Mapping[str, float], step: int, total_steps: int, steps_per_epoch: int) -> str:
-    """One line about the steps of a logging interval."""
+    """One line about the steps of a logging interval; their losses are NaN where no step had any yet."""
     left = (total_steps - step) * metrics["perf/step_s"]
+    total, class_loss, box, giou = (
+        metrics.get(f"train/{name}", math.nan) for name in ("loss", "loss_ce", "loss_bbox", "loss_giou")
+    )
     line = (
-        f"epoch {step / steps_per_epoch:6.2f}  step {step}/{total_steps}  loss {metrics['train/loss']:.3f}  "
-        f"(class {metrics['train/loss_ce']:.3f}, box {metrics['train/loss_bbox']:.4f}, "
-        f"giou {metrics['train/loss_giou']:.3f})  lr {metrics['optim/lr']:.1e}  "
+        f"epoch {step / steps_per_epoch:6.2f}  step {step}/{total_steps}  loss {total:.3f}  "
+        f"(class {class_loss:.3f}, box {box:.4f}, giou {giou:.3f})  lr {metrics['optim/lr']:.1e}  "
         f"{metrics['perf/images_per_s']:.1f} images/s  data wait {metrics['perf/data_wait_frac']:.0%}  "
         f"left {duration(left)}"
     )

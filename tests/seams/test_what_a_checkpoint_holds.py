@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from observing import Observed, observe, prepare, run, small_config
+from observing import Observed, observe, prepare, run, small_config, without_validation
 from tiny import make_dataset
 
 from detr_ray.config import ConfigError, config_from_dict
@@ -42,26 +42,28 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stopped(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Storage with a run that was stopped after 2 of 4 steps."""
     storage = tmp_path_factory.mktemp("stopped")
-    observe(small_config(dataset, storage, *SETTINGS), stop_after=2)
+    observe(small_config(dataset, storage, *SETTINGS, *without_validation(dataset)), stop_after=2)
     return storage
 
 
 @pytest.fixture(scope="module")
 def straight(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Observed:
     """The same run, never stopped."""
-    return observe(small_config(dataset, tmp_path_factory.mktemp("straight"), *SETTINGS))
+    return observe(small_config(dataset, tmp_path_factory.mktemp("straight"), *SETTINGS, *without_validation(dataset)))
 
 
-def resumed(dataset: Path, stopped: Path, storage: Path, change: Callable[[dict[str, Any]], None]) -> Observed:
+def resumed(
+    dataset: Path, stopped: Path, storage: Path, change: Callable[[dict[str, Any]], None], *more: str, step: int = 2
+) -> Observed:
     """A copy of the stopped run whose checkpoint was changed, gone on with."""
     shutil.copytree(stopped, storage, dirs_exist_ok=True)
     store = CheckpointStore(str(storage / "a" / "checkpoints"))
     info = store.latest()
-    assert info is not None and info.step == 2
+    assert info is not None
     files = {name: store.load(info, name) for name in info.files}
     change(files)
-    store.save(2, files, info.details)
-    return run(prepare(small_config(dataset, storage, *SETTINGS)))
+    store.save(step, files, info.details)
+    return run(prepare(small_config(dataset, storage, *SETTINGS, *without_validation(dataset), *more)))
 
 
 def final(seen: Observed) -> dict[str, Any]:
@@ -132,7 +134,7 @@ def test_going_on_uses(dataset: Path, stopped: Path, straight: Observed, tmp_pat
 
 
 def test_the_step_says_where_to_go_on(dataset: Path, stopped: Path, tmp_path: Path) -> None:
-    seen = resumed(dataset, stopped, tmp_path, set_in("training.pt", "step", 3))
+    seen = resumed(dataset, stopped, tmp_path, lambda files: None, step=3)
     assert len(seen.updates) == 1
 
 
@@ -141,9 +143,21 @@ def test_bad_images_of_before_count(dataset: Path, stopped: Path, tmp_path: Path
         resumed(dataset, stopped, tmp_path, set_in("training.pt", "num_bad_images", 107))
 
 
+def test_updates_that_were_left_out_before_count(dataset: Path, tmp_path: Path) -> None:
+    """As many as are allowed were: the next one is one too many."""
+    more = ("optim.lr=1e18", "optim.lr_backbone=1e18", "optim.clip_max_norm=0", "train.epochs=2")
+    config = small_config(dataset, tmp_path / "stopped", *SETTINGS, *without_validation(dataset), *more)
+    assert sum(observe(config, stop_after=3).metric("train/skipped_steps")) == 2
+    more = (*more, "train.max_nonfinite_steps=7")
+    assert len(resumed(dataset, tmp_path / "stopped", tmp_path / "1", lambda files: None, *more, step=3).training) == 5
+    with pytest.raises(RunFailed, match=r"train\.max_nonfinite_steps"):
+        resumed(dataset, tmp_path / "stopped", tmp_path / "2", set_in("training.pt", "num_skipped", 7), *more, step=3)
+
+
 def test_the_scale_of_fp16_is_gone_on_with(dataset: Path, tmp_path: Path) -> None:
     """Without a GPU too: the scaler itself needs none."""
-    config = small_config(dataset, tmp_path, *SETTINGS, "train.precision=fp16", "train.use_gpu=null")
+    data = without_validation(dataset)
+    config = small_config(dataset, tmp_path, *SETTINGS, *data, "train.precision=fp16", "train.use_gpu=null")
     stopped = observe(config, stop_after=2)
     info, model_file, training = stopped.checkpoint(2)
     training["scaler"] |= {"scale": 2.0, "_growth_tracker": 5}
@@ -155,10 +169,9 @@ def test_the_scale_of_fp16_is_gone_on_with(dataset: Path, tmp_path: Path) -> Non
 def test_each_entry_is_what_its_name_says(straight: Observed) -> None:
     info, model_file, training = straight.checkpoint(4)
     job = straight.job
-    for entry, module in zip(("model", "ema"), straight.models, strict=True):
-        state = module.state_dict()
-        assert model_file[entry].keys() == state.keys()
-        assert all(torch.equal(value, state[name]) for name, value in model_file[entry].items())
+    state = straight.models[0].state_dict()
+    assert model_file["model"].keys() == model_file["ema"].keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in model_file["model"].items())
     assert model_file["format"] == "detr_ray" and model_file["step"] == training["step"] == info.step == 4
     assert model_file["label_map"] == job.data.label_map.to_dict()
     assert config_from_dict(model_file["config"], "here") == job.config

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from observing import Loss, Observed, noting, observe, prepare, run, small_config
+from observing import Loss, Observed, noting, observe, prepare, run, small_config, without_validation
 from plain_loss import plain_losses
 from tiny import make_dataset
 from torch import Tensor
@@ -53,7 +53,7 @@ def test_each_update_is_of_the_rates_that_are_scheduled_and_logged(
 ) -> None:
     settings, factor = RATES[schedule]
     rates = ("optim.lr=1e-3", "optim.lr_backbone=2e-4", f"optim.schedule={schedule}", "train.epochs=2")
-    seen = observe(small_config(dataset, tmp_path, *rates, *settings, "eval.every_epochs=0"))
+    seen = observe(small_config(dataset, tmp_path, *rates, *settings, *without_validation(dataset)))
     used = [update.rates for update in seen.updates]
     expected = [factor(step / 4) for step in range(8)]
     assert [rate for rate, _ in used] == pytest.approx([1e-3 * share for share in expected])
@@ -65,7 +65,7 @@ def test_each_update_is_of_the_rates_that_are_scheduled_and_logged(
 
 def test_the_warmup_multiplies_the_schedule(dataset: Path, tmp_path: Path) -> None:
     settings = ("optim.lr=1e-3", "optim.warmup_epochs=0.5", "optim.schedule=step", "optim.step_epochs=0.75")
-    seen = observe(small_config(dataset, tmp_path, *settings, "eval.every_epochs=0"))
+    seen = observe(small_config(dataset, tmp_path, *settings, *without_validation(dataset)))
     used = [update.rates[0] for update in seen.updates]
     assert used[0] < 0.01e-3 and used[1] == pytest.approx(0.5e-3, rel=0.01)
     assert used[2:] == pytest.approx([1e-3, 1e-4])
@@ -102,7 +102,7 @@ def value(losses: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
 def test_each_loss_is_of_the_weights_and_costs_of_its_epoch(dataset: Path, tmp_path: Path) -> None:
     """What is logged of a step is the plain loss of what the model said, with the weights that hold then."""
     settings = [f"loss.{name}={curve}" for name, curve in CURVES.items()]
-    seen = observe(small_config(dataset, tmp_path, *settings, "eval.every_epochs=0", "optim.lr=1e-2"))
+    seen = observe(small_config(dataset, tmp_path, *settings, *without_validation(dataset), "optim.lr=1e-2"))
     for step, loss in enumerate(seen.losses):
         now = {name: value_at(step / 4) for name, value_at in VALUES.items()}
         costs = (now["cost_class"], now["cost_bbox"], now["cost_giou"])
@@ -140,7 +140,7 @@ def test_the_gradient_is_that_of_the_whole_batchs_loss(
 ) -> None:
     settings = (
         "model.dropout=0", "model.backbone_norm=frozen", f"model.backbone_weights={backbone}", "optim.lr=1e-3",
-        f"train.micro_batch_size={micro_batch_size}", "loss.ce=0.5", "loss.giou=3", "eval.every_epochs=0",
+        f"train.micro_batch_size={micro_batch_size}", "loss.ce=0.5", "loss.giou=3", *without_validation(dataset),
     )  # fmt: skip
     seen = observe(small_config(dataset, tmp_path, *settings), stop_after=2)
     per_step = 4 // micro_batch_size
@@ -159,7 +159,7 @@ def test_the_gradient_is_that_of_the_whole_batchs_loss(
 def test_the_weights_move_as_plain_adamw_moves_them(dataset: Path, tmp_path: Path, clip: float) -> None:
     settings = (
         f"optim.clip_max_norm={clip}", "optim.weight_decay=0.5", "optim.lr=1e-2", "optim.lr_backbone=1e-3",
-        "optim.schedule=step", "optim.step_epochs=0.5", "eval.every_epochs=0",
+        "optim.schedule=step", "optim.step_epochs=0.5", *without_validation(dataset),
     )  # fmt: skip
     seen = observe(small_config(dataset, tmp_path, *settings))
     weights = {name: torch.nn.Parameter(value.clone()) for name, value in seen.updates[0].weights.items()}
@@ -184,7 +184,7 @@ def test_the_weights_move_as_plain_adamw_moves_them(dataset: Path, tmp_path: Pat
 
 
 def test_random_numbers_of_a_step_are_its_own(dataset: Path, tmp_path: Path) -> None:
-    settings = ("model.dropout=0.5", "eval.every_epochs=0")
+    settings = ("model.dropout=0.5", *without_validation(dataset))
     runs = {}
     for name, more in {"a": (), "again": (), "other": ("run.seed=43",)}.items():
         seen = observe(small_config(dataset, tmp_path, f"run.name={name}", *settings, *more))
@@ -230,7 +230,7 @@ def test_the_heartbeat_says_what_is_being_done(dataset: Path, tmp_path: Path) ->
 
 
 def test_means_of_the_log_are_over_its_interval(dataset: Path, tmp_path: Path) -> None:
-    settings = ("eval.every_epochs=0", "train.epochs=2")
+    settings = (*without_validation(dataset), "train.epochs=2")
     each = observe(small_config(dataset, tmp_path, "run.name=each", *settings))
     some = observe(small_config(dataset, tmp_path, "run.name=some", *settings, "train.log_every_steps=4"))
     assert [step for step, _ in some.tracker.history("train/loss")] == [1, 4, 8]
@@ -244,7 +244,7 @@ def test_padding_and_bad_images_are_counted(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path / "data", num_train=8, num_val=2, image_size=(40, 90))
     broken = sorted((dataset / "train2017").iterdir())[3]
     broken.write_bytes(b"")
-    settings = ("data.on_bad_image=skip", "eval.every_epochs=0", "train.micro_batch_size=2")
+    settings = ("data.on_bad_image=skip", *without_validation(dataset), "train.micro_batch_size=2")
     seen = run(prepare(small_config(dataset, tmp_path, *settings)))
     for step in range(2):
         forwards = seen.training[2 * step : 2 * step + 2]

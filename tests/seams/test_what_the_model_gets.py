@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from observing import Forward, Observed, observe, small_config
+from observing import Forward, Observed, observe, small_config, without_validation
 from tiny import make_dataset
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
@@ -74,7 +74,7 @@ AUGMENTATIONS = {
 def test_training_images_are_torchvisions(
     dataset: Path, tmp_path: Path, augmentation: str, micro_batch_size: int
 ) -> None:
-    settings = (AUGMENTATIONS[augmentation], f"train.micro_batch_size={micro_batch_size}", "eval.every_epochs=0")
+    settings = (AUGMENTATIONS[augmentation], f"train.micro_batch_size={micro_batch_size}", *without_validation(dataset))
     seen = observe(small_config(dataset, tmp_path, *settings), stop_after=4)
     train = seen.job.data.train
     assert train is not None

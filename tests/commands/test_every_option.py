@@ -1,0 +1,322 @@
+"""Every option of every command does something: one case an option, and none without.
+
+The options are read from the commands' own help. Run one: ``pytest tests/commands -k picture-score``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import re
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+import yaml
+from coco_folder import CocoFolder, encoded
+from observing import observe, small_config
+from PIL import Image
+from tiny import make_dataset
+
+from detr_ray.__main__ import COMMANDS
+from detr_ray.config import Config
+from detr_ray.data.splits import open_split
+from detr_ray.tracking import MlflowTracker
+
+
+class Place:
+    """What a case works with: a data set, a trained run, and commands that are called in this process."""
+
+    def __init__(self, data: Path, run: Path, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        self.data, self.run, self.folder, self.patch = data, run, folder, patch
+
+    def config(self, *overrides: str) -> Config:
+        return small_config(self.data, self.folder / "runs", f"eval.checkpoint={self.run}", *overrides)
+
+    def file(self, *overrides: str) -> str:
+        """The configuration as a file."""
+        path = self.folder / "config.yaml"
+        path.write_text(self.config(*overrides).to_yaml())
+        return str(path)
+
+    def call(self, command: str, *argv: object) -> tuple[int, str, str]:
+        """Exit code, output and errors."""
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = importlib.import_module(f"detr_ray.{command}").main([str(item) for item in argv])
+        return code, out.getvalue(), err.getvalue()
+
+    def done(self, command: str, *argv: object) -> str:
+        """Output of a command that succeeds with this place's configuration."""
+        code, out, err = self.call(command, "--config", self.file(), *argv)
+        assert code == 0, err + out
+        return out
+
+
+def options_of(command: str) -> list[str]:
+    """The options of a command, as its help lists them."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert importlib.import_module(f"detr_ray.{command}").main(["--help"]) == 0
+    return sorted(set(re.findall(r"^  (?:-\w, )?(--[a-z][a-z-]*)", out.getvalue(), re.MULTILINE)))
+
+
+Case = Callable[[Place], None]
+CASES: dict[tuple[str, str], Case] = {}
+OF_ALL: dict[str, Callable[[Place, str], None]] = {}
+
+
+def shows(command: str, *options: str) -> Callable[[Case], Case]:
+    """Says which options of a command a case shows."""
+
+    def register(case: Case) -> Case:
+        CASES.update({(command, option): case for option in options})
+        return case
+
+    return register
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A data set of 16 and 4 images, and a run of two steps on it."""
+    folder = tmp_path_factory.mktemp("commands")
+    data = make_dataset(folder / "shapes", num_train=16, num_val=4, image_size=(40, 90))
+    seen = observe(small_config(data, folder / "runs", "run.name=trained", "train.max_steps=2", "optim.lr=1e-2"))
+    assert seen.result is not None
+    return data, Path(seen.result.run_path)
+
+
+@pytest.mark.parametrize(
+    ("command", "option"), [(command, option) for command in COMMANDS for option in options_of(command)]
+)
+def test_option_does_what_it_says(
+    command: str, option: str, trained: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    place = Place(*trained, tmp_path, monkeypatch)
+    if option in OF_ALL:
+        OF_ALL[option](place, command)
+    else:
+        assert (command, option) in CASES, f"{command} {option} has no case: write one that sees what it does"
+        CASES[command, option](place)
+
+
+def test_there_is_no_case_of_an_option_that_is_gone() -> None:
+    assert [case for case in CASES if case[1] not in options_of(case[0])] == []
+
+
+# Options of all commands
+
+
+def config(place: Place, command: str) -> None:
+    """Files are read in their order, and what is on the command line wins."""
+    first, second = place.folder / "first.yaml", place.folder / "second.yaml"
+    first.write_text("{train: {epochs: 5, keep_last: 6}, optim: {lr: 0.5}}")
+    second.write_text("{train: {epochs: 7}, optim: {lr: 0.25}}")
+    code, out, _ = place.call(command, "--config", first, "--config", second, "optim.lr=0.125", "--print-config")
+    values = yaml.safe_load(out)
+    assert code == 0 and (values["train"]["epochs"], values["train"]["keep_last"]) == (7, 6)
+    assert values["optim"]["lr"] == 0.125
+
+
+def print_config(place: Place, command: str) -> None:
+    """Prints, and does nothing else."""
+    code, out, _ = place.call(command, "--config", place.file(), "--print-config", "run.name=a")
+    assert code == 0 and yaml.safe_load(out) == place.config("run.name=a").to_dict()
+    assert not (place.folder / "runs").exists()
+
+
+def help_text(place: Place, command: str) -> None:
+    for spelled in ("-h", "--help"):
+        code, out, _ = place.call(command, spelled, "--config", "not-there.yaml")
+        assert code == 0 and f"python -m detr_ray.{command}" in out and "data.window  (" in out
+
+
+OF_ALL |= {"--config": config, "--print-config": print_config, "--help": help_text}
+
+
+# evaluate
+
+
+@shows("evaluate", "--json")
+def evaluate_json(place: Place) -> None:
+    path = place.folder / "numbers.json"
+    out = place.done("evaluate", "--json", path)
+    content = json.loads(path.read_text())
+    assert content["checkpoint"].startswith(str(place.run)) and content["checkpoint"].endswith("model.pt")
+    line = next(line for line in out.splitlines() if line.startswith("AP50 "))
+    assert line.split()[1] == f"{content['metrics']['AP50']:.3f}"
+    assert "numbers.json" not in place.done("evaluate")
+
+
+@shows("evaluate", "--detections")
+def evaluate_detections(place: Place) -> None:
+    path = place.folder / "found.json"
+    place.done("evaluate", "--detections", path)
+    rows = json.loads(path.read_text())
+    val = open_split(str(place.data), None, "val")
+    assert len(rows) == 4 * 6 and {row["image_id"] for row in rows} == set(val.image_ids.tolist())
+    assert {row["category_id"] for row in rows} <= {category for category, _ in val.categories}
+    assert all(len(row["bbox"]) == 4 and 0 < row["score"] < 1 for row in rows)
+
+
+def picture(place: Place, *argv: object) -> np.ndarray:
+    path = place.folder / "picture.png"
+    path.unlink(missing_ok=True)
+    place.done("evaluate", "--picture", path, *argv)
+    return np.asarray(Image.open(path).convert("RGB"), int)
+
+
+@shows("evaluate", "--picture")
+def evaluate_picture(place: Place) -> None:
+    drawn = picture(place, "--picture-score", 1)
+    assert drawn.shape[1] > 4 * 256, "all four images, in a row"
+    white = (drawn == 255).all(axis=2).sum()
+    assert white > 100, "the annotated boxes"
+
+
+@shows("evaluate", "--picture-images")
+def evaluate_picture_images(place: Place) -> None:
+    one, two = (picture(place, "--picture-images", count, "--picture-score", 1) for count in (1, 2))
+    assert 256 < one.shape[1] < 2 * 256 < two.shape[1] < 3 * 256
+    assert np.array_equal(one[:, :260], two[:, :260]), "the first image is the same one"
+
+
+@shows("evaluate", "--picture-score")
+def evaluate_picture_score(place: Place) -> None:
+    """Boxes of at least this score: fewer the higher it is; by default from one half on."""
+    path = place.folder / "found.json"
+    place.done("evaluate", "--detections", path)
+    scores = sorted(row["score"] for row in json.loads(path.read_text()))
+    bare = picture(place, "--picture-score", 1)
+    assert np.array_equal(picture(place, "--picture-score", scores[-1] + 1e-6), bare)
+    best, most, each = (
+        int((picture(place, "--picture-score", score) != bare).any(axis=2).sum())
+        for score in (scores[-1] - 1e-6, scores[len(scores) // 2], 0)
+    )
+    assert 0 < best < most < each
+    assert scores[-1] < 0.5 and np.array_equal(picture(place), bare)
+
+
+# check
+
+
+def report_of(place: Place, *argv: object) -> dict:
+    path = place.folder / "report.json"
+    place.call("check", "--config", place.file(), "--json", path, *argv)
+    return json.loads(path.read_text())
+
+
+@shows("check", "--json")
+def check_json(place: Place) -> None:
+    report = report_of(place)
+    assert report["splits"]["train"]["images"] == 16 and report["splits"]["val"]["images"] == 4
+    code, out, _ = place.call("check", "--config", place.file(), "--json", "-")
+    assert json.loads(out)["splits"] == report["splits"] and code in (0, 1)
+    assert "report.json" not in place.call("check", "--config", place.file())[1]
+
+
+@shows("check", "--decode")
+def check_decode(place: Place) -> None:
+    """An image whose header is sound and whose pixels are not all there is found by decoding alone."""
+    folder = CocoFolder(place.folder / "damaged")
+    folder.fill("train", 5)
+    folder.fill("val", 2)
+    folder.add("train", "damaged.bmp", encoded("BMP")[:-2000])
+    root = f"data.root={folder.write()}"
+    assert report_of(place, root)["splits"]["train"]["bad_images"] == []
+    found = report_of(place, root, "--decode")["splits"]["train"]
+    assert found["decoded"] is True and len(found["bad_images"]) == 1
+
+
+@shows("check", "--cluster")
+def check_cluster(place: Place) -> None:
+    """Looks for the cluster, which is not there."""
+    import ray
+
+    if ray.is_initialized():
+        pytest.skip("this process uses a Ray already")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    place.patch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+    keys = ("train.launcher=ray",)
+    found = [f for f in report_of(place, "--cluster", *keys)["findings"] if f["area"] == "cluster"]
+    assert len(found) == 1 and found[0]["level"] == "error" and str(port) in found[0]["message"]
+    assert not [f for f in report_of(place, *keys)["findings"] if f["area"] == "cluster"]
+
+
+# prepare
+
+
+@shows("prepare", "--shards")
+def prepare_shards(place: Place) -> None:
+    place.done("prepare", "--shards", place.folder / "packed")
+    for split, count in (("train", 16), ("val", 4)):
+        packed = open_split(None, _Shards(str(place.folder / "packed" / split)), split)
+        plain = open_split(str(place.data), None, split)
+        assert len(packed) == count and np.array_equal(packed.boxes_xywh_px, plain.boxes_xywh_px)
+
+
+class _Shards:
+    annotations = images = None
+
+    def __init__(self, shards: str) -> None:
+        self.shards: str | None = shards
+
+
+@shows("prepare", "--shard-megabytes")
+def prepare_shard_megabytes(place: Place) -> None:
+    """Some megabytes of images: several files, or one."""
+    folder = CocoFolder(place.folder / "large")
+    for number in range(140):
+        folder.add("train", f"{number}.png", encoded("PNG", size=(100, 100), seed=number), size=(100, 100))
+    folder.fill("val", 1)
+    root = f"data.root={folder.write()}"
+    counts = []
+    for megabytes in (1, 100):
+        place.done("prepare", root, "--shards", place.folder / f"at-{megabytes}", "--shard-megabytes", megabytes)
+        counts.append(len(list((place.folder / f"at-{megabytes}" / "train").glob("shard-*.parquet"))))
+    assert counts[0] > counts[1] == 1
+    code, _, err = place.call("prepare", root, "--shards", place.folder / "none", "--shard-megabytes", 0)
+    assert code == 2 and "--shard-megabytes" in err
+
+
+# send
+
+
+def unsent_run(place: Place) -> Path:
+    """A run's folder with a record that its store, which is away, did not take."""
+    folder = place.folder / "unsent"
+    tracker = MlflowTracker(
+        folder / "tracking", uri="http://127.0.0.1:9", experiment="mine", run_name="unsent", run_uid="0" * 32
+    )
+    tracker.log_metrics({"train/loss": 4.5}, 3)
+    tracker.finish("FINISHED", timeout_s=0.1)
+    return folder
+
+
+@shows("send", "--run")
+def send_run(place: Place) -> None:
+    store = f"sqlite:///{place.folder}/late.db"
+    place.done("send", "--run", unsent_run(place), f"tracking.uri={store}")
+    client = mlflow.MlflowClient(store)
+    experiment = client.get_experiment_by_name("mine")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    (point,) = client.get_metric_history(run.info.run_id, "train/loss")
+    assert (point.step, point.value) == (3, 4.5)
+
+
+@shows("send", "--timeout")
+def send_timeout(place: Place) -> None:
+    """The store stays away: it gives up after that time, which is minutes by default."""
+    started = time.monotonic()
+    code, _, _ = place.call("send", "--run", unsent_run(place), "--timeout", 1, "tracking.uri=http://127.0.0.1:9")
+    assert code == 1 and 1 <= time.monotonic() - started < 100

@@ -1,0 +1,95 @@
+"""Keys of the section `optim`, seen in the updates of a run.
+
+All of them together, against plain AdamW: ``tests/seams/test_what_steps_do.py``.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from config_keys.registry import Place, same_weights, shows
+
+
+def rates(place: Place, *overrides: str) -> list[float]:
+    """Rates of the head at each of the 4 steps of an epoch, relative to the first full one."""
+    seen = place.train("optim.lr=1e-3", *overrides)
+    return [update.rates[0] / 1e-3 for update in seen.updates]
+
+
+@shows("optim.lr", "optim.lr_backbone")
+def learning_rates(place: Place) -> None:
+    """Adam's first update is of the rate's size, whatever the gradient."""
+    seen = place.train("optim.lr=3e-3", "optim.lr_backbone=7e-4", "optim.weight_decay=0", stop_after=1)
+    moved = {}
+    for name, after in seen.models[0].named_parameters():
+        moved[name] = float((after - seen.updates[0].weights[name]).abs().max())
+    head = max(value for name, value in moved.items() if not name.startswith("backbone."))
+    backbone = max(value for name, value in moved.items() if name.startswith("backbone."))
+    assert head == pytest.approx(3e-3, rel=0.01) and backbone == pytest.approx(7e-4, rel=0.01)
+
+
+@shows("optim.weight_decay")
+def weight_decay(place: Place) -> None:
+    """Decoupled: the rate times the decay is taken off each weight, beside what the gradient does."""
+    keys = ("optim.lr=1e-2", "optim.lr_backbone=1e-3", "model.dropout=0")
+    plain, decayed = (place.train(*keys, f"optim.weight_decay={decay}", stop_after=1) for decay in (0, 2))
+    after, before = dict(decayed.models[0].named_parameters()), decayed.updates[0].weights
+    for name, without in plain.models[0].named_parameters():
+        rate = 1e-3 if name.startswith("backbone.") else 1e-2
+        torch.testing.assert_close(after[name], without - rate * 2 * before[name], rtol=1e-4, atol=1e-6)
+
+
+@shows("optim.clip_max_norm")
+def clip_max_norm(place: Place) -> None:
+    """Seen in the first moments, which are a tenth of the gradient that was applied."""
+    for clip in (0.05, 0):
+        seen = place.train(f"optim.clip_max_norm={clip}", stop_after=1)
+        moments = [state["exp_avg"].flatten() for state in seen.checkpoint(1)[2]["optimizer"]["state"].values()]
+        norm = float(torch.cat([value.flatten() for value in seen.updates[0].gradients.values()]).norm())
+        assert norm > 0.1
+        assert 10 * float(torch.cat(moments).norm()) == pytest.approx(clip or norm, rel=1e-3)
+        assert seen.metric("train/grad_norm")[0] == pytest.approx(norm, rel=1e-3), "the norm before clipping is logged"
+
+
+@shows("optim.schedule")
+def schedule(place: Place) -> None:
+    drops = ("optim.step_epochs=0.25", "optim.milestones=[0.5]", "optim.gamma=0.5")
+    found = {
+        kind: rates(place, f"optim.schedule={kind}", *drops) for kind in ("constant", "step", "multistep", "cosine")
+    }
+    assert found["constant"] == pytest.approx([1, 1, 1, 1])
+    assert found["step"] == pytest.approx([1, 0.5, 0.25, 0.125])
+    assert found["multistep"] == pytest.approx([1, 1, 0.5, 0.5])
+    assert found["cosine"] == pytest.approx([1, 0.8536, 0.5, 0.1464], abs=1e-4)
+
+
+@shows("optim.step_epochs", "optim.gamma", "optim.milestones")
+def drops(place: Place) -> None:
+    assert rates(place, "optim.step_epochs=0.5", "optim.gamma=0.2") == pytest.approx([1, 1, 0.2, 0.2])
+    several = ("optim.schedule=multistep", "optim.milestones=[0.25, 0.75]")
+    assert rates(place, *several) == pytest.approx([1, 0.1, 0.1, 0.01])
+
+
+@shows("optim.warmup_epochs")
+def warmup_epochs(place: Place) -> None:
+    assert rates(place, "optim.warmup_epochs=0.5") == pytest.approx([0.001, 0.5005, 1, 1])
+
+
+@shows("optim.min_lr_factor")
+def min_lr_factor(place: Place) -> None:
+    found = rates(place, "optim.schedule=cosine", "optim.min_lr_factor=0.4")
+    assert found[2] == pytest.approx(0.7) and found[0] == pytest.approx(1)
+
+
+@shows("optim.ema_decay")
+def ema_decay(place: Place) -> None:
+    """An average that trails; it is what is evaluated and kept beside the weights."""
+    keys = ("optim.lr=1e-2", "optim.lr_backbone=1e-2")
+    seen = place.train_and_validate(*keys, "optim.ema_decay=0.5")
+    _, model_file, _ = seen.checkpoint()
+    assert all(same_weights(forward.weights, model_file["ema"]) for forward in seen.evaluating)
+    assert not same_weights(model_file["ema"], model_file["model"])
+    without = place.train_and_validate(*keys)
+    assert "ema" not in without.checkpoint()[1] and same_weights(without.evaluating[0].weights, without.models[0])
+    slow = place.train(*keys, "optim.ema_decay=0.1").checkpoint()[1]
+    assert not same_weights(slow["ema"], model_file["ema"])

@@ -1,0 +1,27 @@
+"""Keys of the section `tracking`, seen in a real MLflow store."""
+
+from __future__ import annotations
+
+import pytest
+from config_keys.registry import Place, shows
+
+from detr_ray.runtime.launch import fit
+
+
+@shows("tracking.enabled", "tracking.uri", "tracking.experiment")
+def tracking(place: Place) -> None:
+    import mlflow
+
+    keys = ("train.max_steps=1", "eval.every_epochs=0", f"tracking.uri=sqlite:///{place.folder}/own.db")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        fit(place.config(*keys, "tracking.enabled=false"))
+        assert not (place.folder / "own.db").exists()
+        fit(place.config(*keys, "tracking.enabled=true", "tracking.experiment=other", "run.name=a"))
+    assert not (place.folder / "runs" / "mlflow.db").exists(), "the default"
+    client = mlflow.MlflowClient(f"sqlite:///{place.folder}/own.db")
+    experiment = client.get_experiment_by_name("other")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.run_name == "a" and run.data.params["tracking.experiment"] == "other"
+    assert client.get_metric_history(run.info.run_id, "train/loss")
