@@ -5,15 +5,17 @@
     python -m tests.mutants --only loop.py:131         # those of one line
     python -m tests.mutants --list planned_data        # shows them, runs nothing
 
-Which mutants are made depends on the seed alone. A mutant that survives is a line that the tests of its module
-(`seams.py`) do not hold: write the test that would have failed, or, if the change makes no difference that anybody
-could see, add it to `equivalent.txt` with the reason. The exit code is 1 where mutants survive.
+First the tests (`seams.py`) are run once, to see which lines each of them runs; a mutant is tried by those that run its
+line. Which mutants are made depends on the seed alone. A mutant that survives is a line that no test holds: write the
+test that would have failed, or, if the change makes no difference that anybody could see, add it to `equivalent.txt`
+with the reason. The exit code is 1 where mutants survive.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import random
 import sys
 import time
@@ -21,13 +23,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from tests.mutants.coverage import Coverage
 from tests.mutants.operators import Mutant, mutants_of
-from tests.mutants.seams import MODULES
+from tests.mutants.seams import MODULES, TESTS
 from tests.mutants.trial import PASSED, TIMED_OUT, Workshop, import_once, workshop
 
 ROOT = Path(__file__).resolve().parents[2]
 EQUIVALENT = Path(__file__).with_name("equivalent.txt")
-SLOWEST_S = 60.0
+LEAST_LIMIT_S = 120.0
 
 
 def config_defaults() -> dict[str, Any]:
@@ -69,36 +72,33 @@ def choose(modules: list[str], number: int, seed: int, only: str | None) -> list
     return [mutant for row in itertools.zip_longest(*by_module) for mutant in row if mutant is not None]
 
 
-def try_all(mutants: list[Mutant], place: Workshop, end: float, verbose: bool) -> list[Mutant]:
-    """Runs each mutant's tests until the time is over; prints what survives and a table. Returns the survivors."""
-    limits: dict[str, float] = {}
+def try_all(
+    mutants: list[Mutant], place: Workshop, coverage: Coverage, end: float, limit_s: float, verbose: bool
+) -> int:
+    """Runs each mutant's tests until the time is over; prints what survives, and a table. Returns the survivors."""
     tried: Counter[str] = Counter()
-    survivors = []
+    left: Counter[str] = Counter()
     for number, mutant in enumerate(mutants, 1):
         if time.monotonic() > end:
             print(f"the time is over: {len(mutants) - number + 1} mutants were not tried")
             break
-        if mutant.path not in limits:
-            sound = place.run(MODULES[mutant.path], 20 * SLOWEST_S)
-            if sound.outcome != PASSED:
-                raise SystemExit(f"{sound.output[-3000:]}\nthe tests of {mutant.path} do not pass without a change")
-            limits[mutant.path] = SLOWEST_S + 3 * sound.seconds
-            print(f"        {mutant.path}: its tests take {sound.seconds:.0f} s", flush=True)
-        trial = place.try_mutant(mutant, MODULES[mutant.path], limits[mutant.path])
+        tests = coverage.tests_of(mutant.path, mutant.first, mutant.last, at_import=mutant.at_import, limit_s=limit_s)
         tried[mutant.path] += 1
-        survived = trial.outcome == PASSED
-        if survived:
-            survivors.append(mutant)
-        word = "SURVIVED" if survived else TIMED_OUT if trial.outcome == TIMED_OUT else "killed"
-        if survived or verbose:
+        if not tests:
+            left[mutant.path] += 1
+            print(f"NOT RUN  {mutant}", flush=True)
+            continue
+        trial = place.try_mutant(mutant, tests, LEAST_LIMIT_S + 10 * limit_s)
+        left[mutant.path] += trial.outcome == PASSED
+        if trial.outcome == PASSED or verbose:
+            word = "SURVIVED" if trial.outcome == PASSED else TIMED_OUT if trial.outcome == TIMED_OUT else "killed"
             reason = next((line for line in trial.output.splitlines() if line.startswith(("FAILED", "ERROR"))), "")
-            print(f"{word:8} {mutant}  ({trial.seconds:.0f} s) {reason}", flush=True)
-    left = Counter(mutant.path for mutant in survivors)
+            print(f"{word:8} {mutant}  ({len(tests)} tests, {trial.seconds:.0f} s) {reason}", flush=True)
     print(f"\n{'module':40} {'tried':>6} {'killed':>7} {'survived':>9}")
     for module, count in tried.items():
         print(f"{module:40} {count:6} {count - left[module]:7} {left[module]:9}")
     print(f"{'all':40} {tried.total():6} {tried.total() - left.total():7} {left.total():9}")
-    return survivors
+    return left.total()
 
 
 def main() -> int:
@@ -112,6 +112,10 @@ def main() -> int:
     parser.add_argument("--number", type=int, default=4, metavar="N", help="mutants of each module (4)")
     parser.add_argument("--seed", type=int, default=0, help="other seeds choose other mutants (0)")
     parser.add_argument("--minutes", type=float, default=60, metavar="M", help="stop after so many (60)")
+    parser.add_argument("--seconds", type=float, default=60, metavar="S", help="most time of one mutant's tests (60)")
+    parser.add_argument(
+        "--coverage", type=Path, metavar="FILE", help="keep which lines tests run in this file, and take it from there"
+    )
     parser.add_argument("--only", metavar="FILE:LINE", help="all mutants of one line")
     parser.add_argument("--list", action="store_true", help="show the mutants and run nothing")
     parser.add_argument("--verbose", action="store_true", help="show killed ones too, with the test that failed")
@@ -128,7 +132,11 @@ def main() -> int:
     import_once()
     end = time.monotonic() + 60 * arguments.minutes
     with workshop(ROOT) as place:
-        return 1 if try_all(mutants, place, end, arguments.verbose) else 0
+        result = arguments.coverage or place.copy.parent / "coverage.json"
+        if not result.exists():
+            place.cover(TESTS, result)
+        coverage = Coverage(json.loads(result.read_text()))
+        return 1 if try_all(mutants, place, coverage, end, arguments.seconds, arguments.verbose) else 0
 
 
 if __name__ == "__main__":

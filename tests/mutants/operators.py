@@ -57,6 +57,9 @@ class Mutant:
         end: the byte after the last one.
         replacement: what stands there instead.
         change: what is changed, for people.
+        first: first line of the statement that it is in.
+        last: its last line; of one that holds others, the last before them.
+        at_import: whether the statement runs when the module is imported.
     """
 
     path: str
@@ -65,6 +68,9 @@ class Mutant:
     end: int
     replacement: str
     change: str
+    first: int
+    last: int
+    at_import: bool
 
     def apply(self, source: bytes) -> bytes:
         """The module with the change."""
@@ -100,17 +106,28 @@ class _Finder(ast.NodeVisitor):
     def __init__(self, path: str, source: bytes, defaults: dict[str, Any]) -> None:
         self.path, self.source, self.defaults = path, source, defaults
         self.found: list[Mutant] = []
+        self.function_depth = 0
+        self.statement = (1, 1)
         self.starts = [0]
         for line in source.splitlines(keepends=True):
             self.starts.append(self.starts[-1] + len(line))
 
     # Where to look
 
+    def visit(self, node: ast.AST) -> None:
+        if isinstance(node, ast.stmt):
+            inner = getattr(node, "body", None)
+            last = inner[0].lineno - 1 if inner else node.end_lineno
+            self.statement = (node.lineno, max(node.lineno, last or 0))
+        super().visit(node)
+
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         for default in (*node.args.defaults, *(d for d in node.args.kw_defaults if d is not None)):
             self.visit(default)
+        self.function_depth += 1
         for statement in node.body:
             self.visit(statement)
+        self.function_depth -= 1
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
         for statement in node.body:
@@ -262,7 +279,8 @@ class _Finder(ast.NodeVisitor):
         assert node.end_lineno is not None and node.end_col_offset is not None
         start = self.starts[node.lineno - 1] + node.col_offset
         end = self.starts[node.end_lineno - 1] + node.end_col_offset
-        self.found.append(Mutant(self.path, node.lineno, start, end, replacement, change))
+        where = (*self.statement, self.function_depth == 0)
+        self.found.append(Mutant(self.path, node.lineno, start, end, replacement, change, *where))
 
     def _text(self, node: ast.expr) -> str:
         return ast.get_source_segment(self.source.decode(), node) or ast.unparse(node)

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.mutants.coverage import Tracing
 from tests.mutants.operators import Mutant
 
 COPIED = ("detr_ray", "tests", "configs", "docs", "cluster", "benchmarks", "pyproject.toml", "README.md", "Makefile")
@@ -50,7 +51,6 @@ class Workshop:
     Args:
         root: the project.
         folder: an empty folder for the copy.
-        slow: also run tests marked ``slow``.
     """
 
     def __init__(self, root: Path, folder: Path) -> None:
@@ -79,23 +79,40 @@ class Workshop:
 
     def run(self, tests: Sequence[str], limit_s: float) -> Trial:
         """Runs tests, which stop at the first that fails, in a process and a session of their own."""
-        chosen = [test for test in tests if (self.copy / test).exists()]
         started = time.monotonic()
         shutil.rmtree(self._temporary, ignore_errors=True)
         self._temporary.mkdir()
         process = os.fork()
         if process == 0:
-            self._run_tests(chosen)
+            self._run_tests(tests, None)
         code = _wait(process, limit_s)
         with contextlib.suppress(ProcessLookupError):  # what the tests may have left running
             os.killpg(process, signal.SIGKILL)
         outcome = TIMED_OUT if code is None else PASSED if code == 0 else FAILED
-        if code in (3, 4, 5):  # pytest's own: an internal error, a wrong call, no tests
-            outcome = FAILED if code == 3 else "not run"
         return Trial(outcome, time.monotonic() - started, self._output.read_text(errors="replace"))
 
-    def _run_tests(self, tests: Sequence[str]) -> None:
-        """Never returns: this is the forked process."""
+    def cover(self, tests: Sequence[str], result: Path) -> None:
+        """Runs tests once, all of them, and writes which lines each of them runs.
+
+        Raises:
+            SystemExit: a test fails without any change.
+        """
+        shutil.rmtree(self._temporary, ignore_errors=True)
+        self._temporary.mkdir()
+        process = os.fork()
+        if process == 0:
+            self._run_tests([test for test in tests if (self.copy / test).exists()], result)
+        code = _wait(process, 3600)
+        if code != 0:
+            raise SystemExit(f"{self._output.read_text()[-4000:]}\nthe tests do not pass without a change ({code})")
+
+    def _run_tests(self, tests: Sequence[str], coverage: Path | None) -> None:
+        """Never returns: this is the forked process.
+
+        Args:
+            tests: what to run.
+            coverage: file for the lines that they run; None to stop at the first that fails instead.
+        """
         code: int = 1
         try:
             os.setsid()
@@ -111,8 +128,11 @@ class Workshop:
                 del sys.modules[name]
             import pytest
 
-            options = ["-x", "-q", "--no-header", "--durations=0", "-p", "no:cacheprovider", "--tb=short"]
-            code = int(pytest.main([*options, f"--basetemp={self._temporary}/pytest", *tests]))
+            options = ["-q", "--no-header", "--durations=0", "-p", "no:cacheprovider", "--tb=line"]
+            options += [f"--basetemp={self._temporary}/pytest", "-m", "not slow and not ray"]
+            options += ["-x"] if coverage is None else []
+            plugins = [] if coverage is None else [Tracing(self.copy, coverage)]
+            code = int(pytest.main([*options, *tests], plugins=plugins))
         except BaseException:
             traceback.print_exc()
         finally:
