@@ -23,7 +23,7 @@ from detr_ray.data.label_map import LabelMap
 from detr_ray.data.splits import open_split
 from detr_ray.engine.planned_data import PlannedData
 from detr_ray.engine.records import check_tracking, run_tracking_uri
-from detr_ray.engine.run_directory import RunDirectory, open_run
+from detr_ray.engine.run_directory import RunDirectory, open_run, read_record
 from detr_ray.locations import local_path
 
 if TYPE_CHECKING:  # a driver builds neither, and torchvision's models alone take a second to import
@@ -174,13 +174,22 @@ def _look_at_images(index: CocoIndex, split: str, skip: bool, say: Say) -> None:
 
 
 def choose_label_map(config: Config, train: CocoIndex, val: CocoIndex | None, official: bool) -> LabelMap:
-    """The labels of a run: as configured.
+    """The labels of a new run: as configured.
 
     ``auto`` is COCO's 91 ids where published weights meet data with COCO's categories, contiguous otherwise.
     """
     space = config.data.label_space
     if space == "auto":
         space = "coco91" if official and has_coco_categories(train) else "contiguous"
+    return label_map_for(space, train, val)
+
+
+def label_map_for(space: str, train: CocoIndex, val: CocoIndex | None) -> LabelMap:
+    """The labels of a training set in one of the two spaces.
+
+    Raises:
+        DataError: its categories do not fit the space, or those of the validation set do not fit it.
+    """
     label_map = LabelMap.for_space(space, train.categories, train.source)
     if val is not None:
         label_map.check_covers(val.categories, val.source)
@@ -220,17 +229,41 @@ def prepare_job(config: Config, say: Say) -> TrainJob:
             f"{train.source} has {len(train)} images, fewer than one global batch; "
             f"set train.global_batch_size (now {config.train.global_batch_size}) to {len(train)} or less"
         )
-    official = config.model.init_from is not None and _is_official(config.model.init_from)
-    label_map = choose_label_map(config, train, val, official)
+    space = _label_space(config, train)
+    label_map = label_map_for(space, train, val)
     fingerprints = {"train": train.fingerprint} | ({} if val is None else {"val": val.fingerprint})
     check_tracking(config, say)
-    run = open_run(config.run.name, config.run.storage, flatten(config), fingerprints, config.to_yaml())
+    run = open_run(config.run.name, config.run.storage, flatten(config), fingerprints, config.to_yaml(), space, say)
     weights = None
     if run.checkpoints.latest() is None:
         weights = _initial_weights(config, label_map, say)
     return TrainJob(
         PlannedData(config, train, val, label_map), run, weights, code_version(Path.cwd()), run_tracking_uri(config)
     )
+
+
+def _label_space(config: Config, train: CocoIndex) -> str:
+    """The space of a run's labels: that which it was begun with, whatever has become of its first weights since."""
+    if config.data.label_space != "auto":
+        return config.data.label_space
+    record = read_record(config.run.name, config.run.storage)
+    if record is not None and record.get("label_space") is not None:
+        return record["label_space"]
+    if not has_coco_categories(train):
+        return "contiguous"
+    if record is not None and config.run.name is not None:  # begun by a version that did not record it
+        known = _labels_of_last_checkpoint(RunDirectory.at(config.run.name, config.run.storage, record))
+        if known is not None:
+            return "coco91" if known == LabelMap.coco91() else "contiguous"
+    official = config.model.init_from is not None and _is_official(config.model.init_from)
+    return "coco91" if official else "contiguous"
+
+
+def _labels_of_last_checkpoint(run: RunDirectory) -> LabelMap | None:
+    from detr_ray.engine.training_state import MODEL_FILE
+
+    latest = run.checkpoints.latest()
+    return None if latest is None else LabelMap.from_dict(run.checkpoints.load(latest, MODEL_FILE)["label_map"])
 
 
 def _is_official(init_from: str) -> bool:

@@ -1,46 +1,44 @@
 """A run's place in storage: what makes it this run, and whether a command may go on with it.
 
 ``STORAGE/NAME/run.json`` says which configuration and data the run was begun with. A command that names an existing run
-goes on with it where both agree, and is refused, saying what differs, where they don't. A lock keeps two commands from
-writing into one run at the same time; the kernel frees it when its holder dies, however it dies.
+goes on with it where both agree, and is refused, saying what differs, where they don't. Of several commands that begin
+a run at once one writes the record, and the others find it. See `run_lock` for who may write the run.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import json
 import os
 import secrets
-import socket
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from detr_ray.config import ConfigError
+from detr_ray.config import Config, ConfigError, flatten
 from detr_ray.engine.checkpoint import CheckpointStore
-from detr_ray.locations import check_address, join, local_path, read_bytes, resolve, write_bytes
+from detr_ray.engine.run_lock import claimed, held
+from detr_ray.locations import check_address, join, local_path, make_folder, read_bytes, resolve, sync, write_bytes
 from detr_ray.retries import reason_of
 
 RECORD = "run.json"
 
-# What may change between two starts of one run: where and how it is computed, never what.
+# What may change between two starts of one run: where and how it is computed, never what. A name that ends in a dot
+# stands for all keys below it.
 FREE_KEYS = (
     "run.storage",
     "data.root",
     "data.train.",
     "data.val.",
-    "data.generate",
+    "data.generate.",
     "data.tasks_per_worker",
     "data.prefetch_batches",
     "data.follow_links",
     "data.on_bad_image",
     "data.max_bad_images",
-    "model.init_from",
-    "model.backbone_weights",
     "train.micro_batch_size",
     "train.num_workers",
     "train.use_gpu",
@@ -63,6 +61,22 @@ FREE_KEYS = (
     "tracking.",
 )
 
+# Where the first weights come from, which nobody needs any more once there is a checkpoint.
+FREE_WITH_CHECKPOINT = ("model.init_from", "model.backbone_weights")
+
+Say = Callable[[str], None]
+
+
+def is_free(key: str, has_checkpoint: bool = True) -> bool:
+    """Whether a key of the configuration may change between two starts of one run.
+
+    Args:
+        key: dotted name.
+        has_checkpoint: whether there is a checkpoint to go on from.
+    """
+    free = FREE_KEYS + (FREE_WITH_CHECKPOINT if has_checkpoint else ())
+    return any(key == name or (name.endswith(".") and key.startswith(name)) for name in free)
+
 
 @dataclass(frozen=True)
 class RunDirectory:
@@ -80,6 +94,11 @@ class RunDirectory:
     run_id: str
     is_new: bool
 
+    @classmethod
+    def at(cls, name: str, storage: str, record: Mapping[str, Any]) -> RunDirectory:
+        """An existing run, by its record."""
+        return cls(name, join(absolute_storage(storage), name), record["run_id"], is_new=False)
+
     @property
     def checkpoints(self) -> CheckpointStore:
         """The run's checkpoints."""
@@ -91,29 +110,18 @@ class RunDirectory:
         return local_path(self.path)
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Holds the run for this process.
+    def locked(self, say: Say = lambda line: None) -> Iterator[None]:
+        """Holds the run for this process; those that only read it are not kept out.
+
+        Args:
+            say: shows the user a line, where it has to be found out whether another process is still alive.
 
         Raises:
-            ConfigError: another process on this file system holds it.
+            ConfigError: another process holds it; or the storage cannot be used.
         """
-        if self.local_path is None:
-            # Object stores have no lock that dies with its holder; a run there is not protected.
-            yield
-            return
-        with (self.local_path / ".lock").open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                holder = file.read().strip() or "another process"
-                raise ConfigError(
-                    f"run.name: {self.name!r} in {self.path} is being written by {holder}; wait for it, stop it, or "
-                    "choose another run.name"
-                ) from None
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
+        with contextlib.ExitStack() as stack:
+            with _told_of_storage(self.path):
+                stack.enter_context(held(self.path, self.name, say))
             yield
 
 
@@ -132,8 +140,27 @@ def unique_name(prefix: str) -> str:
     return f"{prefix}-{datetime.datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
+def read_record(name: str | None, storage: str) -> dict[str, Any] | None:
+    """What a run was begun with; None where there is no such run.
+
+    Raises:
+        ConfigError: it is damaged, or the storage cannot be read.
+    """
+    if name is None:
+        return None
+    path = join(absolute_storage(storage), name)
+    with _told_of_storage(path):
+        return _read_record(join(path, RECORD))
+
+
 def open_run(
-    name: str | None, storage: str, flat_config: Mapping[str, Any], fingerprints: Mapping[str, str], config_yaml: str
+    name: str | None,
+    storage: str,
+    flat_config: Mapping[str, Any],
+    fingerprints: Mapping[str, str],
+    config_yaml: str,
+    label_space: str | None = None,
+    say: Say = lambda line: None,
 ) -> RunDirectory:
     """Opens a run to train in: a new one, or an existing one that the configuration and the data agree with.
 
@@ -143,6 +170,8 @@ def open_run(
         flat_config: dotted key -> value.
         fingerprints: split -> fingerprint of its data.
         config_yaml: the same configuration as YAML, kept beside the run for people.
+        label_space: what a class index of the run means; see ``data.label_space``.
+        say: shows the user a line.
 
     Raises:
         ConfigError: the name is taken by a run of another configuration or other data; the storage cannot be written.
@@ -151,24 +180,32 @@ def open_run(
     name = name or unique_name("run")
     path = join(root, name)
     comparable = json.loads(json.dumps({key: value for key, value in flat_config.items() if key != "run.name"}))
-    try:
+    with _told_of_storage(path):
         stored = _read_record(join(path, RECORD))
-        if stored is not None:
-            _refuse_differences(name, path, stored, comparable, fingerprints)
-            return RunDirectory(name, path, stored["run_id"], is_new=False)
-        run_id = uuid.uuid4().hex
-        content = {
-            "run_id": run_id,
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "fingerprints": dict(fingerprints),
-            "config": comparable,
-        }
-        # The record comes last: without it, there is no run.
-        write_bytes(join(path, "config.yaml"), config_yaml.encode())
-        write_bytes(join(path, RECORD), json.dumps(content, indent=1).encode())
-    except OSError as error:
-        raise ConfigError(f"run.storage: {path} cannot be used: {reason_of(error)}") from error
-    return RunDirectory(name, path, run_id, is_new=True)
+        if stored is None:
+            content = {
+                "run_id": uuid.uuid4().hex,
+                "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "label_space": label_space,
+                "fingerprints": dict(fingerprints),
+                "config": comparable,
+            }
+            stored = _begin(path, name, content, say)
+            if stored is None:
+                write_bytes(join(path, "config.yaml"), config_yaml.encode())
+                return RunDirectory(name, path, content["run_id"], is_new=True)
+        run = RunDirectory.at(name, storage, stored)
+        differences = _differences(run, stored, comparable, say)
+        if stored["fingerprints"].get("train") != fingerprints.get("train"):
+            differences.append("the train data: other annotations than the run was begun with")
+        if label_space is not None and stored.get("label_space") not in (None, label_space):
+            differences.append(f"data.label_space: begun with {stored['label_space']}, now {label_space}")
+    if differences:
+        raise ConfigError(
+            f"run.name: a run {name!r} exists in {path} and was begun differently; choose another run.name (and "
+            "model.init_from to start from its weights), or give the same values:\n  " + "\n  ".join(differences)
+        )
+    return run
 
 
 def find_run(name: str, storage: str) -> RunDirectory:
@@ -177,42 +214,87 @@ def find_run(name: str, storage: str) -> RunDirectory:
     Raises:
         ConfigError: there is none of this name, or the storage cannot be read.
     """
-    path = join(absolute_storage(storage), name)
-    try:
-        stored = _read_record(join(path, RECORD))
-    except OSError as error:
-        raise ConfigError(f"run.storage: {path} cannot be read: {reason_of(error)}") from error
+    stored = read_record(name, storage)
     if stored is None:
         raise ConfigError(f"run.name: there is no run {name!r} in {absolute_storage(storage)}")
-    return RunDirectory(name, path, stored["run_id"], is_new=False)
+    return RunDirectory.at(name, storage, stored)
+
+
+def _begin(path: str, name: str, content: Mapping[str, Any], say: Say) -> dict[str, Any] | None:
+    """Writes a new run's record; gives the one that another process wrote in the same moment instead, if there is."""
+    location, data = join(path, RECORD), json.dumps(content, indent=1).encode()
+    folder = local_path(path)
+    if folder is not None:
+        make_folder(path)
+        return None if _create(folder / RECORD, data) else _read_record(location)
+    with claimed(path, name, "beginning", say):
+        stored = _read_record(location)
+        if stored is None:
+            write_bytes(location, data)
+        return stored
+
+
+def _create(path: Path, data: bytes) -> bool:
+    """Writes a file that was not there before, whole or not at all; False where there is one already."""
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary.write_bytes(data)
+    try:
+        sync(str(temporary))
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without links
+            try:
+                with path.open("xb") as file:
+                    file.write(data)
+            except FileExistsError:
+                return False
+    finally:
+        temporary.unlink()
+    sync(str(path))
+    sync(str(path.parent))
+    return True
+
+
+@contextlib.contextmanager
+def _told_of_storage(path: str) -> Iterator[None]:
+    """Says of a storage that fails that it is the storage."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"run.storage: {path} cannot be used: {reason_of(error)}") from error
 
 
 def _read_record(location: str) -> dict[str, Any] | None:
     """What a run was begun with; None where there is no run."""
     try:
-        return json.loads(read_bytes(location))
+        record = json.loads(read_bytes(location))
+        if not {"run_id", "fingerprints", "config"} <= record.keys():
+            raise ValueError("it lacks what a run's record holds")
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (ValueError, AttributeError) as error:
         raise ConfigError(f"run.name: {location} is damaged ({error}); choose another run.name") from error
+    return record
 
 
-def _refuse_differences(
-    name: str, path: str, stored: Mapping[str, Any], config: Mapping[str, Any], fingerprints: Mapping[str, str]
-) -> None:
+def _differences(run: RunDirectory, stored: Mapping[str, Any], config: Mapping[str, Any], say: Say) -> list[str]:
+    """What a run may not go on with, a line each.
+
+    A key that came after the run was begun had its default then. One that is gone since cannot be told to matter.
+    """
     begun = stored["config"]
-    differences = [
-        f"{key}: begun with {begun.get(key)!r}, now {config.get(key)!r}"
-        for key in sorted(begun.keys() | config.keys())
-        if begun.get(key) != config.get(key) and not key.startswith(FREE_KEYS)
+    defaults = json.loads(json.dumps(flatten(Config())))
+    before = {key: begun.get(key, defaults.get(key)) for key in config}
+    changed = sorted(
+        key for key, now in config.items() if before[key] != now and not is_free(key, has_checkpoint=False)
+    )
+    if any(is_free(key) for key in changed) and run.checkpoints.latest() is not None:
+        changed = [key for key in changed if not is_free(key)]
+    for key in sorted(begun.keys() - config.keys()):
+        say(f"WARNING: run {run.name} was begun with {key}={begun[key]!r}, which this version does not know (any more)")
+    came_later = " (the default, from before there was this key)"
+    return [
+        f"{key}: begun with {before[key]!r}{'' if key in begun else came_later}, now {config[key]!r}" for key in changed
     ]
-    differences += [
-        f"the {split} data: other annotations than the run was begun with"
-        for split, fingerprint in fingerprints.items()
-        if split == "train" and stored["fingerprints"].get(split) != fingerprint
-    ]
-    if differences:
-        raise ConfigError(
-            f"run.name: a run {name!r} exists in {path} and was begun differently; choose another run.name (and "
-            "model.init_from to start from its weights), or give the same values:\n  " + "\n  ".join(differences)
-        )

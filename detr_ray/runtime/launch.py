@@ -70,7 +70,7 @@ def fit(config: Config, say: Say = lambda line: None) -> FitResult:
     say(run_summary(job))
     say(f"to go on with it after an interruption: the same command with run.name={job.run.name}")
     try:
-        with job.run.locked():
+        with job.run.locked(say):
             if config.train.launcher == "local":
                 return _fit_here(job, say)
             with session_of(config):

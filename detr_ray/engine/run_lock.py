@@ -1,0 +1,289 @@
+"""At most one process at a time writes a run: a lock of the kernel's in a local folder, a claim elsewhere.
+
+Object stores have no locks, and pyarrow no conditional writes. There a process claims a run with an object of its own,
+``claims/TOKEN.json``, waits until the claim of another one that started in the same moment must be visible, and looks
+who else has one: a process that holds the run comes first, then those that wait, by their tokens. A claim says at which
+beat it is, and its process goes on beating. So the claim of a dead process stands still: it is removed, at once where
+the process is known to be gone from this machine, and else after `STALE_S`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import secrets
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from detr_ray.config import ConfigError
+from detr_ray.locations import delete_file, join, list_names, local_path, read_bytes, write_bytes
+from detr_ray.retries import reason_of
+
+logger = logging.getLogger(__name__)
+
+SETTLE_S = 1.0
+"""Least time after which a claim that was written is seen by all; more where writing it took long."""
+BEAT_S = 5.0
+STALE_S = 30.0
+"""A claim that stands still for so long belongs to a process that is gone."""
+_LOOK_S = 0.5
+_NAMING_S = 1.0
+
+
+@contextlib.contextmanager
+def held(path: str, name: str, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
+    """Holds a run for this process, which writes it.
+
+    Args:
+        path: the run's folder or URI; a local one exists.
+        name: the run's name, for messages.
+        say: shows the user a line.
+
+    Raises:
+        ConfigError: another process holds it.
+        OSError: the storage fails.
+    """
+    folder = local_path(path)
+    with _locked(folder, name) if folder is not None else claimed(path, name, "writing", say):
+        yield
+
+
+def _refusal(name: str, path: object, holder: str) -> ConfigError:
+    return ConfigError(
+        f"run.name: {name!r} in {path} is being written by {holder}; wait for it, stop it, or choose another run.name"
+    )
+
+
+def _this_process() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, name: str) -> Iterator[None]:
+    """Holds the folder's lock, which the kernel frees when its process dies, however it dies."""
+    with (folder / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _refusal(name, folder, _holder_named_in(folder / ".lock")) from None
+        file.truncate(0)
+        file.write(_this_process())
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
+
+
+def _holder_named_in(lock: Path) -> str:
+    """What the holder wrote; one that has only just come may be about to."""
+    give_up = time.monotonic() + _NAMING_S
+    while time.monotonic() < give_up:
+        if found := lock.read_text().strip():
+            return found
+        time.sleep(0.02)
+    return "another process"
+
+
+State = Literal["waiting", "beginning", "writing", "ended"]
+"""What a claim's process does: waits for its turn; looks for the run's record and writes it if there is none, which is
+over soon; writes the run; is there no more (said before a claim is deleted, which not every role may do)."""
+
+
+@dataclass(frozen=True)
+class _Claim:
+    """What a claim says.
+
+    Attributes:
+        token: unique; the smallest of those who came at the same time wins.
+        holder: the process, for people.
+        machine: where it runs, as processes there name it; empty where they cannot.
+        pid: its number there.
+        born: when it started there, in the kernel's ticks.
+        state: what it does.
+        beat: counts up while it lives.
+    """
+
+    token: str
+    holder: str
+    machine: str
+    pid: int
+    born: str
+    state: State = "waiting"
+    beat: int = 0
+
+    @property
+    def rank(self) -> tuple[bool, str]:
+        """Who comes first: those that wait no more, then by token."""
+        return self.state == "waiting", self.token
+
+    def is_gone(self) -> bool | None:
+        """Whether its process has ended; None where that cannot be seen from here."""
+        if self.state == "ended":
+            return True
+        if not self.machine or self.machine != _machine():
+            return None
+        return _born(self.pid) != self.born
+
+
+def _machine() -> str:
+    """Names this boot of this machine, and the space that its processes are numbered in."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return ""
+
+
+def _born(pid: int) -> str:
+    """When a process of this machine started; empty where there is none, or only what is left of one."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if state == "Z" else fields[18]
+
+
+class _Claims:
+    """The claims on one run, seen from one process, which has one of them.
+
+    Attributes:
+        own: the process's own claim, as it was written last.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._folder = join(path, "claims")
+        self._passed_over: set[str] = set()
+        self._writing = threading.Lock()
+        self.own = _Claim(secrets.token_hex(8), _this_process(), _machine(), os.getpid(), _born(os.getpid()))
+
+    def say(self, state: State) -> None:
+        """Writes what the own process does, as the next beat."""
+        with self._writing:
+            if self.own.state != "ended":
+                self.own = replace(self.own, state=state, beat=self.own.beat + 1)
+                self._write(self.own)
+
+    def end(self) -> None:
+        """Takes the own claim away."""
+        with self._writing:
+            self.own = replace(self.own, state="ended")
+        self.remove(self.own)
+
+    def was_removed(self) -> bool:
+        """Whether another process took the own one for dead."""
+        found = self._read(self.own.token)
+        return found is None or found.state == "ended"
+
+    def remove(self, claim: _Claim) -> None:
+        """Takes a claim away; where that is not allowed, it is passed over."""
+        self._passed_over.add(claim.token)
+        with contextlib.suppress(OSError):
+            self._write(replace(claim, state="ended"))
+            delete_file(self._location(claim.token))
+
+    def first_before_own(self) -> _Claim | None:
+        """The claim that comes first; None where that is the own one. Those of processes that are gone are removed."""
+        found = [self.own]
+        names = [name.removesuffix(".json") for name in list_names(self._folder) if name.endswith(".json")]
+        for token in set(names) - self._passed_over - {self.own.token}:
+            claim = self._read(token)
+            if claim is not None and claim.is_gone():
+                self.remove(claim)
+            elif claim is not None:
+                found.append(claim)
+        first = min(found, key=lambda claim: claim.rank)
+        return None if first is self.own else first
+
+    def _location(self, token: str) -> str:
+        return join(self._folder, f"{token}.json")
+
+    def _write(self, claim: _Claim) -> None:
+        write_bytes(self._location(claim.token), json.dumps(asdict(claim)).encode())
+
+    def _read(self, token: str) -> _Claim | None:
+        """A claim; None where it is gone or no claim."""
+        try:
+            return _Claim(**json.loads(read_bytes(self._location(token))))
+        except (FileNotFoundError, ValueError, TypeError):
+            return None
+
+
+@contextlib.contextmanager
+def claimed(path: str, name: str, state: Literal["beginning", "writing"], say: Callable[[str], None]) -> Iterator[None]:
+    """Holds a run where there are no locks; see `held`.
+
+    Args:
+        path: the run's URI.
+        name: the run's name, for messages.
+        state: what for.
+        say: shows the user a line.
+    """
+    claims, ended, lost = _Claims(path), threading.Event(), threading.Event()
+    started = time.monotonic()
+    claims.say("waiting")
+    took_s = time.monotonic() - started
+    beating = threading.Thread(target=_beat, args=(claims, ended, lost), name="run claim", daemon=True)
+    beating.start()
+    try:
+        time.sleep(max(SETTLE_S, 5 * took_s))
+        while True:
+            _wait_for_turn(claims, path, name, say)
+            claims.say(state)
+            if claims.first_before_own() is None:
+                break
+            claims.say("waiting")  # for one that looked before this one was seen to hold it
+        yield
+    finally:
+        ended.set()
+        beating.join(BEAT_S)
+        if not lost.is_set():
+            claims.end()
+
+
+def _wait_for_turn(claims: _Claims, path: str, name: str, say: Callable[[str], None]) -> None:
+    """Returns once no living process has a claim that comes before the own one.
+
+    One that waits may be refused in its turn, and one that begins has done so soon: only of one that writes it is
+    certain that this process is not needed.
+
+    Raises:
+        ConfigError: a living process writes the run.
+    """
+    watched: _Claim | None = None
+    give_up = 0.0
+    while rival := claims.first_before_own():
+        moved = watched is not None and watched.token == rival.token and watched != rival
+        if rival.state == "writing" and (moved or rival.is_gone() is False):
+            raise _refusal(name, path, rival.holder)
+        if watched is None or watched != rival:
+            if rival.state == "writing":
+                say(f"{path} is claimed by {rival.holder}; looking for up to {STALE_S:.0f} s whether it is alive")
+            watched, give_up = rival, time.monotonic() + STALE_S
+        elif time.monotonic() > give_up:
+            say(f"{rival.holder} has not moved for {STALE_S:.0f} s: going on without it")
+            claims.remove(rival)
+        time.sleep(_LOOK_S)
+
+
+def _beat(claims: _Claims, ended: threading.Event, lost: threading.Event) -> None:
+    """Shows that a claim's process lives; stops the process where the claim was removed while it was frozen."""
+    while not ended.wait(BEAT_S):
+        try:
+            if claims.was_removed() and not ended.is_set():
+                lost.set()
+                logger.error("this process did not move for %.0f s, and another one goes on with its run", STALE_S)
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+            claims.say(claims.own.state)
+        except OSError as error:
+            logger.warning("the claim on the run could not be renewed: %s", reason_of(error))
