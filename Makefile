@@ -1,4 +1,6 @@
 # `make` lists what there is. Every target sets up what it needs.
+# `make test-gpu PYTEST="python -m pytest"` takes the Python that is there instead: torch, torchvision, scipy, numpy,
+# pydantic, PyYAML, Pillow and pytest are enough for it.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -36,6 +38,9 @@ test-slow: $(READY)  ## run the proofs that take long: killed processes, real im
 
 mutants: $(READY)  ## change lines one at a time and say which changes no test notices (an hour); some: python -m tests.mutants --help
 	$(BIN)/python -m tests.mutants
+
+test-gpu: $(if $(PYTEST),,$(READY))  ## run the tests that need a GPU; skipped, saying so, where there is none
+	$(or $(PYTEST),$(BIN)/python -m pytest) -m gpu -rs tests/gpu
 
 check: $(READY)  ## lint, types, spelling and import rules
 	$(BIN)/ruff check .

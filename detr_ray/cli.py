@@ -27,7 +27,7 @@ _USER_ERRORS = (
     ("detr_ray.data.errors", "DataError", EXIT_UNUSABLE),
     ("detr_ray.model.weights", "WeightsError", EXIT_UNUSABLE),
     ("detr_ray.engine.errors", "RunFailed", EXIT_FAILED),
-    ("detr_ray.engine.checkpoint", "CheckpointError", EXIT_FAILED),
+    ("detr_ray.engine.errors", "CheckpointError", EXIT_FAILED),
 )
 
 _OVERRIDE = re.compile(r"(--)?[A-Za-z_]\w*(\.\w+)+=")

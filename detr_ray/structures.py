@@ -160,6 +160,29 @@ def _copied(array: np.ndarray, device: torch.device) -> Tensor:
     return host.to(device, non_blocking=True)
 
 
+class HostCopy:
+    """Values of a device on their way to the host: the processor goes on, and waits when it reads them too early.
+
+    A plain copy waits for all that the device was given before it.
+
+    Args:
+        values: not written to any more.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._host = values.to("cpu", non_blocking=True)  # into pinned memory, where it comes from a GPU
+        self._arrived: torch.cuda.Event | None = None
+        if values.is_cuda:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(values.device))
+
+    def read(self) -> Tensor:
+        """The values, on the host."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._host
+
+
 def to_device(padded: PaddedBatch, device: torch.device, channels_last: bool = False) -> Batch:
     """Copies a padded batch to a device and normalises it there; what travels is bytes, not floats."""
     height, width = padded.images.shape[2:]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +38,53 @@ def test_a_model_is_trained_and_evaluated_where_ray_and_mlflow_are_absent(tmp_pa
         check=False,
     )
     assert done.stdout.strip() == "finished", done.stderr
+
+
+FEW_PACKAGES = """
+import sys
+from importlib.machinery import PathFinder
+
+# torch's own requirements are there wherever torch is, and pytest's with pytest.
+there = {
+    "torch", "torchgen", "functorch", "torchvision", "scipy", "numpy", "pydantic", "pydantic_core", "annotated_types",
+    "typing_inspection", "yaml", "_yaml", "PIL",
+    "typing_extensions", "filelock", "fsspec", "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "triton",
+    "nvidia", "cuda", "setuptools", "pkg_resources", "_distutils_hack",
+    "pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments", "py",
+    "detr_ray", "benchmarks", "conftest", "drawn", "planned_memory", "torch_c_dlpack_ext",
+}
+find = PathFinder.find_spec
+
+def find_few(finder, name, path=None, target=None):
+    top = name.split(".")[0]
+    if top in sys.stdlib_module_names or top in there or top.startswith(("test_gpu", "__editable__", "_")):
+        return find(name, path, target)
+    return None
+
+PathFinder.find_spec = classmethod(find_few)
+try:
+    import pyarrow
+except ModuleNotFoundError:
+    pass
+else:
+    sys.exit("packages are not kept away")
+import pytest
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+
+
+def test_tests_of_the_gpu_need_few_packages() -> None:
+    """All of their modules are imported; on the CPU, the loop and a step run as well."""
+    done = subprocess.run(
+        [
+            sys.executable, "-c", FEW_PACKAGES, "tests/gpu", "-q", "-p", "no:cacheprovider", "--no-header", "-k",
+            "cpu and (bf16 and (run_ends or steps_are) or losses_matchings) or plan_counts",
+        ],
+        cwd=ROOT, capture_output=True, text=True, timeout=240, check=False,
+        env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"\b4 passed", done.stdout), done.stdout
 
 
 def test_files_can_be_read_in_one_sitting() -> None:

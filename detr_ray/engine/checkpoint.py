@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import torch
 
+from detr_ray.engine.errors import CheckpointError
 from detr_ray.locations import (
     StoredFile,
     delete_file,
@@ -39,10 +40,6 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _FILE = re.compile(r"(step_\d{8,})/(.+)")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that should be there is damaged or unreadable; the message names its files."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 
+class CheckpointError(RuntimeError):
+    """A checkpoint that should be there is damaged or unreadable; the message names its files."""
+
+
 class RunFailed(RuntimeError):  # noqa: N818 - it names what happened to the run
     """The run cannot go on, and starting it again would end the same way.
 

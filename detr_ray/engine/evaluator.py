@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
 
-from detr_ray.data.index import CocoIndex
 from detr_ray.data.label_map import LabelMap
 from detr_ray.engine.context import WorkerContext
 from detr_ray.engine.errors import RunFailed
-from detr_ray.engine.planned_data import PlannedData
 from detr_ray.engine.step import AUTOCAST_DTYPES
 from detr_ray.evaluation import CocoMetrics, DetectionTable, GroundTruth, evaluate_apart, evaluate_detections
 from detr_ray.model import postprocess
 from detr_ray.structures import PaddedBatch, to_device
+
+if TYPE_CHECKING:
+    from detr_ray.data.index import CocoIndex
+    from detr_ray.engine.planned_data import PlannedData
 
 
 class Evaluator:

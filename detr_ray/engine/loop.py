@@ -10,13 +10,10 @@ import dataclasses
 import json
 import logging
 import time
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from detr_ray.engine.batches import BatchSource
-from detr_ray.engine.checkpoint import CheckpointInfo
 from detr_ray.engine.context import LeaveReason, WorkerContext
 from detr_ray.engine.errors import RunFailed
-from detr_ray.engine.job import TrainJob
 from detr_ray.engine.meters import Meters
 from detr_ray.engine.optimizer import learning_rate_factor, set_learning_rate
 from detr_ray.engine.precision import warn_of_slow_precision
@@ -25,7 +22,12 @@ from detr_ray.engine.result import FitResult
 from detr_ray.engine.scoring import BackgroundScoring, Scored
 from detr_ray.engine.step import StepOutcome, StepTimes, TrainStep
 from detr_ray.engine.training_state import MODEL_FILE, TrainingState
-from detr_ray.tracking import Tracker
+
+if TYPE_CHECKING:  # what reads and writes files is given, so that torch and numpy are enough to train
+    from detr_ray.engine.batches import BatchSource
+    from detr_ray.engine.checkpoint import CheckpointInfo
+    from detr_ray.engine.job import TrainJob
+    from detr_ray.tracking import Tracker
 
 logger = logging.getLogger(__name__)
 

@@ -11,15 +11,18 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from detr_ray.engine.context import WorkerContext
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.evaluator import build_evaluator
-from detr_ray.engine.planned_data import PlannedData
 from detr_ray.evaluation import CocoMetrics, DetectionTable, ScoringFailed
 from detr_ray.structures import PaddedBatch
+
+if TYPE_CHECKING:
+    from detr_ray.engine.planned_data import PlannedData
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from detr_ray.engine.memory import keep_freed_memory
 from detr_ray.engine.nonfinite import describe_nonfinite
 from detr_ray.engine.optimizer import clipped_update
 from detr_ray.loss import NonFiniteOutputs, SetCriterion
-from detr_ray.structures import Batch, ModelOutput, PaddedBatch, to_device
+from detr_ray.structures import Batch, HostCopy, ModelOutput, PaddedBatch, to_device
 
 MOST_COMPILED = 512
 """Versions of a compiled model that are kept; input of yet another shape goes through it uncompiled."""
@@ -87,7 +87,7 @@ class _Update:
 
     step: int
     outcome: StepOutcome
-    numbers: Tensor  # norm of the gradient, and the loss scale that it was computed with
+    numbers: HostCopy  # norm of the gradient, and the loss scale that it was computed with
     nonfinite: str | None
     rates: list[float]
 
@@ -268,7 +268,7 @@ class TrainStep:
         self.context.enter("update", step)
         self.scaler.unscale_(self.optimizer)
         norm = clipped_update(self.optimizer, self._parameters, self._clip_max_norm)
-        numbers = torch.stack([norm, self.scaler.scale(torch.ones_like(norm))])
+        numbers = HostCopy(torch.stack([norm, self.scaler.scale(torch.ones_like(norm))]))
         self.scaler.update()  # what `unscale_` found not to be finite lowers the scale
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self._unsettled = _Update(step, outcome, numbers, nonfinite, rates)
@@ -284,7 +284,7 @@ class TrainStep:
         if self._unsettled is None:
             return
         update, self._unsettled = self._unsettled, None
-        update.outcome.grad_norm, loss_scale = update.numbers.tolist()
+        update.outcome.grad_norm, loss_scale = update.numbers.read().tolist()
         if np.isfinite(update.outcome.grad_norm):
             self.nonfinite_in_a_row = 0
             return

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from detr_ray.engine.checkpoint import CheckpointError, CheckpointInfo, CheckpointStore
 from detr_ray.engine.context import WorkerContext
 from detr_ray.engine.ema import ModelEma
-from detr_ray.engine.errors import RunFailed
-from detr_ray.engine.job import TrainJob
+from detr_ray.engine.errors import CheckpointError, RunFailed
 from detr_ray.engine.optimizer import build_optimizer, restore_optimizer
 from detr_ray.engine.step import TrainStep
+
+if TYPE_CHECKING:  # see the loop
+    from detr_ray.engine.checkpoint import CheckpointInfo, CheckpointStore
+    from detr_ray.engine.job import TrainJob
 
 MODEL_FILE = "model.pt"
 TRAINING_FILE = "training.pt"

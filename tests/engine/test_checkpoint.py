@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from detr_ray.engine.checkpoint import CheckpointError, CheckpointStore
+from detr_ray.engine.checkpoint import CheckpointStore
+from detr_ray.engine.errors import CheckpointError
 
 
 def save(store: CheckpointStore, step: int, ap: float | None = None) -> None:

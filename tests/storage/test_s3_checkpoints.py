@@ -16,7 +16,8 @@ from s3_server import S3Server
 
 from detr_ray.check import main as check
 from detr_ray.config import ConfigError
-from detr_ray.engine.checkpoint import CheckpointError, CheckpointStore
+from detr_ray.engine.checkpoint import CheckpointStore
+from detr_ray.engine.errors import CheckpointError
 from detr_ray.engine.evaluation_job import find_checkpoint
 from detr_ray.engine.preflight.storage import try_storage, within
 from detr_ray.engine.run_directory import open_run
