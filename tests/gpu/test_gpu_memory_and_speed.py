@@ -43,6 +43,7 @@ def default_step(gpu: torch.device, precision: str) -> TrainStep:
         precision=precision,
         clip_max_norm=0.1,
         channels_last=True,
+        skip_nonfinite=True,  # weights are random, and a ResNet-50's frozen norms scale nothing: fp16 may overflow
     )
 
 
