@@ -6,7 +6,7 @@ autoscaler adds and removes.
     python cluster/local.py up --nodes 3 --cpus-per-node 2    # a head without CPUs, and two nodes
     eval "$(python cluster/local.py submit-env)"              # where it is, and its token, for this shell
     ray job submit --working-dir . -- python -m detr_ray.train --config configs/quickstart.yaml \
-        run.storage=$PWD/runs data.root=$PWD/runs/quickstart-data
+        "run.storage=$PWD/runs" "data.root=$PWD/runs/quickstart-data"
     python cluster/local.py status
     python cluster/local.py remove-node node-2                # killed, as if its machine had lost power
     python cluster/local.py add-node
@@ -39,9 +39,8 @@ DEFAULT_FOLDER = Path(f"/tmp/detr_ray-{os.getuid()}")
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python cluster/local.py``."""
     arguments = _parser().parse_args(argv)
-    cluster = LocalCluster(arguments.folder)
     try:
-        arguments.run(cluster, arguments)
+        arguments.run(LocalCluster(arguments.folder), arguments)
     except ClusterError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
@@ -102,7 +101,7 @@ def _up(cluster: LocalCluster, arguments: argparse.Namespace) -> None:
     _say(f"dashboard  {cluster.job_server}  (token in {cluster.folder}/token)")
     _say(f'use it     eval "$({script} submit-env{folder})"')
     _say("           ray job submit --working-dir . -- python -m detr_ray.train --config configs/quickstart.yaml \\")
-    _say("               run.storage=$PWD/runs data.root=$PWD/runs/quickstart-data")
+    _say('               "run.storage=$PWD/runs" "data.root=$PWD/runs/quickstart-data"')
     _say(f"end it     {script} down{folder}")
 
 

@@ -102,6 +102,7 @@ class LocalCluster:
     """
 
     def __init__(self, folder: Path) -> None:
+        _refuse_others(Path(folder))
         self.folder = Path(folder).resolve()
         self._children: list[subprocess.Popen[bytes]] = []
 
@@ -125,7 +126,8 @@ class LocalCluster:
         self._clear()
         if self.folder.is_dir() and any(self.folder.iterdir()):
             raise ClusterError(f"{self.folder} holds something that is no cluster: give another --folder")
-        (self.folder / "logs").mkdir(parents=True, mode=0o700)
+        self.folder.mkdir(parents=True, mode=0o700, exist_ok=True)
+        (self.folder / "logs").mkdir(mode=0o700)
         self._token.touch(mode=0o600)
         self._token.write_text(secrets.token_hex(32))
         try:
@@ -439,6 +441,19 @@ class LocalCluster:
     @property
     def _token(self) -> Path:
         return self.folder / "token"
+
+
+def _refuse_others(folder: Path) -> None:
+    """Refuses a folder that somebody else made, or may change: in /tmp, anybody may have been faster.
+
+    Raises:
+        ClusterError: it is one.
+    """
+    if not os.path.lexists(folder) or not hasattr(os, "getuid"):
+        return
+    found = folder.lstat()
+    if found.st_uid != os.getuid() or (not folder.is_symlink() and found.st_mode & 0o022):
+        raise ClusterError(f"{folder} is not only this user's: remove it, or give a --folder of your own")
 
 
 def _gcs_address(state: Mapping[str, Any]) -> str:

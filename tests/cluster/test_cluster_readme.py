@@ -80,3 +80,10 @@ def test_a_wrong_command_is_refused(command: str) -> None:
 def test_every_file_that_the_readme_names_exists() -> None:
     for name in re.findall(r"\b(?:cluster|configs|docs)/[\w./-]+\.(?:yaml|md|py)\b", README):
         assert (ROOT / name).exists(), name
+
+
+def test_no_password_is_on_a_command_line() -> None:
+    """Command lines are seen by all users of a machine, and an address in one is kept with the run."""
+    for file in (ROOT / "README.md", *sorted((ROOT / "cluster").iterdir())):
+        if file.suffix in (".md", ".yaml"):
+            assert not re.findall(r"://[^/\s@]*:[^/\s@]+@", file.read_text()), file

@@ -21,7 +21,8 @@ from pathlib import Path
 import pytest
 from mlflow_reading import QUICK, client_of, history, the_only_run, wait_until
 
-from detr_ray.tracking import MlflowTracker, send_pending
+from detr_ray import send
+from detr_ray.tracking import MlflowTracker
 
 START_LIMIT_S = 60.0
 
@@ -86,7 +87,7 @@ def server(tmp_path: Path, empty_database: Path) -> Iterator[Server]:
 
 @pytest.mark.timeout(180)
 def test_everything_arrives_once_in_one_run_whatever_happens_to_the_server(
-    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def open_tracker() -> MlflowTracker:
         return MlflowTracker(tmp_path / "run", uri=server.uri, experiment="detr", run_name="seven", timing=QUICK)
@@ -120,7 +121,7 @@ def test_everything_arrives_once_in_one_run_whatever_happens_to_the_server(
     started = time.monotonic()
     first.finish("FAILED", timeout_s=1.0)
     assert time.monotonic() - started < 10, "the end waits for a limited time only"
-    assert told("events and 0 files are not in MLflow yet; they are kept in") == 1
+    assert told(f"events and 0 files are not in MLflow yet; `python -m detr_ray.send --run {tmp_path}/run`") == 1
 
     # The resumed run brings what was left, its own, and files.
     second = open_tracker()
@@ -157,7 +158,14 @@ def test_everything_arrives_once_in_one_run_whatever_happens_to_the_server(
     third.finish("KILLED", timeout_s=1.0)
     assert time.monotonic() - started < 10
     assert third.pending().events == 11
+    assert send.main(["--run", str(tmp_path / "run"), "--timeout", "1"]) == 1
+    assert "does not answer (timed out)" in capsys.readouterr().out
     server.signal(signal.SIGCONT)
-    assert not send_pending(tmp_path / "run", timeout_s=30)
-    assert the_only_run(server.uri).info.status == "KILLED"
+    assert send.main(["--run", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        f"{server.uri} answers; sending what is in {tmp_path}/run",
+        "everything that was logged is in MLflow",
+    ]
+    assert the_only_run(server.uri).info.status == "KILLED", "and the command is the one that a warning named"
     assert history(server.uri, run.info.run_id, "train/loss") == [(step, float(step)) for step in range(160)]
