@@ -1,4 +1,4 @@
-"""The command that sends what a tracking store did not take; against a real server: ``tracking/test_mlflow_server.py``."""
+"""The command that sends what a tracking store did not take; ``tracking/test_mlflow_server.py`` has a real server."""
 
 from __future__ import annotations
 

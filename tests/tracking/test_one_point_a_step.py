@@ -30,6 +30,8 @@ timing = Timing(batch_interval=0.01, first_retry=0.05, longest_retry=0.2, finish
 tracker = MlflowTracker(folder / "tracking", uri=uri, experiment="detr", run_name="killed", timing=timing)
 checkpoint = folder / "checkpoint"
 begin = int(checkpoint.read_text()) if checkpoint.exists() else 0
+while sys.argv[5] == "connected" and tracker.run_id is None:
+    time.sleep(0.01)
 print("at work", begin, flush=True)
 for step in range(begin + 1, last + 1):
     tracker.log_metrics({"train/loss": 1 / step, "perf/images_per_s": random.random()}, step)
@@ -39,15 +41,23 @@ for step in range(begin + 1, last + 1):
         draft = checkpoint.with_suffix(".tmp")
         draft.write_text(str(step))
         draft.replace(checkpoint)
-    time.sleep(0.02)
+    time.sleep(0.01)
 tracker.finish("FINISHED")
 assert not tracker.pending(), tracker.pending()
 """
 
 
-def train(folder: Path, uri: str, kill_after_s: float | None) -> int:
-    """Trains on from the checkpoint; killed so long after it set to work, or to the end. Gives the exit status."""
-    command = [sys.executable, "-c", TRAINS, str(folder), uri, str(LAST), str(CHECKPOINT_EVERY)]
+def train(folder: Path, uri: str, kill_after_s: float | None, connected: bool = True) -> int:
+    """Trains on from the checkpoint, killed so long after its first step or to the end; gives the exit status.
+
+    Args:
+        folder: of the run.
+        uri: of the store.
+        kill_after_s: None for never.
+        connected: whether the first step waits until the sender has reached MLflow, which takes it seconds of imports.
+    """
+    numbers = [str(LAST), str(CHECKPOINT_EVERY), "connected" if connected else "at once"]
+    command = [sys.executable, "-c", TRAINS, str(folder), uri, *numbers]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stderr is not None
         assert process.stdout.readline().startswith("at work"), process.stderr.read()
@@ -75,8 +85,7 @@ def kill_and_resume(folder: Path, uri: str, kills: int, seed: int) -> None:
     draw = random.Random(seed)
     state, older = folder / "tracking" / "sent.json", folder / "older.json"
     for kill in range(kills):
-        # From before MLflow was reached (seconds of imports) to the midst of what it is sent.
-        status = train(folder, uri, kill_after_s=draw.uniform(0.0, 2.0) if kill else 6.0)
+        status = train(folder, uri, kill_after_s=draw.uniform(0.0, 1.2), connected=kill % 4 != 3)
         if status == 0:
             break
         assert status == -signal.SIGKILL
