@@ -112,6 +112,27 @@ def resized_sizes(sizes: np.ndarray, short: np.ndarray, max_size: int | None = N
     return resized
 
 
+def largest_side(sizes: np.ndarray, values: AugmentValues) -> int:
+    """Length in pixels that no side of an augmented image exceeds, whatever is drawn.
+
+    Args:
+        sizes: ``[n, 2]`` (height, width) of the stored images in pixels, at least one.
+        values: what is drawn from.
+    """
+    longest = max(int(resized_sizes(sizes, np.array(short), values.max_size).max()) for short in values.scales)
+    if not values.crop:
+        return longest
+    for short in values.crop_scales:
+        sides = resized_sizes(sizes, np.array(short)).astype(np.int64)
+        least, most = np.minimum(values.crop_min, sides), np.minimum(values.crop_max, sides)
+        # The most oblong cut-out: as long as can be along one side, as short as can be along the other.
+        ratio = float(max((most[:, 0] / least[:, 1]).max(), (most[:, 1] / least[:, 0]).max(), 1))
+        for scale in values.scales:
+            long = int(scale * ratio)
+            longest = max(longest, long if long <= values.max_size else values.max_size + int(ratio / 2), scale)
+    return longest
+
+
 def draw(sizes: np.ndarray, uniform: np.ndarray, values: AugmentValues) -> Draws:
     """Turns random numbers into what happens to each sample.
 

@@ -157,21 +157,23 @@ def inspect_images(
     return found
 
 
-def common_cause(bad: Sequence[BadImage], num_seen: int, split: str) -> str:
+def is_other_folder(bad: Sequence[BadImage], num_seen: int) -> bool:
+    """Whether the images seem to lie elsewhere: none of those looked at is usable, for one reason."""
+    return len(bad) == num_seen and len({image.reason for image in bad}) == 1
+
+
+def common_cause(bad: Sequence[BadImage], num_seen: int) -> str:
     """What to do where one thing is wrong with all bad images; empty where there is no such thing.
 
     Args:
         bad: at least one.
         num_seen: images that were looked at.
-        split: ``train`` or ``val``.
     """
-    folder, kinds = f"data.{split}.images (or data.root)", {image.advice for image in bad}
+    kinds = {image.advice for image in bad}
     if len(kinds) == 1 and "" not in kinds:
         return kinds.pop()
     sizes = [image.wrong_size for image in bad if image.wrong_size is not None]
     if len(sizes) < len(bad):
-        if len(bad) == num_seen and len({image.reason for image in bad}) == 1:
-            return f"none of the images is usable: is {folder} the right place?"
         return ""
     if all(found == wanted[::-1] for found, wanted in sizes):
         return "height and width are swapped in the annotation file: write them the other way round"
@@ -182,10 +184,7 @@ def common_cause(bad: Sequence[BadImage], num_seen: int, split: str) -> str:
             "annotated, or bring the sizes and boxes in the annotation file to those of the images"
         )
     if len(bad) == num_seen:
-        return (
-            f"no size in the annotation file is its image's: write the real ones; or is {folder} the place of other "
-            "images?"
-        )
+        return "no size in the annotation file is its image's: write the real ones; or are these other images?"
     return ""
 
 

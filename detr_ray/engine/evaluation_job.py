@@ -21,6 +21,7 @@ from detr_ray.engine.evaluation_config import DECISIVE, evaluation_config
 from detr_ray.engine.evaluator import build_evaluator
 from detr_ray.engine.job import Say, open_evaluation_data
 from detr_ray.engine.planned_data import PlannedData
+from detr_ray.engine.positions import refuse_positions_out_of_reach
 from detr_ray.engine.precision import warn_of_slow_precision
 from detr_ray.engine.run_directory import absolute_storage
 from detr_ray.engine.training_state import MODEL_FILE
@@ -138,6 +139,7 @@ def prepare_evaluation(config: Config, say: Say) -> EvaluationJob:
     else:
         label_map = LabelMap.from_dict(checkpoint["label_map"])
         label_map.check_covers(val.categories, val.source)
+    refuse_positions_out_of_reach(config, model_config, None, val)
     try:
         state = whole_state(_skeleton(model_config, label_map.num_classes), weights, source)
     except WeightsError as error:

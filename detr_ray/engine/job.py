@@ -18,10 +18,13 @@ from detr_ray.config import Config, ConfigError, DataConfig, flatten
 from detr_ray.data.errors import DataError
 from detr_ray.data.generated import generate_dataset
 from detr_ray.data.index import PROBLEMS, CocoIndex
-from detr_ray.data.inspection import common_cause, inspect_images
+from detr_ray.data.inspection import common_cause, inspect_images, is_other_folder
 from detr_ray.data.label_map import LabelMap
+from detr_ray.data.plausibility import find_misreadings
 from detr_ray.data.splits import open_split
+from detr_ray.data.statistics import count_boxes
 from detr_ray.engine.planned_data import PlannedData
+from detr_ray.engine.positions import refuse_positions_out_of_reach
 from detr_ray.engine.records import check_tracking, run_tracking_uri
 from detr_ray.engine.run_directory import RunDirectory, open_run, read_record
 from detr_ray.locations import local_path
@@ -145,6 +148,13 @@ def _open_split(data: DataConfig, split: str, say: Say) -> CocoIndex:
         index = index.first(data.max_images)
     problems = ", ".join(f"{count} {PROBLEMS[kind]}" for kind, count in index.problems.items() if count)
     say(f"{split}: {len(index)} images, {len(index.category_ids)} annotations" + (f" ({problems})" if problems else ""))
+    if split == "train" and not count_boxes(index).per_image.any():
+        raise DataError(
+            f"{index.source}: there is not one box to learn from: none that lies inside of its image and is no crowd"
+        )
+    for misreading in find_misreadings(index):
+        if misreading.ruins:
+            raise DataError(f"{index.source}: {misreading.message}. {misreading.advice}")
     _look_at_images(index, split, data.on_bad_image == "skip", say)
     return index
 
@@ -165,23 +175,17 @@ def _look_at_images(index: CocoIndex, split: str, skip: bool, say: Say) -> None:
         raise DataError(f"{failed.file}: {failed.reason}")
     if not bad:
         return
-    message = f"{split}: {len(bad)} of {len(rows)} images that were looked at cannot be used: {bad[0].file}: "
-    message += f"{bad[0].reason}. {common_cause(bad, len(rows), split) or 'The check command names all of them'}"
+    cause = common_cause(bad, len(rows))
+    if not cause and is_other_folder(bad, len(rows)):
+        cause = f"Is the folder right (data.{split}.images, or data.root)?"
+    message = (
+        f"{bad[0].file}: {bad[0].reason} ({split}: {len(bad)} of {len(rows)} images that were looked at cannot be "
+        f"used). {cause or 'The check command names all of them'}"
+    )
     if len(bad) == len(rows) or (split == "val" and not skip):
         raise DataError(message)
     if not skip:
         say(f"WARNING: {message}; the run ends at the first of them, unless data.on_bad_image=skip")
-
-
-def choose_label_map(config: Config, train: CocoIndex, val: CocoIndex | None, official: bool) -> LabelMap:
-    """The labels of a new run: as configured.
-
-    ``auto`` is COCO's 91 ids where published weights meet data with COCO's categories, contiguous otherwise.
-    """
-    space = config.data.label_space
-    if space == "auto":
-        space = "coco91" if official and has_coco_categories(train) else "contiguous"
-    return label_map_for(space, train, val)
 
 
 def label_map_for(space: str, train: CocoIndex, val: CocoIndex | None) -> LabelMap:
@@ -229,8 +233,9 @@ def prepare_job(config: Config, say: Say) -> TrainJob:
             f"{train.source} has {len(train)} images, fewer than one global batch; "
             f"set train.global_batch_size (now {config.train.global_batch_size}) to {len(train)} or less"
         )
-    space = _label_space(config, train)
+    space = choose_label_space(config, train, lambda: _is_official(config.model.init_from))
     label_map = label_map_for(space, train, val)
+    refuse_positions_out_of_reach(config, config.model, train, val)
     fingerprints = {"train": train.fingerprint} | ({} if val is None else {"val": val.fingerprint})
     check_tracking(config, say)
     run = open_run(config.run.name, config.run.storage, flatten(config), fingerprints, config.to_yaml(), space, say)
@@ -242,8 +247,16 @@ def prepare_job(config: Config, say: Say) -> TrainJob:
     )
 
 
-def _label_space(config: Config, train: CocoIndex) -> str:
-    """The space of a run's labels: that which it was begun with, whatever has become of its first weights since."""
+def choose_label_space(config: Config, train: CocoIndex, is_official: Callable[[], bool]) -> str:
+    """The space of a run's labels: that which it was begun with, whatever has become of its first weights since.
+
+    ``auto`` is COCO's 91 ids where published weights meet data with COCO's categories, contiguous otherwise.
+
+    Args:
+        config: the configuration.
+        train: the training set.
+        is_official: whether the first weights are published ones; asked where it matters.
+    """
     if config.data.label_space != "auto":
         return config.data.label_space
     record = read_record(config.run.name, config.run.storage)
@@ -255,8 +268,7 @@ def _label_space(config: Config, train: CocoIndex) -> str:
         known = _labels_of_last_checkpoint(RunDirectory.at(config.run.name, config.run.storage, record))
         if known is not None:
             return "coco91" if known == LabelMap.coco91() else "contiguous"
-    official = config.model.init_from is not None and _is_official(config.model.init_from)
-    return "coco91" if official else "contiguous"
+    return "coco91" if is_official() else "contiguous"
 
 
 def _labels_of_last_checkpoint(run: RunDirectory) -> LabelMap | None:
@@ -266,11 +278,11 @@ def _labels_of_last_checkpoint(run: RunDirectory) -> LabelMap | None:
     return None if latest is None else LabelMap.from_dict(run.checkpoints.load(latest, MODEL_FILE)["label_map"])
 
 
-def _is_official(init_from: str) -> bool:
+def _is_official(init_from: str | None) -> bool:
     """Whether weights are published ones, which name no classes."""
     from detr_ray.model.weights import read_checkpoint
 
-    return read_checkpoint(init_from)["class_names"] is None
+    return init_from is not None and read_checkpoint(init_from)["class_names"] is None
 
 
 def _initial_weights(config: Config, label_map: LabelMap, say: Say) -> dict[str, torch.Tensor] | None:

@@ -48,7 +48,7 @@ def run_preflight(
     label_map = None
     if opened:
         with section(LABELS, report, say):
-            label_map = check_labels(config, opened, starts_from_official_weights(config), report)
+            label_map = check_labels(config, opened, lambda: starts_from_official_weights(config), report)
             check_boxes(config, opened, report)
         with section(plan.AREA, report, say):
             plan.check_plan(config, opened, label_map, report)

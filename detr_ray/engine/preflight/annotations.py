@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from detr_ray.config import Config
+from collections.abc import Callable
+
+from detr_ray.config import Config, ConfigError
 from detr_ray.data.errors import DataError
 from detr_ray.data.generated import generate_dataset
 from detr_ray.data.index import PROBLEMS, CocoIndex
 from detr_ray.data.label_map import LabelMap
+from detr_ray.data.plausibility import find_misreadings
 from detr_ray.data.splits import open_split
 from detr_ray.data.statistics import BoxStatistics, count_boxes
-from detr_ray.engine.job import choose_label_map, generated_root
+from detr_ray.engine.checkpoint import CheckpointError
+from detr_ray.engine.job import choose_label_space, generated_root, label_map_for
 from detr_ray.engine.preflight.findings import Level, Report
-from detr_ray.engine.preflight.storage import try_storage
+from detr_ray.engine.preflight.storage import TIMEOUT_S, try_storage, within
 
 DATA, LABELS = "data", "labels"
 FEW_BOXES = 10
@@ -62,7 +66,12 @@ def open_splits(config: Config, report: Report) -> dict[str, CocoIndex]:
         except DataError as error:
             report.add("error", DATA, f"{split}: {error}")
             continue
+        if config.data.max_images is not None:
+            opened[split] = index = index.first(config.data.max_images)
         _check_quirks(split, index, report)
+        for misreading in find_misreadings(index):
+            level: Level = "error" if misreading.ruins else "warning"
+            report.add(level, DATA, f"{split}: {misreading.message}", misreading.advice)
     if len(opened) == 2 and opened["train"].fingerprint == opened["val"].fingerprint:
         report.add(
             "warning", DATA, "train and val are the same data: the AP says nothing about other images",
@@ -93,26 +102,29 @@ def _check_quirks(split: str, index: CocoIndex, report: Report) -> None:
     }
 
 
-def check_labels(config: Config, opened: dict[str, CocoIndex], official: bool, report: Report) -> LabelMap | None:
+def check_labels(
+    config: Config, opened: dict[str, CocoIndex], is_official: Callable[[], bool], report: Report
+) -> LabelMap | None:
     """Finds the labels that training would use; None where there are none.
 
     Args:
         config: the configuration.
         opened: split -> index.
-        official: whether the weights to start from are in COCO's label space.
+        is_official: whether the weights to start from are in COCO's label space.
         report: gets the findings.
     """
     if "train" not in opened:
         return None
     train, val = opened["train"], opened.get("val")
     try:
-        label_map = choose_label_map(config, train, val, official)
-    except DataError as error:
+        # The storage is asked what an earlier start of the run decided.
+        space = within(TIMEOUT_S, lambda: choose_label_space(config, train, is_official))
+        label_map = label_map_for(space, train, val)
+    except (DataError, ConfigError, CheckpointError, OSError) as error:
         report.add("error", LABELS, str(error))
         return None
-    space: str = config.data.label_space
-    if space == "auto":
-        space = f"{'coco91' if official else 'contiguous'} (auto)"
+    if config.data.label_space == "auto":
+        space = f"{space} (auto)"
     used = len(label_map.categories)
     unused = label_map.num_classes - used
     report.add(

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from detr_ray.config import Config
 from detr_ray.data.errors import DataError
 from detr_ray.data.index import CocoIndex
-from detr_ray.data.inspection import Inspection, common_cause, find_missing_storage, inspect_images
+from detr_ray.data.inspection import Inspection, common_cause, find_missing_storage, inspect_images, is_other_folder
 from detr_ray.engine.pace import Pace
 from detr_ray.engine.preflight.findings import Level, Report
 from detr_ray.engine.preflight.storage import TIMEOUT_S, within
@@ -83,7 +83,11 @@ def _add_bad(config: Config, split: str, index: CocoIndex, seen: Inspection, rep
         else:
             level = "warning"
     names = [f"{bad.file}: {bad.reason}" for bad in seen.bad]
-    advice = common_cause(seen.bad, len(index), split) or advice
+    cause = common_cause(seen.bad, len(index))
+    if cause:
+        advice = cause
+    elif is_other_folder(seen.bad, len(index)):
+        advice = f"none of the images is usable: is data.{split}.images (or data.root) the right place?"
     message = f"{split}: {len(seen.bad)} of {len(index)} images cannot be used"
     report.add(level, AREA, message, advice, names)
 

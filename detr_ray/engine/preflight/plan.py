@@ -8,11 +8,12 @@ from itertools import chain
 import numpy as np
 import torch
 
-from detr_ray.config import Config
+from detr_ray.config import Config, ConfigError
 from detr_ray.data.index import CocoIndex
 from detr_ray.data.label_map import LabelMap
 from detr_ray.data.planner import split_global_batch
 from detr_ray.engine.planned_data import PlannedData
+from detr_ray.engine.positions import refuse_positions_out_of_reach
 from detr_ray.engine.precision import slow_precision
 from detr_ray.engine.preflight.findings import Report
 from detr_ray.structures import SamplePlan
@@ -55,6 +56,11 @@ def check_plan(config: Config, opened: dict[str, CocoIndex], label_map: LabelMap
             f"{left_out} of {len(train)} images are left out of each epoch (others each time), being no whole batch",
             "set train.global_batch_size to a number that goes into the number of images with less left over",
         )  # fmt: skip
+    try:
+        refuse_positions_out_of_reach(config, config.model, train, opened.get("val"))
+    except ConfigError as error:
+        for line in error.errors:
+            report.add("error", AREA, line)
     labels = label_map or LabelMap.contiguous(train.categories)
     sizes = _check_shapes(PlannedData(config, train, opened.get("val"), labels), min(steps, steps_per_epoch), report)
     _check_enlargement(train, sizes, report)
