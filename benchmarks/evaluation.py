@@ -29,7 +29,7 @@ from detr_ray.engine.batches import LocalBatches
 from detr_ray.engine.context import LocalContext
 from detr_ray.engine.job import prepare_job
 from detr_ray.engine.loop import TrainingLoop
-from detr_ray.evaluation import DetectionTable, GroundTruth, evaluate_apart, evaluate_detections
+from detr_ray.evaluation import DetectionTable, GroundTruth, evaluate_detections, score_in_process
 from detr_ray.tracking import MemoryTracker
 
 IMAGES, DETECTIONS, CATEGORIES, BOXES = 5000, 100, 80, 36_000
@@ -186,7 +186,7 @@ def compare_with_scoring_in_line() -> list[Row]:
             steps()
 
         def beside() -> None:
-            scoring = threading.Thread(target=evaluate_apart, args=(truth, found, 60.0))
+            scoring = threading.Thread(target=score_in_process, args=(truth, found, 60.0))
             scoring.start()
             steps(scoring)
 

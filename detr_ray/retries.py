@@ -31,6 +31,8 @@ _PASSING_ON_DISK = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EI
 """What network disks report while they recover. All else (a full disk, no such file) stays as it is."""
 _STAYING = frozenset({errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOSPC})
 
+_IN_THE_WAY = frozenset({errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EFBIG, errno.EROFS, errno.ENAMETOOLONG})
+
 
 class StorageError(OSError):
     """Storage that failed for good; the text is "location: reason"."""
@@ -106,6 +108,14 @@ def patiently(location: str, operation: Callable[[], T], *, remote: bool, patien
         time.sleep(pause_s * random.uniform(0.5, 1.0))
         pause_s = min(2 * pause_s, patience.longest_pause_s)
         attempt += 1
+
+
+def may_pass(error: OSError) -> bool:
+    """Whether an operation that failed, however often it was tried, may succeed minutes later.
+
+    An outage ends, room is made on a full disk, credentials are renewed; a file in the way of a folder stays.
+    """
+    return error.errno not in _IN_THE_WAY and not isinstance(error, NoSuchObject)
 
 
 def reason_of(error: BaseException) -> str:

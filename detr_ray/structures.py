@@ -101,6 +101,7 @@ class PaddedBatch:
         counts: ``[B]`` int64, boxes of each image; sums to M.
         bad_images: one line for each image that could not be read ("file: reason"). Its place in the batch holds a
             black image without boxes, so that shapes stay as planned; the reader of the batch decides what to do.
+        bad_image_ids: int64, the ids of these images.
     """
 
     images: np.ndarray
@@ -112,6 +113,7 @@ class PaddedBatch:
     boxes_cxcywh: np.ndarray
     counts: np.ndarray
     bad_images: list[str] = field(default_factory=list)
+    bad_image_ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,6 +147,7 @@ class S3Server:
         *,
         only: str = "",
         first: int = 0,
+        denied: Iterable[str] = (),
         read_only: str | None = None,
         forbidden: str | None = None,
         silent: str | None = None,
@@ -160,14 +161,16 @@ class S3Server:
             kinds: which of `FAULTS`.
             only: fail requests alone whose "KIND path" contains this.
             first: fail the first so many of these requests, whatever the share.
+            denied: refuse requests whose "KIND path" contains any of these; a request to delete several objects is a
+                DELETE of their bucket.
             read_only: refuse to write and to delete under this path.
             forbidden: refuse everything under this path.
             silent: never answer anything under this path.
             latency_s: wait before each answer.
         """
         faults = {
-            "share": share, "seed": seed, "kinds": list(kinds), "only": only, "first": first, "read_only": read_only,
-            "forbidden": forbidden, "silent": silent, "latency_s": latency_s,
+            "share": share, "seed": seed, "kinds": list(kinds), "only": only, "first": first, "denied": list(denied),
+            "read_only": read_only, "forbidden": forbidden, "silent": silent, "latency_s": latency_s,
         }  # fmt: skip
         self._ask("POST", f"{_CONTROL}faults", json.dumps(faults).encode())
 
@@ -274,6 +277,8 @@ class FaultyLayer:
         for name, hit in (("silent", "silent"), ("forbidden", "denied")):
             if faults.get(name) is not None and path.startswith(faults[name]):
                 return hit
+        if any(part in f"{kind} {path}" for part in faults.get("denied", ())):
+            return "denied"
         read_only = faults.get("read_only")
         if read_only is not None and path.startswith(read_only) and kind in ("PUT", "POST", "DELETE"):
             return "denied"
@@ -330,6 +335,8 @@ def _keys(bucket: str, prefix: str) -> list[str]:
 def _kind(environ: dict[str, Any]) -> str:
     query = urllib.parse.parse_qs(environ.get("QUERY_STRING", ""), keep_blank_values=True)
     is_listing = environ["REQUEST_METHOD"] == "GET" and "/" not in environ["PATH_INFO"].strip("/")
+    if "delete" in query:
+        return "DELETE"
     return "LIST" if is_listing or "list-type" in query else environ["REQUEST_METHOD"]
 
 

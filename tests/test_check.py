@@ -156,14 +156,18 @@ def test_skipping_bad_images_makes_them_warnings_as_far_as_training_bears_them(c
     folder.add("train", "empty2.jpg", b"")
     root = folder.write()
     skip = ["data.on_bad_image=skip", "train.epochs=50", "data.max_bad_images="]
-    enough = check(root, *skip[:2], skip[2] + "100")
+    enough = check(root, *skip[:2], skip[2] + "2")
     assert enough.code == 0
     assert "2 of 12 images cannot be used" in enough.only("warning", "images")
-    too_few = check(root, *skip[:2], skip[2] + "99")
+    too_few = check(root, *skip[:2], skip[2] + "1")
     assert too_few.code == 1
-    assert "or set data.max_bad_images to 100" in too_few.only("error", "images")
+    assert "or set data.max_bad_images to 2" in too_few.only("error", "images")
     folder.add("val", "empty.jpg", b"")
-    assert check(folder.write(), *skip[:2], skip[2] + "100").code == 1, "validation has to see every image"
+    root = folder.write()
+    assert check(root, *skip[:2], skip[2] + "2").code == 0, "it counts as without detections"
+    refused = check(root)
+    assert refused.code == 1
+    assert "data.on_bad_image=skip counts them as images without" in refused.messages("error", "images")[1]
 
 
 def test_a_wrong_images_folder_is_one_error(check, tmp_path):

@@ -153,9 +153,10 @@ class DataConfig(Section):
     itself is followed in any case."""
     on_bad_image: Literal["raise", "skip"] = "raise"
     """What to do about an image that cannot be read: end the run, or train on a black image without boxes in its place,
-    and count it."""
+    and count it. `skip` counts a validation image as one in which nothing was found: its annotated boxes stay, so that
+    scores are not the better for it."""
     max_bad_images: CountOrZero = 100
-    """With `data.on_bad_image=skip`: the run ends when more images than this could not be read."""
+    """With `data.on_bad_image=skip`: the run ends when more different training images than this could not be read."""
 
     def rules(self) -> Iterator[Violation]:
         """The data lies in one place, and generated data has a place."""

@@ -19,8 +19,8 @@ from detr_ray.data.index import CocoIndex
 from detr_ray.data.label_map import LabelMap
 from detr_ray.structures import PaddedBatch, SamplePlan
 
-# The columns that a table holds beside the pixels and the list of bad images: element type, and shape of one image's
-# or one box's part of it.
+# The columns that a table holds beside the pixels and the messages about bad images: element type, and shape of one
+# image's or one box's part of it.
 _COLUMNS: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
     "sizes": (np.int32, (2,)),
     "orig_sizes": (np.int32, (2,)),
@@ -29,6 +29,7 @@ _COLUMNS: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
     "labels": (np.int64, ()),
     "boxes_cxcywh": (np.float32, (4,)),
     "counts": (np.int64, ()),
+    "bad_image_ids": (np.int64, ()),
 }
 
 
@@ -96,12 +97,13 @@ class BatchLoader:
         )
         # As decoders leave pixels and as convolutions take them: a row of an image is copied whole.
         pixels = np.empty((len(samples), height, width, 3), np.uint8)
-        labels, boxes, bad_images = [], [], []
+        labels, boxes, bad_images, bad_image_ids = [], [], [], []
         for padded, sample, read in zip(pixels, samples, reads, strict=True):
             try:
                 self._load_image(sample, read, padded)
             except ImageError as error:
                 bad_images.append(str(error))
+                bad_image_ids.append(sample.image_id)
                 padded.fill(0)
                 image_labels, image_boxes = np.zeros(0, np.int64), np.zeros((0, 4), np.float32)
             else:
@@ -118,6 +120,7 @@ class BatchLoader:
             boxes_cxcywh=np.concatenate(boxes).astype(np.float32, copy=False),
             counts=np.array([len(image_labels) for image_labels in labels], np.int64),
             bad_images=bad_images,
+            bad_image_ids=np.array(bad_image_ids, np.int64),
         )
 
     def _stored_size(self, sample: SamplePlan) -> tuple[int, int]:

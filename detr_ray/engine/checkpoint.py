@@ -9,17 +9,18 @@ makes of plain dictionaries and are read back as data, never as code.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import torch
 
+from detr_ray.engine.checkpoint_info import CheckpointInfo
 from detr_ray.engine.errors import CheckpointError
 from detr_ray.locations import (
     StoredFile,
@@ -34,31 +35,12 @@ from detr_ray.locations import (
     write,
     write_bytes,
 )
-from detr_ray.retries import reason_of
+from detr_ray.retries import NoSuchObject, reason_of
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _FILE = re.compile(r"(step_\d{8,})/(.+)")
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointInfo:
-    """What is known of a whole checkpoint without loading it.
-
-    Attributes:
-        step: optimizer steps taken.
-        path: its folder, as an absolute path or URI.
-        metrics: what an evaluation of these weights gave; None where there was none yet.
-        details: whatever the writer noted (epoch, world size, ...).
-        files: name -> {"bytes", "sha256"}.
-    """
-
-    step: int
-    path: str
-    metrics: dict[str, float] | None
-    details: dict[str, Any]
-    files: dict[str, dict[str, Any]]
 
 
 class _HashingFile:
@@ -95,49 +77,63 @@ class CheckpointStore:
     """
 
     def __init__(self, root: str, metric: str = "val/AP") -> None:
-        self._root = resolve(root)
+        self.root = resolve(root)
         self._manifests: dict[str, tuple[StoredFile, dict[str, Any]]] = {}
         self._passed_over: set[str] = set()
+        self._leftovers: set[str] = set()  # of checkpoints whose manifest is removed, and the rest could not be
+        self._refused: dict[str, OSError] = {}  # folders that may not be removed
         self.metric = metric
 
-    def save(self, step: int, files: Mapping[str, Any], details: Mapping[str, Any]) -> CheckpointInfo:
+    def save(
+        self, step: int, files: Mapping[str, Any], details: Mapping[str, Any], *, evaluation_due: bool = False
+    ) -> CheckpointInfo:
         """Writes a checkpoint.
 
         Args:
             step: optimizer steps taken; an earlier checkpoint of the same step is replaced.
             files: file name -> what ``torch.save`` writes into it.
             details: small JSON values kept in the manifest.
+            evaluation_due: these weights are to be evaluated: it is kept until that is noted (`annotate`).
 
         Raises:
             OSError: it could not be written; nothing of it stays, and earlier checkpoints are as they were.
         """
-        folder = join(self._root, f"step_{step:08d}")
-        if list_files(folder):
-            self._remove(folder)
+        folder = join(self.root, f"step_{step:08d}")
+        self._clear(folder)
+        self._leftovers.discard(folder)
         try:
             make_folder(folder)
             written = {name: _write(join(folder, name), content) for name, content in files.items()}
-            manifest = {"step": step, "metrics": None, "details": dict(details), "files": written}
-            self._write_manifest(folder, manifest)
+            info = CheckpointInfo(step, folder, None, dict(details), written, evaluation_due)
+            self._write_manifest(info)
         except OSError:
             with contextlib.suppress(OSError):
                 self._remove(folder)
             raise
-        return CheckpointInfo(step, folder, None, dict(details), written)
+        return info
 
-    def annotate(self, info: CheckpointInfo, metrics: Mapping[str, float]) -> CheckpointInfo:
-        """Notes what an evaluation of a checkpoint's weights gave."""
-        manifest = {"step": info.step, "metrics": dict(metrics), "details": info.details, "files": info.files}
-        self._write_manifest(info.path, manifest)
-        return CheckpointInfo(info.step, info.path, dict(metrics), info.details, info.files)
+    def annotate(self, info: CheckpointInfo, metrics: Mapping[str, float] | None, problem: str = "") -> CheckpointInfo:
+        """Notes what an evaluation of a checkpoint's weights gave, or (without ``metrics``) why it failed for good.
+
+        Raises:
+            OSError: it could not be noted; the manifest is as it was.
+        """
+        noted = None if metrics is None else dict(metrics)
+        info = dataclasses.replace(info, metrics=noted, evaluation_problem=problem)
+        self._write_manifest(info)
+        return info
 
     def checkpoints(self) -> list[CheckpointInfo]:
-        """Every whole checkpoint, oldest first; half-written ones are passed over with a warning."""
+        """Every whole checkpoint, oldest first; half-written ones are passed over with a warning.
+
+        Raises:
+            OSError: the storage does not answer now, or refuses.
+        """
         folders: dict[str, dict[str, StoredFile]] = {}
-        for file in list_files(self._root):
+        for file in list_files(self.root):
             if found := _FILE.fullmatch(file.name):
                 folders.setdefault(found[1], {})[found[2]] = file
-        infos = [self._info(join(self._root, name), files) for name, files in folders.items()]
+        infos = [self._info(join(self.root, name), files) for name, files in folders.items()]
         return sorted((info for info in infos if info is not None), key=lambda info: info.step)
 
     def latest(self) -> CheckpointInfo | None:
@@ -147,9 +143,10 @@ class CheckpointStore:
 
     def best(self) -> CheckpointInfo | None:
         """The checkpoint with the highest metric; the earliest of equals."""
-        return self._best_of(self.checkpoints())
+        return self.best_of(self.checkpoints())
 
-    def _best_of(self, found: list[CheckpointInfo]) -> CheckpointInfo | None:
+    def best_of(self, found: Iterable[CheckpointInfo]) -> CheckpointInfo | None:
+        """The one of them with the highest metric."""
         scored = [info for info in found if info.metrics and self.metric in info.metrics]
         return max(scored, key=lambda info: (info.metrics[self.metric], -info.step), default=None)  # type: ignore[index]
 
@@ -157,35 +154,86 @@ class CheckpointStore:
         """Reads one file of a checkpoint back, with ``weights_only``.
 
         Raises:
-            CheckpointError: its bytes are not those that were written.
+            CheckpointError: its bytes are not those that were written, or are gone.
+            OSError: the storage does not give them now.
         """
         path = join(info.path, name)
         try:
             data = read_buffer(path, info.files[name]["bytes"])
-        except OSError as error:
+        except NoSuchObject as error:
             raise CheckpointError(f"{path}: cannot be read: {reason_of(error)}") from error
         if hashlib.sha256(data).hexdigest() != info.files[name]["sha256"]:
             raise CheckpointError(f"{path}: its content is not what was written (hash differs); remove {info.path}")
         return torch.load(pa.BufferReader(data), map_location=map_location, weights_only=True)
 
-    def prune(self, keep_last: int) -> CheckpointInfo | None:
-        """Removes all but the best and the last few whole checkpoints; gives the best."""
-        found = self.checkpoints()
-        best = self._best_of(found)
+    def prune(
+        self, keep_last: int, found: list[CheckpointInfo] | None = None, also: Collection[int] = ()
+    ) -> CheckpointInfo | None:
+        """Removes whole checkpoints but the best, the last few and those that are to be evaluated; gives the best.
+
+        Args:
+            keep_last: how many of the newest stay.
+            found: the checkpoints, oldest first; None to look.
+            also: steps of others that stay.
+
+        Raises:
+            OSError: some could not be removed; the others are gone. One that may not be removed is not tried again.
+        """
+        found = self.checkpoints() if found is None else found
+        best = self.best_of(found)
+        problem: OSError | None = None
         for info in found[: max(len(found) - keep_last, 0)]:
-            if best is None or info.step != best.step:
-                self._remove(info.path)
+            if info.unscored or info.step in also or (best is not None and info.step == best.step):
+                continue
+            problem = self._try_to_remove(info.path) or problem
+        for folder in list(self._leftovers):
+            problem = self._try_to_remove(folder) or problem
+        if problem is not None:
+            raise problem
         return best
 
-    def _write_manifest(self, folder: str, manifest: Mapping[str, Any]) -> None:
+    def _write_manifest(self, info: CheckpointInfo) -> None:
+        manifest = {
+            "step": info.step,
+            "metrics": info.metrics,
+            "evaluation_due": info.evaluation_due,
+            "evaluation_problem": info.evaluation_problem,
+            "details": info.details,
+            "files": info.files,
+        }
         # A bucket's clock has seconds: another manifest of the same size may look like the one before.
-        self._manifests.pop(folder, None)
-        write_bytes(join(folder, MANIFEST), json.dumps(manifest, indent=1).encode())
+        self._manifests.pop(info.path, None)
+        write_bytes(join(info.path, MANIFEST), json.dumps(manifest, indent=1).encode())
+
+    def _try_to_remove(self, folder: str) -> OSError | None:
+        if folder not in self._refused:
+            try:
+                self._remove(folder)
+            except PermissionError as error:
+                self._refused[folder] = error
+            except OSError as error:
+                return error
+        return self._refused.get(folder)
 
     def _remove(self, folder: str) -> None:
         # The manifest goes first: what is left after an interruption is no checkpoint any more.
         delete_file(join(folder, MANIFEST))
+        self._leftovers.add(folder)
         delete_folder(folder)
+        self._leftovers.discard(folder)
+
+    def _clear(self, folder: str) -> None:
+        """Makes room for a checkpoint where there may be files of an earlier one, whole or not."""
+        files = {file.name for file in list_files(folder)}
+        if not files:
+            return
+        try:
+            self._remove(folder)
+        except PermissionError:
+            # Where writing is allowed and deleting is not: files are replaced, and until then the manifest names none.
+            if MANIFEST in files:
+                self._manifests.pop(folder, None)
+                write_bytes(join(folder, MANIFEST), b"{}")
 
     def _info(self, folder: str, files: Mapping[str, StoredFile]) -> CheckpointInfo | None:
         """What is known of a checkpoint with these files; None where it is not whole."""
@@ -195,12 +243,20 @@ class CheckpointStore:
             found = {name: files[name].num_bytes if name in files else None for name in expected}
             if found != expected:
                 raise ValueError(f"sizes {found}, expected {expected}")
-        except (OSError, ValueError, KeyError) as error:
-            if folder not in self._passed_over:
+        except (NoSuchObject, ValueError, KeyError) as error:
+            if folder not in self._passed_over | self._leftovers:
                 logger.warning("%s is no whole checkpoint and is passed over: %s", folder, error)
                 self._passed_over.add(folder)
             return None
-        return CheckpointInfo(manifest["step"], folder, manifest["metrics"], manifest["details"], manifest["files"])
+        return CheckpointInfo(
+            manifest["step"],
+            folder,
+            manifest["metrics"],
+            manifest["details"],
+            manifest["files"],
+            manifest.get("evaluation_due", False),  # these two are not in manifests of earlier releases
+            manifest.get("evaluation_problem", ""),
+        )
 
     def _manifest(self, folder: str, files: Mapping[str, StoredFile]) -> dict[str, Any]:
         if MANIFEST not in files:

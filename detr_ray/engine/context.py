@@ -6,9 +6,9 @@ against. Everything that talks to other processes implements the same protocol e
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,13 @@ T = TypeVar("T")
 LeaveReason = Literal["asked", "preempted", "resized"]
 """Why a worker is to leave after a step, with a checkpoint: someone asked to stop, its node is taken away, or the group
 is started again with another number of workers."""
+
+
+def most_urgent(reasons: Iterable[LeaveReason | None]) -> LeaveReason | None:
+    """The reason that counts where workers have several; None where none has one."""
+    given = set(reasons)
+    return next((known for known in get_args(LeaveReason) if known in given), None)
+
 
 Phase = Literal[
     "starting",
@@ -64,7 +71,18 @@ class WorkerContext(Protocol):
         ...
 
     def gather(self, item: T) -> list[T]:
-        """Every worker's item, by rank, on every worker; small Python objects and numpy arrays."""
+        """Every worker's item, by rank, on every worker; small Python objects."""
+        ...
+
+    def gather_to_first(self, item: T) -> list[T] | None:
+        """Every worker's item, by rank, on rank 0 and None elsewhere; for items that are large taken together."""
+        ...
+
+    def broadcast(self, item: T) -> T:
+        """Rank 0's item on every worker; what the others give is ignored.
+
+        Plain data, with tensors anywhere in it, which travel one by one and arrive on the CPU with the same strides.
+        """
         ...
 
     def report(self, metrics: dict[str, float]) -> None:
@@ -124,6 +142,14 @@ class LocalContext:
     def gather(self, item: T) -> list[T]:
         """The item alone."""
         return [item]
+
+    def gather_to_first(self, item: T) -> list[T] | None:
+        """The item alone."""
+        return [item]
+
+    def broadcast(self, item: T) -> T:
+        """The item itself."""
+        return item
 
     def report(self, metrics: dict[str, float]) -> None:
         """Hands the metrics on."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import io
+import pickle
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
@@ -18,6 +20,31 @@ T = TypeVar("T")
 # The newer name of the option; the older one warns where both exist.
 _NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
 _NO_BUFFER_SYNC: dict[str, Any] = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False}
+
+
+def _without_tensors(item: object, tensors: list[Tensor]) -> bytes:
+    """An item pickled but for its tensors, which are added to a list; see `_with_tensors`."""
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, part: object) -> int | None:
+            if not isinstance(part, Tensor):
+                return None
+            tensors.append(part.detach())
+            return len(tensors) - 1
+
+    stream = io.BytesIO()
+    Pickler(stream).dump(item)
+    return stream.getvalue()
+
+
+def _with_tensors(outline: bytes, tensors: list[Tensor]) -> Any:
+    """The item that `_without_tensors` was given, with these tensors in it."""
+
+    class Unpickler(pickle.Unpickler):
+        def persistent_load(self, number: int) -> Tensor:
+            return tensors[number]
+
+    return Unpickler(io.BytesIO(outline)).load()
 
 
 class DistributedContext:
@@ -61,6 +88,42 @@ class DistributedContext:
         items: list[Any] = [None] * self.world_size
         dist.all_gather_object(items, item)
         return items
+
+    def gather_to_first(self, item: T) -> list[T] | None:
+        """Every worker's item, on rank 0."""
+        if self.world_size == 1:
+            return [item]
+        items: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
+        dist.gather_object(item, items)
+        return items
+
+    def broadcast(self, item: T) -> T:
+        """Rank 0's item, its tensors one by one, so that no worker holds more than the item and one tensor."""
+        if self.world_size == 1:
+            return item
+        tensors: list[Tensor] = []
+        sent: list[Any] = [None]
+        if self.rank == 0:
+            outline = _without_tensors(item, tensors)
+            sent = [(outline, [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors])]
+        dist.broadcast_object_list(sent)
+        outline, layouts = sent[0]
+        received = [
+            self._broadcast_tensor(tensors[number] if self.rank == 0 else None, *layout)
+            for number, layout in enumerate(layouts)
+        ]
+        return item if self.rank == 0 else _with_tensors(outline, received)
+
+    def _broadcast_tensor(
+        self, tensor: Tensor | None, shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype
+    ) -> Tensor:
+        """Sends (rank 0) or receives one tensor, as bytes: not every backend knows every type."""
+        # A group with NCCL alone moves nothing but what lies on GPUs.
+        device = "cpu" if "cpu:" in dist.get_backend_config() else self.device
+        values = torch.empty(shape, dtype=dtype, device=device) if tensor is None else tensor.to(device).contiguous()
+        if values.numel():
+            dist.broadcast(values.reshape(-1).view(torch.uint8), src=0)
+        return torch.empty_strided(shape, stride, dtype=dtype).copy_(values) if tensor is None else tensor
 
     def report(self, metrics: dict[str, float]) -> None:
         """Nobody to report to."""

@@ -185,7 +185,10 @@ def run_evaluation(job: EvaluationJob, context: WorkerContext, batches: BatchSou
         model = model.to(memory_format=torch.channels_last)
     evaluator = build_evaluator(job.data, context)
     detections = evaluator.find(model, batches.evaluation_batches())
-    if problem := context.gather(_problem(job, detections))[0]:
+    if context.rank == 0:
+        for line in evaluator.bad_images.values():
+            context.say(f"WARNING: image left out, counts as without detections: {line}")
+    if problem := context.broadcast(_problem(job, detections)):
         raise RunFailed(problem, agreed=True)
     if detections is None:
         return None

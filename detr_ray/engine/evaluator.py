@@ -13,7 +13,7 @@ from detr_ray.data.label_map import LabelMap
 from detr_ray.engine.context import WorkerContext
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.step import AUTOCAST_DTYPES
-from detr_ray.evaluation import CocoMetrics, DetectionTable, GroundTruth, evaluate_apart, evaluate_detections
+from detr_ray.evaluation import CocoMetrics, DetectionTable, GroundTruth, ScorerProcess, evaluate_detections
 from detr_ray.model import postprocess
 from detr_ray.structures import PaddedBatch, to_device
 
@@ -32,6 +32,10 @@ class Evaluator:
         precision: ``fp32``, ``bf16`` or ``fp16`` autocast.
         channels_last: lay images out with the channels last.
         max_detections: detections kept an image, the best first.
+        skip_bad_images: images that cannot be read count as without detections, instead of failing the run.
+
+    Attributes:
+        bad_images: a line for each image that could not be read in the last evaluation, by id; the same on all workers.
     """
 
     def __init__(
@@ -43,6 +47,7 @@ class Evaluator:
         precision: str = "fp32",
         channels_last: bool = False,
         max_detections: int = 100,
+        skip_bad_images: bool = False,
     ) -> None:
         self._index = index
         self._category_ids = label_map.category_ids_of(np.arange(label_map.num_classes))
@@ -50,11 +55,13 @@ class Evaluator:
         self._dtype = AUTOCAST_DTYPES[precision]
         self._channels_last = channels_last
         self._max_detections = max_detections
+        self._skip_bad_images = skip_bad_images
+        self.bad_images: dict[int, str] = {}
 
     @torch.inference_mode()
     def detect(
         self, model: nn.Module, batches: Iterator[PaddedBatch], step: int = 0
-    ) -> tuple[DetectionTable, list[int], list[str]]:
+    ) -> tuple[DetectionTable, list[int], dict[int, str]]:
         """Detections on this worker's batches.
 
         Args:
@@ -63,14 +70,14 @@ class Evaluator:
             step: optimizer steps that the model has taken, for whoever looks for workers that hang.
 
         Returns:
-            The detections; the ids of all images seen; a line for each image that could not be read.
+            The detections; the ids of all images seen; a line for each image that could not be read, by id.
         """
         was_training = model.training
         model.eval()
         device = self._context.device
         found: list[DetectionTable] = []
         image_ids: list[int] = []
-        bad_images: list[str] = []
+        bad_images: dict[int, str] = {}
         self._context.enter("detecting on validation images", step)
         for padded in batches:
             batch = to_device(padded, device, self._channels_last)
@@ -82,7 +89,7 @@ class Evaluator:
                 DetectionTable.from_detections(ids, detections, self._category_ids, max_per_image=self._max_detections)
             )
             image_ids += ids
-            bad_images += padded.bad_images
+            bad_images |= zip(padded.bad_image_ids.tolist(), padded.bad_images, strict=True)
             self._context.enter("detecting on validation images", step)  # each batch is progress
         model.train(was_training)
         self._context.enter("waiting for the scores", step)
@@ -91,32 +98,53 @@ class Evaluator:
     def find(self, model: nn.Module, batches: Iterator[PaddedBatch], step: int = 0) -> DetectionTable | None:
         """Detections over the shares of all workers; every worker must call it. See `detect`.
 
+        An image that cannot be read counts as one in which nothing was found: its annotated boxes stay, so that scores
+        are never the better for it and stay comparable with those of the whole set.
+
         Returns:
             All detections on rank 0; None elsewhere.
 
         Raises:
-            RunFailed: images could not be read, or were not seen exactly once.
+            RunFailed: images could not be read and are not to be left out, or were not seen exactly once.
         """
-        shares = self._context.gather(self.detect(model, batches, step))
-        bad_images = [line for _, _, lines in shares for line in lines]
-        if bad_images:
-            shown = "\n  ".join(bad_images[:20])
-            raise RunFailed(f"evaluation: {len(bad_images)} image(s) cannot be used:\n  {shown}", agreed=True)
+        shares = self._context.gather_to_first(self.detect(model, batches, step))
+        # What rank 0 finds out holds for all; detections are many and stay there.
+        self.bad_images, problem = self._context.broadcast(self._look_at(shares))
+        if problem:
+            raise RunFailed(problem, agreed=True)
+        if shares is None:
+            return None
+        found = DetectionTable.concat([table for table, _, _ in shares])
+        return found if not self.bad_images else found.select(~np.isin(found.image_ids, list(self.bad_images)))
+
+    def _look_at(
+        self, shares: list[tuple[DetectionTable, list[int], dict[int, str]]] | None
+    ) -> tuple[dict[int, str], str]:
+        """Rank 0: the images that could not be read, and why the evaluation cannot be used (else empty)."""
+        if shares is None:
+            return {}, ""
+        bad_images = {image_id: line for _, _, lines in shares for image_id, line in lines.items()}
         seen = np.sort(np.concatenate([np.asarray(image_ids, dtype=np.int64) for _, image_ids, _ in shares]))
-        if not np.array_equal(seen, np.sort(self._index.image_ids)):
-            raise RunFailed(
-                f"evaluation: {len(seen)} images were seen ({len(np.unique(seen))} different) of {len(self._index)}",
-                agreed=True,
+        problem = ""
+        if bad_images and not self._skip_bad_images:
+            more = f" (and {len(bad_images) - 1} more)" if len(bad_images) > 1 else ""
+            problem = (
+                f"a validation image cannot be read: {next(iter(bad_images.values()))}{more}; mend it or take it out "
+                "of the annotation file (`python -m detr_ray.check ... --decode` finds all), or set "
+                "data.on_bad_image=skip"
             )
-        return DetectionTable.concat([table for table, _, _ in shares]) if self._context.rank == 0 else None
+        elif not np.array_equal(seen, np.sort(self._index.image_ids)):
+            different = len(np.unique(seen))
+            problem = f"evaluation: {len(seen)} images were seen ({different} different) of {len(self._index)}"
+        return bad_images, problem
 
     def score(self, detections: DetectionTable) -> CocoMetrics:
         """The COCO numbers of detections on the whole validation set."""
         return evaluate_detections(GroundTruth.from_columns(self._index), detections)
 
-    def score_apart(self, detections: DetectionTable, limit_s: float) -> CocoMetrics:
-        """The same numbers, computed by another process. See `evaluate_apart`."""
-        return evaluate_apart(GroundTruth.from_columns(self._index), detections, limit_s)
+    def start_scoring(self, detections: DetectionTable) -> ScorerProcess:
+        """Starts a process that computes the same numbers."""
+        return ScorerProcess(GroundTruth.from_columns(self._index), detections)
 
 
 def build_evaluator(data: PlannedData, context: WorkerContext) -> Evaluator:
@@ -130,4 +158,5 @@ def build_evaluator(data: PlannedData, context: WorkerContext) -> Evaluator:
         precision=config.train.precision,
         channels_last=config.train.channels_last,
         max_detections=config.eval.max_detections,
+        skip_bad_images=config.data.on_bad_image == "skip",
     )

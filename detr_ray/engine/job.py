@@ -28,6 +28,7 @@ from detr_ray.engine.positions import refuse_positions_out_of_reach
 from detr_ray.engine.records import check_tracking, run_tracking_uri
 from detr_ray.engine.run_directory import RunDirectory, open_run, read_record
 from detr_ray.locations import local_path
+from detr_ray.retries import reason_of
 
 if TYPE_CHECKING:  # a driver builds neither, and torchvision's models alone take a second to import
     from detr_ray.loss import SetCriterion
@@ -240,7 +241,11 @@ def prepare_job(config: Config, say: Say) -> TrainJob:
     check_tracking(config, say)
     run = open_run(config.run.name, config.run.storage, flatten(config), fingerprints, config.to_yaml(), space, say)
     weights = None
-    if run.checkpoints.latest() is None:
+    try:
+        is_first_start = run.checkpoints.latest() is None
+    except OSError as error:
+        raise ConfigError(f"run.storage: the checkpoints of {run.path} cannot be listed: {reason_of(error)}") from error
+    if is_first_start:
         weights = _initial_weights(config, label_map, say)
     return TrainJob(
         PlannedData(config, train, val, label_map), run, weights, code_version(Path.cwd()), run_tracking_uri(config)

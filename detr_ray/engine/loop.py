@@ -6,10 +6,9 @@ number, so that going on from a checkpoint of step ``k`` is the same as never ha
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from detr_ray.engine.context import LeaveReason, WorkerContext
@@ -17,15 +16,16 @@ from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.meters import Meters
 from detr_ray.engine.optimizer import learning_rate_factor, set_learning_rate
 from detr_ray.engine.precision import warn_of_slow_precision
-from detr_ray.engine.progress import duration, evaluation_line, step_line
+from detr_ray.engine.progress import duration, step_line
 from detr_ray.engine.result import FitResult
-from detr_ray.engine.scoring import BackgroundScoring, Scored
+from detr_ray.engine.run_checkpoints import BRIEFLY, ONCE, PATIENTLY, Inessential, RunCheckpoints
 from detr_ray.engine.step import StepOutcome, StepTimes, TrainStep
+from detr_ray.engine.stream_record import StreamRecord
 from detr_ray.engine.training_state import MODEL_FILE, TrainingState
+from detr_ray.engine.validation import Validation
 
 if TYPE_CHECKING:  # what reads and writes files is given, so that torch and numpy are enough to train
     from detr_ray.engine.batches import BatchSource
-    from detr_ray.engine.checkpoint import CheckpointInfo
     from detr_ray.engine.job import TrainJob
     from detr_ray.tracking import Tracker
 
@@ -48,8 +48,11 @@ class TrainingLoop:
     def __init__(self, job: TrainJob, context: WorkerContext, batches: BatchSource, tracker: Tracker) -> None:
         config = job.config
         self.job, self.context, self.batches, self.tracker = job, context, batches, tracker
-        self.table = ""
-        self._store = job.run.checkpoints
+        self.inessential = Inessential(context.say)
+        self.checkpoints = RunCheckpoints(job.run.checkpoints, context, config.train.keep_last, self.inessential)
+        self._bad_since: list[int] = []
+        stream = job.run.local_path if config.train.record_stream else None
+        self._stream_record = StreamRecord(stream, context, self.inessential)
         context.enter("starting", 0)
         self.state = TrainingState(job, context)
         self.model, self.optimizer = self.state.model, self.state.optimizer
@@ -64,7 +67,7 @@ class TrainingLoop:
             min_lr_factor=config.optim.min_lr_factor,
         )
         # Before the model is wrapped: wrapping compares it between workers.
-        self._latest, training = self.state.restore(self._store)
+        training = self.state.restore(self.checkpoints)
         self._train_step = TrainStep(
             self.model,
             self.criterion,
@@ -80,7 +83,7 @@ class TrainingLoop:
             skip_nonfinite=config.train.on_nonfinite == "skip",
         )
         self.state.restore_step(self._train_step, training)
-        self._scoring = None if job.data.val is None else BackgroundScoring(job.data, context)
+        self.validation = Validation(job, context, self.state, self.checkpoints, batches, tracker, self.inessential)
         self._meters = Meters(context, config.train.global_batch_size)
         self._meters.restart(training.get("interval"))
 
@@ -96,14 +99,22 @@ class TrainingLoop:
             RunFailed: the run cannot go on.
         """
         started = time.perf_counter()
-        leave: LeaveReason | None = None
+        unscored = self.validation.unscored()
         status: Literal["finished", "stopped", "nothing to do"] = "finished"
-        if self.step >= self.job.total_steps and not self._evaluation_due():
+        if self.step >= self.job.total_steps and not unscored:
             status = "nothing to do"
         elif self.context.rank == 0:
             warn_of_slow_precision(self.job.config.train.precision, self.context)
-        if self._evaluation_due():  # an earlier process died between the checkpoint and its evaluation
-            self._evaluate()
+        try:
+            self.validation.make_up(unscored)
+            leave = self._train() or self.validation.finish()
+        finally:
+            self.validation.drop()
+        self.context.enter("leaving", self.step)
+        return self._result("stopped" if leave else status, leave, time.perf_counter() - started)
+
+    def _train(self) -> LeaveReason | None:
+        """Takes the steps that are left; why it stopped before their end."""
         waiting_since = self._wait_for_data()
         for micro_batches in self.batches.train_batches(self.step, self.job.total_steps):
             self._train_step.times.data_wait += time.perf_counter() - waiting_since
@@ -113,17 +124,17 @@ class TrainingLoop:
             outcome = self._train_step(self.step, micro_batches)
             self._after_step(outcome)
             leave = outcome.leave if self.step < self.job.total_steps else None
-            if leave or self._checkpoint_due():
-                self._save()
             if leave:
-                status = "stopped"
-                break
-            if self._evaluation_due():
-                self._evaluate()
+                self.validation.collect()
+                self.validation.drop()
+                self._save(BRIEFLY)
+                return leave
+            if self._checkpoint_due():
+                self._save(PATIENTLY if self.step >= self.job.total_steps else ONCE)
+            if self.validation.falls_on(self.step):
+                self.validation.begin()
             waiting_since = self._wait_for_data()
-        self._note_scores(wait=True)
-        self.context.enter("leaving", self.step)
-        return self._result(status, leave, time.perf_counter() - started)
+        return None
 
     def _wait_for_data(self) -> float:
         self.context.enter("waiting for data", self.step)
@@ -131,17 +142,18 @@ class TrainingLoop:
 
     def _after_step(self, outcome: StepOutcome) -> None:
         config = self.job.config.train
-        self._record_stream(outcome)
+        self._stream_record.add(self.step, outcome)
         if self.state.ema is not None:
             self._train_step.settle()
             if not outcome.skipped:
                 self.state.ema.update(self.model)
         self._check_skipped()
         self._meters.add(outcome)
+        self._bad_since += outcome.bad_image_ids
         self.state.step += 1
         if self.step % config.log_every_steps == 0 or self.step == self.job.total_steps or self.step == 1:
             self._log()
-            self._note_scores(wait=False)
+            self.validation.collect()
 
     def _check_skipped(self, *, settle: bool = False) -> None:
         """Ends a run that skips too much; without ``settle`` the last step is looked at after the next one only."""
@@ -166,139 +178,86 @@ class TrainingLoop:
         metrics["optim/lr_backbone"] = self.optimizer.param_groups[1]["lr"]
         for name in ("ce", "bbox", "giou"):
             metrics[f"loss/weight/{name}"] = self.criterion.weights[f"loss_{name}"]
-        self.state.num_bad_images += int(metrics["train/bad_images"])
-        if self.state.num_bad_images > self.job.config.data.max_bad_images:
-            raise RunFailed(
-                f"step {self.step}: {self.state.num_bad_images} images could not be read, more than "
-                "data.max_bad_images; `python -m detr_ray.check ... --decode` lists them",
-                agreed=True,
-            )
+        if metrics["train/bad_images"]:
+            self._count_bad_images()
         if self.context.rank == 0:
-            self.tracker.log_metrics(metrics, self.step)
+            with self.inessential("metrics cannot be recorded"):
+                self.tracker.log_metrics(metrics, self.step)
             self.context.say(step_line(metrics, self.step, self.job.total_steps, self.job.steps_per_epoch))
 
-    def _at_epoch_end(self) -> bool:
-        return self.step > 0 and (self.step % self.job.steps_per_epoch == 0 or self.step >= self.job.total_steps)
+    def _count_bad_images(self) -> None:
+        """Adds the images that any worker could not read since the last count; all workers then know the same."""
+        for image_ids in self.context.gather(self._bad_since):
+            self.state.bad_image_ids.update(image_ids)
+        self._bad_since = []
+        count, most = len(self.state.bad_image_ids), self.job.config.data.max_bad_images
+        if count > most:
+            raise RunFailed(
+                f"step {self.step}: {count} different images could not be read, more than data.max_bad_images={most}; "
+                "`python -m detr_ray.check ... --decode` lists them",
+                agreed=True,
+            )
 
     def _checkpoint_due(self) -> bool:
         every = self.job.config.train.checkpoint_every_steps
         if self.step >= self.job.total_steps or (every is not None and self.step % every == 0):
             return True
-        since = self.step - (0 if self._latest is None else self._latest.step)
-        return self._at_epoch_end() and (self._evaluation_due() or since >= MIN_STEPS_BETWEEN_CHECKPOINTS)
+        latest = self.checkpoints.latest
+        since = self.step - (0 if latest is None else latest.step)
+        at_epoch_end = self.step % self.job.steps_per_epoch == 0
+        return self.validation.falls_on(self.step) or (at_epoch_end and since >= MIN_STEPS_BETWEEN_CHECKPOINTS)
 
-    def _evaluation_due(self) -> bool:
-        if self._scoring is None or not self._at_epoch_end():
-            return False
-        if self._latest is not None and self._latest.step == self.step and self._latest.metrics is not None:
-            return False
-        epoch = self.step // self.job.steps_per_epoch
-        every = self.job.config.eval.every_epochs
-        return self.step >= self.job.total_steps or (every > 0 and epoch % every == 0)
-
-    def _evaluate(self) -> None:
-        """Finds objects with the weights as they are now; what was found is scored while training goes on."""
-        assert self._scoring is not None
-        self._note_scores(wait=True)
-        model = self.model if self.state.ema is None else self.state.ema.module
-        self._scoring.begin(model, self.batches.evaluation_batches(), self.step)
-
-    def _note_scores(self, *, wait: bool) -> None:
-        """Notes the numbers of the last evaluation in its checkpoint, if they are there and were not noted yet.
-
-        It comes before the next checkpoint at the latest: the newest one is then the only one whose numbers may be
-        missing, is not removed meanwhile, and is evaluated again by who goes on from it.
-        """
-        found = None if self._scoring is None else self._scoring.collect(self.step, self._note, wait=wait)
-        if found is None:
-            return
-        step, metrics = found
-        if self._latest is not None and self._latest.step == step:
-            self._latest = dataclasses.replace(self._latest, metrics=metrics)
-        self.context.report(metrics)
-
-    def _note(self, scored: Scored) -> None:
-        """Rank 0's records of an evaluation."""
-        self.table = scored.scores.table()
-        self.tracker.log_metrics(scored.metrics, scored.step)
-        epoch = scored.step / self.job.steps_per_epoch
-        tables = f"{self.table}\n\n{scored.scores.category_table()}\n"
-        self.tracker.log_text(tables, f"evaluation/epoch_{epoch:07.2f}.txt")
-        if self._latest is not None and self._latest.step == scored.step:
-            self._store.annotate(self._latest, {k: v for k, v in scored.metrics.items() if k.count("/") == 1})
-        best = self._store.prune(self.job.config.train.keep_last)
-        is_best = best is not None and best.step == scored.step
-        self.context.say(evaluation_line(scored.metrics, epoch, is_best))
-        if best is not None and is_best and self.job.run.local_path is not None:
-            self.tracker.log_file(f"{best.path}/{MODEL_FILE}", "checkpoints/best")
-
-    def _save(self) -> None:
-        """Writes a checkpoint of this step (rank 0).
+    def _save(self, pauses: Sequence[float]) -> None:
+        """Writes a checkpoint of this step.
 
         A checkpoint that can't be written (a full disk) costs no run: the last good one stays good, training goes on
         and tries again at the next one. Only the last of a run has to succeed.
-        """
-        self._note_scores(wait=True)
-        self._check_skipped(settle=True)
-        self.context.enter("writing a checkpoint", self.step)
-        self.state.average_running_statistics()
-        written: tuple[CheckpointInfo | None, str] = (None, "")
-        if self.context.rank == 0:
-            written = self._write_checkpoint()
-        self.context.enter("waiting for the checkpoint", self.step)
-        info, problem = self.context.gather(written)[0]
-        if info is not None:
-            self._latest = info
-        elif self.step >= self.job.total_steps:
-            raise RunFailed(f"the last checkpoint could not be written: {problem}", agreed=True)
 
-    def _write_checkpoint(self) -> tuple[CheckpointInfo | None, str]:
+        Args:
+            pauses: seconds before further attempts; see `RunCheckpoints.save`.
+        """
+        self._check_skipped(settle=True)
+        self._count_bad_images()
+        self.state.average_running_statistics()
         details = {
             "epoch": self.step / self.job.steps_per_epoch,
             "world_size": self.context.world_size,
             "global_batch_size": self.job.config.train.global_batch_size,
         }
-        started = time.perf_counter()
-        try:
-            info = self._store.save(self.step, self.state.files(self._train_step), details)
-        except OSError as error:
-            self.context.say(f"WARNING: no checkpoint at step {self.step}: {error}")
-            return None, str(error)
-        self._store.prune(self.job.config.train.keep_last)
-        logger.info("checkpoint of step %d in %.2f s", self.step, time.perf_counter() - started)
-        return info, ""
-
-    def _record_stream(self, outcome: StepOutcome) -> None:
-        folder = self.job.run.local_path
-        if not self.job.config.train.record_stream or folder is None:
-            return
-        path = folder / "stream" / f"rank-{self.context.rank:05d}.jsonl"
-        path.parent.mkdir(exist_ok=True)
-        line = {
-            "step": self.step,
-            "world_size": self.context.world_size,
-            "positions": outcome.positions,
-            "image_ids": outcome.image_ids,
-        }
-        with path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        problem = self.checkpoints.save(
+            self.step,
+            lambda: self.state.files(self._train_step),
+            details,
+            evaluation_due=self.validation.falls_on(self.step),
+            pauses=pauses,
+        )
+        if problem and self.step >= self.job.total_steps:
+            raise RunFailed(
+                f"run.storage: the last checkpoint could not be written: {problem}; mend the storage, then the same "
+                "command goes on from the checkpoint before",
+                agreed=True,
+            )
 
     def _result(
         self, status: Literal["finished", "stopped", "nothing to do"], leave: LeaveReason | None, seconds: float
     ) -> FitResult:
-        best = self._store.best()
-        if status == "finished" and self.context.rank == 0 and self._latest is not None and self.job.run.local_path:
-            self.tracker.log_file(f"{self._latest.path}/{MODEL_FILE}", "checkpoints/last")
+        latest = self.checkpoints.latest
+        if self.context.rank == 0:
+            self.checkpoints.finish()
+            if status == "finished" and latest is not None and self.job.run.local_path:
+                with self.inessential("the last checkpoint cannot be recorded"):
+                    self.tracker.log_file(f"{latest.path}/{MODEL_FILE}", "checkpoints/last")
+        best = self.checkpoints.best
         logger.info("loop ended (%s) after %s", status, duration(seconds))
         return FitResult(
             run_name=self.job.run.name,
             run_path=self.job.run.path,
             status=status,
             step=self.step,
-            metrics=dict((self._latest.metrics if self._latest else None) or {}),
+            metrics=self.validation.metrics,
             best_metrics=dict((best.metrics if best else None) or {}),
             best_checkpoint=best.path if best else None,
-            table=self.table,
+            table=self.validation.table,
             train_s=seconds,
             leave=leave,
         )

@@ -1,49 +1,57 @@
 """Scoring beside training: another process scores what was found on the validation set while the next steps are taken.
 
 The scores belong to the step whose weights were evaluated, whenever they are there: they are the same numbers, noted
-under the same step.
+under the same step. Nothing that happens to the scorer process costs a step or a checkpoint: a scoring that fails is
+tried once more and then given up, and one that is still under way when the workers leave is dropped.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
-from detr_ray.engine.context import WorkerContext
-from detr_ray.engine.errors import RunFailed
-from detr_ray.engine.evaluator import build_evaluator
-from detr_ray.evaluation import CocoMetrics, DetectionTable, ScoringFailed
+from detr_ray.engine.context import LeaveReason, WorkerContext, most_urgent
+from detr_ray.engine.evaluator import Evaluator, build_evaluator
+from detr_ray.evaluation import CocoMetrics, DetectionTable, ScorerProcess, ScoringFailed
 from detr_ray.structures import PaddedBatch
 
 if TYPE_CHECKING:
     from detr_ray.engine.planned_data import PlannedData
 
+logger = logging.getLogger(__name__)
+
+ATTEMPTS = 2
+LIMIT_S, LIMIT_OF_A_DETECTION_S = 60.0, 0.001
+"""An attempt may take a minute and a millisecond for each detection, 500 times of what it takes on a free core; but no
+longer than ``train.stall_timeout_s``."""
+POLL_S = 0.5
+QUIET_S = 5.0
+"""A wait that is longer than this looks whether the workers are to leave."""
+
 
 @dataclass(frozen=True)
 class Scored:
-    """An evaluation whose scores are there.
+    """An evaluation whose scoring has ended.
 
     Attributes:
         step: optimizer steps that its weights had taken.
-        metrics: the numbers under the names they are tracked by, and ``val/seconds``: detecting and scoring.
-        scores: the numbers as the evaluator gave them.
+        metrics: the numbers under the names they are tracked by, and ``val/seconds``: detecting and scoring. Empty
+            where scoring failed.
+        scores: the numbers as the evaluator gave them; None where scoring failed.
+        problem: why it failed.
     """
 
     step: int
-    metrics: dict[str, float]
-    scores: CocoMetrics
-
-
-@dataclass(frozen=True)
-class _Pending:
-    step: int
-    future: Future[Scored] | None  # rank 0's; the others only know that there is one
+    metrics: dict[str, float] = field(default_factory=dict)
+    scores: CocoMetrics | None = None
+    problem: str = ""
 
 
 class BackgroundScoring:
@@ -57,68 +65,147 @@ class BackgroundScoring:
     def __init__(self, data: PlannedData, context: WorkerContext) -> None:
         self._evaluator = build_evaluator(data, context)
         self._context = context
-        self._limit_s = data.config.train.stall_timeout_s
-        self._pending: _Pending | None = None
+        self._stall_timeout_s = data.config.train.stall_timeout_s
+        self._task: _ScoringTask | None = None  # rank 0's; the others only know that there is one
+        self._step: int | None = None
+        self._known_bad: set[int] = set()
+
+    @property
+    def pending(self) -> bool:
+        """Whether scores are still to come; the same on every worker."""
+        return self._step is not None
 
     def begin(self, model: nn.Module, batches: Iterator[PaddedBatch], step: int) -> None:
-        """Finds what the model finds and begins to score it; every worker must call it, after `collect`."""
-        assert self._pending is None, "the scores of the evaluation before are noted first"
+        """Finds what the model finds and begins to score it; every worker must call it, while nothing is pending."""
+        assert not self.pending, "the scores of the evaluation before are noted first"
         started = time.perf_counter()
         detections = self._evaluator.find(model, batches, step)
-        seconds = time.perf_counter() - started
-        future = None if detections is None else self._score(detections, seconds, step)
-        self._pending = _Pending(step, future)
+        if detections is not None:
+            known = {"val/seconds": time.perf_counter() - started}
+            if self._evaluator.bad_images:
+                known["val/bad_images"] = float(len(self._evaluator.bad_images))
+            limit_s = min(LIMIT_S + LIMIT_OF_A_DETECTION_S * len(detections), self._stall_timeout_s)
+            self._task = _ScoringTask(self._evaluator, detections, known, step, limit_s)
+        self._step = step
 
-    def collect(self, step: int, note: Callable[[Scored], None], *, wait: bool) -> tuple[int, dict[str, float]] | None:
+    def new_bad_images(self) -> list[str]:
+        """A line for each image that could not be read in the last evaluation, and could in those before."""
+        lines = [line for image_id, line in self._evaluator.bad_images.items() if image_id not in self._known_bad]
+        self._known_bad |= self._evaluator.bad_images.keys()
+        return lines
+
+    def collect(self, step: int, note: Callable[[Scored], None]) -> Scored | None:
         """Notes the scores if they are there; every worker must call it at the same step and learns the same.
 
         Args:
             step: where training is now.
             note: takes the scores on rank 0, before any worker goes on.
-            wait: until they are there.
 
         Returns:
-            The step they belong to and the metrics; None while there is nothing to note.
-
-        Raises:
-            RunFailed: scoring failed, or took too long.
+            What the scoring gave, its ``scores`` on rank 0 alone; None while it is under way, or nothing is pending.
         """
-        if self._pending is None:
+        if not self.pending:
             return None
-        metrics: dict[str, float] | None = None
-        problem = ""
-        future = self._pending.future
-        if future is not None and (wait or future.done()):
-            self._context.enter("scoring", step)
-            try:
-                scored = future.result()
-            except TimeoutError:
-                problem = f"it takes more than train.stall_timeout_s={self._limit_s} seconds"
-            except ScoringFailed as error:
-                problem = str(error)
-            else:
-                note(scored)
-                metrics = scored.metrics
         self._context.enter("waiting for the scores", step)
-        metrics, problem = self._context.gather((metrics, problem))[0]
-        if problem:
-            raise RunFailed(f"the evaluation of step {self._pending.step} could not be scored: {problem}", agreed=True)
-        if metrics is None:
+        done = self._task is not None and self._task.done.is_set()
+        return self._collect_if(self._sums(done)[0] > 0, step, note)
+
+    def wait(self, step: int, note: Callable[[Scored], None]) -> tuple[Scored | None, LeaveReason | None]:
+        """As `collect`, but waits until the scoring has ended, or the workers are to leave.
+
+        Returns:
+            What the scoring gave, and why the workers are to leave; both the same on every worker.
+        """
+        began = time.monotonic()
+        while self.pending:
+            self._context.enter("scoring" if self._task is not None else "waiting for the scores", step)
+            done = self._task is not None and self._task.wait(POLL_S)
+            # Looked at late: who asks is asked once a step as a rule, and most waits are short.
+            reason = self._context.leave_reason() if time.monotonic() - began > QUIET_S else None
+            ended, leaving = self._sums(done, reason is not None)
+            found = self._collect_if(ended > 0, step, note)
+            if found is not None:
+                return found, None
+            if leaving:
+                return None, most_urgent(self._context.gather(reason))
+        return None, None
+
+    def drop(self) -> None:
+        """Ends the scorer process and forgets what is pending; whoever goes on with the run evaluates again."""
+        if self._task is not None:
+            self._task.drop()
+        self._task = self._step = None
+
+    def _sums(self, *values: bool) -> list[float]:
+        numbers = torch.tensor(values, dtype=torch.float64)  # of the host, so that nothing waits for the device
+        return self._context.all_reduce_sum(numbers).tolist()
+
+    def _collect_if(self, ended: bool, step: int, note: Callable[[Scored], None]) -> Scored | None:
+        if not ended:
             return None
-        evaluated, self._pending = self._pending.step, None
-        return evaluated, metrics
+        found: Scored | None = None
+        if self._task is not None:
+            self._context.enter("scoring", step)
+            found = self._task.outcome
+            note(found)
+        self._context.enter("waiting for the scores", step)
+        told = self._context.broadcast(None if found is None else (found.step, found.metrics, found.problem))
+        self._task = self._step = None
+        assert told is not None, "rank 0 has the task"
+        return found or Scored(told[0], told[1], None, told[2])
 
-    def _score(self, detections: DetectionTable, detecting_s: float, step: int) -> Future[Scored]:
-        future: Future[Scored] = Future()
 
-        def run() -> None:  # waits for the other process
-            started = time.perf_counter()
+class _ScoringTask:
+    """Scores in the background: starts the scorer process, waits for it, and starts it once more where it fails."""
+
+    def __init__(
+        self, evaluator: Evaluator, detections: DetectionTable, known: dict[str, float], step: int, limit_s: float
+    ) -> None:
+        self._evaluator, self._detections = evaluator, detections
+        self._known, self._step, self._limit_s = known, step, limit_s
+        self._process: ScorerProcess | None = None
+        self._dropped = False
+        self._lock = threading.Lock()
+        # A disk that does not answer while the process is started has no time limit of its own.
+        self._give_up_at = time.monotonic() + ATTEMPTS * (limit_s + 30)
+        self.done = threading.Event()
+        self.outcome = Scored(step, problem="it did not begin in time")
+        threading.Thread(target=self._run, name="scoring", daemon=True).start()
+
+    def wait(self, seconds: float) -> bool:
+        """Waits a little; whether the scoring has ended, or has taken too long."""
+        return self.done.wait(seconds) or time.monotonic() > self._give_up_at
+
+    def drop(self) -> None:
+        """Ends the process; there will be no outcome."""
+        with self._lock:
+            self._dropped = True
+            if self._process is not None:
+                self._process.end()
+
+    def _run(self) -> None:
+        started, problems = time.perf_counter(), []
+        for _ in range(ATTEMPTS):
             try:
-                scores = self._evaluator.score_apart(detections, self._limit_s)
-                seconds = detecting_s + time.perf_counter() - started
-                future.set_result(Scored(step, scores.as_metrics("val/") | {"val/seconds": seconds}, scores))
-            except BaseException as error:  # raised again by who asks for the scores
-                future.set_exception(error)
+                scores = self._attempt()
+            except ScoringFailed as error:
+                problems.append(str(error))
+            except Exception as error:
+                logger.exception("scoring failed")  # whatever it is, it costs the scores alone
+                problems.append(f"{type(error).__name__}: {error}")
+            else:
+                known = self._known | {"val/seconds": self._known["val/seconds"] + time.perf_counter() - started}
+                self.outcome = Scored(self._step, scores.as_metrics("val/") | known, scores)
+                break
+            if self._dropped:
+                break
+            self.outcome = Scored(self._step, problem="; then: ".join(dict.fromkeys(problems)))
+        self.done.set()
 
-        threading.Thread(target=run, name="scoring", daemon=True).start()
-        return future
+    def _attempt(self) -> CocoMetrics:
+        process = self._evaluator.start_scoring(self._detections)
+        with self._lock:
+            self._process = process
+            if self._dropped:
+                process.end()
+        return process.result(self._limit_s)

@@ -15,13 +15,12 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from detr_ray.engine.context import LeaveReason, WorkerContext
+from detr_ray.engine.context import LeaveReason, WorkerContext, most_urgent
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.memory import keep_freed_memory
 from detr_ray.engine.nonfinite import describe_nonfinite
@@ -65,7 +64,8 @@ class StepOutcome:
         image_ids: their image ids.
         padded_pixels: pixels of the padded micro-batches.
         image_pixels: pixels of them that belong to images.
-        bad_images: images that could not be read and were replaced.
+        bad_images: a line for each image that could not be read and was replaced.
+        bad_image_ids: their ids.
         num_micro_batches: forward passes of this worker.
     """
 
@@ -78,6 +78,7 @@ class StepOutcome:
     padded_pixels: int = 0
     image_pixels: int = 0
     bad_images: list[str] = field(default_factory=list)
+    bad_image_ids: list[int] = field(default_factory=list)
     num_micro_batches: int = 0
 
 
@@ -201,6 +202,7 @@ class TrainStep:
         started = time.perf_counter()
         self.context.enter("summing over workers", step)
         outcome.bad_images = [line for padded in micro_batches for line in padded.bad_images]
+        outcome.bad_image_ids = [image_id for padded in micro_batches for image_id in padded.bad_image_ids.tolist()]
         failed = bool(outcome.bad_images) and not self._skip_bad_images
         boxes = class_weight = 0.0
         for padded in micro_batches:
@@ -221,8 +223,7 @@ class TrainStep:
                 agreed=True,
             )
         if leaving:
-            reasons = self.context.gather(reason)
-            outcome.leave = next(known for known in get_args(LeaveReason) if known in reasons)
+            outcome.leave = most_urgent(self.context.gather(reason))
         self.times.forward += time.perf_counter() - started
         return boxes, class_weight
 

@@ -6,14 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from detr_ray.engine.checkpoint_info import CheckpointInfo
 from detr_ray.engine.context import WorkerContext
 from detr_ray.engine.ema import ModelEma
 from detr_ray.engine.errors import CheckpointError, RunFailed
 from detr_ray.engine.optimizer import build_optimizer, restore_optimizer
+from detr_ray.engine.run_checkpoints import RunCheckpoints
 from detr_ray.engine.step import TrainStep
 
 if TYPE_CHECKING:  # see the loop
-    from detr_ray.engine.checkpoint import CheckpointInfo, CheckpointStore
+    from detr_ray.engine.checkpoint import CheckpointStore
     from detr_ray.engine.job import TrainJob
 
 MODEL_FILE = "model.pt"
@@ -32,7 +34,7 @@ class TrainingState:
         optimizer: of the model's parameters.
         ema: the average of the weights; None where the configuration asks for none.
         step: optimizer steps taken.
-        num_bad_images: images of the training set that could not be read.
+        bad_image_ids: ids of the images of the training set that could not be read.
     """
 
     def __init__(self, job: TrainJob, context: WorkerContext) -> None:
@@ -46,7 +48,7 @@ class TrainingState:
         )
         self.ema = ModelEma(self.model, config.optim.ema_decay) if config.optim.ema_decay else None
         self.step = 0
-        self.num_bad_images = 0
+        self.bad_image_ids: set[int] = set()
 
     def files(self, train_step: TrainStep) -> dict[str, Any]:
         """The files of a checkpoint, by name."""
@@ -66,39 +68,47 @@ class TrainingState:
             "scaler": train_step.scaler.state_dict(),
             "ema_updates": 0 if self.ema is None else self.ema.num_updates,
             "num_skipped": train_step.nonfinite_in_a_row,
-            "num_bad_images": self.num_bad_images,
+            "bad_image_ids": sorted(self.bad_image_ids),
         }
         return {MODEL_FILE: model_file, TRAINING_FILE: training}
 
-    def restore(self, store: CheckpointStore) -> tuple[CheckpointInfo | None, dict[str, Any]]:
-        """Loads the newest whole checkpoint, the same one on every worker.
+    def restore(self, checkpoints: RunCheckpoints) -> dict[str, Any]:
+        """Loads the newest whole checkpoint. Rank 0 reads it and checks its hashes; the others get it from rank 0.
 
         Returns:
-            The checkpoint, and what of its training state belongs to others (`restore_step`); None where there is none.
+            What of its training state belongs to others (`restore_step`); empty where there is no checkpoint.
 
         Raises:
-            RunFailed: it does not fit the model.
+            RunFailed: it does not fit the model, or none can be read.
         """
-        info, loaded = self._newest_readable(store) if self._context.rank == 0 else (None, None)
-        info = self._context.gather(info)[0]
+        first = self._context.rank == 0
+        found: list[CheckpointInfo] = []
+        info, model_file, training, problem = self._newest_readable(checkpoints.store, found)
+        info, problem = self._context.broadcast((info, problem))
+        if problem:
+            raise RunFailed(problem, agreed=True)
         if info is None:
-            return None, {}
-        model_file, training = loaded or (store.load(info, MODEL_FILE), store.load(info, TRAINING_FILE))
+            return {}
+        checkpoints.going_on_from(info, found)
         try:
-            self.model.load_state_dict(model_file["model"])
-            restore_optimizer(self.optimizer, training["optimizer"])
+            # One part after the other: a worker holds one of them beside what it has loaded.
+            self.model.load_state_dict(self._context.broadcast(model_file.pop("model", None)))
+            if self.ema is not None:
+                self.ema.module.load_state_dict(self._context.broadcast(model_file.pop("ema", None)))
+            training = self._context.broadcast(training)
+            restore_optimizer(self.optimizer, training.pop("optimizer"))
         except (RuntimeError, ValueError) as error:
             raise RunFailed(
-                f"{info.path} does not fit this model; to start from its weights use model.init_from: {error}"
+                f"{info.path} does not fit this model; to start from its weights use model.init_from: {error}",
+                agreed=True,
             ) from error
         if self.ema is not None:
-            self.ema.module.load_state_dict(model_file["ema"])
             self.ema.num_updates = training.get("ema_updates", 0)
         self.step = info.step
-        self.num_bad_images = training.get("num_bad_images", 0)
-        if self._context.rank == 0:
+        self.bad_image_ids = set(training.get("bad_image_ids", ()))  # earlier releases kept a number alone
+        if first:
             self._context.say(f"going on from step {self.step} (epoch {self.step / self._job.steps_per_epoch:.2f})")
-        return info, training
+        return training
 
     def restore_step(self, train_step: TrainStep, training: dict[str, Any]) -> None:
         """Gives the step what `restore` returned for it."""
@@ -120,11 +130,26 @@ class TrainingState:
                 mine.copy_(theirs)
 
     def _newest_readable(
-        self, store: CheckpointStore
-    ) -> tuple[CheckpointInfo | None, tuple[dict[str, Any], dict[str, Any]] | None]:
-        for info in reversed(store.checkpoints()):
-            try:
-                return info, (store.load(info, MODEL_FILE), store.load(info, TRAINING_FILE))
-            except CheckpointError as error:
-                self._context.say(f"WARNING: {error}; trying the one before it")
-        return None, None
+        self, store: CheckpointStore, found: list[CheckpointInfo]
+    ) -> tuple[CheckpointInfo | None, dict[str, Any], dict[str, Any], str]:
+        """Rank 0: the newest checkpoint that is not damaged, its two files, and why the run cannot go on (else empty).
+
+        Args:
+            store: where they lie.
+            found: gets all that there are.
+        """
+        if self._context.rank > 0:
+            return None, {}, {}, ""
+        try:
+            found += store.checkpoints()
+            for info in reversed(found):
+                try:
+                    return info, store.load(info, MODEL_FILE), store.load(info, TRAINING_FILE), ""
+                except CheckpointError as error:
+                    self._context.say(f"WARNING: {error}; trying the one before it")
+        except OSError as error:
+            return None, {}, {}, f"run.storage: the checkpoints cannot be read now, so nothing is trained: {error}"
+        problem = ""
+        if found:
+            problem = f"none of the checkpoints in {store.root} can be read; remove them all to begin the run anew"
+        return None, {}, {}, problem

@@ -5,16 +5,17 @@ Plain arrays in, numbers out: nothing here knows of models, data sets on disk, w
 
 from __future__ import annotations
 
-from detr_ray.evaluation.apart import ScoringFailed, evaluate_apart
 from detr_ray.evaluation.coco_metrics import CocoMetrics, evaluate_detections
 from detr_ray.evaluation.detections import DetectionTable
 from detr_ray.evaluation.ground_truth import GroundTruth
+from detr_ray.evaluation.scorer_process import ScorerProcess, ScoringFailed, score_in_process
 
 __all__ = [
     "CocoMetrics",
     "DetectionTable",
     "GroundTruth",
+    "ScorerProcess",
     "ScoringFailed",
-    "evaluate_apart",
     "evaluate_detections",
+    "score_in_process",
 ]

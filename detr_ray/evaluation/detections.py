@@ -66,6 +66,12 @@ class DetectionTable:
             scores=np.concatenate([part.scores for part in parts]),
         )
 
+    def select(self, rows: np.ndarray) -> DetectionTable:
+        """The rows that a mask (``[K]`` bool) or row numbers name."""
+        return DetectionTable(
+            self.image_ids[rows], self.category_ids[rows], self.boxes_xywh_px[rows], self.scores[rows]
+        )
+
     @classmethod
     def from_detections(
         cls,

@@ -183,8 +183,8 @@ def test_fewer_images_than_a_batch_are_refused(dataset: Path, tmp_path: Path) ->
         fit_here(tiny_config(dataset, tmp_path, "train.global_batch_size=64"))
 
 
-def break_image(dataset: Path) -> str:
-    path = sorted((dataset / "train2017").iterdir())[5]
+def break_image(dataset: Path, number: int = 5, folder: str = "train2017") -> str:
+    path = sorted((dataset / folder).iterdir())[number]
     path.write_bytes(path.read_bytes()[:200])
     return path.name
 
@@ -206,11 +206,64 @@ def test_an_unreadable_image_can_be_left_out_and_is_counted(tmp_path: Path) -> N
     assert sum(value for _, value in tracker.history("train/bad_images")) == 2  # once an epoch
 
 
+def test_an_unreadable_image_counts_once_however_often_it_is_met(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "data")
+    break_image(dataset)
+    settings = ("run.name=a", "data.on_bad_image=skip", "data.max_bad_images=1", "train.epochs=4")
+    config = tiny_config(dataset, tmp_path, *settings, "train.log_every_steps=1000")
+    assert fit_here(config, stop_after=7).status == "stopped"
+    assert fit_here(config).status == "finished"
+    break_image(dataset, 6)
+    other = tiny_config(dataset, tmp_path, *settings, "train.log_every_steps=1000", "run.name=b")
+    with pytest.raises(RunFailed, match=r"2 different images could not be read, more than data\.max_bad_images=1"):
+        fit_here(other)
+
+
+def test_images_that_were_unreadable_before_an_interruption_count(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "data")
+    settings = ("run.name=a", "data.on_bad_image=skip", "data.max_bad_images=1", "train.epochs=3")
+    config = tiny_config(dataset, tmp_path, *settings)
+    images = sorted((dataset / "train2017").iterdir())
+    sound = images[5].read_bytes()
+    break_image(dataset)
+    assert fit_here(config, stop_after=6).status == "stopped"
+    images[5].write_bytes(sound)
+    break_image(dataset, 6)
+    with pytest.raises(RunFailed, match=r"2 different images could not be read"):
+        fit_here(config)
+
+
 def test_too_many_unreadable_images_end_the_run(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path / "data")
     break_image(dataset)
     with pytest.raises(RunFailed, match=r"data\.max_bad_images"):
         fit_here(tiny_config(dataset, tmp_path, "data.on_bad_image=skip", "data.max_bad_images=0"))
+
+
+def test_an_unreadable_validation_image_counts_as_without_detections(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "data")
+    name = break_image(dataset, 3, "val2017")
+    config = tiny_config(dataset, tmp_path, "run.name=a", "data.on_bad_image=skip")
+    job = prepare_job(config, lambda line: None)
+    lines: list[str] = []
+    tracker = MemoryTracker()
+    batches = LocalBatches(job.data.plan(1, 0), *job.data.loaders())
+    result = TrainingLoop(job, LocalContext(say=lines.append), batches, tracker).run()
+    assert result.status == "finished" and result.metrics["val/bad_images"] == 1
+    assert tracker.history("val/bad_images") == [(5, 1.0), (10, 1.0)]
+    assert len([line for line in lines if "WARNING" in line and name in line]) == 1, "said once"
+    annotations = json.loads((dataset / "annotations" / "instances_val2017.json").read_text())["annotations"]
+    assert f"8 images, {len(annotations)} annotated boxes, {7 * 8} detections" in result.table, "its boxes still count"
+    assert fit_here(config).status == "nothing to do"
+
+
+def test_an_unreadable_validation_image_ends_the_run_in_one_line_where_it_is_not_to_be_left_out(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "data")
+    job = prepare_job(tiny_config(dataset, tmp_path), lambda line: None)
+    name = break_image(dataset, 3, "val2017")
+    with pytest.raises(RunFailed, match=rf"a validation image cannot be read: .*{name}.*on_bad_image=skip") as failure:
+        TrainingLoop(job, LocalContext(), LocalBatches(job.data.plan(1, 0), *job.data.loaders()), MemoryTracker()).run()
+    assert failure.value.agreed and "\n" not in str(failure.value)
 
 
 @pytest.mark.parametrize("log_every", [1, 1000])

@@ -13,7 +13,10 @@ import torch
 from tiny import make_dataset, tiny_config
 from torchvision.models import resnet18
 
+from detr_ray.config import Config
+
 WORKER = Path(__file__).parent / "one_worker.py"
+LOOP_WORKER = Path(__file__).parent / "loop_worker.py"
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +53,28 @@ def start_workers(
 
     own = out.with_suffix(".yaml")
     own.write_text(load_config(config_file, overrides).to_yaml())
+    start_processes(WORKER, own, world_size, str(steps), str(out), *([] if poisoned is None else [poisoned]))
+
+
+def start_processes(program: Path, config_file: Path, world_size: int, *arguments: str) -> None:
     port = free_port()
-    after = [str(world_size), str(port), str(steps), str(out), *([] if poisoned is None else [poisoned])]
     processes = [
-        subprocess.Popen([sys.executable, str(WORKER), str(own), str(rank), *after], stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, str(program), str(config_file), str(rank), str(world_size), str(port), *arguments],
+            stderr=subprocess.PIPE, text=True,
+        )
         for rank in range(world_size)
-    ]
+    ]  # fmt: skip
     errors = [process.communicate(timeout=240)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * world_size, errors
+
+
+def run_loops(config: Config, world_size: int, out: Path, stop_after: int | None = None) -> list[dict[str, Any]]:
+    """Runs the whole loop in several processes; what each of them ended with."""
+    path = out.with_suffix(".yaml")
+    path.write_text(config.to_yaml())
+    start_processes(LOOP_WORKER, path, world_size, str(out), *([] if stop_after is None else [str(stop_after)]))
+    return [torch.load(f"{out}.{rank}", weights_only=True) for rank in range(world_size)]
 
 
 def run_workers(config_file: Path, world_size: int, out: Path, *overrides: str, steps: int) -> dict[str, Any]:
@@ -116,3 +133,76 @@ def test_a_step_that_is_not_finite_on_one_worker_ends_all_with_the_same_message(
     assert first == second
     assert first.startswith("True\nstep 1: not finite")
     assert "image ids [" in first and "transformer" in first and "learning rates 0.0001" in first
+
+
+def values_of(state: object) -> list[torch.Tensor]:
+    """All tensors of nested data, in its order."""
+    if isinstance(state, torch.Tensor):
+        return [state]
+    parts = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
+    return [tensor for part in parts for tensor in values_of(part)]
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set with four training images and a validation image that cannot be read."""
+    dataset = make_dataset(tmp_path_factory.mktemp("damaged") / "data")
+    for image in sorted((dataset / "train2017").iterdir())[5:9]:
+        image.write_bytes(image.read_bytes()[:200])
+    sorted((dataset / "val2017").iterdir())[1].write_bytes(b"")
+    return dataset
+
+
+def damaged_config(damaged: Path, name: str, *overrides: str) -> Config:
+    return tiny_config(
+        damaged, damaged.parent / "runs", f"run.name={name}", "data.on_bad_image=skip", "data.max_bad_images=4",
+        "model.dropout=0.1", "optim.ema_decay=0.9", "train.precision=bf16", "train.log_every_steps=3", *overrides,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def straight(damaged: Path) -> list[dict[str, Any]]:
+    """What two workers end with that nobody disturbed."""
+    return run_loops(damaged_config(damaged, "straight"), 2, damaged.parent / "straight")
+
+
+def test_the_first_worker_alone_reads_the_checkpoint_and_the_others_are_told(
+    damaged: Path, straight: list[dict[str, Any]]
+) -> None:
+    """The others' own storage is empty, so that there is nothing else that they could go on from."""
+    config, out = damaged_config(damaged, "stopped"), damaged.parent / "stopped"
+    stopped = run_loops(config, 2, out, stop_after=7)
+    assert [(worker["status"], worker["step"]) for worker in stopped] == [("stopped", 7)] * 2
+    resumed = run_loops(config, 2, out)
+    assert [line for line in resumed[0]["lines"] if "going on from step 7" in line]
+    for part in ("model", "ema", "optimizer"):
+        first, second = values_of(resumed[0][part]), values_of(resumed[1][part])
+        names = list(resumed[0][part]) if part != "optimizer" else [""] * len(first)
+        assert len(first) == len(second) == len(values_of(straight[0][part])) > 0
+        for name, a, b, undisturbed in zip(names, first, second, values_of(straight[0][part]), strict=True):
+            if name.endswith(("running_mean", "running_var")):
+                torch.testing.assert_close(a, undisturbed, rtol=1e-5, atol=1e-6)
+            else:
+                assert torch.equal(a, b) and torch.equal(a, undisturbed), (part, name)
+    assert resumed[1]["bad_image_ids"] == straight[1]["bad_image_ids"]
+
+
+def test_workers_count_different_unreadable_images_together(damaged: Path, straight: list[dict[str, Any]]) -> None:
+    ids = [int(image.stem) for image in sorted((damaged / "train2017").iterdir())[5:9]]
+    assert [(worker["status"], worker["bad_image_ids"]) for worker in straight] == [("finished", ids)] * 2
+    broken = sorted((damaged / "val2017").iterdir())[1]
+    assert len([line for line in straight[0]["lines"] if broken.name in line]) == 1
+    assert [values["val/bad_images"] for _, values in straight[0]["metrics"] if "val/AP" in values] == [1.0, 1.0]
+    config = damaged_config(damaged, "few", "data.max_bad_images=3")
+    few = run_loops(config, 2, damaged.parent / "few")
+    assert few[0]["failed"] == few[1]["failed"] and few[0]["agreed"] and few[1]["agreed"]
+    assert "4 different images could not be read" in few[0]["failed"]
+
+
+def test_what_the_first_worker_tells_arrives_as_it_was(straight: list[dict[str, Any]]) -> None:
+    """Tensors of any type and layout, anywhere in plain data; see `ODD` in the worker."""
+    told, arrived = straight[0]["told"], straight[1]["told"]
+    assert arrived.keys() == told.keys() and arrived["text"] == "plain" and arrived["empty"].shape == (0, 3)
+    for a, b in zip(values_of(told), values_of(arrived), strict=True):
+        assert (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride()) and torch.equal(a, b)
+    assert straight[0]["gathered"] == [0, 1] and straight[1]["gathered"] is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from detr_ray.config import Config, load_config
 from detr_ray.data.label_map import LabelMap
+from detr_ray.engine.checkpoint_info import CheckpointInfo
 from detr_ray.engine.context import LocalContext
 from detr_ray.engine.optimizer import build_optimizer
 from detr_ray.engine.step import TrainStep
@@ -92,19 +93,6 @@ def deviation(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> fl
     return (difference / sum(float(theirs.square().sum()) for _, theirs in pairs)) ** 0.5
 
 
-@dataclasses.dataclass(frozen=True)
-class StoredInMemory:
-    """What is known of a checkpoint."""
-
-    step: int
-    details: dict[str, Any]
-    metrics: dict[str, float] | None = None
-
-    @property
-    def path(self) -> str:
-        return f"memory/step_{self.step:08d}"
-
-
 class MemoryCheckpoints:
     """Checkpoints of a run as bytes in memory, made and read as those on a disk are.
 
@@ -112,38 +100,42 @@ class MemoryCheckpoints:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[int, tuple[StoredInMemory, dict[str, bytes]]] = {}
+        self._kept: dict[int, tuple[CheckpointInfo, dict[str, bytes]]] = {}
 
-    def save(self, step: int, files: Mapping[str, Any], details: Mapping[str, Any]) -> StoredInMemory:
+    def save(
+        self, step: int, files: Mapping[str, Any], details: Mapping[str, Any], *, evaluation_due: bool = False
+    ) -> CheckpointInfo:
         written = {}
         for name, content in files.items():
             file = io.BytesIO()
             torch.save(content, file)
             written[name] = file.getvalue()
-        info = StoredInMemory(step, dict(details))
+        info = CheckpointInfo(step, f"memory/step_{step:08d}", None, dict(details), {}, evaluation_due)
         self._kept[step] = (info, written)
         return info
 
-    def load(self, info: StoredInMemory, name: str) -> Any:
+    def load(self, info: CheckpointInfo, name: str) -> Any:
         return torch.load(io.BytesIO(self._kept[info.step][1][name]), map_location="cpu", weights_only=True)
 
-    def annotate(self, info: StoredInMemory, metrics: Mapping[str, float]) -> StoredInMemory:
-        noted = dataclasses.replace(info, metrics=dict(metrics))
+    def annotate(self, info: CheckpointInfo, metrics: Mapping[str, float] | None, problem: str = "") -> CheckpointInfo:
+        noted = dataclasses.replace(
+            info, metrics=None if metrics is None else dict(metrics), evaluation_problem=problem
+        )
         self._kept[info.step] = (noted, self._kept[info.step][1])
         return noted
 
-    def checkpoints(self) -> list[StoredInMemory]:
+    def checkpoints(self) -> list[CheckpointInfo]:
         return [info for info, _ in self._kept.values()]
 
-    def latest(self) -> StoredInMemory | None:
+    def latest(self) -> CheckpointInfo | None:
         return max(self.checkpoints(), key=lambda info: info.step, default=None)
 
-    def best(self) -> StoredInMemory | None:
-        scored = [info for info in self.checkpoints() if info.metrics]
+    def best_of(self, found: Iterable[CheckpointInfo]) -> CheckpointInfo | None:
+        scored = [info for info in found if info.metrics]
         return max(scored, key=lambda info: info.metrics["val/AP"], default=None)
 
-    def prune(self, keep_last: int) -> StoredInMemory | None:
-        return self.best()
+    def prune(self, keep_last: int, found: Iterable[CheckpointInfo], also: Collection[int]) -> None:
+        """All are kept."""
 
 
 class DrawnJob:

@@ -114,7 +114,7 @@ GOING_ON: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "training.pt/optimizer": (lambda files: halve_moments(files, "exp_avg"), "/model.pt/model/"),
     "training.pt/optimizer (second moments)": (lambda files: halve_moments(files, "exp_avg_sq"), "/model.pt/model/"),
     "training.pt/ema_updates": (set_in("training.pt", "ema_updates", 30), "/model.pt/ema/"),
-    "training.pt/num_bad_images": (set_in("training.pt", "num_bad_images", 7), "/training.pt/num_bad_images"),
+    "training.pt/bad_image_ids": (set_in("training.pt", "bad_image_ids", [7]), "/training.pt/bad_image_ids"),
 }
 
 
@@ -139,8 +139,8 @@ def test_the_step_says_where_to_go_on(dataset: Path, stopped: Path, tmp_path: Pa
 
 
 def test_bad_images_of_before_count(dataset: Path, stopped: Path, tmp_path: Path) -> None:
-    with pytest.raises(RunFailed, match=r"107 images could not be read|max_bad_images"):
-        resumed(dataset, stopped, tmp_path, set_in("training.pt", "num_bad_images", 107))
+    with pytest.raises(RunFailed, match=r"107 different images could not be read"):
+        resumed(dataset, stopped, tmp_path, set_in("training.pt", "bad_image_ids", list(range(107))))
 
 
 def test_updates_that_were_left_out_before_count(dataset: Path, tmp_path: Path) -> None:

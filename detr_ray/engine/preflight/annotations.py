@@ -12,7 +12,7 @@ from detr_ray.data.label_map import LabelMap
 from detr_ray.data.plausibility import find_misreadings
 from detr_ray.data.splits import open_split
 from detr_ray.data.statistics import BoxStatistics, count_boxes
-from detr_ray.engine.checkpoint import CheckpointError
+from detr_ray.engine.errors import CheckpointError
 from detr_ray.engine.job import choose_label_space, generated_root, label_map_for
 from detr_ray.engine.preflight.findings import Level, Report
 from detr_ray.engine.preflight.storage import TIMEOUT_S, try_storage, within

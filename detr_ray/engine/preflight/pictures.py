@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -73,15 +72,14 @@ def _add_bad(config: Config, split: str, index: CocoIndex, seen: Inspection, rep
         return
     level: Level = "error"
     advice = "replace these files, or take their images out of the annotation file"
-    if split == "train":
-        passes = math.ceil(config.train.epochs)
-        misses, most = len(seen.bad) * passes, config.data.max_bad_images
-        if config.data.on_bad_image == "raise":
-            advice += "; data.on_bad_image=skip trains without them"
-        elif misses > most:
-            advice += f"; or set data.max_bad_images to {misses}: a bad image counts in each of {passes} epochs"
-        else:
-            level = "warning"
+    if config.data.on_bad_image == "raise":
+        advice += "; data.on_bad_image=skip " + (
+            "trains without them" if split == "train" else "counts them as images without detections"
+        )
+    elif split == "train" and len(seen.bad) > config.data.max_bad_images:
+        advice += f"; or set data.max_bad_images to {len(seen.bad)}"
+    else:
+        level = "warning"
     names = [f"{bad.file}: {bad.reason}" for bad in seen.bad]
     cause = common_cause(seen.bad, len(index))
     if cause:

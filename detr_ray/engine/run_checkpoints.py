@@ -1,0 +1,197 @@
+"""The checkpoints of a run as its workers use them: written by rank 0, known to all, kept until they are scored.
+
+What a run cannot do without is that its state is written at its end; that is tried with patience. All else (noting
+scores, removing old checkpoints, looking for the best) is tried again later where storage fails: a run goes on without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from detr_ray.engine.checkpoint_info import CheckpointInfo
+from detr_ray.engine.context import WorkerContext
+from detr_ray.retries import may_pass, reason_of
+
+if TYPE_CHECKING:  # see the loop
+    from detr_ray.engine.checkpoint import CheckpointStore
+
+logger = logging.getLogger(__name__)
+
+ONCE: tuple[float, ...] = ()
+BRIEFLY = (1.0, 2.0, 5.0)
+PATIENTLY = (1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+"""Seconds before each further attempt to write a checkpoint, every one of which is patient by itself (`Patience`)."""
+
+
+class Inessential:
+    """Guards what a run can do without: where storage fails, that is said once, and the run goes on.
+
+    Args:
+        say: shows the user a line.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._said: set[str] = set()
+
+    @contextlib.contextmanager
+    def __call__(self, what: str) -> Iterator[None]:
+        """Within it, errors of storage cost nothing but ``what``; said again only after it has succeeded."""
+        try:
+            yield
+        except OSError as error:
+            if what not in self._said:
+                self._say(f"WARNING: {what}: {_said_of(error)}; training goes on")
+            self._said.add(what)
+        else:
+            self._said.discard(what)
+
+
+class RunCheckpoints:
+    """One worker's view of its run's checkpoints; see the module.
+
+    Args:
+        store: where they lie.
+        context: this worker's group.
+        keep_last: newest checkpoints that are kept, beside the best and those that are to be evaluated.
+        inessential: guards what may fail.
+
+    Attributes:
+        latest: the newest checkpoint of this run's state; the same on all workers.
+        best: the one with the best scores, as far as rank 0 knows; None elsewhere.
+    """
+
+    def __init__(
+        self, store: CheckpointStore, context: WorkerContext, keep_last: int, inessential: Inessential
+    ) -> None:
+        self.store = store
+        self.latest: CheckpointInfo | None = None
+        self.best: CheckpointInfo | None = None
+        self._context = context
+        self._keep_last = keep_last
+        self._inessential = inessential
+        self._known: dict[int, CheckpointInfo] = {}
+        self._not_noted: dict[int, tuple[Mapping[str, float] | None, str]] = {}
+
+    def going_on_from(self, info: CheckpointInfo, found: Sequence[CheckpointInfo]) -> None:
+        """Notes which checkpoint training goes on from (every worker), and all that there are (rank 0).
+
+        Newer ones are damaged. They count for nothing, and are replaced when training reaches them.
+        """
+        self.latest = info
+        self._know(found)
+        self.best = self.store.best_of(self._known.values())
+
+    def unscored(self) -> list[CheckpointInfo]:
+        """The checkpoints whose evaluation has not ended, oldest first; the same on every worker."""
+        return self._context.broadcast([info for _, info in sorted(self._known.items()) if info.unscored])
+
+    def save(
+        self,
+        step: int,
+        files: Callable[[], Mapping[str, Any]],
+        details: Mapping[str, Any],
+        *,
+        evaluation_due: bool,
+        pauses: Sequence[float] = ONCE,
+    ) -> str:
+        """Writes a checkpoint; every worker must call it.
+
+        Args:
+            step: optimizer steps taken.
+            files: gives the content of its files.
+            details: kept in its manifest.
+            evaluation_due: whether these weights are to be evaluated.
+            pauses: seconds before each further attempt, where the first one fails.
+
+        Returns:
+            Why it could not be written; empty where it was. Earlier checkpoints are as they were.
+        """
+        for pause_s in (0.0, *pauses):
+            self._pause(pause_s, step)
+            self._context.enter("writing a checkpoint", step)
+            written: tuple[CheckpointInfo | None, str, bool] = (None, "", False)
+            if self._context.rank == 0:
+                written = self._write(step, files(), details, evaluation_due)
+            self._context.enter("waiting for the checkpoint", step)
+            info, problem, again = self._context.broadcast(written)
+            if info is not None:
+                self.latest = info
+                return ""
+            if not again:
+                break
+        return problem
+
+    def note(self, step: int, metrics: Mapping[str, float] | None, problem: str = "") -> None:
+        """Rank 0: notes what the evaluation of a step gave in its checkpoint, now or as soon as storage lets it."""
+        self._not_noted[step] = metrics, problem
+        self.tidy()
+
+    def finish(self) -> None:
+        """Rank 0: the last attempts to note what could not be noted."""
+        for pause_s in BRIEFLY:
+            if not self._not_noted:
+                return
+            time.sleep(pause_s)
+            self.tidy()
+        if self._not_noted:
+            steps = ", ".join(str(step) for step in sorted(self._not_noted))
+            self._context.say(
+                f"WARNING: the scores of step {steps} could not be noted in its checkpoint; the same command evaluates "
+                "it again"
+            )
+
+    def tidy(self) -> None:
+        """Rank 0: notes scores that are not noted yet, and removes what is not kept."""
+        with self._inessential("the checkpoints cannot be listed"):
+            self._know(self.store.checkpoints())
+        with self._inessential("scores cannot be noted in their checkpoint (it is tried again)"):
+            for step, (metrics, problem) in sorted(self._not_noted.items()):
+                if step in self._known:
+                    self._known[step] = self.store.annotate(self._known[step], metrics, problem)
+                del self._not_noted[step]
+        # With what could not be noted: it stays in storage until it is, but may be the best of all.
+        known = [self._with_scores(info) for _, info in sorted(self._known.items())]
+        self.best = self.store.best_of(known)
+        with self._inessential("old checkpoints cannot be removed (they stay)"):
+            self.store.prune(self._keep_last, known, self._not_noted)
+
+    def _know(self, found: Sequence[CheckpointInfo]) -> None:
+        newest = -1 if self.latest is None else self.latest.step
+        self._known = {info.step: info for info in found if info.step <= newest}
+
+    def _with_scores(self, info: CheckpointInfo) -> CheckpointInfo:
+        metrics, problem = self._not_noted.get(info.step, (info.metrics, info.evaluation_problem))
+        return dataclasses.replace(info, metrics=None if metrics is None else dict(metrics), evaluation_problem=problem)
+
+    def _write(
+        self, step: int, files: Mapping[str, Any], details: Mapping[str, Any], evaluation_due: bool
+    ) -> tuple[CheckpointInfo | None, str, bool]:
+        """The checkpoint, or why there is none and whether another attempt may help."""
+        started = time.perf_counter()
+        try:
+            info = self.store.save(step, files, details, evaluation_due=evaluation_due)
+        except OSError as error:
+            since = "there is none yet" if self.latest is None else f"the last one is of step {self.latest.step}"
+            self._context.say(f"WARNING: no checkpoint at step {step} ({since}): {_said_of(error)}")
+            return None, _said_of(error), may_pass(error)
+        logger.info("checkpoint of step %d in %.2f s", step, time.perf_counter() - started)
+        self.latest = self._known[step] = info
+        self.tidy()
+        return info, "", False
+
+    def _pause(self, seconds: float, step: int) -> None:
+        """Waits; each second of it counts as progress."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            self._context.enter("waiting for the checkpoint", step)
+            time.sleep(min(left, 1.0))
+
+
+def _said_of(error: OSError) -> str:
+    return str(error) if getattr(error, "filename", None) else reason_of(error)

@@ -1,0 +1,185 @@
+"""The evaluations of a training run: when one is due, of which weights, and where its numbers go.
+
+An evaluation belongs to a checkpoint, which says so (`CheckpointInfo.evaluation_due`) and is kept until it is scored.
+So one that did not come to its end, because its process died or was asked to leave, is made up for with the weights of
+that checkpoint by the process that goes on with the run.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from detr_ray.engine.checkpoint_info import CheckpointInfo
+from detr_ray.engine.context import LeaveReason, WorkerContext
+from detr_ray.engine.errors import CheckpointError
+from detr_ray.engine.progress import evaluation_line
+from detr_ray.engine.run_checkpoints import Inessential, RunCheckpoints
+from detr_ray.engine.scoring import BackgroundScoring, Scored
+from detr_ray.engine.training_state import MODEL_FILE, TrainingState
+
+if TYPE_CHECKING:  # see the loop
+    from detr_ray.engine.batches import BatchSource
+    from detr_ray.engine.job import TrainJob
+    from detr_ray.tracking import Tracker
+
+
+class Validation:
+    """One worker's side of a run's evaluations.
+
+    Args:
+        job: the run; without a validation set nothing is ever due.
+        context: this worker's group.
+        state: the run's state, whose weights are evaluated.
+        checkpoints: take the numbers.
+        batches: gives this worker its share of the validation set.
+        tracker: takes the numbers; only rank 0's is written to.
+        inessential: guards the records.
+
+    Attributes:
+        metrics: what the last evaluation gave; the same on all workers.
+        table: the same for people, on rank 0.
+    """
+
+    def __init__(
+        self,
+        job: TrainJob,
+        context: WorkerContext,
+        state: TrainingState,
+        checkpoints: RunCheckpoints,
+        batches: BatchSource,
+        tracker: Tracker,
+        inessential: Inessential,
+    ) -> None:
+        self._job, self._context, self._state, self._checkpoints = job, context, state, checkpoints
+        self._batches, self._tracker, self._inessential = batches, tracker, inessential
+        self._scoring = None if job.data.val is None else BackgroundScoring(job.data, context)
+        latest = checkpoints.latest
+        self.metrics: dict[str, float] = dict((latest.metrics if latest else None) or {})
+        self.table = ""
+        self._left_out: LeaveReason | None = None  # why the last evaluation was not begun
+
+    def falls_on(self, step: int) -> bool:
+        """Whether the weights after so many steps are to be evaluated."""
+        at_end = step >= self._job.total_steps
+        if self._scoring is None or step == 0 or not (at_end or step % self._job.steps_per_epoch == 0):
+            return False
+        every = self._job.config.eval.every_epochs
+        return at_end or (every > 0 and step // self._job.steps_per_epoch % every == 0)
+
+    def unscored(self) -> list[CheckpointInfo]:
+        """The checkpoints of an earlier process that are still to be evaluated; the same on every worker."""
+        if self._scoring is None:
+            return []
+        found, latest = self._checkpoints.unscored(), self._checkpoints.latest
+        if latest is None or latest.metrics is not None or latest.evaluation_problem or latest.evaluation_due:
+            return found
+        # Written by a release that did not note what is due, or while there was no validation set.
+        return [*found, latest] if self.falls_on(latest.step) else found
+
+    def make_up(self, unscored: Sequence[CheckpointInfo]) -> None:
+        """Evaluates checkpoints of an earlier process, the last of them while training goes on."""
+        for info in unscored:
+            model = self._current if info.step == self._state.step else self._model_of(info)
+            if model is not None and self._begin(model, info.step) is not None:
+                return
+
+    def begin(self) -> None:
+        """Finds objects with the weights as they are now; what was found is scored while training goes on.
+
+        Where the workers are to leave while the scores before are awaited, it does nothing: the evaluation stays due.
+        """
+        self._left_out = self._begin(self._current, self._state.step)
+        while self._left_out == "resized" and self._state.step >= self._job.total_steps:
+            self._left_out = self._begin(self._current, self._state.step)
+
+    def collect(self) -> None:
+        """Notes the numbers of the last evaluation if they are there."""
+        if self._scoring is not None:
+            self._learn(self._scoring.collect(self._state.step, self._note))
+
+    def finish(self) -> LeaveReason | None:
+        """Waits for the last numbers. A reason to leave before they are there; a run at its end needs no other size."""
+        reason = self._left_out if self._state.step >= self._job.total_steps else None
+        while self._scoring is not None and self._scoring.pending and reason in (None, "resized"):
+            reason = self._wait(self._scoring)
+        return None if reason == "resized" else reason
+
+    def drop(self) -> None:
+        """Ends what is under way; `make_up` of the next process does it again."""
+        if self._scoring is not None:
+            self._scoring.drop()
+
+    @property
+    def _current(self) -> nn.Module:
+        return self._state.model if self._state.ema is None else self._state.ema.module
+
+    def _begin(self, model: nn.Module, step: int) -> LeaveReason | None:
+        """Begins an evaluation when the one before is scored; or a reason to leave before that."""
+        assert self._scoring is not None
+        reason = self._wait(self._scoring)
+        if reason is not None:
+            return reason
+        self._scoring.begin(model, self._batches.evaluation_batches(), step)
+        if self._context.rank == 0:
+            for line in self._scoring.new_bad_images():
+                self._context.say(f"WARNING: validation image left out, counts as without detections: {line}")
+        return None
+
+    def _wait(self, scoring: BackgroundScoring) -> LeaveReason | None:
+        found, reason = scoring.wait(self._state.step, self._note)
+        self._learn(found)
+        return reason
+
+    def _learn(self, found: Scored | None) -> None:
+        if found is not None and found.metrics:
+            self.metrics = found.metrics
+            self._context.report(found.metrics)
+
+    def _note(self, scored: Scored) -> None:
+        """Rank 0's records of an evaluation."""
+        if scored.scores is None:
+            self._context.say(
+                f"WARNING: the evaluation of step {scored.step} has no scores, they could not be computed: "
+                f"{scored.problem}; training goes on"
+            )
+            self._checkpoints.note(scored.step, None, scored.problem)
+            return
+        epoch = scored.step / self._job.steps_per_epoch
+        self.table = scored.scores.table()
+        with self._inessential("scores cannot be recorded"):
+            self._tracker.log_metrics(scored.metrics, scored.step)
+            tables = f"{self.table}\n\n{scored.scores.category_table()}\n"
+            self._tracker.log_text(tables, f"evaluation/epoch_{epoch:07.2f}.txt")
+        self._checkpoints.note(scored.step, {k: v for k, v in scored.metrics.items() if k.count("/") == 1})
+        best = self._checkpoints.best
+        is_best = best is not None and best.step == scored.step
+        self._context.say(evaluation_line(scored.metrics, epoch, is_best))
+        if best is not None and is_best and self._job.run.local_path is not None:
+            with self._inessential("the best checkpoint cannot be recorded"):
+                self._tracker.log_file(f"{best.path}/{MODEL_FILE}", "checkpoints/best")
+
+    def _model_of(self, info: CheckpointInfo) -> nn.Module | None:
+        """The model that a checkpoint's evaluation is of; None where the checkpoint cannot be read."""
+        state: Mapping[str, Tensor] = {}
+        problem = ""
+        if self._context.rank == 0:
+            try:
+                content = self._checkpoints.store.load(info, MODEL_FILE)
+                state = content["model"] if self._state.ema is None else content["ema"]
+            except CheckpointError as error:
+                problem = str(error)
+                self._checkpoints.note(info.step, None, problem)
+            except OSError as error:  # the next process tries again
+                problem = str(error)
+        problem = self._context.broadcast(problem)
+        if problem:
+            if self._context.rank == 0:
+                self._context.say(f"WARNING: the checkpoint of step {info.step} cannot be evaluated: {problem}")
+            return None
+        model = copy.deepcopy(self._current)
+        model.load_state_dict(self._context.broadcast(state))
+        return model
