@@ -135,7 +135,7 @@ def generate(place: Place) -> None:
         pictures = [np.asarray(Image.open(path).convert("L"), float) for path in (root / "train2017").iterdir()]
         return float(np.mean([np.abs(np.diff(picture, axis=1)).mean() for picture in pictures]))
 
-    calm, busy = (drawn(f"clutter-{value}", f", clutter: {value}, empty_fraction: 0.99")[0] for value in (0, 1))
+    calm, busy = (drawn(f"clutter-{value}", f", clutter: {value}, empty_fraction: 0.9")[0] for value in (0, 1))
     assert detail(busy) > 2 * detail(calm)
 
 
@@ -234,3 +234,16 @@ def max_bad_images(place: Place) -> None:
     assert len(place.train(*keys, "data.max_bad_images=2").updates) == 4
     with pytest.raises(RunFailed, match=r"data\.max_bad_images"):
         place.train(*keys, "data.max_bad_images=1")
+
+
+@shows("data.follow_links")
+def follow_links(place: Place) -> None:
+    root = shutil.copytree(place.data, place.folder / "linked")
+    image = sorted((root / "train2017").iterdir())[0]
+    image.rename(place.folder / "elsewhere")
+    image.symlink_to(place.folder / "elsewhere")
+    steps = 4
+    followed = batches(place, f"data.root={root}", "data.follow_links=true", steps=steps)
+    assert all(not batch.bad_images for batch in followed)
+    (fault,) = [line for batch in batches(place, f"data.root={root}", steps=steps) for line in batch.bad_images]
+    assert fault.startswith(f"{image}: a link that leads out of the images' folder")
