@@ -16,6 +16,8 @@ from typing import TypeVar
 
 logger = logging.getLogger(__name__)
 
+_JITTER = random.Random()  # its own: the process's random numbers are for others
+
 T = TypeVar("T")
 
 _ACCESS = re.compile(
@@ -105,7 +107,7 @@ def patiently(location: str, operation: Callable[[], T], *, remote: bool, patien
                 raise StorageError(errno.EIO, reason, location) from error
             logger.info("%s: attempt %d of %d: %s", location, attempt, patience.attempts, reason_of(error))
         # A random part keeps the many tasks that failed together from coming back together.
-        time.sleep(pause_s * random.uniform(0.5, 1.0))
+        time.sleep(pause_s * _JITTER.uniform(0.5, 1.0))
         pause_s = min(2 * pause_s, patience.longest_pause_s)
         attempt += 1
 

@@ -6,8 +6,9 @@ on the driver, so that bad input is refused in seconds, and its results travel t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,8 +80,8 @@ class TrainJob:
         from detr_ray.engine.optimizer import freeze_backbone
         from detr_ray.model import build_model
 
-        torch.manual_seed(self.config.run.seed)
-        model = build_model(self.config.model, self.data.label_map.num_classes)
+        with _seeded(self.config.run.seed):
+            model = build_model(self.config.model, self.data.label_map.num_classes)
         if self.initial_weights is not None:
             model.load_state_dict(self.initial_weights)
         if self.config.optim.lr_backbone == 0:
@@ -297,8 +298,8 @@ def _initial_weights(config: Config, label_map: LabelMap, say: Say) -> dict[str,
     from detr_ray.model import build_model
     from detr_ray.model.weights import load_backbone_weights, load_initial_weights, shorten_names
 
-    torch.manual_seed(config.run.seed)
-    model = build_model(config.model, label_map.num_classes)
+    with _seeded(config.run.seed):
+        model = build_model(config.model, label_map.num_classes)
     if config.model.init_from is not None:
         report = load_initial_weights(model, config.model.init_from, label_map.names, LabelMap.coco91().names)
         say(report.table())
@@ -310,6 +311,14 @@ def _initial_weights(config: Config, label_map: LabelMap, say: Say) -> dict[str,
     else:
         load_backbone_weights(model, config.model.backbone_weights, config.model.backbone)
     return model.state_dict()
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seeds torch's random numbers of the CPU, which models are made on, and sets them back."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def code_version(folder: Path) -> str:

@@ -107,9 +107,10 @@ def compiled(model: nn.Module) -> nn.Module:
     """
     import torch._dynamo  # a second's import
 
-    torch._dynamo.config.recompile_limit = MOST_COMPILED
-    torch._dynamo.config.accumulated_recompile_limit = 2 * MOST_COMPILED
     found: nn.Module = torch.compile(model, dynamic=False)  # type: ignore[assignment]
+    # The limits are the whole process's, and hold when a model is called: other models keep theirs.
+    limits = {"recompile_limit": MOST_COMPILED, "accumulated_recompile_limit": 2 * MOST_COMPILED}
+    found.forward = torch._dynamo.config.patch(limits)(found.forward)
     return found
 
 
