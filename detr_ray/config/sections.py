@@ -194,7 +194,7 @@ class TrainConfig(Section):
     keep_last: Count = 2
     """Newest checkpoints that are kept, beside the best."""
     max_failures: Annotated[Whole, Field(ge=-1)] = 3
-    """Times that lost workers are replaced and the run goes on by itself; -1 is without limit."""
+    """Times that lost workers, or a lost controller, are replaced and the run goes on by itself; -1: without limit."""
     log_every_steps: Count = 10
     """Optimizer steps between two records of metrics."""
     compile: bool = False
@@ -210,7 +210,8 @@ class TrainConfig(Section):
     leaves out by itself while it looks for the scale of its gradients do not count."""
     stall_timeout_s: Count = 600
     """Seconds that a worker may spend in one phase of a step (waiting for data, the forward pass, a checkpoint, ...).
-    One that takes longer hangs: it is named and replaced, which counts as a failure."""
+    One that takes longer hangs: it is named and replaced, which counts as a failure. The same holds for Ray Train's
+    controller when nothing has been heard of it for so long."""
     start_timeout_s: Count = 1800
     """Seconds to wait for the resources of the workers, at the start and after a node was lost; then the run fails,
     saying what is missing."""

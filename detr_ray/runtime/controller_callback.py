@@ -1,63 +1,74 @@
-"""What is hooked into Ray Train's controller: its state goes to the board, and workers leave before a resize."""
+"""What is hooked into Ray Train's controller: its heartbeat, and workers that leave before a resize."""
 
 from __future__ import annotations
 
-import logging
 import time
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
-from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
-from detr_ray.runtime.board import packed
-
-logger = logging.getLogger(__name__)
+from detr_ray.runtime.heartbeat import ControllerHeartbeat
 
 LEAVE_WITHIN_S = 300.0
 _MOST_TEXT = 300
 
 
-class BoardCallback(ControllerCallback):  # type: ignore[misc]
+class StatusCallback(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
     """Runs in the controller's process.
 
     Ray Train changes the number of workers by ending them and starting others. Before it does, this has them take their
     step to its end and write a checkpoint, so that nothing is computed twice.
 
     Args:
-        board: the job's board.
+        status: keeps the job's status.
+        attempt: which start of Ray Train it is.
     """
 
-    def __init__(self, board: ActorHandle) -> None:
-        self._board = board
+    def __init__(self, status: ActorHandle, attempt: int) -> None:
+        self._status = status
+        self._attempt = attempt
+        self._heartbeat: ControllerHeartbeat | None = None
         self._resizes = False
 
     def after_controller_start(self, train_run_context: Any) -> None:
-        """Puts the controller up, so that the driver can end it."""
-        self._board.note_controller.remote(packed(ray.get_runtime_context().current_actor))
+        """Begins the heartbeat."""
+        self._heartbeat = ControllerHeartbeat(self._status, self._attempt)
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
-        """Puts the state up, and what failed where that is its reason."""
+        """Notes the state, and what failed where that is its reason. Each turn of the controller's loop comes here."""
+        assert self._heartbeat is not None, "the controller has started"
         state = current_state._state_type.name
         self._resizes = previous_state._state_type.name == "RESIZING"
         error = None
-        if state in ("RESTARTING", "RESCHEDULING"):
+        if state in ("RESTARTING", "RESCHEDULING") and state != previous_state._state_type.name:
             error = current_state.training_failed_error
             if isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError):
                 error = None  # it goes on waiting for resources, and the driver says so
-        self._board.note_state.remote(state, "" if error is None else describe_failure(error))
+        self._heartbeat.enter(state, "" if error is None else describe_failure(error))
+
+    def after_worker_group_training_start(self, worker_group: Any) -> None:
+        """Notes the workers."""
+        assert self._heartbeat is not None, "the controller has started"
+        self._heartbeat.begin_group(
+            {
+                worker.distributed_context.world_rank: (worker.metadata.node_ip, worker.metadata.pid, worker.actor)
+                for worker in worker_group.get_workers()
+            }
+        )
 
     def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
         """Asks running workers to leave, and waits until they have."""
-        if not self._resizes:
+        if not self._resizes or self._heartbeat is None:
             return
-        self._board.say.remote(f"starting the workers again, {resize_decision.num_workers} of them")
-        ray.get(self._board.ask_to_leave.remote("resized"))
+        self._heartbeat.say(f"starting the workers again, {resize_decision.num_workers} of them")
+        self._heartbeat.ask_to_leave("resized")
         give_up = time.monotonic() + LEAVE_WITHIN_S
-        while not ray.get(self._board.everyone_left.remote()) and time.monotonic() < give_up:
+        while not self._heartbeat.everyone_left and time.monotonic() < give_up:
             time.sleep(0.2)
-        ray.get([self._board.ask_to_leave.remote(None, instead_of="resized"), self._board.forget_workers.remote()])
+        self._heartbeat.ask_to_leave(None)
 
 
 def describe_failure(error: Exception) -> str:

@@ -7,19 +7,14 @@ process, without Ray.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
-import time
 from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.train
 import torch
-from ray.actor import ActorHandle
-from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
-from ray.data._internal.stats import get_or_create_stats_actor
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.torch import TorchConfig
 
 from detr_ray.config import Config, ConfigError
 from detr_ray.engine.batches import LocalBatches
@@ -28,13 +23,16 @@ from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.job import Say, TrainJob, prepare_job, run_summary
 from detr_ray.engine.records import open_tracker
 from detr_ray.engine.result import FitResult
-from detr_ray.runtime.board import open_board
 from detr_ray.runtime.cluster_check import preflight_nodes
-from detr_ray.runtime.controller_callback import BoardCallback, describe_failure
+from detr_ray.runtime.controller_callback import StatusCallback, describe_failure
+from detr_ray.runtime.host_process import host_process_as_before
 from detr_ray.runtime.ray_address import cluster_address
+from detr_ray.runtime.ray_internals import data_actors
 from detr_ray.runtime.resources import WorkerRequest, plan_workers, usable_nodes
-from detr_ray.runtime.session import session_of
-from detr_ray.runtime.supervision import StopSignals, Supervisor, run_in_thread, stop_signals
+from detr_ray.runtime.session import TRAIN_ENVIRONMENT, session_of
+from detr_ray.runtime.stop_signals import StopSignals, stop_signals
+from detr_ray.runtime.supervision import StatusKeeper, Supervisor
+from detr_ray.runtime.trainer import Attempt, ControllerLost, Trainer, threads_given
 from detr_ray.tracking import Status
 
 if TYPE_CHECKING:
@@ -44,15 +42,16 @@ if TYPE_CHECKING:
 # Workers that wait for one that hangs give up only after the watch has named and ended that one.
 COLLECTIVES_WAIT_LONGER_S = 120
 
-EARLIER_JOB_ENDS_S = 20.0
-
 # Ray Train's elastic policy chooses a number of workers from a view of the cluster that lags behind by some seconds.
 # After this time it chooses again; a fixed number has nothing to choose.
 ELASTIC_START_S = 15
 
 
+@host_process_as_before()
 def fit(config: Config, say: Say = lambda line: None) -> FitResult:
     """Trains what a configuration describes, or goes on with it.
+
+    The process that calls it is afterwards as it was before; see `host_process_as_before`.
 
     Args:
         config: the whole configuration.
@@ -81,8 +80,11 @@ def fit(config: Config, say: Say = lambda line: None) -> FitResult:
         raise
 
 
+@host_process_as_before()
 def evaluate(config: Config, say: Say = lambda line: None) -> EvaluationResult:
     """Evaluates a checkpoint (``eval.checkpoint``) on the validation set.
+
+    The process that calls it is afterwards as it was before; see `host_process_as_before`.
 
     Raises:
         ConfigError: there is no such checkpoint, or it does not fit the data.
@@ -141,57 +143,120 @@ def _run_workers(job: TrainJob | EvaluationJob, path: str, run_path: str | None,
         run_path: the run that the job writes; None if it writes none.
         say: shows the user a line.
     """
-    config = job.data.config
-    request = plan_workers(config)
-    board = _open_board(run_path)
-    # Two actors of Ray's that it would start, and wait for, later on. They outlive the job, on the node of who asks for
-    # them first: on a training node they would keep the autoscaler from ever taking that node away.
-    get_or_create_stats_actor()
-    get_or_create_autoscaling_coordinator()
-    trainer_class = _TrainerOnOneMachine if len(usable_nodes()) == 1 else TorchTrainer
-    bare = dataclasses.replace(job, data=None, initial_weights=None)  # type: ignore[arg-type]
-    parts = {
-        "job": [ray.put(bare)],
-        "data": [ray.put(job.data)],
-        "weights": [] if job.initial_weights is None else [ray.put(job.initial_weights)],
-        "board": board,
-        "threads": _threads_given(),
-    }
-    if request.min_workers < request.max_workers:
-        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(ELASTIC_START_S))
-    supervisor = Supervisor(board, config.train, request.missing, say)
-    # Numbers of the host are summed on the host: a GPU would have to be waited for otherwise, each step.
-    backend = "cpu:gloo,cuda:nccl" if request.use_gpu else "gloo"
-    with stop_signals() as signals:
-        while True:
-            say(f"starting {_described(request)}")
-            trainer = trainer_class(
-                _run_worker,
-                train_loop_config=parts,
-                torch_config=TorchConfig(backend, timeout_s=config.train.stall_timeout_s + COLLECTIVES_WAIT_LONGER_S),
-                scaling_config=request.scaling_config(config.train.resize_check_s),
-                run_config=ray.train.RunConfig(
-                    name="ray",
-                    storage_path=path,
-                    failure_config=ray.train.FailureConfig(max_failures=config.train.max_failures),
-                    callbacks=[BoardCallback(board)],
-                    logging_config=ray.train.LoggingConfig(log_level="ERROR"),
-                ),
-            )
-            outcome = _watched(trainer, supervisor, signals)
-            if "failed" in outcome:
-                raise RunFailed(outcome["failed"])
-            result = outcome["result"]
-            if not isinstance(result, FitResult) or result.leave != "preempted":
-                return result
+    request = plan_workers(job.data.config)
+    status = StatusKeeper(run_path, say)
+    try:
+        with stop_signals() as signals:
+            supervisor = Supervisor(status, job.data.config.train, request.missing, signals, say)
+            return _run_attempts(_Trainers(job, path, request, status), supervisor, signals, say)
+    finally:
+        status.end()
+
+
+def _run_attempts(trainers: _Trainers, supervisor: Supervisor, signals: StopSignals, say: Say) -> Any:
+    """Starts trainers until one gives a result that ends the job."""
+    for number in itertools.count(1):
+        say(f"starting {_described(trainers.request)}")
+        attempt = Attempt(trainers.make(number, supervisor.failures_left))
+        try:
+            lost = supervisor.watch(attempt, number)
+        except BaseException:
+            attempt.abort()
+            raise
+        result = None
+        if lost is None:
+            try:
+                result = _result_of(attempt, supervisor)
+            except ControllerLost:
+                attempt.end([])  # the places of its workers, which it would hold for ever
+                lost = "the controller died"
+        if lost is None and isinstance(result, FitResult) and result.leave == "asked" and not signals.asked():
+            lost = f"the workers had lost their driver, and stopped after step {result.step}"
+        if lost is not None:
+            if signals.asked():
+                say(f"{lost}; it was to stop anyway")
+                raise KeyboardInterrupt
+            if not supervisor.count_failure(lost):
+                limit = supervisor.max_failures
+                raise RunFailed(f"{lost}, and no restart is left (train.max_failures={limit})")
+        elif isinstance(result, FitResult) and result.leave == "preempted":
             say(f"a node is taken away; going on from step {result.step} without it")
-            ray.get(board.forget_workers.remote())
+        else:
+            return result
+    raise AssertionError("there is always another number")
 
 
-def _threads_given() -> int | None:
-    """Torch threads that the user allows on this machine; in jobs on a cluster Ray sets the variable by itself."""
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    return int(given) if given.isdigit() and cluster_address() is None else None
+def _result_of(attempt: Attempt, supervisor: Supervisor) -> Any:
+    """What rank 0 returned.
+
+    Raises:
+        RunFailed: the workers agreed that the job cannot go on, or failed too often.
+        ControllerLost: the controller's process died.
+    """
+    try:
+        outcome = attempt.result()
+    except (ray.train.WorkerGroupError, ray.train.ControllerError) as error:
+        lines = ["the workers failed, and train.max_failures restarts did not help:", describe_failure(error)]
+        raise RunFailed("\n".join([*lines, *supervisor.stalls])) from error
+    if "failed" in outcome:
+        raise RunFailed(outcome["failed"])
+    return outcome["result"]
+
+
+class _Trainers:
+    """Makes the trainers of a job, one for each attempt.
+
+    Args:
+        job: what the workers do.
+        path: folder or URI for what Ray Train keeps.
+        request: the workers.
+        status: keeps the job's status.
+    """
+
+    def __init__(self, job: TrainJob | EvaluationJob, path: str, request: WorkerRequest, status: StatusKeeper) -> None:
+        self.request = request
+        self._config = job.data.config
+        self._path = path
+        self._status = status.actor
+        data_actors()  # which the workers would start, and wait for, later on
+        bare = dataclasses.replace(job, data=None, initial_weights=None)  # type: ignore[arg-type]
+        self._parts = {
+            "job": [ray.put(bare)],
+            "data": [ray.put(job.data)],
+            "weights": [] if job.initial_weights is None else [ray.put(job.initial_weights)],
+            "status": self._status,
+            "threads": threads_given(),
+        }
+        self._environment = dict(TRAIN_ENVIRONMENT)
+        if request.min_workers < request.max_workers:
+            self._environment["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(ELASTIC_START_S)
+
+    def make(self, number: int, failures: int) -> Trainer:
+        """The trainer of one attempt.
+
+        Args:
+            number: of the attempt, from 1.
+            failures: times that it may start the workers again; -1 for any number.
+        """
+        train = self._config.train
+        # Numbers of the host are summed on the host: a GPU would have to be waited for otherwise, each step.
+        backend = "cpu:gloo,cuda:nccl" if self.request.use_gpu else "gloo"
+        return Trainer(
+            _run_worker,
+            environment=self._environment,
+            one_machine=len(usable_nodes()) == 1,
+            keep_state=cluster_address() is not None and "RAY_TRAIN_ENABLE_STATE_TRACKING" not in os.environ,
+            train_loop_config=self._parts | {"attempt": number},
+            torch_config=TorchConfig(backend, timeout_s=train.stall_timeout_s + COLLECTIVES_WAIT_LONGER_S),
+            scaling_config=self.request.scaling_config(train.resize_check_s),
+            run_config=ray.train.RunConfig(
+                name="ray",
+                storage_path=self._path,
+                failure_config=ray.train.FailureConfig(max_failures=failures),
+                callbacks=[StatusCallback(self._status, number)],
+                logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+            ),
+        )
 
 
 def _run_worker(parts: dict[str, Any]) -> dict[str, Any]:
@@ -199,48 +264,6 @@ def _run_worker(parts: dict[str, Any]) -> dict[str, Any]:
     from detr_ray.runtime.worker import run_worker
 
     return run_worker(parts)
-
-
-class _TrainerOnOneMachine(TorchTrainer):  # type: ignore[misc]
-    """Without what costs a process each and has nothing to do here.
-
-    No data set goes through Ray Train, and there is nobody to give workers' places back to when the driver has ended.
-    """
-
-    def _create_default_callbacks(self) -> list[Any]:
-        idle = (DatasetsCallback, PlacementGroupCleanerCallback)
-        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, idle)]
-
-
-def _watched(trainer: TorchTrainer, supervisor: Supervisor, signals: StopSignals) -> dict[str, Any]:
-    """Runs a trainer under the driver's watch."""
-    thread, results, errors = run_in_thread(lambda: trainer.fit().return_value)
-    try:
-        supervisor.watch(thread, signals)
-    except BaseException:
-        supervisor.abort(thread)
-        raise
-    if not errors:
-        return results[0]
-    if isinstance(errors[0], ray.train.WorkerGroupError | ray.train.ControllerError):
-        lines = ["the workers failed, and train.max_failures restarts did not help:", describe_failure(errors[0])]
-        raise RunFailed("\n".join([*lines, *supervisor.stalls])) from errors[0]
-    raise errors[0]
-
-
-def _open_board(run_path: str | None) -> ActorHandle:
-    """The job's board; waits a little for that of an earlier job of the run, which has just ended."""
-    give_up = time.monotonic() + EARLIER_JOB_ENDS_S
-    while True:
-        try:
-            return open_board(run_path)
-        except ValueError:
-            if time.monotonic() > give_up:
-                raise ConfigError(
-                    f"run.name: another job on this cluster is writing {run_path}; wait for it, stop it, or choose "
-                    "another run.name"
-                ) from None
-            time.sleep(1)
 
 
 def _described(request: WorkerRequest) -> str:

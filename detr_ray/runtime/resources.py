@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import ray
 import ray.train
-from ray._private import state
 
 from detr_ray.config import Config, ConfigError
 from detr_ray.runtime.autoscaler import Autoscaler, find_autoscaler
+from detr_ray.runtime.ray_internals import draining_nodes, free_resources
 
 _MOST_NODES_NAMED = 8
 
@@ -198,8 +198,8 @@ def plan_workers(config: Config) -> WorkerRequest:
 
 def usable_nodes() -> list[Node]:
     """The nodes that new work can be placed on: alive, and not about to leave."""
-    leaving = state.state.get_draining_nodes()
-    free = state.available_resources_per_node()
+    leaving = draining_nodes()
+    free = free_resources()
     nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
     times = Counter(node["NodeName"] for node in nodes)
     return [

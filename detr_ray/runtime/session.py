@@ -13,6 +13,7 @@ import ray
 
 from detr_ray.config import Config
 from detr_ray.locations import local_path
+from detr_ray.runtime.host_process import host_process_as_before
 from detr_ray.runtime.ray_address import (
     cluster_address,
     own_temporary_folder,
@@ -20,12 +21,9 @@ from detr_ray.runtime.ray_address import (
     unreachable_error,
 )
 
-_ENVIRONMENT = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",
-}
+TRAIN_ENVIRONMENT = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2"}
+"""How often Ray Train's controller looks at its workers, and whether nodes go. Its controller and its workers get it,
+where the user's own environment does not say otherwise; this process's environment stays as it is."""
 
 # Of all processes of a Ray of our own. Ray runs tasks in a process that is there only if its environment is the same:
 # what Ray Train sets for its controller and its workers is set for everything, so that data tasks find those that were
@@ -34,6 +32,7 @@ _OWN_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
 }
+_OWN_DEFAULTS = TRAIN_ENVIRONMENT | {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
 # Ray would end a process that has had nothing to do for a second, and start another one, with seconds of imports, for
 # the next data task. The processes that it starts beforehand lack the environment above.
@@ -95,36 +94,44 @@ def ray_session(
         use_gpu: whether workers use GPUs; None when it is not decided yet.
         worker_resource: custom resource that each worker takes one of.
     """
-    for key, value in _ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
-    # Ray makes a token by itself where none is given; that it does so is no news for the user.
-    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     if ray.is_initialized():
         yield
         return
-    address = cluster_address()
-    if address is not None:
-        # A cluster's dashboard shows runs whose state is kept. It costs an actor, of no use to a Ray of our own.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
-        fault = unreachable_address()
-        if fault:
-            raise unreachable_error(fault)
+    token_logger = logging.getLogger("ray._private.authentication.authentication_token_setup")
+    with host_process_as_before():
+        # Ray makes a token by itself where none is given; that it does so is no news for the user.
+        token_logger.setLevel(logging.ERROR)
+        address = cluster_address()
+        if address is None:
+            _start_ray(num_workers, data_tasks, worker_resource)
+        else:
+            _join_ray(address)
         try:
-            ray.init(address, log_to_driver=_workers_are_heard(), logging_level=logging.WARNING)
-        except (ConnectionError, TimeoutError, RuntimeError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise unreachable_error(f"no cluster can be joined at {address} (RAY_ADDRESS): {reason}") from error
-    else:
-        _start_ray(num_workers, data_tasks, worker_resource)
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _join_ray(address: str) -> None:
+    """Joins the cluster that the environment names.
+
+    Raises:
+        ConfigError: it can't be joined.
+    """
+    fault = unreachable_address()
+    if fault:
+        raise unreachable_error(fault)
     try:
-        yield
-    finally:
-        ray.shutdown()
+        ray.init(address, log_to_driver=_workers_are_heard(), logging_level=logging.WARNING)
+    except (ConnectionError, TimeoutError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise unreachable_error(f"no cluster can be joined at {address} (RAY_ADDRESS): {reason}") from error
 
 
 def _start_ray(num_workers: int, data_tasks: int, worker_resource: str | None) -> None:
     """Starts a Ray of our own, and has the processes of its data tasks import what they need."""
     cores = os.cpu_count() or 1
+    defaults = {name: os.environ.get(name, default) for name, default in _OWN_DEFAULTS.items()}
     tasks_at_once = max(1, min(data_tasks * num_workers, cores))
     ray.init(
         "local",  # and not one that was started on this machine for something else
@@ -134,7 +141,7 @@ def _start_ray(num_workers: int, data_tasks: int, worker_resource: str | None) -
         log_to_driver=_workers_are_heard(),
         logging_level=logging.WARNING,
         configure_logging=True,
-        runtime_env={"env_vars": _OWN_ENVIRONMENT | {name: os.environ[name] for name in _ENVIRONMENT}},
+        runtime_env={"env_vars": _OWN_ENVIRONMENT | defaults},
         _system_config=_OWN_SETTINGS,
         _temp_dir=own_temporary_folder(),
     )

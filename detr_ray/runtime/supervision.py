@@ -1,212 +1,376 @@
-"""The driver's watch over a job: shows progress, passes on the wish to stop, finds workers that hang or never start."""
+"""The driver's watch over a job: shows progress, passes on the wish to stop, ends processes that hang.
+
+Every wait has an end, whichever single process stands still: the job's status is replaced when it does not answer; a
+controller of which nothing is heard is ended, and the trainer started again; then the workers are looked at, one of
+which may only seem to hang because it waits for the controller. Ray's own servers are not watched: Ray notices
+their loss by itself.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import threading
-import types
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, get_args
+import logging
+import time
+from collections.abc import Callable
 
 import ray
-from ray.actor import ActorHandle
 
-from detr_ray.config import TrainConfig
-from detr_ray.engine.context import Phase
+from detr_ray.config import ConfigError, TrainConfig
+from detr_ray.engine.context import LeaveReason, Phase
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.job import Say
 from detr_ray.engine.progress import duration
-from detr_ray.runtime.board import Beat, News, unpacked
+from detr_ray.runtime.heartbeat import AwakeClock
+from detr_ray.runtime.job_status import Member, Snapshot, WorkerStatus, open_job_status, unpacked
+from detr_ray.runtime.ray_internals import end_silent_data_actors
+from detr_ray.runtime.stalls import STARTING_S, describe, hanging_controller, hanging_workers, places
+from detr_ray.runtime.stop_signals import StopSignals
+from detr_ray.runtime.trainer import Attempt
+
+logger = logging.getLogger(__name__)
 
 POLL_S = 0.5
 WAITING_NOTE_S = 30.0
-ABORT_S = 30.0
-_PHASES = get_args(Phase)
+EARLIER_JOB_ENDS_S = 20.0
+
+# The job's status answers in milliseconds. One unanswered question may mean that this process itself was stopped.
+ANSWER_WITHIN_S = 5.0
+SILENT_S = 12.0
+UNANSWERED_S = 600.0
+
+# From the end of a worker to the controller's notice of it; it looks twice a second.
+NOTICED_WITHIN_S = 60.0
+
+# Ray Data waits for its own actors for moments only.
+DATA_ACTOR_ANSWERS_S = 10.0
+GOES_ON_WITHIN_S = 30.0
 
 
-class StopSignals:
-    """What Ctrl-C and termination have asked for so far; see `stop_signals`."""
+class StatusKeeper:
+    """The driver's access to the job's status.
 
-    def __init__(self) -> None:
-        self._asked = threading.Event()
+    Args:
+        run_path: see `open_job_status`.
+        say: shows the user a line.
 
-    def asked(self) -> bool:
-        """Whether the job is to stop after its step."""
-        return self._asked.is_set()
-
-    def receive(self, number: int, frame: types.FrameType | None) -> None:
-        """The first one asks; the second one does not wait any longer."""
-        if self._asked.is_set():
-            raise KeyboardInterrupt
-        self._asked.set()
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[StopSignals]:
-    """Turns the first Ctrl-C or termination into a request to stop after the step, with a checkpoint.
-
-    Outside of the main thread, where signals cannot be received, nobody asks.
+    Raises:
+        ConfigError: another job on this cluster writes the run.
     """
-    signals = StopSignals()
-    if threading.current_thread() is not threading.main_thread():
-        yield signals
-        return
-    before = {number: signal.signal(number, signals.receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+
+    def __init__(self, run_path: str | None, say: Say) -> None:
+        self._say = say
+        self._seen = ("", 0)
+        self._silence = AwakeClock(2 * ANSWER_WITHIN_S)
+        self._unanswered = AwakeClock(2 * ANSWER_WITHIN_S)
+        self._patience_s = STARTING_S
+        give_up = time.monotonic() + EARLIER_JOB_ENDS_S
+        while True:
+            try:
+                self.actor = open_job_status(run_path)
+                return
+            except ValueError:
+                if time.monotonic() > give_up:
+                    raise ConfigError(
+                        f"run.name: another job on this cluster is writing {run_path}; wait for it, stop it, or choose "
+                        "another run.name"
+                    ) from None
+                time.sleep(1)
+
+    def ask(self, attempt: int, leave: LeaveReason | None) -> Snapshot | None:
+        """The job's status now; None while it is not to be had.
+
+        Raises:
+            RunFailed: it has not been to be had for long.
+        """
+        try:
+            snapshot: Snapshot = ray.get(self.actor.ask.remote(attempt, leave, self._seen), timeout=ANSWER_WITHIN_S)
+        except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError) as error:
+            logger.info("the job's status does not answer: %s", error)
+        else:
+            self._seen = snapshot.lines.source, snapshot.lines.end
+            self._silence.reset()
+            self._unanswered.reset()
+            self._patience_s = SILENT_S
+            return snapshot
+        if self._unanswered.seconds() > UNANSWERED_S:
+            raise RunFailed(f"the job's status has not answered for {duration(UNANSWERED_S)}; Ray itself hangs")
+        if self._silence.seconds() > self._patience_s:
+            self._say("the process that keeps the job's status does not answer; it is started anew")
+            ray.kill(self.actor, no_restart=False)
+            self._silence.reset()
+            self._patience_s = STARTING_S
+        return None
+
+    def members(self) -> dict[int, Member]:
+        """The workers with their handles; none while they are not to be had."""
+        try:
+            found: dict[int, Member] = ray.get(self.actor.members.remote(), timeout=ANSWER_WITHIN_S)
+        except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError) as error:
+            logger.info("the job's status does not answer: %s", error)
+            return {}
+        return found
+
+    def end(self) -> None:
+        """Ends the actor, so that its name is free for the next job of the run."""
+        ray.kill(self.actor, no_restart=True)
 
 
 class Supervisor:
     """Watches over a job's workers from the driver.
 
     Args:
-        board: the job's board.
+        status: the job's status.
         limits: the ``train`` section, for its time limits.
         missing: says what the workers need and what there is.
+        signals: what the user asks for.
         say: shows the user a line.
+
+    Attributes:
+        num_failures: how often the workers were started again because something failed.
+        stalls: the workers that were ended because they hung.
     """
 
-    def __init__(self, board: ActorHandle, limits: TrainConfig, missing: Callable[[], str], say: Say) -> None:
-        self._board = board
+    def __init__(
+        self, status: StatusKeeper, limits: TrainConfig, missing: Callable[[], str], signals: StopSignals, say: Say
+    ) -> None:
+        self._status = status
         self._limits = limits
         self._missing = missing
+        self._signals = signals
         self._say = say
         self._told_to_leave = False
-        self._waiting_noted_s = 0.0
-        self._num_failures = 0
-        self._ending = False
         self._processes: set[tuple[str, int]] = set()
+        self.num_failures = 0
         self.stalls: list[str] = []
 
-    def watch(self, job: threading.Thread, signals: StopSignals) -> None:
-        """Watches until the job's thread ends.
+    def watch(self, attempt: Attempt, number: int) -> str | None:
+        """Watches until an attempt has ended.
+
+        Args:
+            attempt: one start of Ray Train.
+            number: its number, higher than that of earlier ones.
+
+        Returns:
+            Why its controller had to be ended; None where the attempt ended by itself.
 
         Raises:
             KeyboardInterrupt: asked to stop, and no worker is there that could write a checkpoint.
             RunFailed: the workers' resources did not come in time.
         """
-        while job.is_alive():
-            job.join(POLL_S)
-            news = self._show()
-            if signals.asked():
-                self._stop(news)
-            if news.running:
-                self._show_places(news.beats)
-                self._look_for_stalls(news.beats)
-            else:
-                self._wait_for_workers(news.since_s)
-        self._show()
+        watch = _Watch(self._limits, number)
+        while not attempt.wait(POLL_S):
+            snapshot = self._ask(watch)
+            if snapshot is None:
+                continue
+            if self._signals.asked():
+                self._stop(watch, snapshot)
+            fault = watch.controller_fault(snapshot, self._told_to_leave)
+            if fault is None and snapshot.running:
+                self._show_places(snapshot)
+                self._end_hanging_workers(watch, snapshot)
+            elif fault is None:
+                fault = self._wait_for_workers(watch, attempt, snapshot)
+            if fault is not None:
+                attempt.end(self._status.members().values())
+                self._ask(watch)
+                return fault
+        self._ask(watch)
+        return None
 
-    def abort(self, job: threading.Thread) -> None:
-        """Ends the job's controller, and with it the workers."""
-        with contextlib.suppress(ray.exceptions.RayError):  # it ends by exiting, which the caller gets as an error
-            controller = ray.get(self._board.controller.remote(), timeout=ABORT_S)
-            if controller is not None:
-                ray.get(unpacked(controller).abort.remote(), timeout=ABORT_S)
-        job.join(ABORT_S)
+    def count_failure(self, failure: str) -> bool:
+        """Says a failure after which the workers are started again; False where it is one too many."""
+        self.num_failures += 1
+        limit = self._limits.max_failures
+        if 0 <= limit < self.num_failures:
+            return False
+        of = "" if limit < 0 else f" of at most {limit}"
+        self._say(f"{failure}; starting the workers again (restart {self.num_failures}{of})")
+        return True
 
-    def _show(self) -> News:
-        news: News = ray.get(self._board.news.remote())
-        for line in news.lines:
+    @property
+    def max_failures(self) -> int:
+        """How many failures there may be; -1 for any number."""
+        return self._limits.max_failures
+
+    @property
+    def failures_left(self) -> int:
+        """How many more there may be; -1 for any number."""
+        limit = self._limits.max_failures
+        return limit if limit < 0 else max(0, limit - self.num_failures)
+
+    def _ask(self, watch: _Watch) -> Snapshot | None:
+        snapshot = self._status.ask(watch.attempt, "asked" if self._told_to_leave else None)
+        if snapshot is None:
+            return None
+        for line in snapshot.lines.texts:
             self._say(line)
-        for failure in news.failures:
-            self._num_failures += 1
-            self._ending = False
-            limit = self._limits.max_failures
-            of = "" if limit < 0 else f" of at most {limit}"
-            self._say(f"{failure}; starting the workers again (restart {self._num_failures}{of})")
-        return news
+        for failure in watch.new_failures(snapshot):
+            self.count_failure(failure)
+        return snapshot
 
-    def _show_places(self, beats: Mapping[int, Beat]) -> None:
+    def _show_places(self, snapshot: Snapshot) -> None:
         """Says once for each group of workers where they are."""
-        processes = {(beat.node, beat.process) for beat in beats.values()}
-        if beats and len(beats) == next(iter(beats.values())).world_size and processes != self._processes:
+        workers = snapshot.workers
+        processes = {(worker.node, worker.process) for worker in workers.values() if worker.heard}
+        if workers and len(processes) == next(iter(workers.values())).world_size and processes != self._processes:
             self._processes = processes
-            self._say(f"at work: {places(beats)}")
+            self._say(f"at work: {places(workers)}")
 
-    def _stop(self, news: News) -> None:
-        if not news.beats:
+    def _stop(self, watch: _Watch, snapshot: Snapshot) -> None:
+        begun = any(worker.heard for worker in snapshot.workers.values())
+        # Where the status was just started anew, it has not heard of anyone yet.
+        unknown = snapshot.controller is None and watch.has_heard_controller
+        leaving = snapshot.running and self._told_to_leave
+        if not begun and not unknown and not leaving:
             self._say("stopped before the workers had begun")
             raise KeyboardInterrupt
         if not self._told_to_leave:
             self._told_to_leave = True
-            ray.get(self._board.ask_to_leave.remote("asked"))
             self._say("stopping after this step, with a checkpoint (again: at once, without)")
 
-    def _look_for_stalls(self, beats: Mapping[int, Beat]) -> None:
-        if self._ending:
-            return  # the others wait for those that were ended, until Ray Train ends them too
-        for beat in hanging_workers(beats, self._limits.stall_timeout_s):
-            found = (
-                f"rank {beat.rank} hangs: {_described(beat, beats)} (train.stall_timeout_s="
-                f"{self._limits.stall_timeout_s}; process {beat.process} on {beat.node})"
+    def _end_hanging_workers(self, watch: _Watch, snapshot: Snapshot) -> None:
+        workers = snapshot.workers
+        found = watch.hanging_workers(snapshot)
+        if not found:
+            return
+        silent = end_silent_data_actors(DATA_ACTOR_ANSWERS_S)
+        if silent:
+            watch.gone_on_later()
+            self._say(f"Ray Data's actor for {' and '.join(silent)} does not answer; it is started anew")
+            return
+        members = self._status.members()
+        for worker in found:
+            stall = (
+                f"rank {worker.rank} hangs: {describe(worker, workers)} (train.stall_timeout_s="
+                f"{self._limits.stall_timeout_s}; process {worker.process} on {worker.node})"
             )
-            self.stalls.append(found)
-            self._say(f"{found}; it is ended")
-            self._ending = True
-            worker = ray.get(self._board.worker.remote(beat.rank))
-            if worker is not None:
-                ray.kill(unpacked(worker), no_restart=True)
+            self.stalls.append(stall)
+            self._say(f"{stall}; it is ended")
+            member = members.get(worker.rank)
+            if member is not None and (member.node, member.process) == (worker.node, worker.process):
+                ray.kill(unpacked(member.actor), no_restart=True)
+        watch.ended(found, snapshot)
 
-    def _wait_for_workers(self, seconds: float) -> None:
-        if seconds < self._waiting_noted_s:
-            self._waiting_noted_s = 0.0
+    def _wait_for_workers(self, watch: _Watch, attempt: Attempt, snapshot: Snapshot) -> str | None:
+        seconds = watch.waited_s(snapshot)
         if seconds > self._limits.start_timeout_s:
             raise RunFailed(
                 f"the workers could not be started within train.start_timeout_s={self._limits.start_timeout_s}: "
-                f"{self._missing()}"
+                f"{self._missing() or 'there is room for them, but they do not start'}"
             )
-        if seconds > self._waiting_noted_s + WAITING_NOTE_S:
-            self._waiting_noted_s = seconds
+        if watch.note_due(seconds):
+            leaving = snapshot.controller is not None and snapshot.controller.leave is not None
+            placed_s = watch.placed_s(seconds, not leaving and attempt.has_place())
+            if placed_s > max(self._limits.stall_timeout_s, STARTING_S):
+                return f"the workers have their places and have not started for {duration(seconds)}"
             missing = self._missing() or "there is room for them now"
             self._say(f"waiting for workers for {duration(seconds)}: {missing}")
+        return None
 
 
-def hanging_workers(beats: Mapping[int, Beat], limit_s: float) -> list[Beat]:
-    """The workers that the others wait for, if it has been too long.
+class _Watch:
+    """What is known of one attempt beside its last status.
 
-    At any time most workers of a group with one that hangs wait for it in a sum or an exchange of gradients. The one
-    that hangs is furthest behind; several are where they are equally far.
+    Args:
+        limits: time limits.
+        attempt: number of the attempt.
+
+    Attributes:
+        has_heard_controller: whether its controller has been heard of.
     """
-    if not beats:
-        return []
-    behind = min((beat.step, _PHASES.index(beat.phase)) for beat in beats.values())
-    last = [beat for beat in beats.values() if (beat.step, _PHASES.index(beat.phase)) == behind]
-    return [beat for beat in last if beat.seconds > limit_s and beat.phase != "leaving"]
 
+    def __init__(self, limits: TrainConfig, attempt: int) -> None:
+        self.attempt = attempt
+        self._limits = limits
+        self._num_failures_seen = 0
+        self._controller_unheard = AwakeClock(2 * ANSWER_WITHIN_S)
+        self.has_heard_controller = False
+        self._noted_s = 0.0
+        self._placed_at_s: float | None = None
+        self._suspects: set[tuple[int, int, Phase, int]] = set()
+        self._after_end = AwakeClock(2 * ANSWER_WITHIN_S)
+        self._ended: tuple[int, str] | None = None
+        self._patient_until_s = 0.0
 
-def places(beats: Mapping[int, Beat]) -> str:
-    """Which ranks are on which node, as in ``rank 0 on 10.0.0.1; ranks 1, 2 on 10.0.0.2``."""
-    ranks: dict[str, list[str]] = {}
-    for rank, beat in sorted(beats.items()):
-        ranks.setdefault(beat.node, []).append(str(rank))
-    parts = (f"rank{'s' if len(on) > 1 else ''} {', '.join(on)} on {node}" for node, on in ranks.items())
-    return "; ".join(parts)
+    def new_failures(self, snapshot: Snapshot) -> tuple[str, ...]:
+        """The failures that were not seen yet."""
+        if snapshot.controller is None:
+            return ()
+        new = snapshot.controller.failures[self._num_failures_seen :]
+        self._num_failures_seen += len(new)
+        return new
 
+    def controller_fault(self, snapshot: Snapshot, leaving: bool) -> str | None:
+        """Why the controller is to be ended; None where it does what it should.
 
-def _described(beat: Beat, beats: Mapping[int, Beat]) -> str:
-    doing = f"{beat.phase} at step {beat.step}"
-    if beat.silent_s < beat.seconds / 2:
-        return f"{doing} for {duration(beat.seconds)}"
-    others = ", ".join(sorted({f"{other.phase} at step {other.step}" for other in beats.values() if other != beat}))
-    return f"nothing heard of it for {duration(beat.silent_s)}, last {doing}; the others: {others or 'none'}"
+        Args:
+            snapshot: the job's status.
+            leaving: whether the user has asked to stop, and waits for it.
+        """
+        controller, limit_s = snapshot.controller, float(self._limits.stall_timeout_s)
+        if leaving:
+            limit_s = min(limit_s, NOTICED_WITHIN_S)
+        if controller is None:
+            unheard_s = self._controller_unheard.seconds()
+            if unheard_s <= max(limit_s, STARTING_S):
+                return None
+            return f"the controller hangs: nothing heard of it for {duration(unheard_s)}"
+        self._controller_unheard.reset()
+        self.has_heard_controller = True
+        found = hanging_controller(controller, limit_s)
+        if found is not None:
+            return f"the controller hangs: {found} (process {controller.process})"
+        if self._ended is not None and (self._ended[0] != controller.group or not controller.running):
+            self._ended = None
+        if self._ended is not None and self._after_end.seconds() > NOTICED_WITHIN_S:
+            return f"the controller hangs: it takes no notice that {self._ended[1]} was ended"
+        return None
 
+    def hanging_workers(self, snapshot: Snapshot) -> list[WorkerStatus]:
+        """The workers to be ended: those that the others wait for, seen twice in a row."""
+        controller, limit_s = snapshot.controller, float(self._limits.stall_timeout_s)
+        # The others wait for those that were ended, until Ray Train ends them too.
+        waits = self._ended is not None or self._after_end.seconds() < self._patient_until_s
+        # A worker may wait for a controller that hangs and has not been found yet.
+        if waits or controller is None or controller.silent_s > limit_s / 2:
+            self._suspects = set()
+            return []
+        found = hanging_workers(snapshot.workers, limit_s)
+        suspects = {(worker.rank, worker.process, worker.phase, worker.step) for worker in found}
+        confirmed, self._suspects = suspects & self._suspects, suspects
+        return [w for w in found if (w.rank, w.process, w.phase, w.step) in confirmed]
 
-def run_in_thread(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any], list[BaseException]]:
-    """Starts work beside the main thread, which stays free for signals: the thread, its result, its error."""
-    results: list[Any] = []
-    errors: list[BaseException] = []
+    def ended(self, workers: list[WorkerStatus], snapshot: Snapshot) -> None:
+        """Notes that workers were ended: the group is to be another one soon."""
+        assert snapshot.controller is not None, "no worker is ended without a controller"
+        ranks = " and ".join(f"rank {worker.rank}" for worker in workers)
+        self._ended = snapshot.controller.group, ranks
+        self._after_end.reset()
 
-    def run() -> None:
-        try:
-            results.append(work())
-        except BaseException as error:  # raised again by who started it
-            errors.append(error)
+    def gone_on_later(self) -> None:
+        """Notes that what the workers waited for was mended: they go on soon."""
+        self._after_end.reset()
+        self._patient_until_s = GOES_ON_WITHIN_S
 
-    thread = threading.Thread(target=run, name="job", daemon=True)
-    thread.start()
-    return thread, results, errors
+    def waited_s(self, snapshot: Snapshot) -> float:
+        """For how long there have been no workers."""
+        if snapshot.controller is None:
+            return self._controller_unheard.seconds()
+        return snapshot.controller.workers_s
+
+    def note_due(self, seconds: float) -> bool:
+        """Whether the user is to be told that there are still no workers."""
+        if seconds < self._noted_s:
+            self._noted_s, self._placed_at_s = 0.0, None
+        if seconds <= self._noted_s + WAITING_NOTE_S:
+            return False
+        self._noted_s = seconds
+        return True
+
+    def placed_s(self, seconds: float, placed: bool) -> float:
+        """For how long the workers that do not run have had their places."""
+        if not placed:
+            self._placed_at_s = None
+            return 0.0
+        if self._placed_at_s is None:
+            self._placed_at_s = seconds
+        return seconds - self._placed_at_s

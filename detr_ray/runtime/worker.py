@@ -23,8 +23,8 @@ from detr_ray.engine.job import TrainJob
 from detr_ray.engine.loop import TrainingLoop
 from detr_ray.engine.records import open_tracker
 from detr_ray.engine.result import FitResult
-from detr_ray.runtime.board import Heart
 from detr_ray.runtime.datasets import RayBatches
+from detr_ray.runtime.heartbeat import WorkerHeartbeat
 from detr_ray.tracking import NullTracker, Status, Tracker
 
 
@@ -32,16 +32,16 @@ class RayContext(DistributedContext):
     """The context of a Ray Train worker.
 
     Args:
-        board: the job's board.
+        status: keeps the job's status.
+        attempt: the start of Ray Train that this worker belongs to.
         threads: threads of torch on a CPU; None shares the machine's cores among its workers.
     """
 
-    def __init__(self, board: ActorHandle, threads: int | None) -> None:
+    def __init__(self, status: ActorHandle, attempt: int, threads: int | None) -> None:
         context = ray.train.get_context()
         device = ray.train.torch.get_device()
         super().__init__(context.get_world_rank(), context.get_world_size(), device)
-        self._board = board
-        self._heart = Heart(board, self.rank, self.world_size)
+        self._heartbeat = WorkerHeartbeat(status, attempt, self.rank, self.world_size)
         if device.type == "cpu":
             # Ray gives each worker one thread; the workers of a machine share its cores evenly.
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -53,19 +53,19 @@ class RayContext(DistributedContext):
 
     def say(self, line: str) -> None:
         """Sends a line to the driver; a driver that is away is no reason to stop."""
-        self._board.say.remote(line)
+        self._heartbeat.say(line)
 
     def enter(self, phase: Phase, step: int) -> None:
-        """Goes to the board with the next beat."""
-        self._heart.enter(phase, step)
+        """Goes to the job's status with the next heartbeat."""
+        self._heartbeat.enter(phase, step)
 
     def leave_reason(self) -> LeaveReason | None:
-        """What the board or Ray Train said last."""
-        return self._heart.leave_reason
+        """What the job's status or Ray Train said last."""
+        return self._heartbeat.leave_reason
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
-        """Shows the user what this project's code warns of, and sends the last beat at the end."""
+        """Shows the user what this project's code warns of; at the end, all that was said has arrived."""
         project = logging.getLogger("detr_ray")
         warnings = _WarningsToDriver(self)
         project.addHandler(warnings)
@@ -73,7 +73,7 @@ class RayContext(DistributedContext):
             yield
         finally:
             project.removeHandler(warnings)
-            self._heart.stop()
+            self._heartbeat.flush()
 
 
 class _WarningsToDriver(logging.Handler):
@@ -94,14 +94,14 @@ def run_worker(config: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         config: ``job`` (without data), ``data`` and ``weights`` as lists of an object reference (Ray resolves bare
-            ones), the actor ``board``, and ``threads`` of torch, or None.
+            ones), the actor ``status`` and the number of the ``attempt``, and ``threads`` of torch, or None.
 
     Returns:
         ``{"result": what the work gave}``, or ``{"failed": message}`` where all workers agree that the job can't go on:
         Ray would start workers that fail again, to the same end.
     """
     job: TrainJob | EvaluationJob = _whole_job(config)
-    context = RayContext(config["board"], config["threads"])
+    context = RayContext(config["status"], config["attempt"], config["threads"])
     batches = RayBatches(job.data, config["data"][0], context.world_size, context.rank)
     try:
         with context.at_work():

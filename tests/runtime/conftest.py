@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from disturbing import STEPS, config_file, train
+from tiny import make_dataset
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +17,18 @@ def shared_ray() -> Iterator[None]:
 
     with ray_session(num_workers=2, data_tasks=2, use_gpu=False):
         yield
+
+
+@pytest.fixture(scope="session")
+def dataset_of_faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data set of all runs that are disturbed."""
+    return make_dataset(tmp_path_factory.mktemp("data") / "shapes")
+
+
+@pytest.fixture(scope="session")
+def undisturbed_run(dataset_of_faults: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    code, text = train(config_file(dataset_of_faults, folder, "undisturbed"))
+    assert code == 0 and f"finished {STEPS} steps" in text
+    return folder / "undisturbed"

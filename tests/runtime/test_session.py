@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import ray
-from ray.train.v2._internal.constants import get_env_vars_to_propagate
 
-from detr_ray.runtime.session import warm_data_workers
+from detr_ray.runtime.session import TRAIN_ENVIRONMENT, warm_data_workers
+from detr_ray.runtime.trainer import controller_environment
 
 
 def process() -> tuple[int, bool]:
@@ -23,7 +23,10 @@ class Starter:
     def start_tasks(self) -> list[tuple[int, bool]]:
         return ray.get([ray.remote(process).remote() for _ in range(2)])
 
-    def start_from_another(self, environment: dict[str, str]) -> list[tuple[int, bool]]:
+    def start_from_another(self) -> list[tuple[int, bool]]:
+        from ray.train.v2._internal.constants import get_env_vars_to_propagate
+
+        environment = get_env_vars_to_propagate()
         worker = ray.remote(num_cpus=0, runtime_env={"env_vars": environment})(Starter).remote()
         return ray.get(worker.start_tasks.remote())
 
@@ -33,10 +36,8 @@ class Starter:
 def test_data_tasks_of_training_workers_run_in_the_processes_that_were_warmed() -> None:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
     warmed = set(ray.get(warm_data_workers(2)))
-    environment = get_env_vars_to_propagate()
-    controller = ray.remote(
-        num_cpus=0, runtime_env={"env_vars": {**environment, "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0"}}
-    )(Starter).remote()
-    tasks = ray.get(controller.start_from_another.remote(environment))
+    environment = controller_environment(TRAIN_ENVIRONMENT)
+    controller = ray.remote(num_cpus=0, runtime_env={"env_vars": environment})(Starter).remote()
+    tasks = ray.get(controller.start_from_another.remote())
     assert all(imported for _, imported in tasks)
     assert {pid for pid, _ in tasks} & warmed

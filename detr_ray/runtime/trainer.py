@@ -1,0 +1,174 @@
+"""One start of Ray Train: its controller, the thread that waits for it, and how both are ended."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import ray
+import ray.train
+from ray.actor import ActorHandle
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks import WorkingDirectorySetupCallback
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.callbacks.state_manager import StateManagerCallback
+from ray.train.v2._internal.constants import get_env_vars_to_propagate
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from detr_ray.engine.errors import RunFailed
+from detr_ray.runtime.job_status import Member, unpacked
+from detr_ray.runtime.ray_address import cluster_address
+from detr_ray.runtime.ray_internals import placement_groups_of, remove_placement_group
+
+logger = logging.getLogger(__name__)
+
+ABORT_WITHIN_S = 10.0
+ENDED_WITHIN_S = 30.0
+
+
+class Trainer(TorchTrainer):  # type: ignore[misc]
+    """Ray Train's trainer, with its controller at hand.
+
+    Internal of Ray 2.60: both methods, and the classes of callbacks. Without the first one, processes run that have
+    nothing to do, and workers change their working directory. Without the second one, a controller that hangs before it
+    has said anything could not be ended, and its environment would have to be this process's.
+
+    Args:
+        environment: what the controller and the workers find set, where this process's environment does not say
+            otherwise.
+        one_machine: whether all is on this machine: no data set goes through Ray Train, and there is nobody to give
+            workers' places back to when the driver has ended.
+        keep_state: whether Ray Train keeps the run's state for the dashboard.
+        arguments: see ``TorchTrainer``.
+    """
+
+    def __init__(
+        self, *arguments: Any, environment: dict[str, str], one_machine: bool, keep_state: bool, **named: Any
+    ) -> None:
+        super().__init__(*arguments, **named)
+        self._environment = environment
+        self._one_machine = one_machine
+        self._keep_state = keep_state
+        self.controller: ActorHandle | None = None
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        idle: tuple[type, ...] = (WorkingDirectorySetupCallback,)
+        if self._one_machine:
+            idle = (*idle, DatasetsCallback, PlacementGroupCleanerCallback)
+        if self._keep_state and not any(isinstance(callback, StateManagerCallback) for callback in callbacks):
+            callbacks.append(StateManagerCallback(datasets=self.datasets))
+        return [callback for callback in callbacks if not isinstance(callback, idle)]
+
+    def _initialize_and_run_controller(self, **controller: Any) -> Any:
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        environment = {"env_vars": controller_environment(self._environment)}
+        options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": here, "runtime_env": environment}
+        self.controller = ray.remote(**options)(TrainController).remote(**controller)
+        ray.get(self.controller.run.remote())
+        return ray.get(self.controller.get_result.remote())
+
+
+def controller_environment(defaults: dict[str, str]) -> dict[str, str]:
+    """What is set for the controller beside the job's environment; it hands that on to the workers.
+
+    Args:
+        defaults: what holds where this process's environment does not say otherwise.
+    """
+    return {**defaults, "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0", **get_env_vars_to_propagate()}
+
+
+class ControllerLost(RuntimeError):  # noqa: N818 - it names what happened
+    """The controller's process is gone, and the workers with it."""
+
+
+class Attempt:
+    """A trainer at work in a thread, so that the main thread stays free for signals.
+
+    Args:
+        trainer: what is to run.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._results: list[Any] = []
+        self._errors: list[BaseException] = []
+        self._thread = threading.Thread(target=self._run, name="job", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._results.append(self._trainer.fit().return_value)
+        except BaseException as error:  # raised again by `result`
+            self._errors.append(error)
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it has ended, within so many seconds."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def result(self) -> Any:
+        """What rank 0 returned.
+
+        Raises:
+            ControllerLost: the controller's process died.
+            Exception: what Ray Train raised.
+        """
+        if not self._errors:
+            return self._results[0]
+        error = self._errors[0]
+        if isinstance(error, ray.exceptions.RayActorError) and not error.actor_init_failed:
+            raise ControllerLost from error
+        raise error
+
+    def has_place(self) -> bool:
+        """Whether a place is reserved for its workers."""
+        controller = self._trainer.controller
+        return controller is not None and "CREATED" in placement_groups_of(controller).values()
+
+    def abort(self) -> None:
+        """Asks the controller to end with its workers, and sees to it that it does."""
+        controller = self._trainer.controller
+        if controller is not None:
+            # It ends by exiting, which a caller gets as an error; one that hangs gives no answer at all.
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.get(controller.abort.remote(), timeout=ABORT_WITHIN_S)
+        self.end([])
+
+    def end(self, workers: Iterable[Member]) -> None:
+        """Ends the controller, whatever it does, and all that it has started; frees the workers' places.
+
+        Raises:
+            RunFailed: Ray does not do it.
+        """
+        give_up = time.monotonic() + ENDED_WITHIN_S
+        while self._trainer.controller is None and time.monotonic() < give_up and not self.wait(0.1):
+            pass  # it is just being made
+        controller = self._trainer.controller
+        if controller is not None:
+            ray.kill(controller)
+            self._free_places(controller, workers)
+        if not self.wait(ENDED_WITHIN_S):
+            raise RunFailed(f"Ray did not end the controller within {ENDED_WITHIN_S:.0f} s; Ray itself hangs")
+
+    def _free_places(self, controller: ActorHandle, workers: Iterable[Member]) -> None:
+        for worker in workers:
+            ray.kill(unpacked(worker.actor))
+        give_up = time.monotonic() + ENDED_WITHIN_S
+        while (groups := placement_groups_of(controller)) and time.monotonic() < give_up:
+            for group in groups:
+                remove_placement_group(group)
+            time.sleep(0.2)
+
+
+def threads_given() -> int | None:
+    """Torch threads that the user allows on this machine; in jobs on a cluster Ray sets the variable by itself."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdigit() and cluster_address() is None else None
