@@ -160,5 +160,5 @@ def test_a_checkpoint_of_another_model_is_refused(
 
 def test_a_wrong_image_folder_is_found_before_anything_starts(coco128: Path, tmp_path: Path) -> None:
     config = coco128_config(coco128, tmp_path, f"data.train.images={tmp_path}")
-    with pytest.raises(DataError, match=r"000000000009\.jpg: no such file.*the right place"):
+    with pytest.raises(DataError, match=r"000000000009\.jpg: no such file.*Is the folder right"):
         prepare_job(config, quiet)
