@@ -17,6 +17,10 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_dataset(tmp_path_factory.mktemp("keys") / "shapes", num_train=16, num_val=4, image_size=(40, 90))
 
 
-@pytest.mark.parametrize("key", RAY_CASES)
+# It waits for workers that cannot start, and for the job's end.
+SLOW = {"train.start_timeout_s": pytest.mark.slow}
+
+
+@pytest.mark.parametrize("key", [pytest.param(key, marks=SLOW.get(key, ())) for key in RAY_CASES])
 def test_key_does_what_it_says(key: str, dataset: Path, tmp_path: Path) -> None:
     RAY_CASES[key](Place(dataset, tmp_path))
