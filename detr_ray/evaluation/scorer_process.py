@@ -26,9 +26,9 @@ logger = logging.getLogger(__name__)
 
 COMMAND = (sys.executable, "-c", "from detr_ray.evaluation.scorer_process import main; main()")
 NICENESS = 3
-"""Added to that of training, which Ray starts at 15 of 19. Linux then gives the scorer half of training's time where both
-want a core: training goes first, and scores are there in seconds on a busy machine too. (19 steps are a seventieth of
-the time, two minutes instead of ten seconds.)"""
+"""Added to that of training, which Ray starts at 15 of 19. Linux then gives the scorer half of training's time where
+both want a core: training goes first, and scores are there in seconds on a busy machine too. (19 steps are a seventieth
+of the time, two minutes instead of ten seconds.)"""
 _END_S = 10.0
 
 
