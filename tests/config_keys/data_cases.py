@@ -135,7 +135,7 @@ def generate(place: Place) -> None:
         pictures = [np.asarray(Image.open(path).convert("L"), float) for path in (root / "train2017").iterdir()]
         return float(np.mean([np.abs(np.diff(picture, axis=1)).mean() for picture in pictures]))
 
-    calm, busy = (drawn(f"clutter-{value}", f", clutter: {value}, empty_fraction: 0.9")[0] for value in (0, 1))
+    calm, busy = (drawn(f"clutter-{value}", f", clutter: {value}, empty_fraction: 0.7")[0] for value in (0, 1))
     assert detail(busy) > 2 * detail(calm)
 
 
