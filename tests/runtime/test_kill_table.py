@@ -52,8 +52,14 @@ class Case:
 CASES = {
     "worker killed": Case("RayTrainWorker", signal.SIGKILL, r"rank \d: its process died", 1),
     "worker stopped": Case("RayTrainWorker", signal.SIGSTOP, r"rank \d hangs: nothing heard of it for \d+ s, last ", 1),
-    "data task killed": Case("PlannedBatches", signal.SIGKILL, "", 0),
-    "data task stopped": Case("PlannedBatches", signal.SIGSTOP, r"rank \d hangs: waiting for data at step \d+", 1),
+    "data task killed": Case("PlannedBatches", signal.SIGKILL, "", 0, "starting 2 CPU workers"),
+    "data task stopped": Case(
+        "PlannedBatches",
+        signal.SIGSTOP,
+        r"rank \d hangs: (waiting for data|detecting on validation images) at step",
+        1,
+        "starting 2 CPU workers",
+    ),
     "status killed": Case("JobStatus", signal.SIGKILL, "", 0),
     "status stopped": Case("JobStatus", signal.SIGSTOP, "keeps the job's status does not answer; it is started", 0),
     "controller killed": Case("TrainController", signal.SIGKILL, "the controller died; starting the workers", 1),
