@@ -98,7 +98,12 @@ class ImageReader:
         return self._read(i, num_bytes)
 
     def read_end(self, i: int, num_bytes: int) -> tuple[int, bytes]:
-        """Length and last bytes of image ``i``, which lies in a local folder. See `read`."""
+        """Length and last bytes of image ``i``, which lies on this machine. See `read`."""
+        if self._shards is not None:
+            length, offset = int(self._shards.lengths[i]), int(self._shards.offsets[i])
+            num_bytes = min(num_bytes, length)
+            span = Span(int(self._shards.file_of[i]), offset + length - num_bytes, num_bytes, (0,))
+            return length, self._read_span(span, i)
         with self._open(i, name_below(self._images_root or "", self._file_names[i].as_py())) as file:
             length = file.seek(0, os.SEEK_END)
             file.seek(-min(num_bytes, length), os.SEEK_END)

@@ -125,8 +125,8 @@ def inspect_images(
     Args:
         index: the split.
         decode: decode every image whole, which finds damage behind the header; otherwise only those whose header
-            leaves it open whether they can be used, the first of each kind, and files in a local folder that lack the
-            end of their format.
+            leaves it open whether they can be used, the first of each kind, and those on this machine that lack the end
+            of their format.
         only: rows of the index to look at; None for all.
         without_shards: numbers of shards whose images are passed over.
         progress: called with (images done, images in all) from time to time.
@@ -136,7 +136,7 @@ def inspect_images(
     if index.shards is not None and without_shards:
         rows = rows[~np.isin(index.shards.file_of[rows], sorted(without_shards))]
     threads = _REMOTE_THREADS if reader.is_remote else (os.cpu_count() or 1) if decode else _LOCAL_THREADS
-    has_ends = not decode and index.images_root is not None and not reader.is_remote
+    has_ends = not decode and not reader.is_remote
     found, num_failures = Inspection(), 0
     look = partial(_look, index, reader, set(), decode=decode, has_ends=has_ends)
     with ThreadPoolExecutor(threads, thread_name_prefix="inspection") as pool:

@@ -15,6 +15,7 @@ from PIL import Image, TiffImagePlugin
 from detr_ray.data.image_headers import MOST_PIXELS, ImageError, read_header
 from detr_ray.data.images import decode_image, read_image_size
 from detr_ray.data.inspection import inspect_images
+from detr_ray.data.shards import read_shard_index, write_shards
 from detr_ray.data.splits import open_split
 
 HEIGHT, WIDTH = 30, 44
@@ -190,6 +191,19 @@ def test_check_and_training_agree_on_images_cut_off_anywhere(tmp_path, name):
     by_header = {bad.file: bad.reason for bad in inspect_images(index).bad}
     assert by_header == {bad.file: bad.reason for bad in inspect_images(index, decode=True).bad}
     assert len(by_header) >= len(index) // 2
+
+
+def test_check_and_training_agree_on_images_cut_off_in_shards(tmp_path):
+    folder = CocoFolder(tmp_path / "set")
+    for name in ("PNG-RGB", "JPEG-RGB", "GIF-RGB", "WEBP-RGB", "BMP-RGB", "TIFF-RGB"):
+        folder.add("train", f"{name}.x", ZOO[name], size=(HEIGHT, WIDTH))
+        for share in (0.3, 0.7, 0.99):
+            folder.add("train", f"{name}-{share}.x", ZOO[name][: int(share * len(ZOO[name]))], size=(HEIGHT, WIDTH))
+    write_shards(open_split(str(folder.write()), None, "train"), tmp_path / "shards")
+    index = read_shard_index(str(tmp_path / "shards"))
+    by_header = [bad.file for bad in inspect_images(index).bad]
+    assert by_header == [bad.file for bad in inspect_images(index, decode=True).bad]
+    assert len(by_header) == 18
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
