@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +94,11 @@ def test_places_that_cannot_be_written_are_refused_first(
 def test_a_folder_that_may_not_be_written_is_refused_first(trained: FitResult, capsys, no_work: None) -> None:
     # Also for a superuser, whom permissions do not stop.
     assert "cannot be written" in one_error(capsys, trained.run_path, "--json", "/proc/found.json")
+
+
+def test_an_address_that_nothing_answers_to_is_refused_first(trained: FitResult, capsys, no_work: None) -> None:
+    line = one_error(capsys, trained.run_path, "--json", "nowhere://bucket/found.json")
+    assert line.startswith("--json: nowhere://bucket/found.json cannot be written: ")
 
 
 def test_one_file_for_two_things_is_refused_first(trained: FitResult, tmp_path: Path, capsys, no_work: None) -> None:
@@ -306,15 +313,20 @@ def test_detections_and_picture_are_written_into_new_folders(trained: FitResult,
     assert f"detections   {found}" in out and f"picture      {picture}" in out
 
 
-def test_a_file_is_replaced_through_a_link_and_a_device_is_written_into(
+def test_a_file_is_replaced_through_a_link_and_a_pipe_is_written_into(
     trained: FitResult, tmp_path: Path, capsys
 ) -> None:
-    link, target = tmp_path / "link.json", tmp_path / "target.json"
+    link, target, pipe = tmp_path / "link.json", tmp_path / "target.json", tmp_path / "pipe"
     target.write_text("old")
     link.symlink_to(target)
-    assert run(capsys, trained.run_path, "--json", link, "--detections", "/dev/null")[0] == 0
+    os.mkfifo(pipe)  # as devices are, but no harm is done where it is replaced
+    received: list[str] = []
+    reader = threading.Thread(target=lambda: received.append(pipe.read_text()), daemon=True)
+    reader.start()
+    assert run(capsys, trained.run_path, "--json", link, "--detections", pipe)[0] == 0
+    reader.join(30)
     assert link.is_symlink() and json.loads(target.read_text())["metrics"]
-    assert Path("/dev/null").is_char_device()
+    assert pipe.is_fifo() and len(json.loads(received[0])) == 7 * 8
 
 
 def test_one_file_that_fails_in_the_end_does_not_take_the_others(

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from detr_ray.config import ConfigError
-from detr_ray.locations import LocationError, local_path, parent, write_bytes
+from detr_ray.locations import LocationError, local_path, open_location, parent, write_bytes
 from detr_ray.retries import reason_of
 
 
@@ -55,6 +55,7 @@ def _try(location: str) -> str:
     """Tries to write beside a file, and to open it where it is there; its place."""
     path = local_path(location)
     if path is None:
+        open_location(location)  # an address that nothing answers to
         from detr_ray.engine.preflight.storage import try_storage  # imports the model
 
         try_storage(parent(location))
