@@ -141,3 +141,32 @@ def test_a_writer_that_is_killed_leaves_a_whole_checkpoint(tmp_path: Path) -> No
     assert latest is not None and latest.step >= 5
     assert torch.equal(store.load(latest, "model.pt")["w"], torch.full((300_000,), float(latest.step)))
     assert json.loads((Path(latest.path) / "manifest.json").read_text())["step"] == latest.step
+
+
+def test_what_is_to_be_evaluated_is_kept_until_that_is_noted(tmp_path: Path) -> None:
+    store = CheckpointStore(str(tmp_path))
+    files = {"model.pt": {"w": torch.zeros(4)}}
+    for step in (1, 2, 3, 4):
+        store.save(step, files, {}, evaluation_due=step < 4)
+    store.prune(keep_last=1)
+    assert [info.step for info in store.checkpoints() if info.unscored] == [1, 2, 3]
+    first, second, third, _ = store.checkpoints()
+    store.annotate(first, {"val/AP": 0.3})
+    store.annotate(second, None, "the scorer process was ended")
+    store.annotate(third, {"val/AP": 0.2})
+    found = {info.step: info for info in CheckpointStore(str(tmp_path)).checkpoints()}
+    assert not any(info.unscored for info in found.values())
+    assert found[2].metrics is None and found[2].evaluation_problem == "the scorer process was ended"
+    store.prune(keep_last=1)
+    assert [info.step for info in store.checkpoints()] == [1, 4], "the best and the last"
+
+
+def test_a_manifest_of_an_earlier_release_is_read(tmp_path: Path) -> None:
+    store = CheckpointStore(str(tmp_path))
+    save(store, 1)
+    manifest = tmp_path / "step_00000001" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    del content["evaluation_due"], content["evaluation_problem"]
+    manifest.write_text(json.dumps(content))
+    (info,) = CheckpointStore(str(tmp_path)).checkpoints()
+    assert info.metrics is None and not info.unscored
