@@ -2,7 +2,7 @@
 
 Tolerances are shares of the length of all tensors together. CPUs were measured against themselves: 4e-6 in fp32 (with
 the channels last), 1.2e-2 in bf16 and 1.7e-3 in fp16 for outputs; 4e-5, 0.1 and 3e-2 for gradients. What is allowed
-leaves room for kernels that add up in another order; a wrong mask, normalisation or layout is off by more.
+leaves room for kernels that add up in another order. Without its mask, the batch is off by 4e-2.
 """
 
 from __future__ import annotations
@@ -76,28 +76,6 @@ def test_feature_maps_lie_in_memory_as_they_are_asked_to(device: torch.device, c
         features, _ = model.backbone[0](batch.images, batch.mask)
     assert batch.images.is_contiguous(memory_format=wanted)
     assert features.is_contiguous(memory_format=wanted)
-
-
-def test_what_is_padded_changes_nothing(device: torch.device) -> None:
-    """An image alone and unpadded, and the same in a wider batch."""
-    model = draw_model(settings(), device).eval()
-    whole = draw_batch(images=2)
-    narrow = int(whole.sizes[-1, 1])
-    alone = draw_batch(images=2)
-    alone = type(alone)(
-        images=alone.images[1:, :, :, :narrow],
-        **{name: getattr(alone, name)[1:] for name in ("sizes", "orig_sizes", "image_ids", "positions", "counts")},
-        labels=alone.labels[:0],
-        boxes_cxcywh=alone.boxes_cxcywh[:0],
-    )
-    with torch.no_grad():
-        together = to_device(whole, device)
-        padded = model(together.images, together.mask)["pred_boxes"][1]
-        single = to_device(alone, device)
-        assert single.mask is None
-        unpadded = model(single.images, None)["pred_boxes"][0]
-    # The backbone sees a black border here and the end of the image there, so only nearly the same.
-    assert deviation({"boxes": padded}, {"boxes": unpadded}) < 5e-2
 
 
 def test_detections_are_those_of_the_cpu(device: torch.device) -> None:
