@@ -56,8 +56,8 @@ class ModelConfig(Section):
     backbone_stride: Literal[32, 16, 8] = 32
     """Pixels of an image for each cell of the features: the backbone is cut there. 16 and 8 are for small images."""
     backbone_weights: Text = "imagenet"
-    """First weights of the backbone: `imagenet` (downloaded once), `none` (random), or the path of a torchvision ResNet
-    state dict. Not used with `model.init_from`."""
+    """First weights of the backbone: `imagenet` (downloaded once), `none` (random), or path or URL of a torchvision
+    ResNet's state dict, as a torch file or safetensors. Not used with `model.init_from`."""
     dilation: bool = False
     """Dilate the last stage instead of halving its resolution (DC5): four times the features, better on small objects,
     slower."""
@@ -82,8 +82,9 @@ class ModelConfig(Section):
     aux_loss: bool = True
     """Apply the loss to every decoder layer, not only to the last."""
     init_from: Text | None = None
-    """Path or URL of DETR weights to start from. A head for other classes is rebuilt, with the rows of classes of the
-    same name copied."""
+    """Path or URL of DETR weights to start from, as a torch file or safetensors; what trainers put around them is taken
+    off. A head for other classes is rebuilt, with the rows of classes of the same name copied. The backbone has to be
+    that of the file."""
 
     def rules(self) -> Iterator[Violation]:
         """Widths that divide, and a dilation that the backbone has."""
