@@ -279,7 +279,8 @@ class TrackingConfig(Section):
     """Record the run."""
     uri: Text | None = None
     """MLflow tracking URI. null: the environment variable `MLFLOW_TRACKING_URI`, else a SQLite file in
-    `run.storage`."""
+    `run.storage`. Without a password, which is kept nowhere: give `MLFLOW_TRACKING_USERNAME` and
+    `MLFLOW_TRACKING_PASSWORD` in the environment."""
     experiment: Text = "detr_ray"
     """MLflow experiment the run belongs to."""
 
