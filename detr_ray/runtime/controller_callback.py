@@ -69,6 +69,7 @@ class StatusCallback(ControllerCallback, WorkerGroupCallback):  # type: ignore[m
         while not self._heartbeat.everyone_left and time.monotonic() < give_up:
             time.sleep(0.2)
         self._heartbeat.ask_to_leave(None)
+        self._heartbeat.flush()  # those that are started next are to stay
 
 
 def describe_failure(error: Exception) -> str:

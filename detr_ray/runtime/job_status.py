@@ -253,7 +253,8 @@ class JobStatus:
             by_age = sorted(self._workers.values(), key=lambda item: item[1])
             return {status.rank: _worker_up_to_now(status, at, now) for status, at in by_age}
         controller, at = self._controller
-        if not controller.running or controller.group != self._group:
+        there = controller.running or controller.leave is not None  # before a resize they leave, and are ended then
+        if not there or controller.group != self._group:
             return {}
         unheard_s = min(controller.group_s + now - at, now - self._began)
         found = {}

@@ -170,8 +170,8 @@ def _run_attempts(trainers: _Trainers, supervisor: Supervisor, signals: StopSign
             except ControllerLost:
                 attempt.end([])  # the places of its workers, which it would hold for ever
                 lost = "the controller died"
-        if lost is None and isinstance(result, FitResult) and result.leave == "asked" and not signals.asked():
-            lost = f"the workers had lost their driver, and stopped after step {result.step}"
+        if isinstance(result, FitResult) and result.leave in ("asked", "resized") and not signals.asked():
+            lost = f"the workers could not reach this process, and stopped after step {result.step}"
         if lost is not None:
             if signals.asked():
                 say(f"{lost}; it was to stop anyway")

@@ -106,6 +106,9 @@ def test_all_have_left_only_when_each_is_known_to_have() -> None:
     leave = controller(leave="resized")
     assert status.controller_beat(leave, members(100, 101), NOTHING) == (1, False)
     assert status.worker_beat(worker(0, phase="leaving"), NOTHING) == "resized"
+    scheduling = controller(leave="resized", state="SCHEDULING")
+    assert status.controller_beat(scheduling, None, NOTHING) == (1, False)
+    assert set(ask(status).workers) == {0, 1}, "they are there until they have left"
     assert status.controller_beat(leave, None, NOTHING) == (1, False)
     status.worker_beat(worker(1, phase="leaving"), NOTHING)
     assert status.controller_beat(leave, None, NOTHING) == (1, True)
