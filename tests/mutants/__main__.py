@@ -112,7 +112,7 @@ def main() -> int:
     parser.add_argument("--number", type=int, default=4, metavar="N", help="mutants of each module (4)")
     parser.add_argument("--seed", type=int, default=0, help="other seeds choose other mutants (0)")
     parser.add_argument("--minutes", type=float, default=60, metavar="M", help="stop after so many (60)")
-    parser.add_argument("--seconds", type=float, default=60, metavar="S", help="most time of one mutant's tests (60)")
+    parser.add_argument("--seconds", type=float, default=150, metavar="S", help="most time of one mutant's tests (150)")
     parser.add_argument(
         "--coverage", type=Path, metavar="FILE", help="keep which lines tests run in this file, and take it from there"
     )

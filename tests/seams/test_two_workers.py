@@ -40,7 +40,7 @@ class Exchange:
 
 
 class OneOfTwo(LocalContext):
-    """A worker's context; notes its running statistics when a checkpoint is about to be written."""
+    """A worker's context; notes its running statistics as each step's images left them."""
 
     world_size = 2
 
@@ -58,8 +58,15 @@ class OneOfTwo(LocalContext):
     def gather(self, item: Any) -> list[Any]:
         return self.exchange.all(self.rank, item)
 
+    def gather_to_first(self, item: Any) -> list[Any] | None:
+        items = self.exchange.all(self.rank, item)
+        return items if self.rank == 0 else None
+
+    def broadcast(self, item: Any) -> Any:
+        return self.exchange.all(self.rank, item)[0]
+
     def enter(self, phase: Any, step: int) -> None:
-        if phase == "writing a checkpoint" and self.loop is not None:
+        if phase == "update" and self.loop is not None:
             self.before = statistics(self.loop)
 
 
