@@ -51,15 +51,17 @@ def _send(config: Config, arguments: argparse.Namespace) -> int:
 
 def _tracking_folder(config: Config, given: str | None) -> Path:
     """The folder of a run's tracker."""
+    from detr_ray.addresses import local_path
     from detr_ray.engine.records import tracking_folder
     from detr_ray.engine.run_directory import find_run
     from detr_ray.tracking import holds_records
 
     if given is not None:
-        place = Path(given).expanduser().absolute()
-        found = next((folder for folder in (place / "tracking", place) if holds_records(folder)), None)
+        place = local_path(given)
+        folders = () if place is None else (place / "tracking", place)
+        found = next((folder for folder in folders if holds_records(folder)), None)
         if found is None:
-            raise ConfigError(f"--run: {place} holds no records of a run")
+            raise ConfigError(f"--run: {place or given} holds no records of a run")
         return found
     if config.run.name is None:
         raise ConfigError("run.name: is missing: name the run whose records are to be sent, or give --run FOLDER")

@@ -104,6 +104,18 @@ def test_places_that_cannot_be_are_refused_in_one_line(
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     keys = [*KEYS, DATA, f"data.root={tmp_path}/data"]
     assert train.main([*keys, f"run.storage={place}"]) == 2
-    errors = capsys.readouterr().err.splitlines()
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and said.replace("{place}", f"{tmp_path}/{place}") in errors[0], errors
     assert names_in(tmp_path) == ["data"]
+
+
+def test_a_home_folder_of_nobody_is_a_name_like_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    keys = [*KEYS, DATA, "data.root=data", "tracking.enabled=false"]
+    for key in ("model.init_from", "eval.checkpoint"):
+        command = evaluate if key == "eval.checkpoint" else train
+        assert command.main([*keys, f"{key}=~nobody-of-that-name/model.pt"]) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert "~nobody-of-that-name/model.pt" in line

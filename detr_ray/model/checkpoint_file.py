@@ -24,6 +24,7 @@ import pyarrow as pa
 import safetensors.torch
 import torch
 
+from detr_ray.addresses import is_uri, local_path
 from detr_ray.locations import LocationError, read_buffer
 from detr_ray.model.state_dicts import WeightsError, find_states, shorten_names
 from detr_ray.retries import reason_of
@@ -59,17 +60,15 @@ def read_checkpoint(source: str) -> dict[str, Any]:
     Raises:
         WeightsError: the file cannot be had, is damaged, or holds more than data.
     """
-    scheme = urlsplit(source).scheme if "://" in source else ""
-    if scheme in ("http", "https"):
+    path = local_path(source)
+    if source.lower().startswith(("http://", "https://")):
         content = _fetched(source)
-    elif scheme == "file":
-        path = Path(urllib.request.url2pathname(urlsplit(source).path))
-        content = _loaded(path, source)
-        _refuse_other_hash(source, path)
-    elif scheme:
+    elif path is None:
         content = _stored(source)
     else:
-        content = _loaded(Path(source).expanduser(), source)
+        content = _loaded(path, source)
+        if is_uri(source):
+            _refuse_other_hash(source, path)
 
     model, averaged = find_states(content, source)
     beside = {key: value for key, value in content.items() if key not in ("label_map", "config")}

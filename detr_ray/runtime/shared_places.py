@@ -14,7 +14,17 @@ from pyarrow import fs
 from detr_ray.config import Config, ConfigError
 from detr_ray.data.image_places import name_below, refuse_link_outside
 from detr_ray.engine.preflight.storage import within
-from detr_ray.locations import delete_file, delete_folder, file_info, is_uri, join, list_files, make_folder, parent
+from detr_ray.locations import (
+    delete_file,
+    delete_folder,
+    file_info,
+    is_uri,
+    join,
+    list_files,
+    make_folder,
+    parent,
+    resolve,
+)
 from detr_ray.printable import printable
 from detr_ray.retries import Patience
 from detr_ray.runtime.node_probe import read_file, reason_of, write_file
@@ -129,7 +139,7 @@ def sample_files(config: Config) -> tuple[dict[str, str], dict[str, str]]:
         places = config.data.train if split == "train" else config.data.val
         if places is not None and places.shards is not None:
             folder = parent(places.shards) if places.shards.endswith(".parquet") else places.shards
-            files[f"data.{split}.shards"] = _absolute(join(folder, "shard-00000.parquet"))
+            files[f"data.{split}.shards"] = resolve(join(folder, "shard-00000.parquet"))
             continue
         if places is not None:
             key, annotations, images = f"data.{split}.images", places.annotations, places.images
@@ -140,7 +150,7 @@ def sample_files(config: Config) -> tuple[dict[str, str], dict[str, str]]:
             continue
         assert annotations is not None and images is not None, "validated with the configuration"
         try:
-            name = _FILE_NAME.search(read_file(_absolute(annotations), _BEGINNING))
+            name = _FILE_NAME.search(read_file(resolve(annotations), _BEGINNING))
         except (OSError, ConfigError) as error:
             faults[key] = f"{annotations}: {reason_of(error)}"
             continue
@@ -148,7 +158,7 @@ def sample_files(config: Config) -> tuple[dict[str, str], dict[str, str]]:
             faults[key] = f"{annotations} does not name an image at its beginning"
             continue
         try:
-            files[key] = _image_file(_absolute(images), name[1], config.data.follow_links)
+            files[key] = _image_file(resolve(images), name[1], config.data.follow_links)
         except ValueError as error:
             faults[key] = f"{annotations}: {error}"
     return files, faults
@@ -167,10 +177,6 @@ def _image_file(images: str, quoted_name: bytes, follow_links: bool) -> str:
     if not follow_links and not is_uri(images):
         refuse_link_outside(images, name, printable(location))
     return location
-
-
-def _absolute(location: str) -> str:
-    return location if is_uri(location) else str(Path(location).expanduser().absolute())
 
 
 def tracking_on_disk(uri: str, storage: str) -> Path | None:

@@ -45,7 +45,7 @@ def tracking_uri(configured: str | None, storage_dir: str | Path) -> str:
     if path is None or path.is_absolute():
         return uri
     _, mark, options = uri.partition("?")
-    return sqlite_uri(path.expanduser().resolve()) + mark + options
+    return sqlite_uri(local_path(str(path)) or path) + mark + options
 
 
 def sqlite_uri(path: Path) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 from mlflow_reading import QUICK, client_of, history, the_only_run, wait_until
+from test_one_point_a_step import kill_and_resume
 
 from detr_ray import send
 from detr_ray.tracking import MlflowTracker
@@ -169,3 +170,11 @@ def test_everything_arrives_once_in_one_run_whatever_happens_to_the_server(
     ]
     assert the_only_run(server.uri).info.status == "KILLED", "and the command is the one that a warning named"
     assert history(server.uri, run.info.run_id, "train/loss") == [(step, float(step)) for step in range(160)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_kills_leave_one_point_a_step_on_a_server(server: Server, tmp_path: Path) -> None:
+    server.start()
+    server.wait_until_up()
+    kill_and_resume(tmp_path / "run", server.uri, kills=6, seed=3)
