@@ -397,8 +397,9 @@ def test_work_that_does_not_end_is_not_waited_for():
 
 
 def save_weights(path: Path, names: list[str], *overrides: str) -> None:
-    model = build_model(load_config(None, [*SMALL, *overrides]).model, len(names))
-    content = {"format": "detr_ray", "model": model.state_dict()}
+    config = load_config(None, [*SMALL, *overrides])
+    model = build_model(config.model, len(names))
+    content = {"format": "detr_ray", "model": model.state_dict(), "config": config.model_dump(mode="json")}
     torch.save({**content, "label_map": {"names": names, "category_ids": list(range(len(names)))}}, path)
 
 
