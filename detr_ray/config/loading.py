@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,17 +45,20 @@ def load_config(paths: FilePath | Sequence[FilePath] | None = None, overrides: S
     return config
 
 
-def config_from_dict(values: Mapping[str, Any], source: str) -> Config:
+def config_from_dict(
+    values: Mapping[str, Any], source: str, on_unknown: Callable[[str], object] | None = None
+) -> Config:
     """Configuration of nested mappings, for example of those that a checkpoint holds.
 
     Args:
         values: section -> key -> value; what is absent has its default.
         source: what to call them in messages.
+        on_unknown: told of each key that there is not, which is then passed over; None: they are errors.
 
     Raises:
         ConfigError: as `load_config`.
     """
-    draft = _Draft()
+    draft = _Draft(on_unknown)
     draft.merge(values, source)
     return draft.build()
 
@@ -82,7 +85,8 @@ def with_defaults(config: Config, defaults: Mapping[str, Any], source: str) -> C
 class _Draft:
     """What users gave so far: merged values, where each came from, and what is already known to be wrong."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_unknown: Callable[[str], object] | None = None) -> None:
+        self._on_unknown = on_unknown
         self._values: dict[str, Any] = {}
         self._sources: dict[tuple[str, ...], str] = {}
         self._errors: list[str] = []
@@ -167,6 +171,9 @@ class _Draft:
                 self._sources[path] = source
 
     def _refuse_unknown(self, path: tuple[str, ...], source: str) -> None:
+        if self._on_unknown is not None:
+            self._on_unknown(".".join(path))
+            return
         message, guesses = unknown_key(path)
         self._tainted.update(guesses)
         self._errors.append(f"{message} (from {source})")

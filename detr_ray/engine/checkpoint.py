@@ -112,14 +112,26 @@ class CheckpointStore:
             raise
         return info
 
-    def annotate(self, info: CheckpointInfo, metrics: Mapping[str, float] | None, problem: str = "") -> CheckpointInfo:
+    def annotate(
+        self,
+        info: CheckpointInfo,
+        metrics: Mapping[str, float] | None,
+        problem: str = "",
+        measured_on: Mapping[str, Any] | None = None,
+    ) -> CheckpointInfo:
         """Notes what an evaluation of a checkpoint's weights gave, or (without ``metrics``) why it failed for good.
+
+        Args:
+            info: the checkpoint.
+            metrics: the numbers.
+            problem: why there are none.
+            measured_on: JSON values that say what they were measured with and on; only equal ones are compared.
 
         Raises:
             OSError: it could not be noted; the manifest is as it was.
         """
         noted = None if metrics is None else dict(metrics)
-        info = dataclasses.replace(info, metrics=noted, evaluation_problem=problem)
+        info = dataclasses.replace(info, metrics=noted, evaluation_problem=problem, measured_on=dict(measured_on or {}))
         self._write_manifest(info)
         return info
 
@@ -142,12 +154,19 @@ class CheckpointStore:
         return found[-1] if found else None
 
     def best(self) -> CheckpointInfo | None:
-        """The checkpoint with the highest metric; the earliest of equals."""
+        """The checkpoint with the highest metric of those measured as the newest was; the earliest of equals."""
         return self.best_of(self.checkpoints())
 
     def best_of(self, found: Iterable[CheckpointInfo]) -> CheckpointInfo | None:
-        """The one of them with the highest metric."""
+        """The one of them with the highest metric, of those that were measured as the newest of them was."""
+        scored = self._scored(found)
+        return self._highest(info for info in scored if info.compares_with(scored[-1]))
+
+    def _scored(self, found: Iterable[CheckpointInfo]) -> list[CheckpointInfo]:
         scored = [info for info in found if info.metrics and self.metric in info.metrics]
+        return sorted(scored, key=lambda info: info.step)
+
+    def _highest(self, scored: Iterable[CheckpointInfo]) -> CheckpointInfo | None:
         return max(scored, key=lambda info: (info.metrics[self.metric], -info.step), default=None)  # type: ignore[index]
 
     def load(self, info: CheckpointInfo, name: str, map_location: str | torch.device = "cpu") -> Any:
@@ -171,6 +190,8 @@ class CheckpointStore:
     ) -> CheckpointInfo | None:
         """Removes whole checkpoints but the best, the last few and those that are to be evaluated; gives the best.
 
+        Where the way of measuring has changed, the best of each way stays.
+
         Args:
             keep_last: how many of the newest stay.
             found: the checkpoints, oldest first; None to look.
@@ -180,17 +201,19 @@ class CheckpointStore:
             OSError: some could not be removed; the others are gone. One that may not be removed is not tried again.
         """
         found = self.checkpoints() if found is None else found
-        best = self.best_of(found)
+        scored = self._scored(found)
+        highest = [self._highest(info for info in scored if info.compares_with(each)) for each in scored]
+        kept = {*also, *(info.step for info in highest if info is not None)}
         problem: OSError | None = None
         for info in found[: max(len(found) - keep_last, 0)]:
-            if info.unscored or info.step in also or (best is not None and info.step == best.step):
+            if info.unscored or info.step in kept:
                 continue
             problem = self._try_to_remove(info.path) or problem
         for folder in list(self._leftovers):
             problem = self._try_to_remove(folder) or problem
         if problem is not None:
             raise problem
-        return best
+        return self.best_of(found)
 
     def _write_manifest(self, info: CheckpointInfo) -> None:
         manifest = {
@@ -198,6 +221,7 @@ class CheckpointStore:
             "metrics": info.metrics,
             "evaluation_due": info.evaluation_due,
             "evaluation_problem": info.evaluation_problem,
+            "measured_on": dict(info.measured_on),
             "details": info.details,
             "files": info.files,
         }
@@ -254,8 +278,9 @@ class CheckpointStore:
             manifest["metrics"],
             manifest["details"],
             manifest["files"],
-            manifest.get("evaluation_due", False),  # these two are not in manifests of earlier releases
+            manifest.get("evaluation_due", False),  # these three are not in manifests of earlier releases
             manifest.get("evaluation_problem", ""),
+            manifest.get("measured_on", {}),
         )
 
     def _manifest(self, folder: str, files: Mapping[str, StoredFile]) -> dict[str, Any]:

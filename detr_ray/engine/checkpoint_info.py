@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -18,6 +19,7 @@ class CheckpointInfo:
         files: name -> {"bytes", "sha256"}.
         evaluation_due: whether these weights are to be evaluated.
         evaluation_problem: why their evaluation failed for good; empty where it did not.
+        measured_on: what the metrics were measured with and on; empty where that is not known.
     """
 
     step: int
@@ -27,6 +29,11 @@ class CheckpointInfo:
     files: dict[str, dict[str, Any]]
     evaluation_due: bool = False
     evaluation_problem: str = ""
+    measured_on: Mapping[str, Any] = field(default_factory=dict)
+
+    def compares_with(self, other: CheckpointInfo) -> bool:
+        """Whether the metrics of both mean the same; those of earlier releases, which did not say, count as if."""
+        return not self.measured_on or not other.measured_on or self.measured_on == other.measured_on
 
     @property
     def unscored(self) -> bool:

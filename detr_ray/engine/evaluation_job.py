@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -125,7 +126,7 @@ def prepare_evaluation(config: Config, say: Say) -> EvaluationJob:
     source = find_checkpoint(config.eval.checkpoint)
     try:
         checkpoint = read_checkpoint(source)
-        stored = config_from_dict(checkpoint["config"], source) if "config" in checkpoint else None
+        stored = None if "config" not in checkpoint else _stored_config(checkpoint["config"], source, say)
         model_config = config.model if stored is None else stored.model
         weights = find_detector(checkpoint, _skeleton(model_config, 1).state_dict(), source)
     except WeightsError as error:
@@ -174,6 +175,15 @@ def _unnamed_labels(space: str, weights: StateDict, val: CocoIndex, source: str)
             f"{label_map.num_classes} of {val.source} (data.label_space={space})"
         )
     return label_map
+
+
+def _stored_config(values: Mapping[str, Any], source: str, say: Say) -> Config:
+    """What a checkpoint was trained with, by this version or another."""
+
+    def warn(key: str) -> None:
+        say(f"WARNING: {source} was trained with {key}, which this version does not know (any more)")
+
+    return config_from_dict(values, source, warn)
 
 
 def run_evaluation(job: EvaluationJob, context: WorkerContext, batches: BatchSource) -> EvaluationResult | None:

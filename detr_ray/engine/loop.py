@@ -11,7 +11,6 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from detr_ray.addresses import join
 from detr_ray.engine.context import LeaveReason, WorkerContext
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.meters import Meters
@@ -50,7 +49,9 @@ class TrainingLoop:
         config = job.config
         self.job, self.context, self.batches, self.tracker = job, context, batches, tracker
         self.inessential = Inessential(context.say)
-        self.checkpoints = RunCheckpoints(job.run.checkpoints, context, config.train.keep_last, self.inessential)
+        self.checkpoints = RunCheckpoints(
+            job.run.checkpoints, context, config.train.keep_last, self.inessential, job.data.measured_on
+        )
         self._bad_since: list[int] = []
         stream = job.run.local_path if config.train.record_stream else None
         self._stream_record = StreamRecord(stream, context, self.inessential)
@@ -152,9 +153,13 @@ class TrainingLoop:
         self._meters.add(outcome)
         self._bad_since += outcome.bad_image_ids
         self.state.step += 1
-        if self.step % config.log_every_steps == 0 or self.step == self.job.total_steps or self.step == 1:
+        ends_interval = self.step % config.log_every_steps == 0 or self.step == 1
+        if ends_interval or self.step == self.job.total_steps:
             self._log()
             self.validation.collect()
+        if ends_interval:  # one that the end of the run cuts goes on where the run goes on (train.max_steps)
+            self._meters.restart()
+            self._train_step.times = StepTimes()
 
     def _check_skipped(self, *, settle: bool = False) -> None:
         """Ends a run that skips too much; without ``settle`` the last step is looked at after the next one only."""
@@ -172,8 +177,6 @@ class TrainingLoop:
         self.context.enter("adding up metrics", self.step)
         self._check_skipped(settle=True)
         metrics = self._meters.metrics(self._meters.totals(self._train_step.times))
-        self._meters.restart()
-        self._train_step.times = StepTimes()
         metrics["train/epoch"] = self.step / self.job.steps_per_epoch
         metrics["optim/lr"] = self.optimizer.param_groups[0]["lr"]
         metrics["optim/lr_backbone"] = self.optimizer.param_groups[1]["lr"]
@@ -219,21 +222,24 @@ class TrainingLoop:
         """
         self._check_skipped(settle=True)
         self._count_bad_images()
-        self.state.average_running_statistics()
+        interval = self._meters.totals(self._train_step.times)
+        of_all_workers = {
+            "interval": interval if interval["steps"] else {},
+            "statistics": self.state.statistics.of_all_workers(),
+        }
         details = {
             "epoch": self.step / self.job.steps_per_epoch,
             "world_size": self.context.world_size,
             "global_batch_size": self.job.config.train.global_batch_size,
         }
-        if self.context.rank == 0:
-            self.tracker.sync()  # what was logged before a checkpoint is never logged again
-        problem = self.checkpoints.save(
-            self.step,
-            lambda: self.state.files(self._train_step),
-            details,
-            evaluation_due=self.validation.falls_on(self.step),
-            pauses=pauses,
-        )
+        with self.state.statistics.averaged():
+            problem = self.checkpoints.save(
+                self.step,
+                lambda: self.state.files(self._train_step, of_all_workers),
+                details,
+                evaluation_due=self.validation.falls_on(self.step),
+                pauses=pauses,
+            )
         if problem and self.step >= self.job.total_steps:
             raise RunFailed(
                 f"run.storage: the last checkpoint could not be written: {problem}; mend the storage, then the same "
@@ -247,9 +253,9 @@ class TrainingLoop:
         latest = self.checkpoints.latest
         if self.context.rank == 0:
             self.checkpoints.finish()
-            if status == "finished" and latest is not None:
+            if status == "finished" and latest is not None and self.job.run.local_path:
                 with self.inessential("the last checkpoint cannot be recorded"):
-                    self.tracker.log_file(join(latest.path, MODEL_FILE), "checkpoints/last")
+                    self.tracker.log_file(f"{latest.path}/{MODEL_FILE}", "checkpoints/last")
         best = self.checkpoints.best
         logger.info("loop ended (%s) after %s", status, duration(seconds))
         return FitResult(

@@ -39,6 +39,19 @@ class PlannedData:
     val: CocoIndex | None
     label_map: LabelMap
 
+    @property
+    def measured_on(self) -> dict[str, Any]:
+        """What scores of these data mean: only those with equal values are compared. Plain JSON values."""
+        if self.val is None:
+            return {}
+        evaluation = self.config.eval
+        return {
+            "eval.size": evaluation.size,
+            "eval.max_size": evaluation.max_size,
+            "eval.max_detections": evaluation.max_detections,
+            "validation data": self.val.fingerprint[:16],
+        }
+
     def plan(self, world_size: int, rank: int) -> WorkerPlan:
         """One worker's part of the plan; those of one process share what they plan."""
         planner = None if self.train is None else self._planner

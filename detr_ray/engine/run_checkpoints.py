@@ -60,6 +60,7 @@ class RunCheckpoints:
         context: this worker's group.
         keep_last: newest checkpoints that are kept, beside the best and those that are to be evaluated.
         inessential: guards what may fail.
+        measured_on: what evaluations of this process are measured with and on (`PlannedData.measured_on`).
 
     Attributes:
         latest: the newest checkpoint of this run's state; the same on all workers.
@@ -67,7 +68,12 @@ class RunCheckpoints:
     """
 
     def __init__(
-        self, store: CheckpointStore, context: WorkerContext, keep_last: int, inessential: Inessential
+        self,
+        store: CheckpointStore,
+        context: WorkerContext,
+        keep_last: int,
+        inessential: Inessential,
+        measured_on: Mapping[str, Any],
     ) -> None:
         self.store = store
         self.latest: CheckpointInfo | None = None
@@ -75,6 +81,7 @@ class RunCheckpoints:
         self._context = context
         self._keep_last = keep_last
         self._inessential = inessential
+        self._measured_on = measured_on
         self._known: dict[int, CheckpointInfo] = {}
         self._not_noted: dict[int, tuple[Mapping[str, float] | None, str]] = {}
 
@@ -86,6 +93,17 @@ class RunCheckpoints:
         self.latest = info
         self._know(found)
         self.best = self.store.best_of(self._known.values())
+        before = self.best.measured_on if self.best else {}
+        changes = [
+            f"{name}: {before[name]!r}, now {self._measured_on.get(name)!r}"
+            for name in before
+            if before[name] != self._measured_on.get(name)
+        ]
+        if changes:
+            self._context.say(
+                "WARNING: what is evaluated has changed: scores from now on are not compared with those before, and "
+                f"the best checkpoint of each kind is kept ({'; '.join(changes)})"
+            )
 
     def unscored(self) -> list[CheckpointInfo]:
         """The checkpoints whose evaluation has not ended, oldest first; the same on every worker."""
@@ -153,7 +171,7 @@ class RunCheckpoints:
         with self._inessential("scores cannot be noted in their checkpoint (it is tried again)"):
             for step, (metrics, problem) in sorted(self._not_noted.items()):
                 if step in self._known:
-                    self._known[step] = self.store.annotate(self._known[step], metrics, problem)
+                    self._known[step] = self.store.annotate(self._known[step], metrics, problem, self._measured_on)
                 del self._not_noted[step]
         # With what could not be noted: it stays in storage until it is, but may be the best of all.
         known = [self._with_scores(info) for _, info in sorted(self._known.items())]
@@ -166,8 +184,15 @@ class RunCheckpoints:
         self._known = {info.step: info for info in found if info.step <= newest}
 
     def _with_scores(self, info: CheckpointInfo) -> CheckpointInfo:
-        metrics, problem = self._not_noted.get(info.step, (info.metrics, info.evaluation_problem))
-        return dataclasses.replace(info, metrics=None if metrics is None else dict(metrics), evaluation_problem=problem)
+        if info.step not in self._not_noted:
+            return info
+        metrics, problem = self._not_noted[info.step]
+        return dataclasses.replace(
+            info,
+            metrics=None if metrics is None else dict(metrics),
+            evaluation_problem=problem,
+            measured_on=self._measured_on,
+        )
 
     def _write(
         self, step: int, files: Mapping[str, Any], details: Mapping[str, Any], evaluation_due: bool

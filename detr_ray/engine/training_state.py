@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from detr_ray.engine.ema import ModelEma
 from detr_ray.engine.errors import CheckpointError, RunFailed
 from detr_ray.engine.optimizer import build_optimizer, restore_optimizer
 from detr_ray.engine.run_checkpoints import RunCheckpoints
+from detr_ray.engine.running_statistics import RunningStatistics
 from detr_ray.engine.step import TrainStep
 
 if TYPE_CHECKING:  # see the loop
@@ -33,6 +35,7 @@ class TrainingState:
         model: the model, with its first weights until something is restored.
         optimizer: of the model's parameters.
         ema: the average of the weights; None where the configuration asks for none.
+        statistics: batch norm's, which are this worker's own.
         step: optimizer steps taken.
         bad_image_ids: ids of the images of the training set that could not be read.
     """
@@ -47,11 +50,17 @@ class TrainingState:
             self.model, lr=config.optim.lr, lr_backbone=config.optim.lr_backbone, weight_decay=config.optim.weight_decay
         )
         self.ema = ModelEma(self.model, config.optim.ema_decay) if config.optim.ema_decay else None
+        self.statistics = RunningStatistics(self.model, self.ema.module if self.ema else None, context)
         self.step = 0
         self.bad_image_ids: set[int] = set()
 
-    def files(self, train_step: TrainStep) -> dict[str, Any]:
-        """The files of a checkpoint, by name."""
+    def files(self, train_step: TrainStep, of_all_workers: Mapping[str, Any]) -> dict[str, Any]:
+        """The files of a checkpoint, by name.
+
+        Args:
+            train_step: has a state of its own.
+            of_all_workers: further entries of the training file, which took all workers to put together.
+        """
         model_file = {
             "format": "detr_ray",
             "model": self.model.state_dict(),
@@ -69,6 +78,7 @@ class TrainingState:
             "ema_updates": 0 if self.ema is None else self.ema.num_updates,
             "num_skipped": train_step.nonfinite_in_a_row,
             "bad_image_ids": sorted(self.bad_image_ids),
+            **of_all_workers,
         }
         return {MODEL_FILE: model_file, TRAINING_FILE: training}
 
@@ -111,23 +121,14 @@ class TrainingState:
         return training
 
     def restore_step(self, train_step: TrainStep, training: dict[str, Any]) -> None:
-        """Gives the step what `restore` returned for it."""
+        """Gives the step what `restore` returned for it, and each worker what is its own.
+
+        Wrapping the model for several workers gives all of them rank 0's statistics: the own ones come after it.
+        """
+        self.statistics.restore(training.pop("statistics", None))
         if training.get("scaler"):
             train_step.scaler.load_state_dict(training["scaler"])
         train_step.nonfinite_in_a_row = training.get("num_skipped", 0)
-
-    def average_running_statistics(self) -> None:
-        """Trainable batch norm keeps statistics of its own worker's images: what is kept is their mean."""
-        buffers = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
-        if self._context.world_size == 1 or self._job.config.model.backbone_norm != "batch" or not buffers:
-            return
-        flat = torch.cat([buffer.flatten() for buffer in buffers])
-        flat = self._context.all_reduce_sum(flat) / self._context.world_size
-        for buffer, mean in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
-            buffer.copy_(mean.view_as(buffer))
-        if self.ema is not None:
-            for mine, theirs in zip(self.ema.module.buffers(), self.model.buffers(), strict=True):
-                mine.copy_(theirs)
 
     def _newest_readable(
         self, store: CheckpointStore, found: list[CheckpointInfo]

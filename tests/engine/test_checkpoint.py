@@ -170,3 +170,31 @@ def test_a_manifest_of_an_earlier_release_is_read(tmp_path: Path) -> None:
     manifest.write_text(json.dumps(content))
     (info,) = CheckpointStore(str(tmp_path)).checkpoints()
     assert info.metrics is None and not info.unscored
+
+
+def test_scores_are_compared_with_those_that_were_measured_alike(tmp_path: Path) -> None:
+    """The best of each way stays; which is best now is that of the way that was used last."""
+    store = CheckpointStore(str(tmp_path))
+    large, small = {"eval.size": 800}, {"eval.size": 400}
+    for step, ap, way in (
+        (1, 0.5, large), (2, 0.7, large), (3, 0.6, large), (4, 0.2, small), (5, 0.3, small), (6, 0.1, small)
+    ):  # fmt: skip
+        info = store.save(step, {"model.pt": {"w": torch.zeros(1)}}, {})
+        store.annotate(info, {"val/AP": ap}, measured_on=way)
+        best = store.prune(keep_last=1)
+        assert best is not None and best.step == {1: 1, 2: 2, 3: 2, 4: 4, 5: 5, 6: 5}[step]
+    assert [info.step for info in store.checkpoints()] == [2, 5, 6]
+    assert store.checkpoints()[0].measured_on == large
+    again = store.save(7, {"model.pt": {"w": torch.zeros(1)}}, {})
+    store.annotate(again, {"val/AP": 0.4}, measured_on=large)
+    best = store.best()
+    assert best is not None and best.step == 2, "the way that was used before"
+
+
+def test_scores_of_earlier_releases_are_compared_with_all(tmp_path: Path) -> None:
+    store = CheckpointStore(str(tmp_path))
+    save(store, 1, 0.5)
+    info = store.save(2, {"model.pt": {"w": torch.zeros(1)}}, {})
+    store.annotate(info, {"val/AP": 0.4}, measured_on={"eval.size": 800})
+    best = store.prune(keep_last=1)
+    assert best is not None and best.step == 1

@@ -161,6 +161,18 @@ def test_checkpoints_of_earlier_versions_go_on(dataset: Path, tmp_path: Path) ->
         assert torch.equal(value, store.load(found, "model.pt")["model"][name]), name
 
 
+def test_checkpoints_with_keys_that_are_gone_are_evaluated(dataset: Path, tmp_path: Path) -> None:
+    fit_here(tiny_config(dataset, tmp_path, "run.name=a", "train.max_steps=1"))
+    path = Path(find_checkpoint(str(tmp_path / "a")))
+    content = torch.load(path, weights_only=True)
+    content["config"]["optim"]["momentum"] = 0.9
+    del content["config"]["model"]["dropout"]
+    torch.save(content, tmp_path / "other.pt")
+    said: list[str] = []
+    prepare_evaluation(tiny_config(dataset, tmp_path, f"eval.checkpoint={tmp_path / 'other.pt'}"), said.append)
+    assert [line for line in said if "was trained with optim.momentum" in line]
+
+
 # Where the first weights come from
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from recorded import assert_same_weights, final_weights
 from tiny import make_dataset, tiny_config
 from torchvision.models import resnet18
 
@@ -169,21 +170,33 @@ def straight(damaged: Path) -> list[dict[str, Any]]:
 def test_the_first_worker_alone_reads_the_checkpoint_and_the_others_are_told(
     damaged: Path, straight: list[dict[str, Any]]
 ) -> None:
-    """The others' own storage is empty, so that there is nothing else that they could go on from."""
-    config, out = damaged_config(damaged, "stopped"), damaged.parent / "stopped"
+    """The others' own storage is empty, so that there is nothing else that they could go on from.
+
+    Running statistics are each worker's own, and their mean in checkpoints, however many of those were written.
+    """
+    config, out = damaged_config(damaged, "stopped", "train.checkpoint_every_steps=2"), damaged.parent / "stopped"
     stopped = run_loops(config, 2, out, stop_after=7)
     assert [(worker["status"], worker["step"]) for worker in stopped] == [("stopped", 7)] * 2
     resumed = run_loops(config, 2, out)
     assert [line for line in resumed[0]["lines"] if "going on from step 7" in line]
-    for part in ("model", "ema", "optimizer"):
-        first, second = values_of(resumed[0][part]), values_of(resumed[1][part])
-        names = list(resumed[0][part]) if part != "optimizer" else [""] * len(first)
-        assert len(first) == len(second) == len(values_of(straight[0][part])) > 0
-        for name, a, b, undisturbed in zip(names, first, second, values_of(straight[0][part]), strict=True):
-            if name.endswith(("running_mean", "running_var")):
-                torch.testing.assert_close(a, undisturbed, rtol=1e-5, atol=1e-6)
-            else:
-                assert torch.equal(a, b) and torch.equal(a, undisturbed), (part, name)
+    for worker, undisturbed in zip(resumed, straight, strict=True):
+        for part in ("model", "ema", "optimizer"):
+            found, expected = values_of(worker[part]), values_of(undisturbed[part])
+            assert len(found) == len(expected) > 0
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), part
+    own = [torch.cat([v.flatten() for n, v in worker["model"].items() if "running_" in n]) for worker in straight]
+    assert not torch.equal(own[0], own[1])
+    kept = final_weights(damaged.parent / "runs" / "straight", 10)
+    mean = torch.cat([v.flatten() for n, v in kept.items() if "running_" in n])
+    torch.testing.assert_close(mean, (own[0] + own[1]) / 2)
+    assert_same_weights(damaged.parent / "runs" / "stopped", damaged.parent / "runs" / "straight", 10)
+    logged = [
+        {step: values for worker in run for step, values in worker["metrics"] if "train/loss" in values}
+        for run in (resumed, straight)
+    ]
+    for step in (9, 10):  # steps 7 to 9 are one interval, and so are 7, 8 and 9 of a run that stopped after 7
+        for name in ("train/loss", "train/loss_giou_0", "train/class_error", "train/grad_norm", "perf/padding_frac"):
+            assert logged[0][step][name] == pytest.approx(logged[1][step][name], rel=1e-9)
     assert resumed[1]["bad_image_ids"] == straight[1]["bad_image_ids"]
 
 

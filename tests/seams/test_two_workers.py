@@ -120,7 +120,10 @@ def test_a_checkpoint_has_the_mean_of_both_workers_running_statistics(pair: Pair
     for name, value in one.items():
         torch.testing.assert_close(saved["model"][name], (value + two[name]) / 2)
         assert torch.equal(saved["ema"][name], saved["model"][name]), "the average has those of training"
-    assert all(torch.equal(value, statistics(pair.loops[0])[name]) for name, value in statistics(pair.loops[1]).items())
+    for loop, own in zip(pair.loops, (one, two), strict=True):
+        assert all(torch.equal(value, own[name]) for name, value in statistics(loop).items()), (
+            "which go on as they were"
+        )
 
 
 def test_only_the_first_worker_tracks_and_its_numbers_are_of_both(pair: Pair) -> None:
