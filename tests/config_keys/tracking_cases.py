@@ -17,6 +17,9 @@ def tracking(place: Place) -> None:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         fit(place.config(*keys, "tracking.enabled=false"))
         assert not (place.folder / "own.db").exists()
+        (place.folder / ".git").mkdir()
+        (place.folder / ".git" / "HEAD").write_text("c0ffee\n")
+        patch.chdir(place.folder)
         fit(place.config(*keys, "tracking.enabled=true", "tracking.experiment=other", "run.name=a"))
     assert not (place.folder / "runs" / "mlflow.db").exists(), "the default"
     client = mlflow.MlflowClient(f"sqlite:///{place.folder}/own.db")
@@ -24,4 +27,8 @@ def tracking(place: Place) -> None:
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.run_name == "a" and run.data.params["tracking.experiment"] == "other"
+    train = place.job().data.train
+    assert train is not None and run.data.tags["data.train.fingerprint"] == train.fingerprint
+    assert (run.data.tags["data.train.images"], run.data.tags["data.classes"]) == ("16", "6")
+    assert run.data.tags["code.commit"] == "c0ffee" and run.data.tags["run.path"] == f"{place.folder}/runs/a"
     assert client.get_metric_history(run.info.run_id, "train/loss")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from observing import Forward, Noted, noting, observe, small_config
+from observing import Forward, Noted, noting, observe, prepare, run, small_config
 from tiny import make_dataset, tiny_config
 from torch import Tensor
 
@@ -116,7 +116,9 @@ def test_training_and_evaluation_are_of_the_precision_that_is_set(
 
 def test_the_model_trains_in_training_and_does_not_in_evaluation(dataset: Path, tmp_path: Path) -> None:
     settings = ("model.dropout=0.5", "train.epochs=3", "optim.ema_decay=0")
-    seen = observe(small_config(dataset, tmp_path, *settings))
+    seen = prepare(small_config(dataset, tmp_path, *settings))
+    seen.loop.model.eval()  # as anybody may have left it
+    run(seen)
     assert all(f.with_gradient for f in seen.training) and not any(f.with_gradient for f in seen.evaluating)
     assert len(seen.training) == 12 and len(seen.losses) == 12, "it trains again after each evaluation"
     first, second = seen.evaluating[: len(seen.evaluating) // 3], seen.evaluating[len(seen.evaluating) // 3 :]
