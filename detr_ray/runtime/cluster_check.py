@@ -321,8 +321,8 @@ def _report_tracking(
     for reason, names in _by_value(faults).items():
         report.add(level, AREA, f"tracking: from {_where(names)}: {reason}", "rank 0 may run on any node")
     if config.tracking.uri is None:
-        here = os.environ.get("MLFLOW_TRACKING_URI", "")
-        unlike = [node for node, answer in heard.items() if answer["facts"].get("MLFLOW_TRACKING_URI", "") != here]
+        here = code_facts()["MLFLOW_TRACKING_URI"]
+        unlike = [node for node, answer in heard.items() if answer["facts"].get("MLFLOW_TRACKING_URI") != here]
         if unlike:
             message = f"MLFLOW_TRACKING_URI is not on {_where(unlike)} what it is here"
             report.add("warning", AREA, message, "set tracking.uri, so that it does not matter where rank 0 runs")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from detr_ray.locations import download, is_uri
+from detr_ray.addresses import is_uri
 from detr_ray.retries import Patience
 from detr_ray.tracking.event_log import LoggedEvent
 from detr_ray.tracking.logged_points import Row
@@ -125,6 +125,8 @@ def _upload_local(run: MlflowRun, path: Path, artifact_dir: str) -> None:
 
 def _upload_remote(run: MlflowRun, location: str, target: str) -> None:
     """Fetches a file first: MLflow's client sends files of this machine only."""
+    from detr_ray.locations import download  # and with it pyarrow, which runs in folders do without
+
     folder, _, name = target.rpartition("/")
     with tempfile.TemporaryDirectory(prefix="upload-") as scratch:
         path = Path(scratch, name)

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 
-from detr_ray.locations import local_path, name_of
+from detr_ray.addresses import local_path, name_of
 from detr_ray.tracking.event_log import EventLog
 from detr_ray.tracking.mlflow_run import RunSettings
 from detr_ray.tracking.sender import Sender, Timing

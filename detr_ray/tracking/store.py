@@ -11,8 +11,8 @@ import shlex
 from pathlib import Path
 from urllib.parse import unquote
 
+from detr_ray.addresses import is_uri, local_path
 from detr_ray.credentials import without_credentials
-from detr_ray.locations import is_uri, local_path
 
 _SQLITE = "sqlite:///"
 _SQLITE_QUOTED = "sqlite+pysqlite:///"

@@ -7,12 +7,13 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from tiny import make_dataset, tiny_config
+from tiny import fit_here, make_dataset, tiny_config
 
 from detr_ray.config import ConfigError
 from detr_ray.engine.job import prepare_job
 from detr_ray.engine.preflight import run_preflight
 from detr_ray.engine.records import local_storage, run_tracking_uri
+from detr_ray.tracking import MemoryTracker
 
 
 @pytest.fixture
@@ -79,3 +80,25 @@ def test_training_goes_on_without_a_server_that_is_away(tmp_path: Path) -> None:
     said: list[str] = []
     prepare_job(config, said.append)
     assert [line for line in said if line.startswith(f"WARNING: {finding.message}; training goes on")], said
+
+
+class Diary(MemoryTracker):
+    """Notes what was last logged when it is synced, and which checkpoints there were then."""
+
+    def __init__(self, checkpoints: Path) -> None:
+        super().__init__()
+        self.checkpoints = checkpoints
+        self.synced: list[tuple[int, list[str]]] = []
+
+    def sync(self) -> None:
+        self.synced.append((self.metrics[-1][0], sorted(path.name[-2:] for path in self.checkpoints.glob("step_*"))))
+
+
+def test_records_are_synced_before_each_checkpoint_is_written(tmp_path: Path) -> None:
+    data = make_dataset(tmp_path / "data", num_train=32, num_val=2)
+    keys = ("run.name=mine", "train.epochs=1", "train.checkpoint_every_steps=2", "train.keep_last=9")
+    tracker = Diary(tmp_path / "runs" / "mine" / "checkpoints")
+    fit_here(tiny_config(data, tmp_path / "runs", *keys), tracker)
+    assert tracker.synced == [(2, []), (4, ["02"])]
+    assert {file for file, _ in tracker.files} == {str(tracker.checkpoints / "step_00000004" / "model.pt")}
+    assert sorted(folder for _, folder in tracker.files) == ["checkpoints/best", "checkpoints/last"]

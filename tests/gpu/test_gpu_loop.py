@@ -26,6 +26,9 @@ class Metrics:
     def log_file(self, path: str, folder: str) -> None:
         pass
 
+    def sync(self) -> None:
+        pass
+
 
 def train(job: DrawnJob, device: torch.device, stop_after: int | None = None) -> tuple[FitResult, Metrics]:
     steps = 0

@@ -12,11 +12,14 @@ import pytest
 from s3_server import FAULTS, S3Server
 
 from detr_ray import locations
+from detr_ray.addresses import with_suffix
 from detr_ray.config import ConfigError
 from detr_ray.locations import (
     LocationError,
+    check_address,
     delete_file,
     delete_folder,
+    download,
     file_info,
     is_object_store,
     is_remote,
@@ -25,6 +28,7 @@ from detr_ray.locations import (
     list_names,
     local_path,
     make_folder,
+    name_of,
     open_location,
     parent,
     read_buffer,
@@ -50,6 +54,38 @@ def test_addresses_keep_their_options_at_the_end():
     assert local_path("runs") == Path.cwd() / "runs" and local_path("s3://b/x") is None
     assert [is_remote(place) for place in ("s3://b/x", "hdfs://h/x", "file:///x", "x")] == [True, True, False, False]
     assert [is_object_store(place) for place in ("s3://b/x", "gs://b/x", "hdfs://h/x")] == [True, True, False]
+
+
+def test_paths_are_taken_as_they_are_and_names_are_escaped_in_addresses():
+    for name in ("a b", "100%25", "a?b", "a#b", "ä", "x:y"):
+        assert join("/data", name) == f"/data/{name}" and resolve(f"/data/{name}") == f"/data/{name}"
+        for root in ("s3://b/x", "s3://b/x?region=r"):
+            assert name_of(join(root, name)) == name and parent(join(root, name)) == root
+        assert local_path(Path("/data", name).as_uri()) == Path("/data", name)
+    assert join("s3://b/x?region=r", "a?b%c#d") == "s3://b/x/a%3Fb%25c%23d?region=r"
+    assert local_path("./~x") == Path.cwd() / "~x" and local_path("~nobody-of-that-name") is not None
+
+
+@pytest.mark.parametrize("address", ["file:///x?mode=fast", "file:///x#1", "file://host/x"])
+def test_addresses_of_files_that_mean_something_else_are_refused(address):
+    for use in (local_path, resolve, open_location, check_address):
+        with pytest.raises(LocationError, match=address.replace("?", r"\?")):
+            use(address)
+
+
+def test_options_stay_behind_the_names_of_drafts():
+    assert with_suffix("s3://b/x?region=r", ".tmp") == "s3://b/x.tmp?region=r"
+    assert with_suffix("/a?b", ".tmp") == "/a?b.tmp"
+
+
+@pytest.mark.parametrize("name", ["a b", "100%25.jpg", "a?b.jpg", "a#b.jpg", "ä.jpg"])
+def test_files_of_odd_names_in_a_bucket(s3: S3Server, tmp_path: Path, name: str):
+    folder = f"s3://{s3.new_bucket()}/set"
+    write_bytes(join(folder, name), b"content")
+    (file,) = list_files(folder)
+    assert file.name == name and read_bytes(join(folder, file.name)) == b"content"
+    download(join(folder, name), tmp_path / name)
+    assert (tmp_path / name).read_bytes() == b"content"
 
 
 @pytest.mark.parametrize(

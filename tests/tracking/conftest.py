@@ -19,7 +19,7 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLflow database without runs; making one takes seconds, copying it does not."""
     folder = tmp_path_factory.mktemp("empty-store")
     tracker = MlflowTracker(folder / "run", uri=default_tracking_uri(folder), experiment="first", run_name="first")
-    tracker.finish("FINISHED")
+    tracker.finish("FINISHED", timeout_s=240)
     assert not tracker.pending()
     client_of(default_tracking_uri(folder)).delete_run(tracker.run_id)
     return folder / "mlflow.db"

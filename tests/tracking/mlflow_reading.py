@@ -8,7 +8,7 @@ from typing import Any
 
 from detr_ray.tracking import Timing
 
-QUICK = Timing(batch_interval=0.02, first_retry=0.05, longest_retry=0.2, finish=20.0)
+QUICK = Timing(batch_interval=0.02, first_retry=0.05, longest_retry=0.2, finish=60.0)
 
 
 def client_of(uri: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from detr_ray.tracking.event_log import LOG_NAME, EventLog, read_events
+from detr_ray.tracking.mlflow_run import RunSettings
+from detr_ray.tracking.sent_state import SentState
 
 WRITES_UNTIL_KILLED = """
 import sys
@@ -121,3 +124,31 @@ def test_what_can_never_be_written_is_reported_at_the_end(tmp_path: Path, caplog
     with caplog.at_level(logging.WARNING):
         log.close()
     assert "3 tracking events could not be written" in caplog.text
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="open files are named by the system on Linux only")
+def test_what_matters_is_synced_before_it_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name.split(".")[0])
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    folder = tmp_path / "tracking"
+    log = EventLog(folder)
+    assert synced == ["tracking"], "the log's name"
+    log.append("metrics", step=1)
+    assert synced == ["tracking"], "steps wait for no disk"
+    log.sync()
+    log.append("metrics", step=2)
+    log.close()
+    assert synced == ["tracking", "events", "events"]
+    log.sync()
+
+    synced.clear()
+    SentState("here").save(folder)
+    assert synced == ["sent", "tracking"], "the content before its name"
+    RunSettings("sqlite:///x", "e", "r", "u").save(folder)
+    assert synced == ["sent", "tracking", "run", "tracking"]
