@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
+from detr_ray.addresses import join
 from detr_ray.engine.context import LeaveReason, WorkerContext
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.meters import Meters
@@ -232,6 +233,8 @@ class TrainingLoop:
             "world_size": self.context.world_size,
             "global_batch_size": self.job.config.train.global_batch_size,
         }
+        if self.context.rank == 0:
+            self.tracker.sync()  # what was logged before a checkpoint is never logged again
         with self.state.statistics.averaged():
             problem = self.checkpoints.save(
                 self.step,
@@ -253,9 +256,9 @@ class TrainingLoop:
         latest = self.checkpoints.latest
         if self.context.rank == 0:
             self.checkpoints.finish()
-            if status == "finished" and latest is not None and self.job.run.local_path:
+            if status == "finished" and latest is not None:
                 with self.inessential("the last checkpoint cannot be recorded"):
-                    self.tracker.log_file(f"{latest.path}/{MODEL_FILE}", "checkpoints/last")
+                    self.tracker.log_file(join(latest.path, MODEL_FILE), "checkpoints/last")
         best = self.checkpoints.best
         logger.info("loop ended (%s) after %s", status, duration(seconds))
         return FitResult(

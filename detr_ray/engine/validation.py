@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from detr_ray.addresses import join
 from detr_ray.engine.checkpoint_info import CheckpointInfo
 from detr_ray.engine.context import LeaveReason, WorkerContext
 from detr_ray.engine.errors import CheckpointError
@@ -159,9 +160,9 @@ class Validation:
         best = self._checkpoints.best
         is_best = best is not None and best.step == scored.step
         self._context.say(evaluation_line(scored.metrics, epoch, is_best))
-        if best is not None and is_best and self._job.run.local_path is not None:
+        if best is not None and is_best:
             with self._inessential("the best checkpoint cannot be recorded"):
-                self._tracker.log_file(f"{best.path}/{MODEL_FILE}", "checkpoints/best")
+                self._tracker.log_file(join(best.path, MODEL_FILE), "checkpoints/best")
 
     def _model_of(self, info: CheckpointInfo) -> nn.Module | None:
         """The model that a checkpoint's evaluation is of; None where the checkpoint cannot be read."""
