@@ -181,6 +181,11 @@ TOO_LARGE = [
     (("eval.size=1216", "eval.max_size=1621"), "eval.size", "up to 1621 pixels"),
     (("data.augment.scales=[1300]", "data.augment.max_size=2000"), "data.augment", "up to 1733 pixels"),
     (("eval.size=700", "eval.max_size=900", "model.backbone_stride=16"), "eval.size", "16 pixels each"),
+    (
+        ("eval.size=700", "eval.max_size=900", "model.dilation=true", "model.backbone=resnet50"),
+        "eval.size",
+        "16 pixels each",
+    ),
 ]
 
 
@@ -194,7 +199,7 @@ def test_sizes_that_learned_positions_do_not_reach_are_refused(
     assert part in str(it.value)
     (error,) = errors_of_check(config)
     assert error.startswith(f"{key}: model.position_embedding=learned")
-    prepare_job(tiny_config(small_set.root, tmp_path, *keys), lambda line: None)
+    prepare_job(tiny_config(small_set.root, tmp_path, "model.backbone_stride=32", *keys), lambda line: None)
 
 
 @pytest.mark.parametrize("keys", [("eval.size=1200", "eval.max_size=1600"), ("eval.size=1600", "eval.max_size=1600")])
