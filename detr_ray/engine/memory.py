@@ -1,22 +1,18 @@
-"""How a process that trains on the CPU keeps its memory."""
+"""How a process that trains on the CPU gives back memory."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 
-_M_TRIM_THRESHOLD = -1
-_M_MMAP_MAX = -4
 
+def give_back_freed_memory() -> None:
+    """Has glibc's allocator return what is free between the blocks that are in use.
 
-def keep_freed_memory() -> None:
-    """Has glibc's allocator keep what is freed, instead of giving it back to the system and asking for it again.
-
-    A step's activations come and go as blocks of tens of megabytes. By default each is mapped anew, and the system
-    clears it page by page at its first use. The process holds its peak until it ends; the peak itself stays what it
-    was. Does nothing where the allocator is another.
+    Each step leaves blocks of other sizes behind, because its images have other sizes. What is freed between two blocks
+    that stay is kept by the allocator, and the next step's blocks do not fit into it: what a process holds grows over
+    hundreds of steps to several times what its largest step needs. Returning it changes no setting of the process.
+    Does nothing where the allocator is another.
     """
     with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, -1)
+        ctypes.CDLL(None).malloc_trim(0)

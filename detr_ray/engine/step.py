@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from detr_ray.engine.context import LeaveReason, WorkerContext, most_urgent
 from detr_ray.engine.errors import RunFailed
-from detr_ray.engine.memory import keep_freed_memory
 from detr_ray.engine.nonfinite import describe_nonfinite
 from detr_ray.engine.optimizer import clipped_update
 from detr_ray.loss import NonFiniteOutputs, SetCriterion
@@ -169,8 +168,6 @@ class TrainStep:
         self._skip_bad_images = skip_bad_images
         self._skip_nonfinite = skip_nonfinite
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        if context.device.type == "cpu":
-            keep_freed_memory()
         self._wrapped = context.wrap(compiled(model) if compile_model else model)
 
     def __call__(self, step: int, micro_batches: Sequence[PaddedBatch]) -> StepOutcome:
