@@ -17,6 +17,8 @@ MODULES = (
     "detr_ray/engine/training_state.py",
     "detr_ray/engine/validation.py",
     "detr_ray/engine/run_checkpoints.py",
+    "detr_ray/engine/validation.py",
+    "detr_ray/engine/run_checkpoints.py",
     "detr_ray/engine/evaluator.py",
     "detr_ray/engine/evaluation_job.py",
     "detr_ray/engine/scoring.py",
