@@ -27,7 +27,7 @@ from detr_ray.runtime.cluster_check import preflight_nodes
 from detr_ray.runtime.controller_callback import StatusCallback, describe_failure
 from detr_ray.runtime.host_process import host_process_as_before
 from detr_ray.runtime.ray_address import cluster_address
-from detr_ray.runtime.ray_internals import data_actors
+from detr_ray.runtime.ray_internals import start_data_actors
 from detr_ray.runtime.resources import WorkerRequest, plan_workers, usable_nodes
 from detr_ray.runtime.session import TRAIN_ENVIRONMENT, session_of
 from detr_ray.runtime.stop_signals import StopSignals, stop_signals
@@ -218,7 +218,7 @@ class _Trainers:
         self._config = job.data.config
         self._path = path
         self._status = status.actor
-        data_actors()  # which the workers would start, and wait for, later on
+        start_data_actors()  # which the workers would start, and wait for, later on
         bare = dataclasses.replace(job, data=None, initial_weights=None)  # type: ignore[arg-type]
         self._parts = {
             "job": [ray.put(bare)],

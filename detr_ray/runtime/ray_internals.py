@@ -65,29 +65,16 @@ def remove_placement_group(group_id: bytes) -> None:
     remove_placement_group(PlacementGroup(ray.PlacementGroupID(group_id)))
 
 
-def data_actors() -> dict[str, ActorHandle]:
-    """The two actors that Ray Data has in each cluster, by what they are for; started here if they are not there.
+def start_data_actors() -> None:
+    """Starts the two actors that Ray Data has in each cluster, if they are not there.
 
     They outlive the job, on the node of who asks for them first: on a training node they would keep the autoscaler from
-    ever taking that node away. Each data set waits for an answer of the first, without end: without a look at it, one
-    that hangs would stop all workers.
+    ever taking that node away. Nothing waits for either without a limit.
     """
     from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
         get_or_create_autoscaling_coordinator,
     )
     from ray.data._internal.stats import get_or_create_stats_actor
 
-    return {"statistics": get_or_create_stats_actor(), "resources": get_or_create_autoscaling_coordinator()}
-
-
-def end_silent_data_actors(within_s: float) -> list[str]:
-    """Ends those of Ray Data's actors that don't answer; what they are for. Others take their places."""
-    actors = data_actors()
-    answers = {actor.__ray_ready__.remote(): name for name, actor in actors.items()}
-    _, silent = ray.wait(list(answers), num_returns=len(answers), timeout=within_s)
-    names = [answers[answer] for answer in silent]
-    for name in names:
-        ray.kill(actors[name], no_restart=name == "statistics")  # the other one starts again by itself
-    if names:
-        data_actors()
-    return names
+    get_or_create_stats_actor()
+    get_or_create_autoscaling_coordinator()

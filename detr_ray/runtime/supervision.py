@@ -21,7 +21,6 @@ from detr_ray.engine.job import Say
 from detr_ray.engine.progress import duration
 from detr_ray.runtime.heartbeat import AwakeClock
 from detr_ray.runtime.job_status import Member, Snapshot, WorkerStatus, open_job_status, unpacked
-from detr_ray.runtime.ray_internals import end_silent_data_actors
 from detr_ray.runtime.stalls import STARTING_S, describe, hanging_controller, hanging_workers, places
 from detr_ray.runtime.stop_signals import StopSignals
 from detr_ray.runtime.trainer import Attempt
@@ -39,10 +38,6 @@ UNANSWERED_S = 600.0
 
 # From the end of a worker to the controller's notice of it; it looks twice a second.
 NOTICED_WITHIN_S = 60.0
-
-# Ray Data waits for its own actors for moments only.
-DATA_ACTOR_ANSWERS_S = 10.0
-GOES_ON_WITHIN_S = 30.0
 
 
 class StatusKeeper:
@@ -232,11 +227,6 @@ class Supervisor:
         found = watch.hanging_workers(snapshot)
         if not found:
             return
-        silent = end_silent_data_actors(DATA_ACTOR_ANSWERS_S)
-        if silent:
-            watch.gone_on_later()
-            self._say(f"Ray Data's actor for {' and '.join(silent)} does not answer; it is started anew")
-            return
         members = self._status.members()
         for worker in found:
             stall = (
@@ -289,7 +279,6 @@ class _Watch:
         self._suspects: set[tuple[int, int, Phase, int]] = set()
         self._after_end = AwakeClock(2 * ANSWER_WITHIN_S)
         self._ended: tuple[int, str] | None = None
-        self._patient_until_s = 0.0
 
     def new_failures(self, snapshot: Snapshot) -> tuple[str, ...]:
         """The failures that were not seen yet."""
@@ -329,7 +318,7 @@ class _Watch:
         """The workers to be ended: those that the others wait for, seen twice in a row."""
         controller, limit_s = snapshot.controller, float(self._limits.stall_timeout_s)
         # The others wait for those that were ended, until Ray Train ends them too.
-        waits = self._ended is not None or self._after_end.seconds() < self._patient_until_s
+        waits = self._ended is not None
         # A worker may wait for a controller that hangs and has not been found yet.
         if waits or controller is None or controller.silent_s > limit_s / 2:
             self._suspects = set()
@@ -345,11 +334,6 @@ class _Watch:
         ranks = " and ".join(f"rank {worker.rank}" for worker in workers)
         self._ended = snapshot.controller.group, ranks
         self._after_end.reset()
-
-    def gone_on_later(self) -> None:
-        """Notes that what the workers waited for was mended: they go on soon."""
-        self._after_end.reset()
-        self._patient_until_s = GOES_ON_WITHIN_S
 
     def waited_s(self, snapshot: Snapshot) -> float:
         """For how long there have been no workers."""

@@ -71,7 +71,8 @@ CASES = {
     ),
     "Ray Train's barrier killed": Case("SynchronizationActor", signal.SIGKILL, r"rank \d: ", 1),
     "Ray Train's barrier stopped": Case("SynchronizationActor", signal.SIGSTOP, r"rank \d hangs: ", 1),
-    "Ray Data's statistics stopped": Case("_StatsActor", signal.SIGSTOP, "actor for statistics does not answer", 0),
+    "Ray Data's statistics stopped": Case("_StatsActor", signal.SIGSTOP, "", 0),
+    "Ray Data's coordinator stopped": Case("_AutoscalingCoordinatorActor", signal.SIGSTOP, "", 0),
 }
 
 
