@@ -10,8 +10,9 @@ from detr_ray.config import ConfigError
 from detr_ray.engine.run_directory import open_run
 
 
-def begin_and_hold(storage: str, name: str, barrier: Any, answers: Any) -> None:
+def begin_and_hold(storage: str, name: str, environment: dict[str, str], barrier: Any, answers: Any) -> None:
     """One start; holds the run until all have tried."""
+    os.environ.update(environment)  # the server of the processes may have started with another one
     barrier.wait(200)
     try:
         run = open_run(name, storage, {"optim.lr": 1.0}, {"train": "abc"}, "optim: {lr: 1}")
@@ -28,7 +29,8 @@ def start_at_once(storage: str, name: str, count: int) -> tuple[list[tuple[str, 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["detr_ray.engine.run_directory"])
     barrier, answers = context.Barrier(count), context.Queue()
-    processes = [context.Process(target=begin_and_hold, args=(storage, name, barrier, answers)) for _ in range(count)]
+    arguments = (storage, name, dict(os.environ), barrier, answers)
+    processes = [context.Process(target=begin_and_hold, args=arguments) for _ in range(count)]
     for process in processes:
         process.start()
     found = [answers.get(timeout=200) for _ in processes]
