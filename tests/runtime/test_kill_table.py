@@ -69,8 +69,8 @@ CASES = {
     "controller stopped while it starts": Case(
         "TrainController", signal.SIGSTOP, "the controller hangs: nothing heard of it", 1, "starting 2 CPU workers"
     ),
-    "Ray Train's barrier killed": Case("SynchronizationActor", signal.SIGKILL, r"rank \d: ", 1),
-    "Ray Train's barrier stopped": Case("SynchronizationActor", signal.SIGSTOP, r"rank \d hangs: ", 1),
+    "Ray Train's barrier killed": Case("SynchronizationActor", signal.SIGKILL, r"rank \d", 1),
+    "Ray Train's barrier stopped": Case("SynchronizationActor", signal.SIGSTOP, r"rank \d", 1),
     "Ray Data's statistics stopped": Case("_StatsActor", signal.SIGSTOP, "", 0),
     "Ray Data's coordinator stopped": Case("_AutoscalingCoordinatorActor", signal.SIGSTOP, "", 0),
 }
@@ -89,7 +89,8 @@ def test_the_run_ends_as_if_nothing_had_happened(
         victim.send_signal(case.number)
 
     code, text = train(path, disturb, case.at)
-    assert code == 0 and f"finished {STEPS} steps" in text
+    # Workers that are started again after the last step find nothing left to do.
+    assert code == 0 and re.search(rf"finished (all )?{STEPS} steps", text)
     assert re.search(case.said, text) and restarts(text) == case.restarts
     assert f"step {STEPS}/{STEPS}" in text, "progress is shown again"
     assert len(jumps(tmp_path / "disturbed")) <= case.restarts
