@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from detr_ray.addresses import join
 from detr_ray.engine.context import LeaveReason, WorkerContext
 from detr_ray.engine.errors import RunFailed
-from detr_ray.engine.memory import give_back_freed_memory
+from detr_ray.engine.memory import HeldMemory
 from detr_ray.engine.meters import Meters
 from detr_ray.engine.optimizer import learning_rate_factor, set_learning_rate
 from detr_ray.engine.precision import warn_of_slow_precision
@@ -35,9 +35,6 @@ logger = logging.getLogger(__name__)
 
 # Epochs of a small data set are short, and a checkpoint after each would take longer than the epoch.
 MIN_STEPS_BETWEEN_CHECKPOINTS = 100
-
-# The pages that are given back are cleared anew when they are used again, which costs a fraction of one step.
-STEPS_BETWEEN_GIVING_BACK = 50
 
 
 class TrainingLoop:
@@ -91,6 +88,7 @@ class TrainingLoop:
         )
         self.state.restore_step(self._train_step, training)
         self.validation = Validation(job, context, self.state, self.checkpoints, batches, tracker, self.inessential)
+        self._memory = HeldMemory()
         self._meters = Meters(context, config.train.global_batch_size)
         self._meters.restart(training.get("interval"))
 
@@ -158,8 +156,8 @@ class TrainingLoop:
         self._meters.add(outcome)
         self._bad_since += outcome.bad_image_ids
         self.state.step += 1
-        if self.context.device.type == "cpu" and self.step % STEPS_BETWEEN_GIVING_BACK == 0:
-            give_back_freed_memory()
+        if self.context.device.type == "cpu":
+            self._memory.after_step()
         ends_interval = self.step % config.log_every_steps == 0 or self.step == 1
         if ends_interval or self.step == self.job.total_steps:
             self._log()
