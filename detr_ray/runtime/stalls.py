@@ -52,10 +52,11 @@ def _limit(worker: WorkerStatus, limit_s: float) -> float:
 
 def hanging_controller(controller: ControllerStatus, limit_s: float) -> str | None:
     """Why a controller that has been heard of is one that hangs; None where it works."""
-    if controller.silent_s > limit_s:
-        return f"nothing heard of it for {duration(controller.silent_s)}, last {controller.state}"
     # While workers run, its loop comes round twice a second. Other states wait for something and have their own limits.
-    if controller.state in ("RUNNING", "PREEMPTING") and controller.idle_s > limit_s:
+    stands_still = controller.state in ("RUNNING", "PREEMPTING") and controller.idle_s > limit_s
+    if controller.silent_s > limit_s or (stands_still and controller.silent_s > controller.idle_s / 2):
+        return f"nothing heard of it for {duration(controller.silent_s)}, last {controller.state}"
+    if stands_still:
         return f"{controller.state}, but standing still for {duration(controller.idle_s)}"
     ending = controller.state in ("SHUTTING_DOWN", "FINISHED", "ERRORED", "ABORTED")
     if ending and controller.state_s > max(limit_s, SHUTTING_DOWN_S):

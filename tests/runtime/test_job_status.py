@@ -157,6 +157,7 @@ def test_what_is_said_of_a_worker_that_hangs() -> None:
     [
         ({}, None),
         ({"silent_s": 11}, "nothing heard of it for 11 s, last RUNNING"),
+        ({"silent_s": 9.8, "idle_s": 10.2}, "nothing heard of it for 10 s, last RUNNING"),
         ({"idle_s": 11}, "RUNNING, but standing still for 11 s"),
         ({"state": "SCHEDULING", "idle_s": 100}, None),  # it waits for resources
         ({"state": "SHUTTING_DOWN", "state_s": 100, "idle_s": 100}, None),
