@@ -117,9 +117,18 @@ class MemoryCheckpoints:
     def load(self, info: CheckpointInfo, name: str) -> Any:
         return torch.load(io.BytesIO(self._kept[info.step][1][name]), map_location="cpu", weights_only=True)
 
-    def annotate(self, info: CheckpointInfo, metrics: Mapping[str, float] | None, problem: str = "") -> CheckpointInfo:
+    def annotate(
+        self,
+        info: CheckpointInfo,
+        metrics: Mapping[str, float] | None,
+        problem: str = "",
+        measured_on: Mapping[str, Any] | None = None,
+    ) -> CheckpointInfo:
         noted = dataclasses.replace(
-            info, metrics=None if metrics is None else dict(metrics), evaluation_problem=problem
+            info,
+            metrics=None if metrics is None else dict(metrics),
+            evaluation_problem=problem,
+            measured_on=dict(measured_on or {}),
         )
         self._kept[info.step] = (noted, self._kept[info.step][1])
         return noted
@@ -157,7 +166,7 @@ class DrawnJob:
         names = {"names": [f"class {i}" for i in range(CLASSES)], "category_ids": list(range(1, CLASSES + 1))}
         label_map = LabelMap.from_dict(names)
         val = _ground_truth(label_map) if validates else None
-        self.data = SimpleNamespace(config=self.config, val=val, label_map=label_map)
+        self.data = SimpleNamespace(config=self.config, val=val, label_map=label_map, measured_on={"data": "drawn"})
 
     def build_model(self) -> Detr:
         torch.manual_seed(self.config.run.seed)

@@ -211,7 +211,7 @@ def test_a_damaged_newer_checkpoint_takes_no_place_of_a_sound_one(tmp_path: Path
     for step in (5, 10):
         store.save(step, files, {})
     context = LocalContext()
-    checkpoints = RunCheckpoints(store, context, 1, Inessential(context._say))
+    checkpoints = RunCheckpoints(store, context, 1, Inessential(context._say), measured_on={})
     sound = store.checkpoints()[0]
     checkpoints.going_on_from(sound, store.checkpoints())
     assert checkpoints.save(7, lambda: files, {}, evaluation_due=False) == ""
