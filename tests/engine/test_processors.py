@@ -57,7 +57,7 @@ def run(environment: dict[str, str], config: Config, folder: Path, *commands: Se
     calls = [[name, "--config", str(folder / "config.yaml"), *more] for name, *more in commands]
     done = subprocess.run(
         [sys.executable, "-c", RUN, json.dumps(calls)],
-        env=os.environ | environment, capture_output=True, text=True, timeout=250, check=False,
+        env=os.environ | environment, capture_output=True, text=True, timeout=800, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.split("-- next --")[1:]
@@ -82,8 +82,9 @@ def test_bf16_works_without_avx512_and_is_warned_of(dataset: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("norm", ["frozen", "batch"])
-@pytest.mark.parametrize("environment", [WITHOUT_AVX512, AVX512_WITHOUT_BF16], ids=["avx2", "avx512"])
+@pytest.mark.parametrize("environment", [WITHOUT_AVX512, {}], ids=["avx2", "here"])
 def test_a_compiled_model_trains_in_bf16_on_older_processors(
     dataset: Path, tmp_path: Path, norm: str, environment: dict[str, str]
 ) -> None:
