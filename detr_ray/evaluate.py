@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from detr_ray.cli import EXIT_FAILED, run_command
-from detr_ray.config import Config, ConfigError
+from detr_ray.config import Config
 from detr_ray.train import say
 
 if TYPE_CHECKING:
@@ -63,13 +63,6 @@ def _share(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"must be a number from 0 to 1 (got {text})")
     return value
-
-
-def _check(config: Config) -> None:
-    if config.eval.checkpoint is None:
-        raise ConfigError(
-            "eval.checkpoint: is missing: give a run's folder, a checkpoint, or DETR weights (path or URL)"
-        )
 
 
 def _evaluate(config: Config, arguments: argparse.Namespace) -> int:
@@ -162,7 +155,9 @@ def _images(job: EvaluationJob, count: int) -> Iterator[np.ndarray]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m detr_ray.evaluate``."""
-    return run_command("evaluate", DESCRIPTION, _evaluate, argv, add_arguments=_arguments, check=_check)
+    return run_command(
+        "evaluate", DESCRIPTION, _evaluate, argv, add_arguments=_arguments, check=Config.checkpoint_to_evaluate
+    )
 
 
 if __name__ == "__main__":

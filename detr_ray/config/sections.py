@@ -312,6 +312,18 @@ class Config(Section):
         """YAML of all keys, which loads again to an equal configuration."""
         return format_yaml(self.to_dict())
 
+    def checkpoint_to_evaluate(self) -> str:
+        """What ``eval.checkpoint`` names.
+
+        Raises:
+            ConfigError: it names nothing.
+        """
+        if self.eval.checkpoint is None:
+            raise ConfigError(
+                "eval.checkpoint: is missing: give a run's folder, a checkpoint, or DETR weights (path or URL)"
+            )
+        return self.eval.checkpoint
+
     def check_training(self) -> None:
         """Checks what training needs beyond a valid configuration.
 

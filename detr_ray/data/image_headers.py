@@ -11,7 +11,7 @@ import io
 import re
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -219,21 +219,22 @@ def _orientation(image: Image.Image, data: bytes, is_whole: bool) -> tuple[int, 
     # Pillow would decode a PNG to look for what stands behind the pixels.
     if image.format == "PNG" and "exif" not in image.info and (not is_whole or _has_late_metadata(data)):
         return 1, False, False
-    try:
-        # Of a PNG without early EXIF the method of all images, for the reason above.
-        exif = Image.Image.getexif(image) if image.format == "PNG" else image.getexif()
-        found = exif.get(_ORIENTATION, 1)
-    except Exception:  # Pillow raises almost anything on EXIF that is damaged
-        return 1, True, True
-    return (found if isinstance(found, int) and found in range(1, 9) else 1), False, True
+    # Of a PNG without early EXIF the method of all images, for the reason above.
+    found = _read_orientation(lambda: Image.Image.getexif(image) if image.format == "PNG" else image.getexif())
+    return found or 1, found is None, True
 
 
 def late_orientation(image: Image.Image) -> int:
     """The EXIF orientation of an image that is decoded, wherever in its file it stood."""
+    return _read_orientation(image.getexif) or 1
+
+
+def _read_orientation(read_exif: Callable[[], Image.Exif]) -> int | None:
+    """The orientation that EXIF says, 1 where it says none that there is; None where it can't be read."""
     try:
-        found = image.getexif().get(_ORIENTATION, 1)
-    except Exception:
-        return 1
+        found = read_exif().get(_ORIENTATION, 1)
+    except Exception:  # Pillow raises almost anything on EXIF that is damaged
+        return None
     return found if isinstance(found, int) and found in range(1, 9) else 1
 
 

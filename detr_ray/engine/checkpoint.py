@@ -9,7 +9,6 @@ makes of plain dictionaries and are read back as data, never as code.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import logging
@@ -20,7 +19,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import torch
 
-from detr_ray.engine.checkpoint_info import CheckpointInfo
+from detr_ray.engine.checkpoint_info import CheckpointInfo, best_of, highest, scored
 from detr_ray.engine.errors import CheckpointError
 from detr_ray.locations import (
     StoredFile,
@@ -130,8 +129,7 @@ class CheckpointStore:
         Raises:
             OSError: it could not be noted; the manifest is as it was.
         """
-        noted = None if metrics is None else dict(metrics)
-        info = dataclasses.replace(info, metrics=noted, evaluation_problem=problem, measured_on=dict(measured_on or {}))
+        info = info.with_scores(metrics, problem, measured_on)
         self._write_manifest(info)
         return info
 
@@ -159,15 +157,7 @@ class CheckpointStore:
 
     def best_of(self, found: Iterable[CheckpointInfo]) -> CheckpointInfo | None:
         """The one of them with the highest metric, of those that were measured as the newest of them was."""
-        scored = self._scored(found)
-        return self._highest(info for info in scored if info.compares_with(scored[-1]))
-
-    def _scored(self, found: Iterable[CheckpointInfo]) -> list[CheckpointInfo]:
-        scored = [info for info in found if info.metrics and self.metric in info.metrics]
-        return sorted(scored, key=lambda info: info.step)
-
-    def _highest(self, scored: Iterable[CheckpointInfo]) -> CheckpointInfo | None:
-        return max(scored, key=lambda info: (info.metrics[self.metric], -info.step), default=None)  # type: ignore[index]
+        return best_of(found, self.metric)
 
     def load(self, info: CheckpointInfo, name: str, map_location: str | torch.device = "cpu") -> Any:
         """Reads one file of a checkpoint back, with ``weights_only``.
@@ -201,9 +191,9 @@ class CheckpointStore:
             OSError: some could not be removed; the others are gone. One that may not be removed is not tried again.
         """
         found = self.checkpoints() if found is None else found
-        scored = self._scored(found)
-        highest = [self._highest(info for info in scored if info.compares_with(each)) for each in scored]
-        kept = {*also, *(info.step for info in highest if info is not None)}
+        known = scored(found, self.metric)
+        bests = [highest((info for info in known if info.compares_with(each)), self.metric) for each in known]
+        kept = {*also, *(info.step for info in bests if info is not None)}
         problem: OSError | None = None
         for info in found[: max(len(found) - keep_last, 0)]:
             if info.unscored or info.step in kept:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -35,7 +35,30 @@ class CheckpointInfo:
         """Whether the metrics of both mean the same; those of earlier releases, which did not say, count as if."""
         return not self.measured_on or not other.measured_on or self.measured_on == other.measured_on
 
+    def with_scores(
+        self, metrics: Mapping[str, float] | None, problem: str, measured_on: Mapping[str, Any] | None
+    ) -> CheckpointInfo:
+        """The same checkpoint after its evaluation: what it gave, or (without ``metrics``) why it failed for good."""
+        noted = None if metrics is None else dict(metrics)
+        return replace(self, metrics=noted, evaluation_problem=problem, measured_on=dict(measured_on or {}))
+
     @property
     def unscored(self) -> bool:
         """Whether the evaluation of these weights has not ended yet: it is made up for by who goes on with the run."""
         return self.evaluation_due and self.metrics is None and not self.evaluation_problem
+
+
+def scored(found: Iterable[CheckpointInfo], metric: str) -> list[CheckpointInfo]:
+    """Those of them that have a metric, oldest first."""
+    return sorted((info for info in found if info.metrics and metric in info.metrics), key=lambda info: info.step)
+
+
+def highest(found: Iterable[CheckpointInfo], metric: str) -> CheckpointInfo | None:
+    """The one of them with the highest metric, which all of them have; the earliest of equals."""
+    return max(found, key=lambda info: (info.metrics[metric], -info.step), default=None)  # type: ignore[index]
+
+
+def best_of(found: Iterable[CheckpointInfo], metric: str) -> CheckpointInfo | None:
+    """The one of them with the highest metric, of those that were measured as the newest of them was."""
+    known = scored(found, metric)
+    return highest((info for info in known if info.compares_with(known[-1])), metric)

@@ -119,11 +119,7 @@ def prepare_evaluation(config: Config, say: Say) -> EvaluationJob:
         ConfigError: no checkpoint is named, or it does not fit the configuration or the data.
         DataError: the data is not usable.
     """
-    if config.eval.checkpoint is None:
-        raise ConfigError(
-            "eval.checkpoint: is missing: give a run's folder, a checkpoint, or DETR weights (path or URL)"
-        )
-    source = find_checkpoint(config.eval.checkpoint)
+    source = find_checkpoint(config.checkpoint_to_evaluate())
     try:
         checkpoint = read_checkpoint(source)
         stored = None if "config" not in checkpoint else _stored_config(checkpoint["config"], source, say)

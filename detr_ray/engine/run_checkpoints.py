@@ -7,7 +7,6 @@ scores, removing old checkpoints, looking for the best) is tried again later whe
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -187,12 +186,7 @@ class RunCheckpoints:
         if info.step not in self._not_noted:
             return info
         metrics, problem = self._not_noted[info.step]
-        return dataclasses.replace(
-            info,
-            metrics=None if metrics is None else dict(metrics),
-            evaluation_problem=problem,
-            measured_on=self._measured_on,
-        )
+        return info.with_scores(metrics, problem, self._measured_on)
 
     def _write(
         self, step: int, files: Mapping[str, Any], details: Mapping[str, Any], evaluation_due: bool

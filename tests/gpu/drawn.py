@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from types import SimpleNamespace
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from detr_ray.config import Config, load_config
 from detr_ray.data.label_map import LabelMap
-from detr_ray.engine.checkpoint_info import CheckpointInfo
+from detr_ray.engine.checkpoint_info import CheckpointInfo, best_of
 from detr_ray.engine.context import LocalContext
 from detr_ray.engine.optimizer import build_optimizer
 from detr_ray.engine.step import TrainStep
@@ -124,12 +123,7 @@ class MemoryCheckpoints:
         problem: str = "",
         measured_on: Mapping[str, Any] | None = None,
     ) -> CheckpointInfo:
-        noted = dataclasses.replace(
-            info,
-            metrics=None if metrics is None else dict(metrics),
-            evaluation_problem=problem,
-            measured_on=dict(measured_on or {}),
-        )
+        noted = info.with_scores(metrics, problem, measured_on)
         self._kept[info.step] = (noted, self._kept[info.step][1])
         return noted
 
@@ -140,8 +134,7 @@ class MemoryCheckpoints:
         return max(self.checkpoints(), key=lambda info: info.step, default=None)
 
     def best_of(self, found: Iterable[CheckpointInfo]) -> CheckpointInfo | None:
-        scored = [info for info in found if info.metrics]
-        return max(scored, key=lambda info: info.metrics["val/AP"], default=None)
+        return best_of(found, "val/AP")
 
     def prune(self, keep_last: int, found: Iterable[CheckpointInfo], also: Collection[int]) -> None:
         """All are kept."""
