@@ -87,10 +87,10 @@ def without_ray(workload: str, scratch: str, name: str) -> dict[str, list[float]
     """The loop in this process, loading its data and fed from memory."""
     import torch
 
-    from detr_ray.engine.batches import LocalBatches
     from detr_ray.engine.context import LocalContext
     from detr_ray.engine.job import prepare_job
     from detr_ray.engine.loop import TrainingLoop
+    from detr_ray.engine.stream.batches import LocalBatches
     from detr_ray.structures import PaddedBatch
     from detr_ray.tracking import NullTracker
 

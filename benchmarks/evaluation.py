@@ -25,10 +25,10 @@ import torch
 
 from benchmarks.harness import Row, alternate, in_fresh_process, memory_mb
 from detr_ray.config import load_config
-from detr_ray.engine.batches import LocalBatches
 from detr_ray.engine.context import LocalContext
 from detr_ray.engine.job import prepare_job
 from detr_ray.engine.loop import TrainingLoop
+from detr_ray.engine.stream.batches import LocalBatches
 from detr_ray.evaluation import DetectionTable, GroundTruth, evaluate_detections, score_in_process
 from detr_ray.tracking import MemoryTracker
 

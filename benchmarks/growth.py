@@ -30,7 +30,7 @@ from detr_ray.data.label_map import LabelMap
 from detr_ray.data.planner import Planner, share_bounds
 from detr_ray.data.shards import write_shards
 from detr_ray.data.splits import open_split
-from detr_ray.engine.planned_data import MIN_WINDOW, MIN_WINDOW_BATCHES, PlannedData
+from detr_ray.engine.stream.planned_data import MIN_WINDOW, MIN_WINDOW_BATCHES, PlannedData
 
 SIZES = (1_000, 10_000, 100_000)
 BATCH = 16

@@ -31,11 +31,11 @@ from detr_ray.data.generated import generate_dataset
 from detr_ray.data.loader import BatchLoader
 from detr_ray.data.planner import Planner, plan_evaluation, share_bounds
 from detr_ray.data.splits import open_split
-from detr_ray.engine.batches import LocalBatches
 from detr_ray.engine.context import LocalContext
 from detr_ray.engine.job import prepare_job
 from detr_ray.engine.loop import TrainingLoop
-from detr_ray.engine.planned_data import MIN_WINDOW, MIN_WINDOW_BATCHES
+from detr_ray.engine.stream.batches import LocalBatches
+from detr_ray.engine.stream.planned_data import MIN_WINDOW, MIN_WINDOW_BATCHES
 from detr_ray.structures import to_device
 from detr_ray.tracking import MemoryTracker
 

@@ -32,7 +32,7 @@ from detr_ray.data.label_map import LabelMap
 from detr_ray.data.loader import BatchLoader
 from detr_ray.data.shards import write_shards
 from detr_ray.data.splits import open_split
-from detr_ray.engine.planned_data import PlannedData
+from detr_ray.engine.stream.planned_data import PlannedData
 
 COCO128 = Path(__file__).parents[2] / "shared" / "data" / "coco128"
 BATCH, WORKERS = 8, 2

@@ -16,7 +16,7 @@ from detr_ray.train import say
 if TYPE_CHECKING:
     import numpy as np
 
-    from detr_ray.engine.evaluation_job import EvaluationJob, EvaluationResult
+    from detr_ray.engine.validation.evaluation_job import EvaluationJob, EvaluationResult
 
 DESCRIPTION = """Score a checkpoint on the validation set: COCO's 12 numbers, and the AP of each category.
 
@@ -66,7 +66,7 @@ def _share(text: str) -> float:
 
 
 def _evaluate(config: Config, arguments: argparse.Namespace) -> int:
-    from detr_ray.engine.output_files import check_outputs
+    from detr_ray.engine.reporting.output_files import check_outputs
 
     if arguments.picture:
         from detr_ray.viz import check_picture
@@ -75,7 +75,7 @@ def _evaluate(config: Config, arguments: argparse.Namespace) -> int:
     given = {"--json": arguments.json, "--detections": arguments.detections, "--picture": arguments.picture}
     check_outputs({option: location for option, location in given.items() if location is not None})
 
-    from detr_ray.engine.evaluation_job import prepare_evaluation
+    from detr_ray.engine.validation.evaluation_job import prepare_evaluation
 
     job = prepare_evaluation(config, say)
 
@@ -95,7 +95,7 @@ def _evaluate(config: Config, arguments: argparse.Namespace) -> int:
 def _write(option: str, location: str, content: Callable[[], bytes]) -> bool:
     """Writes one of the files; one that fails all the same (a full disk) does not take the others with it."""
     from detr_ray.data.errors import DataError
-    from detr_ray.engine.output_files import write_output
+    from detr_ray.engine.reporting.output_files import write_output
     from detr_ray.retries import reason_of
 
     try:

@@ -63,8 +63,8 @@ def _generate(config: Config) -> None:
     from detr_ray.data.errors import DataError
     from detr_ray.data.generated import MARKER, generate_dataset
     from detr_ray.engine.job import generated_root
-    from detr_ray.engine.pace import Pace
-    from detr_ray.engine.progress import duration
+    from detr_ray.engine.reporting.pace import Pace
+    from detr_ray.engine.reporting.progress import duration
 
     data = config.data
     assert data.generate is not None
@@ -86,7 +86,7 @@ def _pack(indexes: dict[str, CocoIndex], folder: str, shard_megabytes: int) -> N
     """Packs the splits that are not packed yet."""
     from detr_ray.data.errors import DataError
     from detr_ray.data.packing import pack_split, unpacked_splits
-    from detr_ray.engine.pace import Pace
+    from detr_ray.engine.reporting.pace import Pace
     from detr_ray.locations import join
     from detr_ray.retries import reason_of
 

@@ -17,12 +17,12 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from detr_ray.config import Config
-from detr_ray.engine.batches import LocalBatches
-from detr_ray.engine.checkpoint import CheckpointInfo, CheckpointStore
+from detr_ray.engine.checkpoints.store import CheckpointInfo, CheckpointStore
 from detr_ray.engine.context import LocalContext
 from detr_ray.engine.job import TrainJob, prepare_job
 from detr_ray.engine.loop import TrainingLoop
-from detr_ray.engine.result import FitResult
+from detr_ray.engine.reporting.result import FitResult
+from detr_ray.engine.stream.batches import LocalBatches
 from detr_ray.loss import SetCriterion
 from detr_ray.model import Detr
 from detr_ray.structures import ModelOutput, SamplePlan, Target

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from detr_ray.engine.checkpoint import CheckpointStore
+from detr_ray.engine.checkpoints.store import CheckpointStore
 
 
 def final_weights(run: Path, steps: int) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from detr_ray.config import ConfigError
-from detr_ray.engine.run_directory import open_run
+from detr_ray.engine.checkpoints.run_directory import open_run
 
 
 def begin_and_hold(storage: str, name: str, environment: dict[str, str], barrier: Any, answers: Any) -> None:
@@ -27,7 +27,7 @@ def begin_and_hold(storage: str, name: str, environment: dict[str, str], barrier
 def start_at_once(storage: str, name: str, count: int) -> tuple[list[tuple[str, int]], list[str]]:
     """What so many starts of one run gave: (run id, process) of those that held it, and what the others were told."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["detr_ray.engine.run_directory"])
+    context.set_forkserver_preload(["detr_ray.engine.checkpoints.run_directory"])
     barrier, answers = context.Barrier(count), context.Queue()
     arguments = (storage, name, dict(os.environ), barrier, answers)
     processes = [context.Process(target=begin_and_hold, args=arguments) for _ in range(count)]

@@ -21,7 +21,7 @@ from tiny import TINY, fit_here, make_dataset, tiny_config
 
 from detr_ray import evaluate as command
 from detr_ray.config import load_config
-from detr_ray.engine.result import FitResult
+from detr_ray.engine.reporting.result import FitResult
 from detr_ray.model import build_model
 
 
@@ -40,7 +40,7 @@ def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> FitResul
 @pytest.fixture
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """An evaluation that begins is a failure."""
-    from detr_ray.engine import evaluation_job
+    from detr_ray.engine.validation import evaluation_job
 
     def begun(*_: object) -> None:
         pytest.fail("the evaluation began")
@@ -332,7 +332,7 @@ def test_a_file_is_replaced_through_a_link_and_a_pipe_is_written_into(
 def test_one_file_that_fails_in_the_end_does_not_take_the_others(
     trained: FitResult, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from detr_ray.engine import evaluation_job
+    from detr_ray.engine.validation import evaluation_job
 
     numbers_file, found = tmp_path / "numbers.json", tmp_path / "found" / "found.json"
     work = evaluation_job.run_evaluation

@@ -20,7 +20,7 @@ from detr_ray.data.generated import generate_dataset
 from detr_ray.data.images import ImageReader
 from detr_ray.data.packing import CountingReader
 from detr_ray.data.splits import open_split
-from detr_ray.engine.pace import Pace
+from detr_ray.engine.reporting.pace import Pace
 from detr_ray.prepare import main
 
 ROOT = Path(__file__).parents[1]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from detr_ray import send
-from detr_ray.engine.run_directory import open_run
+from detr_ray.engine.checkpoints.run_directory import open_run
 from detr_ray.tracking import MlflowTracker, Timing
 
 CANARY = "canary7"

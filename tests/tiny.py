@@ -6,10 +6,10 @@ from pathlib import Path
 
 from detr_ray.config import Config, load_config
 from detr_ray.data.generated import generate_dataset
-from detr_ray.engine.batches import LocalBatches
 from detr_ray.engine.context import LocalContext
 from detr_ray.engine.job import prepare_job
 from detr_ray.engine.loop import FitResult, TrainingLoop
+from detr_ray.engine.stream.batches import LocalBatches
 from detr_ray.tracking import MemoryTracker, Tracker
 
 TINY = (

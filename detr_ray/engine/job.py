@@ -24,10 +24,10 @@ from detr_ray.data.label_map import LabelMap
 from detr_ray.data.plausibility import find_misreadings
 from detr_ray.data.splits import open_split
 from detr_ray.data.statistics import count_boxes
-from detr_ray.engine.planned_data import PlannedData
-from detr_ray.engine.positions import refuse_positions_out_of_reach
-from detr_ray.engine.records import check_tracking, run_tracking_uri
-from detr_ray.engine.run_directory import RunDirectory, open_run, read_record
+from detr_ray.engine.checkpoints.run_directory import RunDirectory, open_run, read_record
+from detr_ray.engine.reporting.records import check_tracking, run_tracking_uri
+from detr_ray.engine.stream.planned_data import PlannedData
+from detr_ray.engine.stream.positions import refuse_positions_out_of_reach
 from detr_ray.locations import local_path
 from detr_ray.retries import reason_of
 
@@ -278,7 +278,7 @@ def choose_label_space(config: Config, train: CocoIndex, is_official: Callable[[
 
 
 def _labels_of_last_checkpoint(run: RunDirectory) -> LabelMap | None:
-    from detr_ray.engine.training_state import MODEL_FILE
+    from detr_ray.engine.checkpoints.training_state import MODEL_FILE
 
     latest = run.checkpoints.latest()
     return None if latest is None else LabelMap.from_dict(run.checkpoints.load(latest, MODEL_FILE)["label_map"])

@@ -12,23 +12,23 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from detr_ray.addresses import join
+from detr_ray.engine.checkpoints.run_checkpoints import BRIEFLY, ONCE, PATIENTLY, Inessential, RunCheckpoints
+from detr_ray.engine.checkpoints.training_state import MODEL_FILE, TrainingState
 from detr_ray.engine.context import LeaveReason, WorkerContext
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.memory import HeldMemory
-from detr_ray.engine.meters import Meters
 from detr_ray.engine.optimizer import learning_rate_factor, set_learning_rate
 from detr_ray.engine.precision import warn_of_slow_precision
-from detr_ray.engine.progress import duration, step_line
-from detr_ray.engine.result import FitResult
-from detr_ray.engine.run_checkpoints import BRIEFLY, ONCE, PATIENTLY, Inessential, RunCheckpoints
+from detr_ray.engine.reporting.meters import Meters
+from detr_ray.engine.reporting.progress import duration, step_line
+from detr_ray.engine.reporting.result import FitResult
 from detr_ray.engine.step import StepOutcome, StepTimes, TrainStep
-from detr_ray.engine.stream_record import StreamRecord
-from detr_ray.engine.training_state import MODEL_FILE, TrainingState
-from detr_ray.engine.validation import Validation
+from detr_ray.engine.stream.record import StreamRecord
+from detr_ray.engine.validation.in_training import Validation
 
 if TYPE_CHECKING:  # what reads and writes files is given, so that torch and numpy are enough to train
-    from detr_ray.engine.batches import BatchSource
     from detr_ray.engine.job import TrainJob
+    from detr_ray.engine.stream.batches import BatchSource
     from detr_ray.tracking import Tracker
 
 logger = logging.getLogger(__name__)

@@ -21,8 +21,8 @@ from ray.data import ExecutionResources
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from detr_ray.data.loader import BatchLoader, from_table, to_table
-from detr_ray.engine.batches import WorkerPlan
-from detr_ray.engine.planned_data import PlannedData
+from detr_ray.engine.stream.batches import WorkerPlan
+from detr_ray.engine.stream.planned_data import PlannedData
 from detr_ray.structures import PaddedBatch, SamplePlan
 
 # Tasks of one Ray Data execution. Its start costs about half a second, mostly hidden behind the batches that are

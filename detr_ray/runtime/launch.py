@@ -17,12 +17,12 @@ import torch
 from ray.train.torch import TorchConfig
 
 from detr_ray.config import Config, ConfigError
-from detr_ray.engine.batches import LocalBatches
 from detr_ray.engine.context import LocalContext
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.job import Say, TrainJob, prepare_job, run_summary
-from detr_ray.engine.records import open_tracker
-from detr_ray.engine.result import FitResult
+from detr_ray.engine.reporting.records import open_tracker
+from detr_ray.engine.reporting.result import FitResult
+from detr_ray.engine.stream.batches import LocalBatches
 from detr_ray.runtime.cluster_check import preflight_nodes
 from detr_ray.runtime.controller_callback import StatusCallback, describe_failure
 from detr_ray.runtime.host_process import host_process_as_before
@@ -37,7 +37,7 @@ from detr_ray.tracking import Status
 
 if TYPE_CHECKING:
     # Only workers need the model, the loss and the loop: torchvision alone takes a second to import.
-    from detr_ray.engine.evaluation_job import EvaluationJob, EvaluationResult
+    from detr_ray.engine.validation.evaluation_job import EvaluationJob, EvaluationResult
 
 # Workers that wait for one that hangs give up only after the watch has named and ended that one.
 COLLECTIVES_WAIT_LONGER_S = 120
@@ -91,14 +91,14 @@ def evaluate(config: Config, say: Say = lambda line: None) -> EvaluationResult:
         DataError: the data is not usable.
         RunFailed: the evaluation began and cannot be finished.
     """
-    from detr_ray.engine.evaluation_job import prepare_evaluation
+    from detr_ray.engine.validation.evaluation_job import prepare_evaluation
 
     return run_prepared_evaluation(prepare_evaluation(config, say), say)
 
 
 def run_prepared_evaluation(job: EvaluationJob, say: Say) -> EvaluationResult:
     """Does what `prepare_evaluation` prepared; see `evaluate`."""
-    from detr_ray.engine.evaluation_job import run_evaluation
+    from detr_ray.engine.validation.evaluation_job import run_evaluation
 
     config = job.data.config
     if config.train.launcher == "local":

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import get_args
 
 from detr_ray.engine.context import Phase
-from detr_ray.engine.progress import duration
+from detr_ray.engine.reporting.progress import duration
 from detr_ray.runtime.job_status import ControllerStatus, WorkerStatus
 
 STARTING_S = 120.0

@@ -18,7 +18,7 @@ from detr_ray.config import ConfigError, TrainConfig
 from detr_ray.engine.context import LeaveReason, Phase
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.job import Say
-from detr_ray.engine.progress import duration
+from detr_ray.engine.reporting.progress import duration
 from detr_ray.runtime.heartbeat import AwakeClock
 from detr_ray.runtime.job_status import Member, Snapshot, WorkerStatus, open_job_status, unpacked
 from detr_ray.runtime.stalls import STARTING_S, describe, hanging_controller, hanging_workers, places

@@ -18,11 +18,11 @@ from ray.actor import ActorHandle
 from detr_ray.engine.context import LeaveReason, Phase
 from detr_ray.engine.distributed import DistributedContext
 from detr_ray.engine.errors import RunFailed
-from detr_ray.engine.evaluation_job import EvaluationJob, run_evaluation
 from detr_ray.engine.job import TrainJob
 from detr_ray.engine.loop import TrainingLoop
-from detr_ray.engine.records import open_tracker
-from detr_ray.engine.result import FitResult
+from detr_ray.engine.reporting.records import open_tracker
+from detr_ray.engine.reporting.result import FitResult
+from detr_ray.engine.validation.evaluation_job import EvaluationJob, run_evaluation
 from detr_ray.runtime.datasets import RayBatches
 from detr_ray.runtime.heartbeat import WorkerHeartbeat
 from detr_ray.tracking import NullTracker, Status, Tracker

@@ -16,12 +16,12 @@ import torch
 from torch import distributed as dist
 
 from detr_ray.config import load_config
-from detr_ray.engine.batches import LocalBatches
 from detr_ray.engine.context import LeaveReason
 from detr_ray.engine.distributed import DistributedContext
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.job import prepare_job
 from detr_ray.engine.loop import TrainingLoop
+from detr_ray.engine.stream.batches import LocalBatches
 from detr_ray.tracking import MemoryTracker
 
 ODD = {

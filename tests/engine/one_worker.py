@@ -15,12 +15,12 @@ import torch
 from torch import distributed as dist
 
 from detr_ray.config import load_config
-from detr_ray.engine.batches import LocalBatches
 from detr_ray.engine.distributed import DistributedContext
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.job import prepare_job
-from detr_ray.engine.meters import Meters
+from detr_ray.engine.reporting.meters import Meters
 from detr_ray.engine.step import StepTimes, TrainStep
+from detr_ray.engine.stream.batches import LocalBatches
 
 
 class RecordingSgd(torch.optim.SGD):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from detr_ray.engine.checkpoint import CheckpointStore
+from detr_ray.engine.checkpoints.store import CheckpointStore
 from detr_ray.engine.errors import CheckpointError
 
 
@@ -95,7 +95,7 @@ def test_nothing_but_data_is_loaded(tmp_path: Path) -> None:
 
 FULL_DISK = """
 import resource, signal, sys, torch
-from detr_ray.engine.checkpoint import CheckpointStore
+from detr_ray.engine.checkpoints.store import CheckpointStore
 store = CheckpointStore(sys.argv[1])
 store.save(1, {"model.pt": {"w": torch.zeros(10)}}, {})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -119,7 +119,7 @@ def test_a_disk_that_takes_no_more_leaves_the_last_good_one(tmp_path: Path) -> N
 
 KILLED = """
 import sys, torch
-from detr_ray.engine.checkpoint import CheckpointStore
+from detr_ray.engine.checkpoints.store import CheckpointStore
 store = CheckpointStore(sys.argv[1])
 for step in range(1, 10_000):
     store.save(step, {"model.pt": {"w": torch.full((300_000,), float(step))}}, {})

@@ -22,10 +22,10 @@ from detr_ray.config import Config
 from detr_ray.config.schema import all_keys
 from detr_ray.data.shards import write_shards
 from detr_ray.data.splits import open_split
-from detr_ray.engine.checkpoint import CheckpointStore
+from detr_ray.engine.checkpoints.run_directory import is_free
+from detr_ray.engine.checkpoints.store import CheckpointStore
 from detr_ray.engine.job import prepare_job
-from detr_ray.engine.result import FitResult
-from detr_ray.engine.run_directory import is_free
+from detr_ray.engine.reporting.result import FitResult
 from detr_ray.tracking import MemoryTracker
 
 STOPPED_AT, STEPS = 3, 8

@@ -10,12 +10,12 @@ import torch
 from tiny import fit_here, make_dataset, tiny_config
 from torch import nn
 
-from detr_ray.engine.batches import LocalBatches
 from detr_ray.engine.context import LocalContext
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.job import TrainJob, prepare_job
 from detr_ray.engine.optimizer import build_optimizer
 from detr_ray.engine.step import TrainStep
+from detr_ray.engine.stream.batches import LocalBatches
 from detr_ray.tracking import MemoryTracker
 
 FP16 = ("train.precision=fp16", "train.use_gpu=null")

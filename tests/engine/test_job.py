@@ -14,11 +14,11 @@ from tiny import fit_here, make_dataset, tiny_config
 from detr_ray.config import Config, ConfigError
 from detr_ray.data.errors import DataError
 from detr_ray.data.label_map import LabelMap
-from detr_ray.engine.batches import LocalBatches
-from detr_ray.engine.checkpoint import CheckpointStore
+from detr_ray.engine.checkpoints.store import CheckpointStore
 from detr_ray.engine.context import LocalContext
-from detr_ray.engine.evaluation_job import EvaluationResult, prepare_evaluation, run_evaluation
 from detr_ray.engine.job import prepare_job
+from detr_ray.engine.stream.batches import LocalBatches
+from detr_ray.engine.validation.evaluation_job import EvaluationResult, prepare_evaluation, run_evaluation
 from detr_ray.model import build_model
 from detr_ray.model.weights import WeightsError
 

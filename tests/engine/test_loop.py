@@ -14,13 +14,13 @@ from tiny import fit_here, make_dataset, tiny_config
 
 from detr_ray.config import ConfigError
 from detr_ray.data.errors import DataError
-from detr_ray.engine.batches import LocalBatches
-from detr_ray.engine.checkpoint import CheckpointStore
+from detr_ray.engine.checkpoints.store import CheckpointStore
 from detr_ray.engine.context import LocalContext
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.job import prepare_job
 from detr_ray.engine.loop import TrainingLoop
 from detr_ray.engine.step import compiled
+from detr_ray.engine.stream.batches import LocalBatches
 from detr_ray.tracking import MemoryTracker
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from tiny import fit_here, make_dataset, tiny_config
 
-from detr_ray.engine.batches import LocalBatches
 from detr_ray.engine.job import TrainJob, prepare_job
+from detr_ray.engine.stream.batches import LocalBatches
 from detr_ray.structures import to_device
 from detr_ray.tracking import MemoryTracker
 

@@ -14,8 +14,8 @@ from detr_ray.config import Config, ConfigError
 from detr_ray.data.augmentation import AugmentValues, draw, largest_side
 from detr_ray.data.errors import DataError
 from detr_ray.engine.job import open_data, prepare_job
-from detr_ray.engine.positions import refuse_positions_out_of_reach
 from detr_ray.engine.preflight import run_preflight
+from detr_ray.engine.stream.positions import refuse_positions_out_of_reach
 from detr_ray.model.position_encoding import LEARNED_LIMIT, LearnedPositionEncoding
 
 

@@ -16,9 +16,9 @@ from starts import start_at_once
 from tiny import fit_here, make_dataset, tiny_config
 
 from detr_ray.config import Config, ConfigError, flatten
-from detr_ray.engine.evaluation_job import find_checkpoint, prepare_evaluation
+from detr_ray.engine.checkpoints.run_directory import open_run, read_record
 from detr_ray.engine.job import prepare_job
-from detr_ray.engine.run_directory import open_run, read_record
+from detr_ray.engine.validation.evaluation_job import find_checkpoint, prepare_evaluation
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_one_goes_on_where_there_are_no_links_between_files(tmp_path: Path, monk
 
 HOLD = """
 import sys
-from detr_ray.engine.run_directory import open_run
+from detr_ray.engine.checkpoints.run_directory import open_run
 with open_run("a", sys.argv[1], {}, {}, "").locked():
     print("held", flush=True)
     sys.stdin.read()
@@ -140,7 +140,7 @@ def test_a_record_that_is_none_is_refused(tmp_path: Path) -> None:
 
 def test_checkpoints_of_earlier_versions_go_on(dataset: Path, tmp_path: Path) -> None:
     """What a training file may lack has a default; what it holds beside is passed over."""
-    from detr_ray.engine.checkpoint import CheckpointStore
+    from detr_ray.engine.checkpoints.store import CheckpointStore
 
     settings = ("optim.ema_decay=0.5", "model.dropout=0")
     config = tiny_config(dataset, tmp_path, "run.name=a", *settings)

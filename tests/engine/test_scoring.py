@@ -16,12 +16,12 @@ import pytest
 from recorded import assert_same_weights
 from tiny import fit_here, make_dataset, tiny_config
 
-from detr_ray.engine import scoring
-from detr_ray.engine.batches import LocalBatches
-from detr_ray.engine.checkpoint import CheckpointStore
+from detr_ray.engine.checkpoints.store import CheckpointStore
 from detr_ray.engine.context import LocalContext, Phase
 from detr_ray.engine.job import prepare_job
 from detr_ray.engine.loop import FitResult, TrainingLoop
+from detr_ray.engine.stream.batches import LocalBatches
+from detr_ray.engine.validation import scoring
 from detr_ray.evaluation import scorer_process
 from detr_ray.tracking import MemoryTracker
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from detr_ray.config import Config, load_config
 from detr_ray.data.label_map import LabelMap
-from detr_ray.engine.checkpoint_info import CheckpointInfo, best_of
+from detr_ray.engine.checkpoints.info import CheckpointInfo, best_of
 from detr_ray.engine.context import LocalContext
 from detr_ray.engine.optimizer import build_optimizer
 from detr_ray.engine.step import TrainStep

@@ -13,7 +13,7 @@ import pytest
 from disturbing import assert_as_if_nothing_had_happened, config_file, train
 from recorded import jumps
 
-from detr_ray.engine.checkpoint import CheckpointStore
+from detr_ray.engine.checkpoints.store import CheckpointStore
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 

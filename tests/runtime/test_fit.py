@@ -12,7 +12,7 @@ import torch
 from tiny import fit_here, make_dataset, tiny_config
 
 from detr_ray.config import ConfigError
-from detr_ray.engine.checkpoint import CheckpointStore
+from detr_ray.engine.checkpoints.store import CheckpointStore
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.job import prepare_job
 from detr_ray.runtime.launch import evaluate, fit

@@ -18,7 +18,7 @@ import pytest
 from recorded import assert_same_weights, jumps
 from tiny import make_dataset, tiny_config
 
-from detr_ray.engine.checkpoint import CheckpointStore
+from detr_ray.engine.checkpoints.store import CheckpointStore
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 

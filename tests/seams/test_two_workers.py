@@ -17,10 +17,10 @@ from observing import small_config
 from tiny import make_dataset
 from torch import Tensor
 
-from detr_ray.engine.batches import LocalBatches
 from detr_ray.engine.context import LocalContext
 from detr_ray.engine.job import TrainJob, prepare_job
 from detr_ray.engine.loop import TrainingLoop
+from detr_ray.engine.stream.batches import LocalBatches
 from detr_ray.tracking import MemoryTracker
 
 

@@ -15,10 +15,10 @@ from tiny import make_dataset
 
 from detr_ray.config import ConfigError, config_from_dict
 from detr_ray.data.errors import DataError
-from detr_ray.engine.checkpoint import CheckpointStore
+from detr_ray.engine.checkpoints.store import CheckpointStore
 from detr_ray.engine.errors import RunFailed
-from detr_ray.engine.evaluation_job import prepare_evaluation
 from detr_ray.engine.job import prepare_job
+from detr_ray.engine.validation.evaluation_job import prepare_evaluation
 
 SETTINGS = (
     "run.name=a",

@@ -13,9 +13,9 @@ from tiny import make_dataset, tiny_config
 from torch import Tensor
 
 from detr_ray.config import Config
-from detr_ray.engine.batches import LocalBatches
 from detr_ray.engine.context import LocalContext
-from detr_ray.engine.evaluation_job import EvaluationResult, prepare_evaluation, run_evaluation
+from detr_ray.engine.stream.batches import LocalBatches
+from detr_ray.engine.validation.evaluation_job import EvaluationResult, prepare_evaluation, run_evaluation
 from detr_ray.evaluation import DetectionTable, GroundTruth, evaluate_detections
 
 

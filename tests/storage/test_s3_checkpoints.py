@@ -16,11 +16,11 @@ from s3_server import S3Server
 
 from detr_ray.check import main as check
 from detr_ray.config import ConfigError
-from detr_ray.engine.checkpoint import CheckpointStore
+from detr_ray.engine.checkpoints.run_directory import open_run
+from detr_ray.engine.checkpoints.store import CheckpointStore
 from detr_ray.engine.errors import CheckpointError
-from detr_ray.engine.evaluation_job import find_checkpoint
 from detr_ray.engine.preflight.storage import try_storage, within
-from detr_ray.engine.run_directory import open_run
+from detr_ray.engine.validation.evaluation_job import find_checkpoint
 from detr_ray.locations import LocationError
 from detr_ray.model.weights import WeightsError, read_checkpoint
 from detr_ray.retries import AccessDenied, NoSuchObject, StorageError
@@ -96,7 +96,7 @@ def test_half_written_checkpoints_are_passed_over(root, s3: S3Server):
 
 KILLED = """
 import sys, torch
-from detr_ray.engine.checkpoint import CheckpointStore
+from detr_ray.engine.checkpoints.store import CheckpointStore
 store = CheckpointStore(sys.argv[1])
 for step in range(1, 10_000):
     store.save(step, {"model.pt": {"w": torch.full((3_000_000,), float(step))}, "training.pt": {}}, {})

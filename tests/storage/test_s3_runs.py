@@ -16,8 +16,8 @@ from s3_server import S3Server
 from starts import start_at_once
 
 from detr_ray.config import ConfigError
-from detr_ray.engine import run_lock
-from detr_ray.engine.run_directory import RunDirectory, open_run
+from detr_ray.engine.checkpoints import run_lock
+from detr_ray.engine.checkpoints.run_directory import RunDirectory, open_run
 from detr_ray.retries import AccessDenied
 
 
@@ -52,8 +52,8 @@ def claims(s3: S3Server, storage: str) -> list[str]:
 
 HOLD = """
 import sys
-from detr_ray.engine import run_lock
-from detr_ray.engine.run_directory import open_run
+from detr_ray.engine.checkpoints import run_lock
+from detr_ray.engine.checkpoints.run_directory import open_run
 run_lock.BEAT_S = 0.2
 with open_run("mine", sys.argv[1], {"optim.lr": 1.0}, {"train": "abc"}, "").locked():
     print("held", flush=True)

@@ -12,13 +12,13 @@ from tiny import make_dataset, tiny_config
 
 from detr_ray.config import ConfigError
 from detr_ray.engine import loop
-from detr_ray.engine.batches import LocalBatches
-from detr_ray.engine.checkpoint import CheckpointStore
+from detr_ray.engine.checkpoints.run_checkpoints import Inessential, RunCheckpoints
+from detr_ray.engine.checkpoints.store import CheckpointStore
 from detr_ray.engine.context import LocalContext, Phase
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.job import TrainJob, prepare_job
-from detr_ray.engine.result import FitResult
-from detr_ray.engine.run_checkpoints import Inessential, RunCheckpoints
+from detr_ray.engine.reporting.result import FitResult
+from detr_ray.engine.stream.batches import LocalBatches
 from detr_ray.tracking import MemoryTracker, Tracker
 
 FEW = ("train.checkpoint_every_steps=1", "train.keep_last=1")

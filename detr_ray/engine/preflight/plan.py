@@ -12,10 +12,10 @@ from detr_ray.config import Config, ConfigError
 from detr_ray.data.index import CocoIndex
 from detr_ray.data.label_map import LabelMap
 from detr_ray.data.planner import split_global_batch
-from detr_ray.engine.planned_data import PlannedData
-from detr_ray.engine.positions import refuse_positions_out_of_reach
 from detr_ray.engine.precision import slow_precision
 from detr_ray.engine.preflight.findings import Report
+from detr_ray.engine.stream.planned_data import PlannedData
+from detr_ray.engine.stream.positions import refuse_positions_out_of_reach
 from detr_ray.structures import SamplePlan
 
 AREA = "training"

@@ -12,10 +12,10 @@ from typing import TypeVar
 from pyarrow.fs import FileType
 
 from detr_ray.config import Config
+from detr_ray.engine.checkpoints.run_directory import absolute_storage
 from detr_ray.engine.optimizer import freeze_backbone
 from detr_ray.engine.preflight.findings import Report
 from detr_ray.engine.preflight.first_weights import skeleton
-from detr_ray.engine.run_directory import absolute_storage
 from detr_ray.locations import (
     LocationError,
     delete_file,

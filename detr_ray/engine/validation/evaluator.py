@@ -19,7 +19,7 @@ from detr_ray.structures import PaddedBatch, to_device
 
 if TYPE_CHECKING:
     from detr_ray.data.index import CocoIndex
-    from detr_ray.engine.planned_data import PlannedData
+    from detr_ray.engine.stream.planned_data import PlannedData
 
 
 class Evaluator:

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import torch
 
-from detr_ray.engine.checkpoint_info import CheckpointInfo, best_of, highest, scored
+from detr_ray.engine.checkpoints.info import CheckpointInfo, best_of, highest, scored
 from detr_ray.engine.errors import CheckpointError
 from detr_ray.locations import (
     StoredFile,

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from detr_ray.engine.checkpoint_info import CheckpointInfo
+from detr_ray.engine.checkpoints.info import CheckpointInfo
+from detr_ray.engine.checkpoints.run_checkpoints import RunCheckpoints
 from detr_ray.engine.context import WorkerContext
 from detr_ray.engine.ema import ModelEma
 from detr_ray.engine.errors import CheckpointError, RunFailed
 from detr_ray.engine.optimizer import build_optimizer, restore_optimizer
-from detr_ray.engine.run_checkpoints import RunCheckpoints
 from detr_ray.engine.running_statistics import RunningStatistics
 from detr_ray.engine.step import TrainStep
 
 if TYPE_CHECKING:  # see the loop
-    from detr_ray.engine.checkpoint import CheckpointStore
+    from detr_ray.engine.checkpoints.store import CheckpointStore
     from detr_ray.engine.job import TrainJob
 
 MODEL_FILE = "model.pt"

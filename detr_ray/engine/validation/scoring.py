@@ -18,12 +18,12 @@ import torch
 from torch import nn
 
 from detr_ray.engine.context import LeaveReason, WorkerContext, most_urgent
-from detr_ray.engine.evaluator import Evaluator, build_evaluator
+from detr_ray.engine.validation.evaluator import Evaluator, build_evaluator
 from detr_ray.evaluation import CocoMetrics, DetectionTable, ScorerProcess, ScoringFailed
 from detr_ray.structures import PaddedBatch
 
 if TYPE_CHECKING:
-    from detr_ray.engine.planned_data import PlannedData
+    from detr_ray.engine.stream.planned_data import PlannedData
 
 logger = logging.getLogger(__name__)
 

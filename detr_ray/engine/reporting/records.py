@@ -14,7 +14,7 @@ import torch
 
 from detr_ray import __version__
 from detr_ray.config import Config, ConfigError, flatten
-from detr_ray.engine.run_directory import RunDirectory, absolute_storage
+from detr_ray.engine.checkpoints.run_directory import RunDirectory, absolute_storage
 from detr_ray.locations import local_path
 from detr_ray.tracking import MlflowTracker, NullTracker, Tracker, tracking_uri
 from detr_ray.tracking.reachability import UnreachableError, UnusableError, try_store

@@ -6,8 +6,8 @@ import contextlib
 import json
 from pathlib import Path
 
+from detr_ray.engine.checkpoints.run_checkpoints import Inessential
 from detr_ray.engine.context import WorkerContext
-from detr_ray.engine.run_checkpoints import Inessential
 from detr_ray.engine.step import StepOutcome
 
 

@@ -14,18 +14,18 @@ from torch import Tensor
 from detr_ray.config import Config, ConfigError, ModelConfig, config_from_dict, flatten
 from detr_ray.data.index import CocoIndex
 from detr_ray.data.label_map import COCO_NUM_CLASSES, LabelMap
-from detr_ray.engine.batches import BatchSource
-from detr_ray.engine.checkpoint import CheckpointStore
+from detr_ray.engine.checkpoints.run_directory import absolute_storage
+from detr_ray.engine.checkpoints.store import CheckpointStore
+from detr_ray.engine.checkpoints.training_state import MODEL_FILE
 from detr_ray.engine.context import WorkerContext
 from detr_ray.engine.errors import RunFailed
-from detr_ray.engine.evaluation_config import DECISIVE, evaluation_config
-from detr_ray.engine.evaluator import build_evaluator
 from detr_ray.engine.job import Say, open_evaluation_data
-from detr_ray.engine.planned_data import PlannedData
-from detr_ray.engine.positions import refuse_positions_out_of_reach
 from detr_ray.engine.precision import warn_of_slow_precision
-from detr_ray.engine.run_directory import absolute_storage
-from detr_ray.engine.training_state import MODEL_FILE
+from detr_ray.engine.stream.batches import BatchSource
+from detr_ray.engine.stream.planned_data import PlannedData
+from detr_ray.engine.stream.positions import refuse_positions_out_of_reach
+from detr_ray.engine.validation.evaluation_config import DECISIVE, evaluation_config
+from detr_ray.engine.validation.evaluator import build_evaluator
 from detr_ray.evaluation import CocoMetrics, DetectionTable
 from detr_ray.locations import file_info, join
 from detr_ray.model import Detr, build_model

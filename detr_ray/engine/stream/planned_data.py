@@ -15,7 +15,7 @@ from detr_ray.data.index import CocoIndex
 from detr_ray.data.label_map import LabelMap
 from detr_ray.data.loader import BatchLoader
 from detr_ray.data.planner import Planner, plan_evaluation
-from detr_ray.engine.batches import WorkerPlan
+from detr_ray.engine.stream.batches import WorkerPlan
 from detr_ray.structures import SamplePlan
 
 # Fewer samples, or fewer batches, to choose from leave batches of unlike shapes.

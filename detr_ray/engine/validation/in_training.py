@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from detr_ray.addresses import join
-from detr_ray.engine.checkpoint_info import CheckpointInfo
+from detr_ray.engine.checkpoints.info import CheckpointInfo
+from detr_ray.engine.checkpoints.run_checkpoints import Inessential, RunCheckpoints
+from detr_ray.engine.checkpoints.training_state import MODEL_FILE, TrainingState
 from detr_ray.engine.context import LeaveReason, WorkerContext
 from detr_ray.engine.errors import CheckpointError
-from detr_ray.engine.progress import evaluation_line
-from detr_ray.engine.run_checkpoints import Inessential, RunCheckpoints
-from detr_ray.engine.scoring import BackgroundScoring, Scored
-from detr_ray.engine.training_state import MODEL_FILE, TrainingState
+from detr_ray.engine.reporting.progress import evaluation_line
+from detr_ray.engine.validation.scoring import BackgroundScoring, Scored
 
 if TYPE_CHECKING:  # see the loop
-    from detr_ray.engine.batches import BatchSource
     from detr_ray.engine.job import TrainJob
+    from detr_ray.engine.stream.batches import BatchSource
     from detr_ray.tracking import Tracker
 
 

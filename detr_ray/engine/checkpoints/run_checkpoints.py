@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from detr_ray.engine.checkpoint_info import CheckpointInfo
+from detr_ray.engine.checkpoints.info import CheckpointInfo
 from detr_ray.engine.context import WorkerContext
 from detr_ray.retries import may_pass, reason_of
 
 if TYPE_CHECKING:  # see the loop
-    from detr_ray.engine.checkpoint import CheckpointStore
+    from detr_ray.engine.checkpoints.store import CheckpointStore
 
 logger = logging.getLogger(__name__)
 

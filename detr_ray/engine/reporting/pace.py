@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from detr_ray.engine.progress import duration
+from detr_ray.engine.reporting.progress import duration
 
 INTERVAL_S = 5.0
 

@@ -1,0 +1,1 @@
+"""What a run tells people and MLflow: means of steps, lines of progress, its result."""

@@ -1,0 +1,1 @@
+"""Evaluating models: beside training, and on its own."""
