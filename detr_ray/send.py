@@ -53,7 +53,7 @@ def _tracking_folder(config: Config, given: str | None) -> Path:
     """The folder of a run's tracker."""
     from detr_ray.addresses import local_path
     from detr_ray.engine.checkpoints.run_directory import find_run
-    from detr_ray.engine.reporting.records import tracking_folder
+    from detr_ray.engine.reporting.tracking_store import tracking_folder
     from detr_ray.tracking import holds_records
 
     if given is not None:

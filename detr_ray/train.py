@@ -26,7 +26,7 @@ def _train(config: Config, arguments: argparse.Namespace) -> int:
 
 def _fit(config: Config, started: float) -> int:
     from detr_ray.engine.reporting.progress import duration
-    from detr_ray.engine.reporting.records import run_tracking_uri
+    from detr_ray.engine.reporting.tracking_store import run_tracking_uri
     from detr_ray.runtime.launch import fit
     from detr_ray.tracking import viewing_hint
 

@@ -25,7 +25,7 @@ from detr_ray.data.plausibility import find_misreadings
 from detr_ray.data.splits import open_split
 from detr_ray.data.statistics import count_boxes
 from detr_ray.engine.checkpoints.run_directory import RunDirectory, open_run, read_record
-from detr_ray.engine.reporting.records import check_tracking, run_tracking_uri
+from detr_ray.engine.reporting.tracking_store import check_tracking, run_tracking_uri
 from detr_ray.engine.stream.planned_data import PlannedData
 from detr_ray.engine.stream.positions import refuse_positions_out_of_reach
 from detr_ray.locations import local_path

@@ -22,8 +22,8 @@ from detr_ray.engine.precision import warn_of_slow_precision
 from detr_ray.engine.reporting.meters import Meters
 from detr_ray.engine.reporting.progress import duration, step_line
 from detr_ray.engine.reporting.result import FitResult
+from detr_ray.engine.reporting.stream_record import StreamRecord
 from detr_ray.engine.step import StepOutcome, StepTimes, TrainStep
-from detr_ray.engine.stream.record import StreamRecord
 from detr_ray.engine.validation.in_training import Validation
 
 if TYPE_CHECKING:  # what reads and writes files is given, so that torch and numpy are enough to train

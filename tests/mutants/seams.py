@@ -26,6 +26,7 @@ MODULES = (
     "detr_ray/engine/checkpoints/store.py",
     "detr_ray/engine/checkpoints/run_directory.py",
     "detr_ray/engine/reporting/records.py",
+    "detr_ray/engine/reporting/tracking_store.py",
     "detr_ray/structures.py",
     "detr_ray/data/loader.py",
     "detr_ray/data/planner.py",

@@ -22,7 +22,7 @@ from detr_ray.engine.preflight.annotations import (
 )
 from detr_ray.engine.preflight.findings import Finding, Report
 from detr_ray.engine.preflight.first_weights import starts_from_official_weights
-from detr_ray.engine.reporting.records import run_tracking_uri
+from detr_ray.engine.reporting.tracking_store import run_tracking_uri
 from detr_ray.tracking.reachability import UnreachableError, UnusableError, try_store
 
 __all__ = ["Finding", "Report", "run_preflight", "section"]

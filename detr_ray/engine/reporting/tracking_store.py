@@ -1,0 +1,78 @@
+"""Which MLflow store a run's records go to, where they wait on this machine, and whether the store takes them."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from detr_ray.config import Config, ConfigError
+from detr_ray.engine.checkpoints.run_directory import RunDirectory, absolute_storage
+from detr_ray.locations import local_path
+from detr_ray.tracking import tracking_uri
+from detr_ray.tracking.reachability import UnreachableError, UnusableError, try_store
+
+TRY_STORE_S = 3.0
+"""How long a tracking server may take to answer before training starts without it."""
+
+
+def local_storage(config: Config) -> Path:
+    """A local folder for what cannot live in a bucket: ``run.storage`` itself where it is local, else the user's own.
+
+    Raises:
+        ConfigError: the user's own is somebody else's.
+    """
+    folder = local_path(absolute_storage(config.run.storage))
+    if folder is not None:
+        return folder
+    user = str(os.getuid()) if hasattr(os, "getuid") else os.environ.get("USERNAME", "user")
+    folder = Path(tempfile.gettempdir()) / f"detr_ray-records-{user}"
+    _refuse_others(folder)
+    return folder
+
+
+def _refuse_others(folder: Path) -> None:
+    """Refuses a folder that others can write to: in the system's temporary folder, anybody may have made it."""
+    try:
+        found = folder.lstat()
+    except FileNotFoundError:
+        return
+    mine = not hasattr(os, "getuid") or (found.st_uid == os.getuid() and not found.st_mode & 0o022)
+    if not stat.S_ISDIR(found.st_mode) or not mine:
+        raise ConfigError(
+            f"{folder} is a link, or not only this user's: records of runs in buckets cannot be kept there; remove it, "
+            "or set TMPDIR to a folder of your own"
+        )
+
+
+def run_tracking_uri(config: Config) -> str:
+    """The address of the MLflow store that runs of a configuration go to."""
+    return tracking_uri(config.tracking.uri, local_storage(config))
+
+
+def tracking_folder(config: Config, run: RunDirectory) -> Path:
+    """Where a run's tracker keeps what is not in the store yet: with the run, or on this machine's disk."""
+    return (run.local_path or local_storage(config) / f"{run.name}-{run.run_id[:8]}") / "tracking"
+
+
+def check_tracking(config: Config, say: Callable[[str], None]) -> None:
+    """Refuses a store that can never record, and warns of one that is away; see `try_store`.
+
+    Raises:
+        ConfigError: what is configured can never record.
+    """
+    if not config.tracking.enabled:
+        return
+    try:
+        try_store(run_tracking_uri(config), TRY_STORE_S)
+    except UnusableError as error:
+        key = "tracking.uri" if config.tracking.uri else "MLFLOW_TRACKING_URI" if _from_environment() else "run.storage"
+        raise ConfigError(f"{key}: {error}, or train without records: tracking.enabled=false") from error
+    except UnreachableError as error:
+        say(f"WARNING: {error}; training goes on, and its records are sent once they can be")
+
+
+def _from_environment() -> bool:
+    return bool(os.environ.get("MLFLOW_TRACKING_URI"))
