@@ -24,6 +24,11 @@ def printable_lines(text: str) -> str:
     return "\n".join(map(printable, text.split("\n")))
 
 
+def shortened(text: str, longest: int) -> str:
+    """The text, cut to ``longest`` characters, with dots at the end where something was cut off."""
+    return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
 def _escaped(character: str) -> str:
     if unicodedata.category(character) not in _HIDDEN and character not in _TURNING:
         return character

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from coco_folder import CocoFolder, encoded
 
-from detr_ray.printable import printable, printable_lines
+from detr_ray.printable import printable, printable_lines, shortened
 
 ROOT = Path(__file__).parents[1]
 
@@ -81,3 +81,8 @@ def test_names_are_kept_as_they_are_in_reports_for_programs(odd_names, tmp_path,
     categories = json.loads(report.read_text())["splits"]["train"]["boxes_per_category"]
     assert [category["name"] for category in categories] == ["月\x1b[2J", "two\nerror: lines"]
     assert "\x1b" not in capsys.readouterr().out
+
+
+def test_shortened_text_says_so() -> None:
+    assert shortened("abcdef", 6) == "abcdef"
+    assert shortened("abcdefg", 6) == "abc..."

@@ -1,7 +1,6 @@
-"""What a run leaves behind: parameters, metrics, texts and files, in MLflow or in memory.
+"""Records of a run (parameters, metrics, texts, files) in MLflow or in memory.
 
-The rest of the project writes to the ``Tracker`` protocol. Only this folder imports MLflow, and only once a sender
-thread needs it.
+Other packages use the ``Tracker`` protocol. Only this package imports MLflow, and only when it is needed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """An append-only log of a run's events: one JSON object a line, in the file ``events.jsonl`` of a folder.
 
-What was appended survives the death of the process (each line is one ``write`` of the whole line), and a loss of power
-after the next ``sync``; a line that a death or a full disk cut short is skipped by the reader. The log knows nothing of
-its readers.
+Each line is written by one ``write`` call, so appended events survive the death of the process. After the next ``sync``
+they also survive a loss of power. A line that was cut short (by a crash or a full disk) is skipped when reading.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class LoggedEvent:
     Attributes:
         start: offset of the line in bytes.
         end: offset of the next line.
-        event: ``kind``, ``t`` (milliseconds since 1970) and the kind's own fields; None where the line is torn.
+        event: ``kind``, ``t`` (milliseconds since 1970) and the fields of this kind; None if the line cannot be parsed.
     """
 
     start: int
@@ -42,10 +41,10 @@ class LoggedEvent:
 
 
 class EventLog:
-    """Writes events to the end of a folder's log; several threads and processes may write at once.
+    """Appends events to the log of a folder; several threads and processes may write at once.
 
-    A disk that takes no more does not stop the caller: a warning is logged once, and the events wait in memory (the
-    last 10,000 of them) for the disk to take them again.
+    If the disk is full or fails, the caller is not stopped: a warning is logged once, and the last 10,000 events are
+    kept in memory and written as soon as the disk accepts them.
 
     Raises:
         OSError: The folder or the file cannot be made.
@@ -73,7 +72,7 @@ class EventLog:
             self._write_waiting()
 
     def sync(self) -> None:
-        """Makes what was appended so far last beyond a loss of power."""
+        """Flushes all appended events to the disk, so that they survive a loss of power."""
         with self._lock:
             if self._file < 0:
                 return
@@ -87,7 +86,7 @@ class EventLog:
             logger.warning("%s may not survive a loss of power: %s", self.path, error)
 
     def close(self) -> None:
-        """Writes what waits, if it can be written, and makes the log last beyond a loss of power."""
+        """Writes the events still in memory, if possible, flushes the log to the disk and closes it."""
         with self._lock:
             if self._file < 0:
                 return
@@ -122,7 +121,7 @@ class EventLog:
 
 
 def read_events(path: Path, offset: int = 0) -> Iterator[LoggedEvent]:
-    """Reads the whole lines from ``offset`` on, torn ones included as such; a line still without its end is left."""
+    """Yields the lines from ``offset`` (bytes) on. A last line without a newline is skipped: it is being written."""
     if not path.exists():
         return
     with path.open("rb") as file:

@@ -1,8 +1,8 @@
-"""One run on one MLflow store: found or created, then written to by explicit run id, step and time.
+"""One MLflow run: found or created in a store, then written to.
 
-Everything here may be done twice with the same result, so that a sender that died between sending and noting it can
-send again: a metric keeps its first point of a step, a parameter its first value, an artifact its last content. MLflow
-is imported when a run is opened, not when this module is.
+Sending anything twice gives the same result: a metric keeps its first point of a step, a parameter its first value, an
+artifact its last content. So a sender that died before it noted what it had sent can send again. MLflow is imported
+when a run is opened, not when this module is imported.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from detr_ray.tracking.logged_points import LoggedPoints, Row
-from detr_ray.tracking.naming import shortened
+from detr_ray.printable import shortened
 from detr_ray.tracking.store import artifact_location, public_uri, sqlite_path, sqlite_uri
 from detr_ray.tracking.whole_files import create_database_whole, write_whole
 
@@ -30,10 +29,10 @@ _LONGEST_PARAM = 500
 _LONGEST_TAG = 5000
 _REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}
 _ENVIRONMENT = {
-    # Trying again is the sender's task: MLflow itself would hold a call for minutes, and urllib3 tell of each attempt.
+    # The sender repeats failed calls. MLflow's own retries would block a call for minutes and log every attempt.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
-    # A training job's output is its own, and a cluster without a way out should not try to reach one.
+    # No output of MLflow's own in a training job, and no connection to the internet.
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
@@ -42,22 +41,22 @@ _ENVIRONMENT = {
 
 
 class RunGoneError(Exception):
-    """The MLflow run was deleted while it was written to."""
+    """The MLflow run was deleted while this process wrote to it."""
 
 
 class RefusedError(Exception):
-    """MLflow answers, and will never take this content; the message is MLflow's reason."""
+    """MLflow rejects this content for good; the message is MLflow's reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunSettings:
-    """Which MLflow run a training run is.
+    """Which MLflow run a training run writes to.
 
     Attributes:
         tracking_uri: address of the store.
         experiment: name of the experiment; made if missing.
         run_name: what MLflow shows as the run's name.
-        run_uid: what the run is found by again; kept as the tag ``detr_ray.run_uid``.
+        run_uid: identifies the MLflow run, as its tag ``detr_ray.run_uid``.
     """
 
     tracking_uri: str
@@ -66,13 +65,13 @@ class RunSettings:
     run_uid: str
 
     def save(self, folder: Path) -> None:
-        """Keeps the settings in a folder, so that ``send_pending`` finds the run later; without passwords."""
+        """Writes the settings into a folder, without passwords, so that ``send_pending`` finds the run later."""
         content = asdict(self) | {"tracking_uri": public_uri(self.tracking_uri)}
         write_whole(folder / _SETTINGS_NAME, json.dumps(content, indent=1))
 
     @classmethod
     def load(cls, folder: Path) -> RunSettings | None:
-        """Reads what ``save`` kept; None where nothing readable is there."""
+        """Reads what ``save`` wrote; None if there is no readable file."""
         try:
             settings = cls(**json.loads((folder / _SETTINGS_NAME).read_text(encoding="utf-8")))
         except (FileNotFoundError, TypeError, ValueError, RecursionError):
@@ -80,15 +79,63 @@ class RunSettings:
         return settings if all(isinstance(value, str) for value in asdict(settings).values()) else None
 
 
+Row = tuple[str, float, int, int]
+"""Metric, value, milliseconds since 1970, step."""
+
+
+class LoggedPoints:
+    """Which metric points MLflow already has. MLflow keeps one point a step of each metric, however often it is logged.
+
+    A run that resumes at step ``k`` logs the steps after ``k`` again, and a sender that died may have sent points that
+    it did not note. The first point of a step stays: training is deterministic, so later points differ only in time.
+    Most steps are newer than the last step of their metric. Only where a metric's steps start again, all its steps are
+    fetched from MLflow, and dropped once logging has passed them.
+
+    Args:
+        last_steps: metric -> its last step in MLflow.
+        fetch_steps: returns all steps of a metric in MLflow.
+    """
+
+    def __init__(self, last_steps: Mapping[str, int], fetch_steps: Callable[[str], Iterable[int]]) -> None:
+        self._last = dict(last_steps)
+        self._fetch_steps = fetch_steps
+        self._steps: dict[str, set[int]] = {}
+
+    def new_among(self, rows: Iterable[Row]) -> list[Row]:
+        """The rows whose point is not in MLflow yet. Of several rows with the same metric and step, the first."""
+        found: dict[tuple[str, int], Row] = {}
+        for row in rows:
+            name, _, _, step = row
+            if (name, step) not in found and not self._has(name, step):
+                found[name, step] = row
+        return list(found.values())
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Notes rows that were sent to MLflow."""
+        for name, _, _, step in rows:
+            if step > self._last.get(name, step - 1):
+                self._last[name] = step
+                self._steps.pop(name, None)
+            elif name in self._steps:
+                self._steps[name].add(step)
+
+    def _has(self, name: str, step: int) -> bool:
+        if step > self._last.get(name, step - 1):
+            return False
+        if name not in self._steps:
+            self._steps[name] = set(self._fetch_steps(name))
+        return step in self._steps[name]
+
+
 class MlflowRun:
     """An open MLflow run.
 
     Attributes:
         run_id: MLflow's id.
-        refused: how many values the store would not take.
-        suspicious: whether a batch that fails is to be searched for a value that makes the store fail. That is asked
-            for when a store that can be read has failed several times: some answer values that they cannot hold with
-            an error of their own and no refusal, and would stay stuck at them for ever.
+        refused: number of values that MLflow rejected.
+        suspicious: whether to search a failed batch for the value that makes the store fail. The sender sets this after
+            several failures: for a value that they cannot store, some stores return a general error instead of a
+            rejection, and the sender would repeat the same batch for ever.
     """
 
     def __init__(self, client: Any, run_id: str) -> None:
@@ -109,20 +156,20 @@ class MlflowRun:
     def open(cls, settings: RunSettings, known_run_id: str | None, started_ms: int) -> MlflowRun:
         """Connects to the store and makes sure that the run is there.
 
-        A run of this uid is taken as it is; if it or its experiment was deleted, it is restored: what is being written
-        to is wanted. Otherwise the experiment (if missing) and the run are created.
+        If a run with this uid exists, it is used; if it or its experiment was deleted, it is restored, because a
+        training run writes to it. Otherwise the run, and its experiment if missing, are created.
 
         Args:
             settings: which run.
-            known_run_id: MLflow's id of the run, where it was open before.
-            started_ms: when the run began, for a new one.
+            known_run_id: MLflow's id of the run, if known from earlier.
+            started_ms: start time of a new run, in milliseconds since 1970.
 
         Raises:
-            Exception: Whatever MLflow raises when a store cannot be reached; opening may be tried again.
+            Exception: Any error of MLflow where the store cannot be reached; opening may be tried again.
         """
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        from mlflow import MlflowClient  # two seconds, paid by the sender's thread
+        from mlflow import MlflowClient  # takes two seconds, here in the sender's thread
 
         database = sqlite_path(settings.tracking_uri)
         if database is not None:
@@ -140,7 +187,7 @@ class MlflowRun:
         return cls(client, run_id)
 
     def log_metrics(self, rows: Sequence[Row]) -> None:
-        """Sends the points that the run does not have; of each metric, it has one point a step."""
+        """Sends the points that the run does not have yet."""
         from mlflow.entities import Metric
 
         new = self._points.new_among(rows)
@@ -148,7 +195,7 @@ class MlflowRun:
         self._points.add(new)
 
     def log_params(self, params: dict[str, str]) -> None:
-        """Sends parameters. MLflow keeps the first value; a changed one becomes the tag ``resume/<name>``."""
+        """Sends parameters. MLflow keeps the first value; a changed value becomes the tag ``resume/<name>``."""
         from mlflow.entities import Param
 
         values = {name: shortened(value, _LONGEST_PARAM) for name, value in params.items()}
@@ -159,7 +206,7 @@ class MlflowRun:
         self.set_tags(changes)
 
     def set_tags(self, tags: dict[str, str]) -> None:
-        """Sends tags that are new or have another value than before."""
+        """Sends tags that are new or have changed."""
         from mlflow.entities import RunTag
 
         values = {name: shortened(value, _LONGEST_TAG) for name, value in tags.items()}
@@ -168,7 +215,7 @@ class MlflowRun:
         self._tags.update(new)
 
     def set_running(self) -> None:
-        """Marks the run as going on, also after it had ended."""
+        """Marks the run as running, also if it had ended."""
         self._call(lambda: self._client.update_run(self.run_id, status="RUNNING"))
 
     def set_ended(self, status: str, ended_ms: int) -> None:
@@ -193,7 +240,7 @@ class MlflowRun:
         self._call(lambda: self._client.log_text(self.run_id, text, artifact_file))
 
     def check(self) -> None:
-        """Raises what MLflow raises where the store does not answer, and ``RunGoneError`` where the run is deleted."""
+        """Raises MLflow's error if the store does not answer, and ``RunGoneError`` if the run was deleted."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -213,7 +260,7 @@ class MlflowRun:
             self._log_one_by_one_if_refused(kind, entities[start : start + _BATCH[kind]])
 
     def _log_one_by_one_if_refused(self, kind: str, entities: list[Any]) -> None:
-        """Sends a batch; where MLflow refuses it, finds by halving what it refuses, and leaves only that out."""
+        """Sends a batch. If MLflow rejects it, finds the rejected values by halving and leaves only these out."""
         try:
             self._call(lambda: self._client.log_batch(self.run_id, **{kind: entities}))
             return
@@ -222,8 +269,8 @@ class MlflowRun:
         except Exception as error:
             if not self.suspicious:
                 raise
-            self._client.set_tag(self.run_id, _PROBE_TAG, kind)  # raises where it is not the content's fault
-            refusal = RefusedError(shortened(_first_line(error), 300))
+            self._client.set_tag(self.run_id, _PROBE_TAG, kind)  # raises if the store fails for any content
+            refusal = RefusedError(_reason(error))
         if len(entities) > 1:
             middle = len(entities) // 2
             self._log_one_by_one_if_refused(kind, entities[:middle])
@@ -233,7 +280,7 @@ class MlflowRun:
         logger.warning("MLflow refuses %s %r: %s", kind, entities[0].key, refusal)
 
     def _call(self, send: Callable[[], object]) -> None:
-        """Sends; tells a refusal for good and a deleted run from what may be tried again."""
+        """Sends; raises `RefusedError` for a rejection and `RunGoneError` for a deleted run. Other errors may pass."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -242,18 +289,16 @@ class MlflowRun:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST" or error.error_code in _REFUSALS:
                 self.check()
             if error.error_code in _REFUSALS:
-                raise RefusedError(shortened(_first_line(error), 300)) from error
+                raise RefusedError(_reason(error)) from error
             raise
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]
+def _reason(error: Exception) -> str:
+    return shortened((str(error).splitlines() or [""])[0], 300)
 
 
 def _make_tables(client: Any) -> None:
-    client.search_experiments(
-        max_results=1
-    )  # MLflow makes the tables of a database when it is first asked for something
+    client.search_experiments(max_results=1)  # the first query makes MLflow create the tables
 
 
 def _run_exists(client: Any, run_id: str) -> bool:
@@ -279,10 +324,10 @@ def _experiment_id(client: Any, settings: RunSettings) -> str:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-            experiment = client.get_experiment_by_name(settings.experiment)  # another run was a moment faster
+            experiment = client.get_experiment_by_name(settings.experiment)  # another run has just created it
     if experiment.lifecycle_stage == "deleted":
         client.restore_experiment(experiment.experiment_id)
-        logger.warning("MLflow experiment %r was deleted: restored, since a run goes to it", settings.experiment)
+        logger.warning("MLflow experiment %r was deleted: restored, because this run writes to it", settings.experiment)
     return experiment.experiment_id
 
 
@@ -300,8 +345,8 @@ def _restore(client: Any, run_id: str) -> None:
     run = client.get_run(run_id)
     if client.get_experiment(run.info.experiment_id).lifecycle_stage == "deleted":
         client.restore_experiment(run.info.experiment_id)
-        logger.warning("the MLflow experiment of run %s was deleted: restored, since it is written to", run_id)
+        logger.warning("the MLflow experiment of run %s was deleted: restored, because the run writes to it", run_id)
         run = client.get_run(run_id)
     if run.info.lifecycle_stage == "deleted":
         client.restore_run(run_id)
-        logger.warning("MLflow run %s was deleted: restored, since it is written to", run_id)
+        logger.warning("MLflow run %s was deleted: restored, because this process writes to it", run_id)

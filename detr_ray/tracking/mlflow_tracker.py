@@ -1,7 +1,7 @@
-"""A tracker that never waits for MLflow: it writes to a log on disk, and a thread brings that to MLflow.
+"""A tracker that never waits for MLflow: it writes to a log on disk, and a thread sends the log to MLflow.
 
-So a server that is away (at the start, in the middle, at the end) costs nothing but time until its numbers can be seen,
-and a killed process loses nothing that it logged: the next one on the same folder sends it first, into the same run.
+Training goes on while a server cannot be reached; the metrics arrive later. A killed process loses nothing that it
+logged: the next process with the same folder sends the rest to the same MLflow run.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ class MlflowTracker:
     """Writes one training run to one MLflow run.
 
     Args:
-        folder: local folder of this training run, for the log and how much of it was sent. A folder that was used
-            before goes on with its run.
+        folder: local folder of this training run, for the log and a note of how much of it was sent. With the folder
+            of an earlier process, the tracker continues that run.
         uri: address of the MLflow store (see ``tracking_uri``).
         experiment: name of the MLflow experiment; made if missing, restored if deleted.
         run_name: what MLflow shows as the run's name.
-        run_uid: what the MLflow run is found by again, from any machine; None takes the folder's, or a new one.
+        run_uid: identifies the MLflow run on any machine. None: the uid stored in the folder, or else a new one.
         timing: time limits of sending.
 
     Raises:
         OSError: The folder cannot be written.
-        ValueError: ``run_uid`` has characters that a search cannot hold, or the folder is another run's.
+        ValueError: ``run_uid`` has characters that MLflow cannot search for, or the folder belongs to another run.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class MlflowTracker:
 
     @property
     def run_id(self) -> str | None:
-        """MLflow's id of the run; None while MLflow was never reached."""
+        """MLflow's id of the run; None until MLflow was reached."""
         return self._sender.run_id
 
     def pending(self) -> Pending:
@@ -79,9 +79,9 @@ class MlflowTracker:
         return self._sender.pending()
 
     def log_params(self, params: Mapping[str, Scalar]) -> None:
-        """Records settings; one that has another value than the run's first becomes the tag ``resume/<name>``."""
+        """Records settings. The first value stays; a different later value becomes the tag ``resume/<name>``."""
         if params:
-            self._append("params", params={name: _as_text(value) for name, value in params.items()})
+            self._append("params", params={name: str(value) for name, value in params.items()})
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Records numbers of one optimizer step."""
@@ -91,11 +91,11 @@ class MlflowTracker:
             self._append("metrics", step=int(step), metrics=plain)
 
     def log_text(self, text: str, path: str) -> None:
-        """Stores a text among the run's artifacts; kept in the log until it is sent."""
+        """Stores a text as an artifact of the run."""
         self._append("text", target=_named(artifact_path(path)), text=text)
 
     def log_file(self, location: str | Path, artifact_dir: str) -> None:
-        """Stores a file, or a local folder's content, among the run's artifacts; read when it is sent."""
+        """Stores a file, or the content of a local folder, as artifacts. Files are read when they are sent."""
         folder = artifact_path(artifact_dir)
         path = local_path(str(location))
         source = str(location if path is None else path)
@@ -109,17 +109,17 @@ class MlflowTracker:
             self._append("tags", tags={name: str(value) for name, value in tags.items()})
 
     def sync(self) -> None:
-        """Has the disk keep the log."""
+        """Flushes the log to the disk."""
         self._log.sync()
 
     def finish(self, status: Status, timeout_s: float | None = None) -> None:
-        """Records how the run ended and gives the sender a limited time to send what is left.
+        """Records how the run ended, and waits a limited time for the sender.
 
-        What is still left then stays in the folder: it is sent when the run is resumed, or by ``send_pending``.
+        Anything unsent stays in the folder. It is sent when the run is resumed, or by ``send_pending``.
 
         Args:
             status: how the run ended.
-            timeout_s: seconds to wait; None takes ``timing.finish``.
+            timeout_s: seconds to wait; None: ``timing.finish``.
         """
         if self._finished:
             return
@@ -142,12 +142,12 @@ class MlflowTracker:
 
 
 def holds_records(folder: str | Path) -> bool:
-    """Whether a folder is that of a run's tracker."""
+    """Whether a folder is the folder of a tracker."""
     return RunSettings.load(Path(folder)) is not None
 
 
 def recorded_uri(folder: str | Path) -> str:
-    """The store that a run was recorded in, without user and password.
+    """The address of a run's MLflow store, without user and password.
 
     Raises:
         FileNotFoundError: The folder holds no tracked run.
@@ -158,13 +158,13 @@ def recorded_uri(folder: str | Path) -> str:
 def send_pending(
     folder: str | Path, uri: str | None = None, timeout_s: float = 60.0, say: Callable[[str], None] = lambda line: None
 ) -> Pending:
-    """Sends what a run could not send, and returns what is left.
+    """Sends the unsent records of a run, and returns what is still unsent.
 
     Args:
         folder: the folder of the run's tracker.
-        uri: address of the MLflow store; None takes the run's own (which is kept without user and password).
+        uri: address of the MLflow store; None: the run's own, which is stored without user and password.
         timeout_s: seconds to try.
-        say: gets a line of progress every few seconds.
+        say: called with a line of progress every few seconds.
 
     Raises:
         FileNotFoundError: The folder holds no tracked run.
@@ -186,10 +186,6 @@ def _settings(folder: Path) -> RunSettings:
     if settings is None:
         raise FileNotFoundError(f"{folder} holds no tracked run: there is no readable run.json in it")
     return settings
-
-
-def _as_text(value: Scalar) -> str:
-    return value if isinstance(value, str) else str(value)
 
 
 def _named(path: str) -> str:

@@ -1,6 +1,6 @@
-"""Whether an MLflow store can be used, found out in seconds and without making anything in it.
+"""Whether MLflow can record in a store: found out in seconds, without changing anything in the store.
 
-A server that is away is no reason not to train: the records wait until it answers. A store that can never record is.
+An unreachable server does not stop training: the records wait in the run's folder. An unusable store stops it.
 """
 
 from __future__ import annotations
@@ -8,29 +8,41 @@ from __future__ import annotations
 import base64
 import http.client
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
+import shlex
 import socket
+import sqlite3
 import ssl
+import tempfile
 import urllib.error
 import urllib.request
+from contextlib import closing
+from functools import cache
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from detr_ray.credentials import without_credentials
-from detr_ray.tracking.sqlite_check import try_sqlite
-from detr_ray.tracking.store import public_uri, sqlite_path
-from detr_ray.tracking.unusable import UnreachableError, UnusableError
-
-__all__ = ["UnreachableError", "UnusableError", "try_store"]
+from detr_ray.tracking.store import public_uri, sqlite_path, sqlite_uri
 
 TIMEOUT_S = 5.0
-"""How long a server may take to answer."""
 
-_QUESTION = "/api/2.0/mlflow/experiments/search?max_results=1"
+_QUERY = "/api/2.0/mlflow/experiments/search?max_results=1"
 _DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _HOST_AND_PORT = re.compile(r"[\w.-]+:\d+(/.*)?")
 _SCHEME = re.compile(r"[a-zA-Z][\w+.-]*(?=:)")
+_REVISION = re.compile(r"^(down_)?revision\s*=\s*['\"](\w+)['\"]", re.MULTILINE)
+_ELSEWHERE = "set tracking.uri to another one"
+
+
+class UnreachableError(Exception):
+    """The store cannot be used now. The message says why and what to do."""
+
+
+class UnusableError(UnreachableError):
+    """The store can never be used at this address."""
 
 
 def try_store(uri: str, timeout_s: float = TIMEOUT_S) -> str:
@@ -38,14 +50,14 @@ def try_store(uri: str, timeout_s: float = TIMEOUT_S) -> str:
 
     Args:
         uri: as `tracking_uri` gives it.
-        timeout_s: how long a server may take.
+        timeout_s: how long a server may take to answer, or another process may lock the database.
 
     Returns:
         What was found, as a sentence without a full stop.
 
     Raises:
-        UnusableError: it can never record.
-        UnreachableError: it does not answer, or not as an MLflow store.
+        UnusableError: MLflow can never record in it.
+        UnreachableError: it does not answer, answers unlike an MLflow store, or is locked.
     """
     shown = public_uri(uri)
     if uri.startswith("sqlite"):
@@ -54,7 +66,7 @@ def try_store(uri: str, timeout_s: float = TIMEOUT_S) -> str:
             raise UnusableError(
                 f"{shown} names no file that would keep the records; set tracking.uri to sqlite:/// and the path of one"
             )
-        return try_sqlite(database)
+        return _try_sqlite(database, timeout_s)
     if "://" in uri:
         scheme = uri.partition("://")[0].lower()
     else:
@@ -70,8 +82,81 @@ def try_store(uri: str, timeout_s: float = TIMEOUT_S) -> str:
     return _try_other(uri, scheme, timeout_s)
 
 
+def _try_sqlite(database: Path, timeout_s: float) -> str:
+    """Tries an SQLite file; see `try_store`."""
+    try:
+        there = database.exists()
+    except OSError as error:  # a name that is too long, a loop of links
+        raise UnusableError(f"{database} cannot be used ({error.strerror}); {_ELSEWHERE}") from error
+    if not there:
+        _try_folder(database.parent)
+        return f"{database} is made by the first run"
+    if database.is_dir():
+        raise UnusableError(f"{database} is a folder, and not a database; {_ELSEWHERE}")
+    try:
+        with closing(sqlite3.connect(f"{database.absolute().as_uri()}?mode=rw", uri=True, timeout=timeout_s)) as found:
+            tables = {name for (name,) in found.execute("select name from sqlite_master where type = 'table'")}
+            versions = found.execute("select * from alembic_version").fetchall() if "alembic_version" in tables else []
+            found.execute("begin immediate")  # fails where the file cannot be written or is locked
+            found.rollback()
+    except sqlite3.Error as error:
+        kind = UnreachableError if "locked" in str(error) else UnusableError
+        raise kind(f"{database} cannot be used ({error}); {_ELSEWHERE}") from error
+    if tables:
+        _check_schema(database, tables, [str(row[0]) for row in versions])
+    _try_folder(database.parent)  # SQLite writes its journal beside the file
+    return f"{database} can be written"
+
+
+def _check_schema(database: Path, tables: set[str], versions: list[str]) -> None:
+    """Refuses tables of another program, or of another version of MLflow."""
+    if "experiments" not in tables or len(versions) != 1:
+        raise UnusableError(f"{database} is a database of something else; {_ELSEWHERE}")
+    current, known = _revisions()
+    if versions[0] == current or current is None:
+        return
+    if versions[0] in known:
+        upgrade = shlex.join(["mlflow", "db", "upgrade", sqlite_uri(database)])
+        raise UnusableError(
+            f"{database} was made by an older MLflow, which this one does not write to; copy it away, then run "
+            f"`{upgrade}`, or {_ELSEWHERE}"
+        )
+    raise UnusableError(
+        f"{database} was made by a newer MLflow than is installed here, or by something else; install that MLflow, or "
+        f"{_ELSEWHERE}"
+    )
+
+
+@cache
+def _revisions() -> tuple[str | None, set[str]]:
+    """The schema version of the installed MLflow (None if it cannot be told), and all versions that it knows.
+
+    Read from MLflow's migration files: importing MLflow takes seconds.
+    """
+    package = importlib.util.find_spec("mlflow")
+    places = (package.submodule_search_locations or []) if package is not None else []
+    known: set[str] = set()
+    replaced: set[str] = set()
+    for place in places:
+        for file in Path(place, "store", "db_migrations", "versions").glob("*.py"):
+            for down, revision in _REVISION.findall(file.read_text(encoding="utf-8")):
+                (replaced if down else known).add(revision)
+    current = known - replaced
+    return (current.pop() if len(current) == 1 else None), known
+
+
+def _try_folder(folder: Path) -> None:
+    """Writes a temporary file into the folder, or into the nearest folder above that exists."""
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UnusableError(f"{folder} cannot be written ({error.strerror}); set tracking.uri") from error
+
+
 def _try_files(shown: str) -> str:
-    """MLflow takes what has no scheme for a folder; of late, it records in none."""
+    """Refuses folders: current versions of MLflow do not record in them. An address without a scheme is one."""
     if _HOST_AND_PORT.fullmatch(shown):
         raise UnusableError(f"{shown} is no address of a server; set tracking.uri to http://{shown}")
     if os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() in ("true", "1"):
@@ -84,7 +169,7 @@ def _try_files(shown: str) -> str:
 
 def _try_server(uri: str, timeout_s: float) -> str:
     shown = public_uri(uri)
-    request = urllib.request.Request(_question(uri, shown), headers=_credentials(uri))
+    request = urllib.request.Request(_query_address(uri, shown), headers=_credentials(uri))
     try:
         with urllib.request.urlopen(request, timeout=timeout_s, context=_tls(uri)) as response:
             answer = response.read()
@@ -111,8 +196,8 @@ def _try_server(uri: str, timeout_s: float) -> str:
     return f"{shown} answers"
 
 
-def _question(uri: str, shown: str) -> str:
-    """The address to ask a server at.
+def _query_address(uri: str, shown: str) -> str:
+    """The URL of a small query that every MLflow server answers.
 
     Raises:
         UnusableError: the address names no server.
@@ -127,11 +212,11 @@ def _question(uri: str, shown: str) -> str:
         ) from error
     if not host or port == 0 or re.search(r"\s", uri):
         raise UnusableError(f"{shown} is no address of a server; set tracking.uri to http://HOST:PORT")
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}{_QUESTION}"
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}{_QUERY}"
 
 
 def _credentials(uri: str) -> dict[str, str]:
-    """The header that MLflow's own client would send."""
+    """The header with user and password, or token, as MLflow's own client sends it."""
     parts = urlsplit(uri)
     user = unquote(parts.username) if parts.username else os.environ.get("MLFLOW_TRACKING_USERNAME")
     password = unquote(parts.password) if parts.password else os.environ.get("MLFLOW_TRACKING_PASSWORD")
@@ -142,7 +227,7 @@ def _credentials(uri: str) -> dict[str, str]:
 
 
 def _tls(uri: str) -> ssl.SSLContext | None:
-    """How far a server's certificate is trusted, by the variables of MLflow's own client."""
+    """How the server's certificate is checked: by the environment variables of MLflow's own client."""
     if urlsplit(uri).scheme != "https":
         return None
     context = ssl.create_default_context(cafile=os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH"))
@@ -153,7 +238,7 @@ def _tls(uri: str) -> ssl.SSLContext | None:
 
 
 def _try_databricks(uri: str) -> str:
-    """Whether there are credentials for Databricks, where MLflow's client would look for them."""
+    """Looks for Databricks credentials in the places where MLflow's client looks."""
     from mlflow.exceptions import MlflowException
     from mlflow.utils.databricks_utils import get_databricks_host_creds
 
@@ -168,7 +253,7 @@ def _try_databricks(uri: str) -> str:
 
 
 def _try_other(uri: str, scheme: str, timeout_s: float) -> str:
-    """A database server, or a store that a plugin brings: as far as it can be tried without its client."""
+    """Tries to connect to a database server. A store of an MLflow plugin is accepted untried."""
     shown = public_uri(uri)
     kind = scheme.partition("+")[0]
     if kind not in _DATABASE_PORTS:
@@ -190,7 +275,7 @@ def _database_server(uri: str, shown: str) -> tuple[str, int | None]:
     """Host and port of a database server.
 
     Raises:
-        UnusableError: its client is not installed, or the address is none.
+        UnusableError: the Python package for this database is not installed, or the address cannot be parsed.
     """
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError

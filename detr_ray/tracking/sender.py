@@ -1,7 +1,8 @@
-"""The thread that brings an event log to MLflow, from where the last sender stopped.
+"""The thread that sends an event log to MLflow. It continues where the last sender stopped.
 
-The log is the truth, MLflow is a copy that may lag. Whatever goes wrong with MLflow is waited out here and never
-reaches the one who logs. Metrics go first; files wait until no metrics do, so that a slow upload holds nothing up.
+The log is complete; MLflow is a copy that may be behind. After an error the sender waits and tries again; the caller
+that logs never sees the error. Metrics are sent first, files only when no metrics are left, so that a slow upload does
+not delay metrics.
 """
 
 from __future__ import annotations
@@ -15,24 +16,24 @@ from pathlib import Path
 from typing import IO
 
 from detr_ray.credentials import without_credentials
+from detr_ray.printable import shortened
 from detr_ray.tracking.event_batch import EventBatch, FileGoneError, upload
 from detr_ray.tracking.event_log import LOG_NAME, read_events
 from detr_ray.tracking.mlflow_run import MlflowRun, RefusedError, RunGoneError, RunSettings
-from detr_ray.tracking.naming import shortened
 from detr_ray.tracking.sent_state import Pending, SentState
 from detr_ray.tracking.store import public_uri
 
 try:
     import fcntl
-except ImportError:  # no file locks on this system: two senders at once send twice, which does no harm
+except ImportError:  # no file locks on this system: two senders at once send twice, which is harmless
     fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
 _LOCK_NAME = "sender.lock"
 _URGENT_RETRY_S = 0.5
-_TELL_EVERY_S = 5.0
-_FAILURES_UNTIL_TOLD = 2  # a connection that had timed out fails once
+_SAY_EVERY_S = 5.0
+_FAILURES_UNTIL_WARNING = 2  # an idle connection that was closed fails once
 _FAILURES_UNTIL_SUSPICIOUS = 3
 
 
@@ -41,10 +42,10 @@ class Timing:
     """Time limits of sending, in seconds.
 
     Attributes:
-        batch_interval: how long events are gathered before they are sent together.
-        first_retry: pause after the first failure; each further one doubles it.
-        longest_retry: where the pauses stop growing.
-        finish: how long ``finish`` waits for what was not sent.
+        batch_interval: how long events are collected before they are sent together.
+        first_retry: pause after the first failure; each further failure doubles the pause.
+        longest_retry: longest pause.
+        finish: how long ``finish`` waits for unsent records.
     """
 
     batch_interval: float = 1.0
@@ -53,7 +54,7 @@ class Timing:
     finish: float = 30.0
 
     def pause(self, failures: int) -> float:
-        """The pause after so many failures in a row."""
+        """The pause after this number of consecutive failures."""
         return min(self.first_retry * 2.0 ** min(failures - 1, 30), self.longest_retry)
 
 
@@ -61,11 +62,11 @@ class Timing:
 class _FailedUpload:
     failures: int = 0
     retry_at: float = 0.0
-    tried_last: bool = False
+    tried_at_end: bool = False
 
 
 class Sender:
-    """Sends a folder's log to MLflow from a thread of its own."""
+    """Sends the log of a folder to MLflow, in its own thread."""
 
     def __init__(self, folder: Path, settings: RunSettings, timing: Timing) -> None:
         self._folder, self._settings, self._timing = folder, settings, timing
@@ -84,12 +85,12 @@ class Sender:
 
     @property
     def run_id(self) -> str | None:
-        """MLflow's id of the run; None while MLflow was never reached."""
+        """MLflow's id of the run; None until MLflow was reached."""
         return self._state.run_id
 
     @property
     def last_error(self) -> str:
-        """Why the last attempt failed; empty after one that did not."""
+        """Why the last attempt failed; empty if it succeeded."""
         return self._last_error
 
     def start(self) -> None:
@@ -98,25 +99,25 @@ class Sender:
         self._thread.start()
 
     def wake(self) -> None:
-        """Says that the log has grown."""
+        """Signals the thread that the log has grown."""
         self._work.set()
 
     def pending(self) -> Pending:
-        """What is not sent; counts the lines of the log that are left."""
+        """What is not sent yet. Reads the unsent part of the log to count its lines."""
         events = sum(1 for _ in read_events(self._log_path, self._state.offset))
         return Pending(events, tuple(self._state.uploads), dict(self._state.left_out), self._folder)
 
-    def drain(self, timeout_s: float, tell: Callable[[Pending], None] | None = None) -> Pending:
-        """Sends without pauses until all is sent or the time is over, and stops the thread.
+    def drain(self, timeout_s: float, say: Callable[[Pending], None] | None = None) -> Pending:
+        """Sends without pauses until everything is sent or the time is over, and stops the thread.
 
-        Files that the artifacts' store does not take are tried once more and not waited for.
+        Files that could not be stored before are tried once more; the call does not wait for further attempts.
 
         Args:
             timeout_s: how long to wait.
-            tell: gets what is left, every few seconds.
+            say: called with what is left, every few seconds.
         """
         deadline = time.monotonic() + timeout_s
-        told = time.monotonic()
+        said = time.monotonic()
         self._urgent.set()
         self._work.set()
         while not self._is_done() and self._thread.is_alive():
@@ -125,9 +126,9 @@ class Sender:
                 break
             self._progress.wait(min(left, 0.2))
             self._progress.clear()
-            if tell is not None and time.monotonic() - told > _TELL_EVERY_S:
-                told = time.monotonic()
-                tell(self.pending())
+            if say is not None and time.monotonic() - said > _SAY_EVERY_S:
+                said = time.monotonic()
+                say(self.pending())
         self._stop.set()
         self._work.set()
         self._thread.join(timeout=max(deadline - time.monotonic(), 0.1))
@@ -136,9 +137,9 @@ class Sender:
     def _is_done(self) -> bool:
         if next(read_events(self._log_path, self._state.offset), None) is not None:
             return False
-        return all(self._failed_upload(target).tried_last for target in tuple(self._state.uploads))
+        return all(self._failed_upload(target).tried_at_end for target in tuple(self._state.uploads))
 
-    # From here on: the sender's thread.
+    # The methods below run in the sender's thread.
 
     def _loop(self) -> None:
         try:
@@ -153,7 +154,7 @@ class Sender:
                 self._lock_file.close()
 
     def _attempt(self) -> None:
-        """Sends all there is; a failure is noted and waited out."""
+        """Sends everything that is due. After a failure, notes it and waits."""
         try:
             if self._run is None:
                 self._run = self._connect()
@@ -161,8 +162,8 @@ class Sender:
                 self._recovered()
                 self._progress.set()
             self._recovered()
-        except Exception as error:  # whatever MLflow, its store or the disk raises: the log keeps what was not sent
-            self._run = None  # MLflow may have taken a part: what it holds is asked for again
+        except Exception as error:  # any error of MLflow, its store or the disk; the log still has the unsent events
+            self._run = None  # MLflow may have stored a part: connect again to see which
             self._failed(error)
             pause = self._timing.pause(self._failures)
             if self._urgent.is_set():
@@ -195,10 +196,10 @@ class Sender:
         self._lock_file = lock_file
 
     def _send_events(self, run: MlflowRun) -> bool:
-        """Sends the next events as one batch; False where there are none."""
+        """Sends the next events as one batch; False if there are none."""
         batch = EventBatch()
         for line in read_events(self._log_path, self._state.offset):
-            if not batch.takes(line):
+            if not batch.has_room_for(line):
                 break
             batch.add(line)
         if batch.lines == 0:
@@ -219,7 +220,7 @@ class Sender:
         return True
 
     def _send_upload(self, run: MlflowRun) -> bool:
-        """Stores the next text or file whose time has come; False where there is none."""
+        """Uploads the next text or file that is due; False if there is none."""
         target = self._next_upload()
         if target is None:
             return False
@@ -232,7 +233,7 @@ class Sender:
         except RunGoneError:
             raise
         except Exception as error:
-            run.check()  # raises where it is MLflow that is away; else it is the artifacts' store alone
+            run.check()  # raises if MLflow cannot be reached; otherwise only the artifact store failed
             self._postpone(target, error)
             return True
         self._failed_uploads.pop(target, None)
@@ -244,7 +245,7 @@ class Sender:
         now, urgent = time.monotonic(), self._urgent.is_set()
         for target in self._state.uploads:
             failed = self._failed_upload(target)
-            if not failed.tried_last and (urgent or failed.retry_at <= now):
+            if not failed.tried_at_end and (urgent or failed.retry_at <= now):
                 return target
         return None
 
@@ -260,9 +261,9 @@ class Sender:
         failed = self._failed_uploads.setdefault(target, _FailedUpload())
         failed.failures += 1
         failed.retry_at = time.monotonic() + self._timing.pause(failed.failures)
-        failed.tried_last = self._urgent.is_set()
+        failed.tried_at_end = self._urgent.is_set()
         if failed.failures == 1:
-            logger.warning("artifact %r could not be stored and will be tried again (%s)", target, self._told(error))
+            logger.warning("artifact %r could not be stored and will be tried again (%s)", target, _reason(error))
 
     def _leave_out(self, reason: str, target: str, error: Exception) -> None:
         self._state.left_out[reason] += 1
@@ -272,26 +273,26 @@ class Sender:
 
     def _failed(self, error: Exception) -> None:
         self._failures += 1
-        self._last_error = self._told(error)
-        if self._failures == _FAILURES_UNTIL_TOLD:
-            message = "MLflow at %s does not take what is logged (%s); it is kept in %s and sent as soon as it does"
+        self._last_error = _reason(error)
+        if self._failures == _FAILURES_UNTIL_WARNING:
+            message = "MLflow at %s does not accept records (%s); they are kept in %s and sent when it does"
             logger.warning(message, public_uri(self._settings.tracking_uri), self._last_error, self._folder)
 
     def _recovered(self) -> None:
-        if self._failures >= _FAILURES_UNTIL_TOLD:
-            logger.warning("MLflow at %s takes what is logged again", public_uri(self._settings.tracking_uri))
+        if self._failures >= _FAILURES_UNTIL_WARNING:
+            logger.warning("MLflow at %s accepts records again", public_uri(self._settings.tracking_uri))
         self._failures = 0
         self._last_error = ""
 
-    def _told(self, error: Exception) -> str:
-        cause = _root_cause(error)
-        first_line = (str(cause).splitlines() or [""])[0]
-        told = f"{type(cause).__name__}: {first_line}"
-        return shortened(without_credentials(told), 300)
+
+def _reason(error: Exception) -> str:
+    cause = _root_cause(error)
+    first_line = (str(cause).splitlines() or [""])[0]
+    return shortened(without_credentials(f"{type(cause).__name__}: {first_line}"), 300)
 
 
 def _root_cause(error: BaseException) -> BaseException:
-    """The system's own error where there is one: MLflow wraps "connection refused" in four others."""
+    """The operating system's error if there is one: MLflow wraps "connection refused" in four other errors."""
     cause, deeper = error, _cause(error)
     while deeper is not None:
         if isinstance(deeper, OSError):

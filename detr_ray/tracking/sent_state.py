@@ -1,7 +1,7 @@
-"""How much of an event log has reached its destination, kept beside the log; and what is still to come.
+"""How much of an event log was sent to MLflow, stored in a file beside the log.
 
-It is kept after each batch that was taken. It may lag behind what MLflow has, be lost or be damaged: then more is read
-from the log again than has to be, and what MLflow holds already is not sent twice (see `LoggedPoints`).
+The file is written after each batch. If it is outdated, lost or damaged, events are read from the log again, but no
+metric gets a second point (see `LoggedPoints`).
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ STATE_NAME = "sent.json"
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """What was logged and has not reached MLflow; false where nothing is left.
+    """Records that MLflow does not have yet; false if there are none.
 
     Attributes:
-        events: lines of the log not sent.
-        uploads: texts and files not stored, as their targets among the artifacts.
-        left_out: files that were gone, values and files that MLflow refuses, unreadable lines: counted by reason.
-            They are not waited for.
-        folder: where all of it is kept.
+        events: number of unsent lines of the log.
+        uploads: artifact paths of the texts and files that are not stored yet.
+        left_out: reason -> number of records that are never sent: deleted files, values and files that MLflow rejects,
+            unreadable lines.
+        folder: folder of the log.
     """
 
     events: int
@@ -47,20 +47,20 @@ class Pending:
 
     @property
     def counts(self) -> str:
-        """How much there is."""
+        """The numbers, in words."""
         return f"{self.events} events and {len(self.uploads)} files"
 
 
 @dataclass(slots=True)
 class SentState:
-    """How far a destination has the log.
+    """How much of the log was sent to one destination.
 
     Attributes:
-        destination: store and run that this is about.
+        destination: store and uid of the run.
         run_id: MLflow's id of the run, once it is known.
-        offset: the log's bytes before it have arrived, but for ``uploads``.
-        uploads: target -> offset of the event that says what belongs there.
-        left_out: counts by reason of what never arrives.
+        offset: the events before this byte of the log were sent, except ``uploads``.
+        uploads: artifact path -> offset of its event in the log.
+        left_out: reason -> number of records that are never sent.
     """
 
     destination: str
@@ -71,7 +71,7 @@ class SentState:
 
     @classmethod
     def load(cls, folder: Path, destination: str) -> SentState:
-        """The kept state; a fresh one where there is none, it is damaged, or of another destination or another log."""
+        """Reads the state. A new one if it is missing, damaged, or belongs to another destination or log."""
         try:
             state = cls._parsed(json.loads((folder / STATE_NAME).read_text(encoding="utf-8")))
         except (OSError, ValueError, RecursionError):
@@ -80,10 +80,10 @@ class SentState:
 
     @classmethod
     def _parsed(cls, content: Any) -> SentState:
-        """The state of a file's content.
+        """Checks the content of the file.
 
         Raises:
-            ValueError: it is not what ``save`` writes.
+            ValueError: ``save`` did not write it.
         """
         if not isinstance(content, dict) or content.keys() != set(cls.__slots__):
             raise ValueError("other keys than were written")
@@ -98,7 +98,7 @@ class SentState:
         return cls(content["destination"], run_id, content["offset"], uploads, Counter(left_out))
 
     def _fits(self, log: Path) -> bool:
-        """Whether the offsets are beginnings of the log's lines."""
+        """Whether all offsets are at the start of a line of the log."""
         offsets = {self.offset, *self.uploads.values()}
         try:
             with log.open("rb") as file:
@@ -107,7 +107,7 @@ class SentState:
             return False
 
     def save(self, folder: Path) -> None:
-        """Replaces the kept state."""
+        """Writes the state."""
         content = {name: getattr(self, name) for name in self.__slots__}
         write_whole(folder / STATE_NAME, json.dumps(content))
 

@@ -1,7 +1,4 @@
-"""Which MLflow store a run goes to: its address, where its files lie, how to look at it.
-
-Only addresses are handled here; nothing is connected to, and MLflow is not imported.
-"""
+"""Addresses of MLflow stores. Nothing is opened here, and MLflow is not imported."""
 
 from __future__ import annotations
 
@@ -16,15 +13,15 @@ from detr_ray.credentials import without_credentials
 
 _SQLITE = "sqlite:///"
 _SQLITE_QUOTED = "sqlite+pysqlite:///"
-"""The same to SQLAlchemy. MLflow makes the folder of an address that begins with the other one, without decoding it."""
+"""Means the same to SQLAlchemy. With `_SQLITE`, MLflow would create the folder of the path without decoding it."""
 _ANY_SQLITE = re.compile(r"sqlite(\+pysqlite)?:///")
 
 
 def default_tracking_uri(storage_dir: str | Path) -> str:
-    """An SQLite database ``mlflow.db`` in a local folder, addressed absolutely.
+    """Address of the SQLite database ``mlflow.db`` in a local folder, with an absolute path.
 
     Raises:
-        ValueError: The folder is in a bucket, where no database can live.
+        ValueError: The folder is in a bucket, which cannot hold a database.
     """
     folder = local_path(str(storage_dir))
     if folder is None:
@@ -38,7 +35,7 @@ def default_tracking_uri(storage_dir: str | Path) -> str:
 def tracking_uri(configured: str | None, storage_dir: str | Path) -> str:
     """The address to use: the configured one, else ``MLFLOW_TRACKING_URI``, else SQLite in ``storage_dir``.
 
-    Relative SQLite addresses are made absolute, since workers run in other folders.
+    Relative SQLite addresses are made absolute, because workers run in other folders.
     """
     uri = configured or os.environ.get("MLFLOW_TRACKING_URI") or default_tracking_uri(storage_dir)
     path = sqlite_path(uri)
@@ -49,13 +46,13 @@ def tracking_uri(configured: str | None, storage_dir: str | Path) -> str:
 
 
 def sqlite_uri(path: Path) -> str:
-    """The address of an SQLite database file. What begins an option or an escape in addresses is escaped."""
+    """The address of an SQLite database file; ``%`` and ``?`` in its path are escaped."""
     quoted = str(path).replace("%", "%25").replace("?", "%3F")
     return f"{_SQLITE if quoted == str(path) else _SQLITE_QUOTED}{quoted}"
 
 
 def sqlite_path(uri: str) -> Path | None:
-    """The database file of an SQLite address; None for any other store."""
+    """The database file of an SQLite address; None for other stores and for databases in memory."""
     begin = _ANY_SQLITE.match(uri)
     path = "" if begin is None else unquote(uri[begin.end() :].partition("?")[0])
     if path.startswith("file:"):
@@ -64,19 +61,19 @@ def sqlite_path(uri: str) -> Path | None:
 
 
 def artifact_location(uri: str) -> str | None:
-    """Where a new experiment keeps its files: beside an SQLite database; None leaves it to the server."""
+    """Where a new experiment stores its files: beside an SQLite database; None: the server decides."""
     path = sqlite_path(uri)
     return None if path is None else (path.resolve().parent / "mlartifacts").as_uri()
 
 
 def public_uri(uri: str) -> str:
-    """The address without user and password: for messages and files. Of other stores than SQLite, without options."""
+    """The address without user and password, for messages and files. Options are kept only for SQLite."""
     shown = without_credentials(uri)
     return shown if sqlite_path(uri) is not None else shown.partition("?")[0]
 
 
 def viewing_hint(uri: str) -> str:
-    """What a person does to see the runs of a store: a command to copy, or the server's address."""
+    """How to see the runs of a store: a command to copy, or the server's address."""
     if sqlite_path(uri) is not None:
         return shlex.join(["mlflow", "ui", "--backend-store-uri", uri])
     return public_uri(uri) if is_uri(uri) else uri

@@ -1,7 +1,7 @@
-"""The ``Tracker`` protocol, and two trackers that need nothing: one forgets, one remembers.
+"""The ``Tracker`` protocol, and two trackers without a store: `NullTracker` and `MemoryTracker`.
 
-Calls are cheap and never fail because of a server. What they refuse (by ``TypeError`` or ``ValueError``) is a mistake
-of the caller: a metric that is no number, a path that leaves the run's artifacts.
+Calls are cheap and never fail because of a server. They raise ``TypeError`` for a metric that is not a number, and
+``ValueError`` for a path outside the run's artifacts.
 """
 
 from __future__ import annotations
@@ -16,72 +16,51 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
 class Tracker(Protocol):
-    """Where one run's parameters, metrics and files go. Written by one process of a training run."""
+    """Records parameters, metrics and files of one run. Only one process of a training run uses it."""
 
     def log_params(self, params: Mapping[str, Scalar]) -> None:
-        """Records settings that hold for the whole run, once; a resumed run may give them again."""
+        """Records settings of the whole run; a resumed run may record them again."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Records numbers of one optimizer step; not-a-number and infinities are kept as such."""
+        """Records numbers of one optimizer step; NaN and infinities are allowed."""
 
     def log_text(self, text: str, path: str) -> None:
-        """Stores a text under this path of the run's artifacts; the last text of a path stays."""
+        """Stores a text as an artifact; a later text with the same path replaces it."""
 
     def log_file(self, location: str | Path, artifact_dir: str) -> None:
         """Stores a file, or the content of a local folder, in a folder of the run's artifacts ("" is the top).
 
-        The location is a path, or the URI of a file (``s3://...``). The file is read later, so it must stay as it is
-        until then. If it is gone by then it is left out and counted; if the same target was logged again meanwhile,
-        only the last is stored. The target of a file is ``artifact_dir`` and its name, the target of a folder is
-        ``artifact_dir``.
+        The location is a path, or the URI of a file (``s3://...``). The file is read later and must not change until
+        then; if it was deleted, it is left out and counted. A file is stored as ``artifact_dir`` and its name, the
+        content of a folder in ``artifact_dir``. If the same artifact is logged again before it is stored, only the
+        last file is stored.
         """
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Sets labels that may change later."""
 
     def sync(self) -> None:
-        """Makes what was logged so far last beyond a loss of power. Belongs to each checkpoint: what came before one
-        is never logged again.
+        """Makes all records survive a loss of power. Call it with each checkpoint: a resumed run does not log the steps
+        before its checkpoint again.
         """
 
     def finish(self, status: Status) -> None:
-        """Says how the run ended. Nothing can be logged afterwards; a second call does nothing."""
+        """Records how the run ended. Nothing can be logged afterwards; a second call does nothing."""
 
 
-class NullTracker:
-    """Tracks nothing: for ranks that do not report, and for runs without tracking."""
-
-    def log_params(self, params: Mapping[str, Scalar]) -> None:
-        """Does nothing."""
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Does nothing."""
-
-    def log_text(self, text: str, path: str) -> None:
-        """Does nothing."""
-
-    def log_file(self, location: str | Path, artifact_dir: str) -> None:
-        """Does nothing."""
-
-    def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Does nothing."""
-
-    def sync(self) -> None:
-        """Does nothing."""
-
-    def finish(self, status: Status) -> None:
-        """Does nothing."""
+class NullTracker(Tracker):
+    """Records nothing: every method does nothing. For ranks that do not report, and for runs without tracking."""
 
 
 @dataclass
 class MemoryTracker:
-    """Keeps everything in this process: for tests and notebooks.
+    """Keeps all records in memory, for tests and notebooks.
 
     Attributes:
         params: by name; the first value of a parameter stays.
-        metrics: (step, values by name) in the order they came.
+        metrics: (step, values by name) in the order of the calls.
         texts: by path.
-        files: (location, artifact folder) in the order they came; not copied.
+        files: (location, artifact folder) in the order of the calls; the files are not copied.
         tags: by name.
         status: how the run ended, or None.
     """
@@ -94,7 +73,7 @@ class MemoryTracker:
     status: Status | None = None
 
     def log_params(self, params: Mapping[str, Scalar]) -> None:
-        """Keeps the parameters that were not there before."""
+        """Keeps the first value of each parameter."""
         self.params = {**params, **self.params}
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
@@ -106,7 +85,7 @@ class MemoryTracker:
         self.texts[artifact_path(path)] = text
 
     def log_file(self, location: str | Path, artifact_dir: str) -> None:
-        """Keeps where the file is."""
+        """Keeps the location of the file."""
         self.files.append((str(location), artifact_path(artifact_dir)))
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
@@ -114,19 +93,19 @@ class MemoryTracker:
         self.tags.update(tags)
 
     def sync(self) -> None:
-        """Does nothing: memory does not last."""
+        """Does nothing."""
 
     def finish(self, status: Status) -> None:
         """Keeps the first status."""
         self.status = self.status or status
 
     def history(self, name: str) -> list[tuple[int, float]]:
-        """(step, value) of one metric, in the order they came."""
+        """(step, value) of one metric, in the order of the calls."""
         return [(step, values[name]) for step, values in self.metrics if name in values]
 
 
 def finite_or_not(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The metrics as Python floats, from numbers of any library.
+    """The metrics as Python floats; numpy and torch numbers are converted.
 
     Raises:
         TypeError: A value is not a number; the message names the metric.
@@ -141,10 +120,10 @@ def finite_or_not(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def artifact_path(path: str) -> str:
-    """A path below the run's artifacts, as it was given.
+    """Checks the path of an artifact and returns it in normal form.
 
     Raises:
-        ValueError: The path is absolute, or leads out of the artifacts.
+        ValueError: The path is absolute, or contains ``..`` or a backslash.
     """
     parts = PurePosixPath(path).parts
     if path.startswith("/") or ".." in parts or "\\" in path:

@@ -1,4 +1,4 @@
-"""Files and databases that appear whole or not at all, whenever the process dies or the power fails."""
+"""Writes files and databases atomically: complete or not at all, even if the process dies or the power fails."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ from pathlib import Path
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replaces a file in one go: a reader sees the old or the new content and nothing between.
-
-    That holds also after a loss of power.
-    """
+    """Replaces the content of a file atomically: readers see the old or the new content, also after a loss of power."""
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with draft.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -26,7 +23,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Has a disk keep the names in a folder even if the power fails now."""
+    """Flushes the names in a folder to the disk, so that new and renamed files survive a loss of power."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -35,14 +32,15 @@ def sync_folder(folder: Path) -> None:
 
 
 def create_database_whole(path: Path, create: Callable[[Path], None]) -> None:
-    """Makes an SQLite database where there is none, so that a death half-way leaves none behind.
+    """Creates an SQLite database atomically if it does not exist.
 
-    A database whose tables were made by halves can often not be completed. So it is made under another name, copied
-    (what made it may still hold it open) and put in its place; if another process was faster, that one's stays.
+    MLflow often cannot complete a database in which only some tables were created. So the database is created under
+    another name, copied (MLflow may keep the first file open) and then renamed. If another process has created the
+    database meanwhile, that database stays.
 
     Args:
         path: the database file.
-        create: makes a database in the file that it is given.
+        create: creates a database in the file that it is given.
     """
     if path.exists():
         return

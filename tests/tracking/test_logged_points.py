@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from detr_ray.tracking.logged_points import LoggedPoints
+from detr_ray.tracking.mlflow_run import LoggedPoints
 
 
 class Store:

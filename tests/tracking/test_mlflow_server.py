@@ -110,8 +110,8 @@ def test_everything_arrives_once_in_one_run_whatever_happens_to_the_server(
     server.start()
     server.wait_until_up()
     wait_until(lambda: not first.pending())
-    assert told("does not take what is logged (ConnectionRefusedError: ") == 1
-    wait_until(lambda: told("takes what is logged again"))
+    assert told("does not accept records (ConnectionRefusedError: ") == 1
+    wait_until(lambda: told("accepts records again"))
 
     assert len(caplog.records) == 2, "nothing else is said"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from detr_ray.tracking.naming import clean_names, shortened
+from detr_ray.tracking.event_batch import clean_names
 
 
 def clean(name: str) -> str:
@@ -49,8 +49,3 @@ def test_different_names_stay_different_and_the_same_in_each_run() -> None:
     assert len(set(cleaned.values())) == len(names)
     assert all(len(name) <= 250 for name in cleaned.values())
     assert cleaned == clean_names(reversed(names))
-
-
-def test_shortened_text_says_so() -> None:
-    assert shortened("abcdef", 6) == "abcdef"
-    assert shortened("abcdefg", 6) == "abc..."

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import pytest
 
-from detr_ray.tracking import sqlite_check
 from detr_ray.tracking.reachability import UnreachableError, UnusableError, try_store
 from detr_ray.tracking.store import sqlite_uri
 
@@ -144,13 +143,12 @@ def test_tables_of_another_mlflow_are_refused_with_what_to_do(tmp_path, empty_da
         try_store(sqlite_uri(newer))
 
 
-def test_a_database_that_is_held_is_away_and_not_useless(tmp_path, empty_database, monkeypatch):
-    monkeypatch.setattr(sqlite_check, "TIMEOUT_S", 0.1)
+def test_a_database_that_is_held_is_away_and_not_useless(tmp_path, empty_database):
     path = shutil.copy(empty_database, tmp_path / "held.db")
     with contextlib.closing(sqlite3.connect(path)) as holder:
         holder.execute("begin immediate")
         with pytest.raises(UnreachableError, match="locked") as raised:
-            try_store(f"sqlite:///{path}")
+            try_store(f"sqlite:///{path}", timeout_s=0.1)
     assert not isinstance(raised.value, UnusableError)
 
 
@@ -162,9 +160,9 @@ def test_a_database_that_cannot_be_written_is_refused(tmp_path_factory, empty_da
         folder.chmod(0o755)
         (folder / "mlflow.db").chmod(0o644)
         program = (
-            "import os, sys\nfrom detr_ray.tracking.sqlite_check import try_sqlite, UnusableError\n"
-            "from pathlib import Path\nos.setuid(65534)\n"
-            "try:\n    print(try_sqlite(Path(sys.argv[1])))\nexcept UnusableError as error:\n    print(error)\n"
+            "import os, sys\nfrom detr_ray.tracking.reachability import try_store, UnusableError\n"
+            "os.setuid(65534)\n"
+            "try:\n    print(try_store('sqlite:///' + sys.argv[1]))\nexcept UnusableError as error:\n    print(error)\n"
         )
         for mode, name in ((0o755, "mlflow.db"), (0o755, "new/other.db")):
             folder.chmod(mode)
