@@ -29,7 +29,8 @@ from detr_ray.engine.context import LocalContext
 from detr_ray.engine.job import prepare_job
 from detr_ray.engine.loop import TrainingLoop
 from detr_ray.engine.stream.batches import LocalBatches
-from detr_ray.evaluation import DetectionTable, GroundTruth, evaluate_detections, score_in_process
+from detr_ray.evaluation import DetectionTable, GroundTruth, ScorerProcess, evaluate_detections
+from detr_ray.evaluation.scorer_process import read_columns, write_columns
 from detr_ray.tracking import MemoryTracker
 
 IMAGES, DETECTIONS, CATEGORIES, BOXES = 5000, 100, 80, 36_000
@@ -48,8 +49,6 @@ def draw_ground_truth(num_images: int, seed: int = 0) -> GroundTruth:
     boxes = np.concatenate([corners, sides], axis=1).round(2)
     return GroundTruth(
         image_ids=np.arange(num_images) * 7 + 3,
-        heights=np.full(num_images, 480),
-        widths=np.full(num_images, 640),
         first_box=np.concatenate([[0], np.cumsum(counts)]),
         boxes_xywh_px=boxes,
         category_ids=kinds[np.repeat(np.arange(num_images), counts), rng.integers(0, 4, total)] + 1,
@@ -186,7 +185,7 @@ def compare_with_scoring_in_line() -> list[Row]:
             steps()
 
         def beside() -> None:
-            scoring = threading.Thread(target=score_in_process, args=(truth, found, 60.0))
+            scoring = threading.Thread(target=lambda: ScorerProcess(truth, found).result(60.0))
             scoring.start()
             steps(scoring)
 
@@ -207,14 +206,10 @@ def run() -> list[Row]:
 
 
 def _save(folder: Path, truth: GroundTruth, found: DetectionTable) -> None:
-    found.save(folder / "detections.npz")
-    columns = {name: getattr(truth, name) for name in truth.__slots__ if name != "categories"}
-    ids, names = zip(*truth.categories, strict=True)
-    np.savez(folder / "truth.npz", **columns, ids=np.array(ids), names=np.array(names))
+    with (folder / "columns.npz").open("wb") as file:
+        write_columns(file, truth, found)
 
 
 def _load(folder: str) -> tuple[GroundTruth, DetectionTable]:
-    with np.load(Path(folder) / "truth.npz", allow_pickle=False) as file:
-        columns = {name: file[name] for name in file.files if name not in ("ids", "names")}
-        categories = tuple(zip(file["ids"].tolist(), file["names"].tolist(), strict=True))
-    return GroundTruth(**columns, categories=categories), DetectionTable.load(Path(folder) / "detections.npz")
+    with Path(folder, "columns.npz").open("rb") as file:
+        return read_columns(file)

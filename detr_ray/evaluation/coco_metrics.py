@@ -1,12 +1,10 @@
-"""COCO's twelve numbers, and AP for each category: those of pycocotools to the last bit, in a fraction of its time.
+"""COCO's twelve numbers, and AP for each category: bit-identical to pycocotools, in a fraction of its time.
 
-Detections come as a table, ground truth as columns. Scores do not depend on the order of the detections: they are put
-in one canonical order first, so that it is all the same which worker found what.
+Detections are sorted first, so the result does not depend on which worker found which detection.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,22 +29,22 @@ SUMMARY: dict[str, str] = {
     "ARm": "recall, IoU 0.50:0.95, medium objects",
     "ARl": "recall, IoU 0.50:0.95, large objects",
 }
-"""The names of the twelve numbers in pycocotools' order, with what each one is."""
+"""Name and meaning of the twelve numbers, in pycocotools' order."""
 
 _IOU_50, _IOU_75 = 0, 5
 
 
 @dataclass(frozen=True, slots=True)
 class CocoMetrics:
-    """What a set of detections scores; None stands wherever there is no ground truth to score against.
+    """Scores of a set of detections; None where there is no ground truth.
 
     Attributes:
         summary: the twelve numbers under the names of ``SUMMARY``, in 0..1.
         category_ap: AP of each category, by name, in the order of the category ids.
         category_ap50: AP at IoU 0.5 of each category, likewise.
-        images: images that were scored.
-        boxes: annotated boxes in them, crowd regions not counted.
-        detections: detections in them.
+        images: number of images.
+        boxes: number of annotated boxes, without crowd regions.
+        detections: number of detections.
     """
 
     summary: dict[str, float | None]
@@ -58,85 +56,67 @@ class CocoMetrics:
 
     @property
     def ap(self) -> float | None:
-        """Mean average precision over IoU 0.50:0.95, the number that models are ranked by."""
+        """Mean average precision over IoU 0.50:0.95, by which checkpoints are ranked."""
         return self.summary["AP"]
 
     def as_metrics(self, prefix: str = "val/") -> dict[str, float]:
-        """The numbers under the names they are tracked by: ``val/AP`` ... and ``val/AP/<category>``.
-
-        Numbers that do not exist are left out.
-        """
+        """The numbers under their tracking names: ``val/AP`` ... and ``val/AP/<category>``. None is left out."""
         named = self.summary | {f"AP/{name}": value for name, value in self.category_ap.items()}
         return {f"{prefix}{name}": value for name, value in named.items() if value is not None}
 
     def table(self) -> str:
-        """The twelve numbers, one a line, and what was scored."""
+        """The twelve numbers, one a line, then the counts of images, boxes and detections."""
         lines = [f"{name:<6}{_number(self.summary[name])}   {meaning}" for name, meaning in SUMMARY.items()]
         scored = f"{self.images:,} images, {self.boxes:,} annotated boxes, {self.detections:,} detections"
         return "\n".join([*lines, scored])
 
-    def category_table(self, limit: int | None = None) -> str:
-        """AP and AP50 of the categories that have ground truth, best first.
-
-        Args:
-            limit: lines at most; the best and the worst are shown where there are more.
-        """
+    def category_table(self) -> str:
+        """AP and AP50 of the categories that have ground truth, best first."""
         scored = [(name, ap) for name, ap in self.category_ap.items() if ap is not None]
         scored.sort(key=lambda row: (-row[1], row[0]))
         width = max([len("category"), *(len(printable(name)) for name, _ in scored)])
         rows = [
             f"{printable(name):<{width}}  {_number(ap)}  {_number(self.category_ap50[name])}" for name, ap in scored
         ]
-        if limit is not None and len(rows) > limit:
-            head, tail = (limit + 1) // 2, limit // 2
-            rows = [*rows[:head], f"... {len(rows) - limit} more", *rows[len(rows) - tail :]]
         lines = [f"{'category':<{width}}  {'AP':>6}  {'AP50':>6}", *rows]
         without = len(self.category_ap) - len(scored)
         return "\n".join([*lines, f"{without} categories without annotated boxes"] if without else lines)
 
 
-def evaluate_detections(
-    ground_truth: GroundTruth, detections: DetectionTable, image_ids: Sequence[int] | np.ndarray | None = None
-) -> CocoMetrics:
+def evaluate_detections(ground_truth: GroundTruth, detections: DetectionTable) -> CocoMetrics:
     """Scores detections as pycocotools does for boxes.
 
-    It computes with whole columns, so that another thread has the interpreter while it runs.
-
     Args:
-        ground_truth: annotated images; categories outside ``ground_truth.categories`` are not scored, whether annotated
-            or detected. Boxes that are not numbers are left out with a warning.
-        detections: in any order. Detections of images outside ``image_ids`` are not scored.
-        image_ids: images to score; None for every image of the ground truth, images without detections included.
+        ground_truth: annotated images. Annotations and detections of categories outside ``ground_truth.categories`` are
+            not scored. Boxes with NaN or infinities are left out with a warning.
+        detections: in any order.
 
     Raises:
-        ValueError: A detection or ``image_ids`` names an image that the ground truth does not have, or a detection is
-            not a number.
+        ValueError: A detection belongs to an image that is not in the ground truth, or has NaN or infinities.
     """
-    wanted = np.unique(ground_truth.image_ids if image_ids is None else np.asarray(image_ids, dtype=np.int64))
-    _check_known(wanted, ground_truth, "image_ids")
-    _check_known(detections.image_ids, ground_truth, "detections")
+    _check_images(detections, ground_truth)
     _check_finite(detections)
+    image_ids = np.unique(ground_truth.image_ids)
 
     category_names = ground_truth.category_names()
     category_ids = np.unique(np.array(list(category_names), dtype=np.int64))
-    curves = _curves(ground_truth, detections, wanted, category_ids)
+    curves = _curves(ground_truth, detections, image_ids, category_ids)
     precision = curves.precision["all"]
     names = [category_names[category_id] for category_id in category_ids.tolist()]
-    in_wanted = np.isin(ground_truth.image_of_box(), wanted)
     return CocoMetrics(
         summary=_summary(curves),
         category_ap={name: _mean(precision[:, :, k]) for k, name in enumerate(names)},
         category_ap50={name: _mean(precision[_IOU_50, :, k]) for k, name in enumerate(names)},
-        images=len(wanted),
-        boxes=int((in_wanted & ~ground_truth.is_crowd.astype(bool)).sum()),
-        detections=int(np.isin(detections.image_ids, wanted).sum()),
+        images=len(image_ids),
+        boxes=int((~ground_truth.is_crowd.astype(bool)).sum()),
+        detections=len(detections),
     )
 
 
 def _curves(
     ground_truth: GroundTruth, detections: DetectionTable, image_ids: np.ndarray, category_ids: np.ndarray
 ) -> Curves:
-    """Puts the boxes of an image and category beside each other, the categories one after another."""
+    """Sorts detections and annotations by category, then image, and computes the curves."""
     scored = detections.sorted()
     groups = _groups(scored.image_ids, scored.category_ids, image_ids, category_ids)
     rows = _by_group(groups)
@@ -167,14 +147,14 @@ def _summary(curves: Curves) -> dict[str, float | None]:
 
 
 def _groups(images: np.ndarray, categories: np.ndarray, image_ids: np.ndarray, category_ids: np.ndarray) -> np.ndarray:
-    """For each row the number of its category and image, ``category * images + image``; -1 where one isn't scored."""
+    """Group of each row, ``category * images + image`` (both counted from 0); -1 if the row is not scored."""
     image, image_known = _places(images, image_ids)
     category, category_known = _places(categories, category_ids)
     return np.where(image_known & category_known, category * len(image_ids) + image, -1)
 
 
 def _places(values: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where values are among sorted known ones, and whether they are."""
+    """Index of each value in the sorted array ``known``, and whether the value is in it."""
     if not len(known):
         return np.zeros(len(values), np.int64), np.zeros(len(values), bool)
     places = np.minimum(np.searchsorted(known, values), len(known) - 1)
@@ -182,23 +162,23 @@ def _places(values: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def _by_group(groups: np.ndarray) -> np.ndarray:
-    """The rows that are in a group, by group, within a group as they were."""
+    """The rows that have a group, sorted by group; within a group in their old order."""
     order = np.argsort(groups, kind="stable")
     return order[np.searchsorted(groups, 0, sorter=order) :]
 
 
 def _ranks(groups: np.ndarray) -> np.ndarray:
-    """The place of each row within its group; the groups ascend."""
+    """Index of each row within its group; ``groups`` is sorted."""
     places = np.arange(len(groups))
     is_first = np.diff(groups, prepend=-1) != 0
     return places - np.maximum.accumulate(np.where(is_first, places, 0))
 
 
-def _check_known(image_ids: np.ndarray, ground_truth: GroundTruth, where: str) -> None:
-    unknown = np.setdiff1d(image_ids, ground_truth.image_ids)
+def _check_images(detections: DetectionTable, ground_truth: GroundTruth) -> None:
+    unknown = np.setdiff1d(detections.image_ids, ground_truth.image_ids)
     if unknown.size:
         examples = ", ".join(str(image_id) for image_id in unknown[:5])
-        raise ValueError(f"{where}: {unknown.size} images are not in the ground truth, e.g. image id {examples}")
+        raise ValueError(f"detections: {unknown.size} images are not in the ground truth, e.g. image id {examples}")
 
 
 def _check_finite(detections: DetectionTable) -> None:
@@ -209,7 +189,7 @@ def _check_finite(detections: DetectionTable) -> None:
 
 
 def _mean(values: np.ndarray) -> float | None:
-    """Mean over what can be scored: -1 stands where there is nothing to find."""
+    """Mean without the entries -1, which have no ground truth."""
     scored = values[values > -1]
     return float(scored.mean()) if scored.size else None
 

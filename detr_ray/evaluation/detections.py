@@ -1,6 +1,6 @@
-"""Detections of many images as four columns: what workers send to the place that scores them.
+"""Detections of many images as four columns, which workers send to the scorer.
 
-A row is 36 bytes, so 5,000 images with 100 detections each are 18 MB. Nothing here knows the ground truth.
+A row is 36 bytes, so 5,000 images with 100 detections each are 18 MB.
 """
 
 from __future__ import annotations
@@ -8,12 +8,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-if TYPE_CHECKING:  # a process that only scores needs no torch, whose import takes seconds
+if TYPE_CHECKING:  # the scorer process must not import torch, which takes seconds
     from torch import Tensor
 
     from detr_ray.structures import Detections
@@ -57,7 +56,7 @@ class DetectionTable:
 
     @classmethod
     def concat(cls, tables: Iterable[DetectionTable]) -> DetectionTable:
-        """The rows of all tables, in the order given; of none, an empty table."""
+        """The rows of all tables, in the given order."""
         parts = [cls.empty(), *tables]
         return cls(
             image_ids=np.concatenate([part.image_ids for part in parts]),
@@ -67,7 +66,7 @@ class DetectionTable:
         )
 
     def select(self, rows: np.ndarray) -> DetectionTable:
-        """The rows that a mask (``[K]`` bool) or row numbers name."""
+        """Some of the rows, by a mask (``[K]`` bool) or by row numbers."""
         return DetectionTable(
             self.image_ids[rows], self.category_ids[rows], self.boxes_xywh_px[rows], self.scores[rows]
         )
@@ -80,16 +79,16 @@ class DetectionTable:
         category_ids_of_label: np.ndarray,
         max_per_image: int = 100,
     ) -> DetectionTable:
-        """Turns post-processed model outputs into rows.
+        """Converts post-processed model outputs to rows.
 
-        Labels without a category are left out before the best are picked, so that they take no place. Device tensors
-        are copied to the host once for all images.
+        Detections whose label has no category are removed before the best ones are selected. Tensors on a GPU are
+        copied to the host once for all images.
 
         Args:
             image_ids: one for each of ``detections``.
-            detections: per image; boxes in pixels of the stored image.
-            category_ids_of_label: ``[C]`` int64, the category id of each label; -1 for a label that has none.
-            max_per_image: rows kept of an image, the highest scores first (COCO's limit is 100).
+            detections: of each image; boxes in pixels of the stored image.
+            category_ids_of_label: ``[C]`` int64, the category id of each label; -1 for a label without category.
+            max_per_image: number of detections kept for each image, highest scores first (COCO's limit is 100).
 
         Raises:
             ValueError: Lengths differ, or a label is outside ``category_ids_of_label``.
@@ -122,39 +121,12 @@ class DetectionTable:
         )
 
     def sorted(self) -> DetectionTable:
-        """The same rows in the one order that does not depend on how they were gathered.
-
-        By image id, then from the highest score to the lowest, then by box and category.
-        """
+        """The rows by image id, then from the highest score to the lowest, then by box and category."""
         left, top, width, height = self.boxes_xywh_px.T
         order = np.lexsort((self.category_ids, height, width, top, left, -self.scores, self.image_ids))
         return DetectionTable(
             self.image_ids[order], self.category_ids[order], self.boxes_xywh_px[order], self.scores[order]
         )
-
-    def save(self, path: str | Path) -> None:
-        """Writes the columns as a compressed ``.npz`` to exactly this path."""
-        with Path(path).open("wb") as file:
-            np.savez_compressed(
-                file,
-                image_ids=self.image_ids,
-                category_ids=self.category_ids,
-                boxes_xywh_px=self.boxes_xywh_px,
-                scores=self.scores,
-            )
-
-    @classmethod
-    def load(cls, path: str | Path) -> DetectionTable:
-        """Reads what ``save`` wrote; nothing in the file is unpickled.
-
-        Raises:
-            ValueError: The file is not a detection table.
-        """
-        with np.load(path, allow_pickle=False) as columns:
-            missing = {"image_ids", "category_ids", "boxes_xywh_px", "scores"} - set(columns.files)
-            if missing:
-                raise ValueError(f"{path}: not a table of detections, it has no {', '.join(sorted(missing))}")
-            return cls(columns["image_ids"], columns["category_ids"], columns["boxes_xywh_px"], columns["scores"])
 
     def to_coco_results(self) -> list[dict[str, Any]]:
         """The rows in COCO's results format: dicts of image_id, category_id, bbox (xywh) and score."""
@@ -165,12 +137,8 @@ class DetectionTable:
         ]
 
     def coco_results_json(self) -> bytes:
-        """COCO's results JSON, as the COCO server and other tools read it."""
+        """The rows as a JSON file in COCO's results format."""
         return json.dumps(self.to_coco_results(), separators=(",", ":")).encode()
-
-    def save_coco_results(self, path: str | Path) -> None:
-        """Writes COCO's results JSON."""
-        Path(path).write_bytes(self.coco_results_json())
 
 
 def _to_int64(image_ids: Sequence[int] | np.ndarray | Tensor) -> np.ndarray:
@@ -180,7 +148,7 @@ def _to_int64(image_ids: Sequence[int] | np.ndarray | Tensor) -> np.ndarray:
 
 
 def _best_of_each_image(image_of_row: np.ndarray, scores: np.ndarray, rows: np.ndarray, limit: int) -> np.ndarray:
-    """Of ``rows``, the ``limit`` with the highest scores of each image; images in order, best first."""
+    """From ``rows``, the ``limit`` rows of each image with the highest scores; by image, best first."""
     ordered = rows[np.lexsort((-scores[rows], image_of_row[rows]))]
     _, first, counts = np.unique(image_of_row[ordered], return_index=True, return_counts=True)
     rank = np.arange(len(ordered)) - np.repeat(first, counts)

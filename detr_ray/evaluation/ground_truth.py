@@ -1,7 +1,4 @@
-"""Ground truth as plain columns, under the names of the data set's index.
-
-It knows neither files nor data sets: whoever has the columns hands them in.
-"""
+"""Ground truth as plain columns, with the same names as the columns of the data set's index."""
 
 from __future__ import annotations
 
@@ -18,21 +15,17 @@ class GroundTruth:
     """Annotated boxes of ``I`` images and ``A`` annotations.
 
     Attributes:
-        image_ids: ``[I]`` int64, each once.
-        heights: ``[I]`` pixels.
-        widths: ``[I]`` pixels.
+        image_ids: ``[I]`` int64, unique.
         first_box: ``[I+1]`` int64; the boxes of image ``i`` are the rows ``first_box[i]:first_box[i+1]``.
         boxes_xywh_px: ``[A, 4]`` left, top, width, height in pixels, as in the annotation file.
         category_ids: ``[A]`` int64.
-        areas: ``[A]`` pixels; COCO's small, medium and large go by it.
+        areas: ``[A]`` pixels; decides whether a box is small, medium or large for COCO.
         is_crowd: ``[A]`` bool; crowd regions are neither found nor missed, detections inside them are ignored.
-        annotation_ids: ``[A]`` int64, the annotation file's; scoring does not use them.
+        annotation_ids: ``[A]`` int64, ids in the annotation file, used in messages only.
         categories: (id, name) of each category that is scored.
     """
 
     image_ids: np.ndarray
-    heights: np.ndarray
-    widths: np.ndarray
     first_box: np.ndarray
     boxes_xywh_px: np.ndarray
     category_ids: np.ndarray
@@ -56,15 +49,11 @@ class GroundTruth:
 
     @classmethod
     def from_columns(cls, source: object) -> GroundTruth:
-        """Takes the columns of any object that has them under these names; no array is copied.
-
-        Raises:
-            AttributeError: ``source`` lacks a column.
-        """
+        """The columns of an object that has attributes with these names; no array is copied."""
         return cls(**{column.name: getattr(source, column.name) for column in fields(cls)})
 
     def category_names(self) -> dict[int, str]:
-        """A name for each category id, made unique by the id where the file gives one name twice or none."""
+        """A name for each category id. The id is appended where a name is empty or used twice."""
         names = [name for _, name in self.categories]
         return {
             category_id: name if name and names.count(name) == 1 else f"{name or 'category'} {category_id}"
@@ -76,7 +65,7 @@ class GroundTruth:
         return np.repeat(self.image_ids, np.diff(self.first_box))
 
     def readable_boxes(self) -> np.ndarray:
-        """``[A]`` bool, false with a warning for boxes that are not numbers: nothing can be said to find them."""
+        """``[A]`` bool, whether box and area are finite numbers; logs a warning if some are not."""
         readable: np.ndarray = np.isfinite(self.boxes_xywh_px).all(axis=1) & np.isfinite(self.areas)
         if not readable.all():
             rows = np.flatnonzero(~readable)

@@ -1,9 +1,9 @@
-"""Which detection finds which annotated box: COCO's greedy matching, for all images, categories and IoUs at once.
+"""COCO's greedy matching of detections and annotated boxes, for all images, categories and IoU thresholds at once.
 
-Within one image and category the detections choose in the order of their scores: each takes the box it overlaps most
-among those that are free, at each IoU threshold on its own. That is a loop by nature, but groups (an image and a
-category) have nothing to do with each other. So one turn is taken in all groups together: the first detections of all
-groups choose, then all second ones, and so on; there are no more turns than detections in the fullest group.
+A group is one category in one image. Within a group, detections are matched in the order of their scores: each takes
+the free box with the largest overlap, separately for each IoU threshold. Groups are independent and are processed
+together: turn 0 matches the first detection of every group, turn 1 the second, and so on. The number of turns is the
+number of detections in the largest group.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 _REACHED = np.minimum(IOU_THRESHOLDS, 1 - 1e-10)
 
 MOST_PAIRS = 1_000_000
-"""Pairs whose overlap is computed at a time; it bounds the memory, which a crowded image could fill."""
+"""Number of pairs whose overlap is computed at a time; limits the memory."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Annotations:
-    """Annotated boxes, the boxes of a group beside each other.
+    """Annotated boxes, sorted by group.
 
     Attributes:
         groups: ``[G]`` int64, ascending.
@@ -37,13 +37,13 @@ class Annotations:
     is_crowd: np.ndarray
 
     def outside(self, low: float, high: float) -> np.ndarray:
-        """``[G]`` bool, the boxes that are neither to be found nor missed in a range of areas: these, and crowds."""
+        """``[G]`` bool, the boxes to ignore in a range of areas: boxes outside the range, and crowd regions."""
         return self.is_crowd | (self.areas < low) | (self.areas > high)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Found:
-    """Detections, those of a group beside each other, the best first.
+    """Detections, sorted by group, then from the highest score to the lowest.
 
     Attributes:
         groups: ``[D]`` int64, ascending.
@@ -58,13 +58,13 @@ class Found:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Overlaps:
-    """Pairs of a detection and a box of its group that overlap enough for the lowest threshold.
+    """Pairs of a detection and a box of its group whose IoU reaches the lowest threshold.
 
     Attributes:
         found: ``[P]`` row of the detection, ascending.
         annotation: ``[P]`` row of the box.
-        iou: ``[P]`` float64; for a crowd region the share of the detection that lies in it.
-        turn: ``[P]`` how many detections of the group with any such pair choose before this one.
+        iou: ``[P]`` float64; for a crowd region, the share of the detection's area inside it.
+        turn: ``[P]`` the turn in which the detection is matched; detections without a pair have no turn.
     """
 
     found: np.ndarray
@@ -74,7 +74,7 @@ class Overlaps:
 
 
 def find_overlaps(found: Found, annotations: Annotations) -> Overlaps:
-    """The pairs that can match; most detections have none, and most others one."""
+    """Finds the pairs that can match."""
     first = np.searchsorted(annotations.groups, found.groups, side="left")
     counts = np.searchsorted(annotations.groups, found.groups, side="right") - first
     pairs_before = np.concatenate([[0], np.cumsum(counts)])
@@ -97,19 +97,20 @@ def find_overlaps(found: Found, annotations: Annotations) -> Overlaps:
 
 
 def match(found: Found, annotations: Annotations, overlaps: Overlaps, ignored: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Lets the detections choose.
+    """Matches detections and boxes.
 
-    A box that counts is preferred to an ignored one; of equal overlaps the later box is taken. A crowd region can be
-    taken any number of times, every other box once.
+    A box that is not ignored is preferred to an ignored box. Of equal overlaps the later box is taken. A crowd region
+    can be taken any number of times, every other box once.
 
     Args:
         found: the detections.
         annotations: the boxes.
-        overlaps: their pairs.
-        ignored: ``[G]`` bool, boxes that are neither to be found nor missed.
+        overlaps: the pairs that can match.
+        ignored: ``[G]`` bool, boxes that count neither as found nor as missed.
 
     Returns:
-        ``[T, D]`` bool, whether a detection found a box that counts at a threshold; likewise one that is ignored.
+        Two arrays ``[T, D]`` bool: whether a detection matches a box that counts, at each threshold; and whether it
+        matches an ignored box.
     """
     thresholds, last_first = len(_REACHED), -overlaps.annotation
     order = np.lexsort((last_first, -overlaps.iou, ignored[overlaps.annotation], overlaps.found, overlaps.turn))
@@ -136,7 +137,7 @@ def match(found: Found, annotations: Annotations, overlaps: Overlaps, ignored: n
 
 
 def _iou(found: np.ndarray, annotated: np.ndarray, is_crowd: np.ndarray) -> np.ndarray:
-    """Overlap of boxes row by row, by the operations of the reference in their order: equal to the last bit."""
+    """IoU of boxes row by row, by the same operations in the same order as pycocotools: bit-identical."""
     left, top, width, height = found.T
     other_left, other_top, other_width, other_height = annotated.T
     across = np.minimum(width + left, other_width + other_left) - np.maximum(left, other_left)
@@ -150,7 +151,7 @@ def _iou(found: np.ndarray, annotated: np.ndarray, is_crowd: np.ndarray) -> np.n
 
 
 def _turns(rows: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """For ascending rows, some of them repeated: how many different rows of the same group come before each."""
+    """For sorted rows with repetitions: how many different rows of the same group come before each row."""
     is_new = np.diff(rows, prepend=-1) != 0
     number = np.cumsum(is_new) - 1
     is_first = np.diff(groups[rows], prepend=-1) != 0

@@ -1,4 +1,4 @@
-"""From detections that found something or not to COCO's precisions and recalls."""
+"""COCO's precision and recall curves from matched detections."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import numpy as np
 from detr_ray.evaluation.matching import IOU_THRESHOLDS, Annotations, Found, find_overlaps, match
 
 RECALLS = np.linspace(0.0, 1.0, 101)
-"""Recalls at which precision is looked up."""
+"""Recall values at which precision is taken."""
 
 AREAS = {"all": (0.0, 1e10), "small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e10)}
 """Ranges of a box's area in pixels, both ends included."""
 
 MAX_DETECTIONS = (1, 10, 100)
-"""Detections of an image and category that count; the last is the limit of everything but the recalls."""
+"""Largest numbers of detections for each image and category: AR1, AR10 and AR100. All other metrics use 100."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Curves:
-    """What the twelve numbers are means of; -1 where a category has no box to find.
+    """Precision and recall for ``T`` IoU thresholds, ``R`` recalls, ``K`` categories; -1 for categories without boxes.
 
     Attributes:
-        precision: area -> ``[T, R, K]``, the best precision at or beyond a recall, at an IoU threshold, of a category.
-        recall: area -> ``[T, K]``, recall of up to 100 detections of an image and category.
-        recall_of_first: number of detections -> ``[T, K]``, recall of so many of them, over all areas.
+        precision: area -> ``[T, R, K]``, the highest precision at or above each recall.
+        recall: area -> ``[T, K]``, recall with up to 100 detections for each image and category.
+        recall_of_first: number of detections -> ``[T, K]``, recall with this number of detections, all areas.
     """
 
     precision: dict[str, np.ndarray]
@@ -37,15 +37,15 @@ class Curves:
 def precision_recall_curves(
     found: Found, annotations: Annotations, scores: np.ndarray, ranks: np.ndarray, num_images: int, num_categories: int
 ) -> Curves:
-    """Matches and counts.
+    """Matches detections with annotations and computes the curves.
 
     Args:
         found: detections; a group is ``category * num_images + image``, both counted from 0.
-        annotations: boxes in the same groups.
-        scores: ``[D]`` of the detections.
-        ranks: ``[D]`` their places within their groups, by score.
-        num_images: images that are scored.
-        num_categories: categories that are scored.
+        annotations: annotated boxes, in the same groups.
+        scores: ``[D]`` scores of the detections.
+        ranks: ``[D]`` rank of each detection in its group, by score, from 0.
+        num_images: number of images.
+        num_categories: number of categories.
     """
     category_starts = np.arange(num_categories + 1) * num_images
     bounds = np.searchsorted(found.groups, category_starts)
@@ -76,7 +76,7 @@ def precision_recall_curves(
 
 
 def _precision(right: np.ndarray, wrong: np.ndarray, to_find: int) -> np.ndarray:
-    """``[T, R]`` from ``[T, D]`` in the order of the scores; 0 for a recall that is not reached."""
+    """Precision ``[T, R]`` from ``[T, D]`` sorted by score; 0 for recalls that are not reached."""
     num_right = np.cumsum(right, axis=1).astype(np.float64)
     num_wrong = np.cumsum(wrong, axis=1).astype(np.float64)
     recall = num_right / to_find

@@ -1,6 +1,6 @@
-"""COCO's numbers computed by another process, so that training keeps its interpreter and most of its cores.
+"""Computes COCO's metrics in another process, so that training is not slowed down.
 
-The process gets columns and gives numbers, both as plain data; it needs numpy and starts in a fraction of a second.
+The process reads arrays and writes numbers. It imports only numpy, so it starts in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -26,34 +26,33 @@ logger = logging.getLogger(__name__)
 
 COMMAND = (sys.executable, "-c", "from detr_ray.evaluation.scorer_process import main; main()")
 NICENESS = 3
-"""Added to that of training, which Ray starts at 15 of 19. Linux then gives the scorer half of training's time where
-both want a core: training goes first, and scores are there in seconds on a busy machine too. (19 steps are a seventieth
-of the time, two minutes instead of ten seconds.)"""
+"""Added to the niceness of training, which Ray starts at 15 of 19. On a busy core Linux then gives the scorer half as
+much time as training, and scoring takes about ten seconds. (A difference of 19 gives a seventieth: two minutes.)"""
 _END_S = 10.0
 
 
 class ScoringFailed(RuntimeError):  # noqa: N818 - it names what happened
-    """The scorer process gave no numbers; the message says why."""
+    """The scorer process failed; the message says why."""
 
 
 class ScorerProcess:
-    """A process that computes what `evaluate_detections` gives for all images; it runs from the beginning.
+    """A process that runs `evaluate_detections`. Creating the object starts the process.
 
     Args:
         ground_truth: the validation set.
-        detections: what was found on it.
+        detections: the detections in it.
 
     Raises:
-        ScoringFailed: it could not be started.
+        ScoringFailed: the process could not be started.
     """
 
     def __init__(self, ground_truth: GroundTruth, detections: DetectionTable) -> None:
-        # The package may be importable here because of how this process was started, and not by itself.
+        # The new process needs this process's import path to find the package.
         paths = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
         environment = os.environ | {"PYTHONPATH": paths, "OPENBLAS_NUM_THREADS": "1"}
         with contextlib.ExitStack() as files:
             try:
-                # Files, and not pipes: a process that is stopped does not read, and none of them may have to wait.
+                # Files instead of pipes: with a pipe, one process would wait for the other to read.
                 self._output, self._messages = (files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2))
                 with tempfile.TemporaryFile() as columns:
                     write_columns(columns, ground_truth, detections)
@@ -64,17 +63,17 @@ class ScorerProcess:
                         stdout=self._output,
                         stderr=self._messages,
                         env=environment,
-                        process_group=0,  # Ctrl-C is not for it; but Linux weighs priorities within one session only
+                        process_group=0,  # no Ctrl-C. Not a session: Linux compares niceness within one only
                     )
             except OSError as error:
                 raise ScoringFailed(f"its process could not be started: {error}") from error
             self._files = files.pop_all()
 
     def result(self, limit_s: float) -> CocoMetrics:
-        """Waits for the numbers; the process has ended when this returns or raises.
+        """Waits for the result. The process has ended when this method returns or raises.
 
         Raises:
-            ScoringFailed: it failed, was ended, or took more than ``limit_s`` seconds.
+            ScoringFailed: the process failed, was killed, or took more than ``limit_s`` seconds.
         """
         try:
             code = self._process.wait(limit_s)
@@ -85,26 +84,21 @@ class ScorerProcess:
         with self._files:
             self._output.seek(0)
             self._messages.seek(0)
-            output, said = self._output.read(), self._messages.read().strip().splitlines()
+            output, messages = self._output.read(), self._messages.read().strip().splitlines()
         if code < 0:
             raise ScoringFailed(f"its process was ended by signal {-code}")
         if code:
-            logger.info("scoring failed:\n%s", "\n".join(said))
-            raise ScoringFailed(said[-1] if said else f"its process ended with code {code}")
-        for line in said:
+            logger.info("scoring failed:\n%s", "\n".join(messages))
+            raise ScoringFailed(messages[-1] if messages else f"its process ended with code {code}")
+        for line in messages:
             logger.warning("%s", line)
         return CocoMetrics(**json.loads(output))
 
     def end(self) -> None:
-        """Ends the process, also one that is stopped; fine where it has ended."""
+        """Kills the process, if it still runs."""
         self._process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # it waits for a disk in the kernel, and ends after that
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it is blocked in the kernel (disk) and ends after that
             self._process.wait(_END_S)
-
-
-def score_in_process(ground_truth: GroundTruth, detections: DetectionTable, limit_s: float) -> CocoMetrics:
-    """Starts a `ScorerProcess` and waits for its numbers."""
-    return ScorerProcess(ground_truth, detections).result(limit_s)
 
 
 def write_columns(file: IO[bytes], ground_truth: GroundTruth, detections: DetectionTable) -> None:
@@ -120,7 +114,7 @@ def write_columns(file: IO[bytes], ground_truth: GroundTruth, detections: Detect
 
 
 def read_columns(file: IO[bytes]) -> tuple[GroundTruth, DetectionTable]:
-    """Reads what `write_columns` wrote; nothing is unpickled."""
+    """Reads the arrays of `write_columns`, without unpickling."""
     with np.load(file, allow_pickle=False) as columns:
         truth = {name.removeprefix("truth_"): columns[name] for name in columns.files if name.startswith("truth_")}
         found = {name.removeprefix("found_"): columns[name] for name in columns.files if name.startswith("found_")}
@@ -129,7 +123,7 @@ def read_columns(file: IO[bytes]) -> tuple[GroundTruth, DetectionTable]:
 
 
 def main() -> None:
-    """The process: columns from its standard input, numbers to its standard output."""
+    """The scorer process: reads arrays from standard input, writes metrics as JSON to standard output."""
     if hasattr(os, "nice"):
         os.nice(NICENESS)
     metrics = evaluate_detections(*read_columns(sys.stdin.buffer))

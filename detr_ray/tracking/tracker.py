@@ -48,8 +48,29 @@ class Tracker(Protocol):
         """Records how the run ended. Nothing can be logged afterwards; a second call does nothing."""
 
 
-class NullTracker(Tracker):
-    """Records nothing: every method does nothing. For ranks that do not report, and for runs without tracking."""
+class NullTracker:
+    """Records nothing: for ranks that do not report, and for runs without tracking."""
+
+    def log_params(self, params: Mapping[str, Scalar]) -> None:
+        """Does nothing."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Does nothing."""
+
+    def log_text(self, text: str, path: str) -> None:
+        """Does nothing."""
+
+    def log_file(self, location: str | Path, artifact_dir: str) -> None:
+        """Does nothing."""
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Does nothing."""
+
+    def sync(self) -> None:
+        """Does nothing."""
+
+    def finish(self, status: Status) -> None:
+        """Does nothing."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Pictures of what goes in and what comes out."""
+"""Pictures of images with annotated and detected boxes."""
 
 from detr_ray.viz.detections import DrawnBoxes, check_picture, detection_grid, picture_format
 

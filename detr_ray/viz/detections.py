@@ -1,4 +1,4 @@
-"""Images with annotated and detected boxes on them, side by side in one picture."""
+"""A picture of several images with annotated and detected boxes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from detr_ray.config.errors import ConfigError
 
-# Ending of a picture's name -> format, and its longest side in pixels (JPEG's limit where a format has none).
+# Suffix of the file name -> format, and largest side in pixels (JPEG's limit for formats without a limit).
 _FORMATS = {
     ".png": ("PNG", 65_500),
     ".jpg": ("JPEG", 65_500),
@@ -34,7 +34,7 @@ class DrawnBoxes:
 
     Attributes:
         boxes_xywh_px: ``[N, 4]`` left, top, width, height in pixels of the image.
-        names: ``[N]`` what each box holds.
+        names: ``[N]`` category names.
         scores: ``[N]`` in 0..1; None for annotations.
     """
 
@@ -44,19 +44,19 @@ class DrawnBoxes:
 
 
 def picture_format(location: str) -> str:
-    """The format of a picture by its name, as Pillow calls it.
+    """Pillow's name of the format, by the suffix of the file name.
 
     Raises:
-        ConfigError: a name with another ending, or none.
+        ConfigError: an unknown suffix, or none.
     """
     return _format_of(location)[0]
 
 
 def check_picture(location: str, count: int) -> None:
-    """Makes sure that a picture of so many images can be written, as far as its name and size go.
+    """Checks that the format is known and that a picture of ``count`` images is not too large for it.
 
     Raises:
-        ConfigError: a format that is not known, or more images than a picture of that format has room for.
+        ConfigError: it is not known, or the picture would be too large.
     """
     _, longest_side = _format_of(location)
     most = (longest_side - _GAP) // (_CELL_PX + _GAP) * _COLUMNS
@@ -79,14 +79,14 @@ def detection_grid(
     columns: int = _COLUMNS,
     cell_px: int = _CELL_PX,
 ) -> Image.Image:
-    """Draws images in a grid: annotations as thin white boxes, detections in a colour for each name.
+    """Draws images in a grid: annotations as thin white boxes, detections in one colour for each category.
 
     Args:
-        images: ``[H, W, 3]`` uint8 each, of any sizes; taken one after another.
-        annotations: one an image.
-        detections: one an image.
+        images: ``[H, W, 3]`` uint8 each, of any sizes; read one at a time.
+        annotations: of each image.
+        detections: of each image.
         columns: images in a row.
-        cell_px: each image is scaled to fit a square of this side.
+        cell_px: side in pixels of the square that each image is scaled to.
     """
     columns = max(1, min(columns, len(annotations)))
     rows = -(-len(annotations) // columns)
@@ -126,7 +126,7 @@ def _corners(box_xywh_px: np.ndarray, scale: float, size: tuple[int, int]) -> tu
 
 
 def _colour_of(name: str) -> tuple[int, int, int]:
-    """A bright colour, always the same for a name."""
+    """A bright colour that depends only on the name."""
     hue = sum(ord(letter) * 31**place for place, letter in enumerate(name)) * 0.618 % 1
     red, green, blue = colorsys.hsv_to_rgb(hue, 0.65, 1.0)
     return round(red * 255), round(green * 255), round(blue * 255)

@@ -122,7 +122,7 @@ def test_the_numbers_are_those_of_a_plain_script(coco128: Path, published: Path,
 
     result = evaluate_here(coco128_config(coco128, tmp_path, f"eval.checkpoint={published}"))
     results = tmp_path / "results.json"
-    result.detections.save_coco_results(results)
+    results.write_bytes(result.detections.coco_results_json())
     ground_truth = COCO(str(coco128 / "annotations/instances_train2017.json"))
     scorer = COCOeval(ground_truth, ground_truth.loadRes(str(results)), "bbox")
     scorer.params.imgIds = sorted(ground_truth.getImgIds())[:16]

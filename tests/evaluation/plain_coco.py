@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Sequence
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -37,13 +36,11 @@ def as_coco(truth: GroundTruth) -> COCO:
     return coco
 
 
-def plain_pycocotools(annotated: COCO, found: DetectionTable, image_ids: Sequence[int] | None = None) -> COCOeval:
+def plain_pycocotools(annotated: COCO, found: DetectionTable) -> COCOeval:
     """Scores detections; of equal scores pycocotools prefers those that come first."""
     with contextlib.redirect_stdout(io.StringIO()):
         results = annotated.loadRes(found.to_coco_results()) if len(found) else COCO()
         evaluation = COCOeval(annotated, results, "bbox")
-        if image_ids is not None:
-            evaluation.params.imgIds = list(image_ids)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()

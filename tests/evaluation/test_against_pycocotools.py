@@ -9,10 +9,10 @@ from plain_coco import as_coco, assert_equal_to_the_last_bit, plain_pycocotools
 from detr_ray.evaluation import (
     DetectionTable,
     GroundTruth,
+    ScorerProcess,
     ScoringFailed,
     evaluate_detections,
     matching,
-    score_in_process,
 )
 
 CATEGORIES = tuple((category_id, f"kind {category_id}") for category_id in (1, 2, 3, 5, 8, 90))
@@ -36,8 +36,6 @@ def draw_case(seed: int, num_images: int = 40, per_image: int = 30) -> tuple[Gro
     image_ids = rng.permutation(1000)[:num_images].astype(np.int64)
     truth = GroundTruth(
         image_ids=image_ids,
-        heights=np.full(num_images, 240),
-        widths=np.full(num_images, 240),
         first_box=np.cumsum([0, *counts]),
         boxes_xywh_px=boxes,
         category_ids=rng.choice([1, 1, 1, 2, 3, 5, 8, NOT_SCORED], total),
@@ -77,20 +75,11 @@ def test_more_than_a_hundred_detections_of_an_image_and_category_are_cut_likewis
     assert_equal_to_the_last_bit(evaluate_detections(truth, one_kind), plain, truth)
 
 
-def test_some_of_the_images() -> None:
-    truth, found = draw_case(seed=101)
-    some = truth.image_ids[::3].tolist()
-    plain = plain_pycocotools(as_coco(truth), found.sorted(), some)
-    assert_equal_to_the_last_bit(evaluate_detections(truth, found, some), plain, truth)
-
-
 @pytest.mark.parametrize(("order", "recall"), [([0, 1], 1.0), ([1, 0], 0.5)])
 def test_of_two_equal_overlaps_the_later_box_is_taken(order: list[int], recall: float) -> None:
     boxes = np.array([[5.0, 0.0, 20.0, 10.0], [15.0, 0.0, 20.0, 10.0]])[order]  # the first detection is between them
     truth = GroundTruth(
         image_ids=np.array([7]),
-        heights=np.array([50]),
-        widths=np.array([50]),
         first_box=np.array([0, 2]),
         boxes_xywh_px=boxes,
         category_ids=np.array([1, 1]),
@@ -136,7 +125,7 @@ def test_overlaps_computed_a_few_at_a_time_are_the_same(monkeypatch: pytest.Monk
 def test_another_process_gives_the_same_numbers(caplog: pytest.LogCaptureFixture) -> None:
     truth, found = draw_case(seed=105)
     truth.boxes_xywh_px[3, 0] = np.nan
-    assert score_in_process(truth, found, limit_s=60) == evaluate_detections(truth, found)
+    assert ScorerProcess(truth, found).result(limit_s=60) == evaluate_detections(truth, found)
     assert len(caplog.messages) == 2 and len(set(caplog.messages)) == 1, "its warnings come along"
 
 
@@ -144,10 +133,10 @@ def test_another_process_that_fails_says_why() -> None:
     truth, found = draw_case(seed=106)
     found.scores[5] = np.nan
     with pytest.raises(ScoringFailed, match=r"ValueError: 1 detections are not finite numbers, e\.g\. in image id"):
-        score_in_process(truth, found, limit_s=60)
+        ScorerProcess(truth, found).result(limit_s=60)
 
 
 def test_another_process_is_ended_in_time() -> None:
     truth, found = draw_case(seed=107)
     with pytest.raises(ScoringFailed, match="more than"):
-        score_in_process(truth, found, limit_s=0.01)
+        ScorerProcess(truth, found).result(limit_s=0.01)

@@ -27,8 +27,6 @@ def read_columns(path: Path) -> GroundTruth:
     rows = [annotation for annotations in of_image.values() for annotation in annotations]
     return GroundTruth(
         image_ids=np.array([image["id"] for image in content["images"]]),
-        heights=np.array([image["height"] for image in content["images"]]),
-        widths=np.array([image["width"] for image in content["images"]]),
         first_box=np.cumsum([0, *(len(annotations) for annotations in of_image.values())]),
         boxes_xywh_px=np.array([row["bbox"] for row in rows], dtype=np.float64),
         category_ids=np.array([row["category_id"] for row in rows]),
@@ -51,8 +49,6 @@ def ground_truth(
     categories_of_box = list(chain(*category_ids)) if category_ids else [1] * len(boxes)
     return GroundTruth(
         image_ids=10 + np.arange(len(boxes_xywh_px)),
-        heights=np.full(len(boxes_xywh_px), 400),
-        widths=np.full(len(boxes_xywh_px), 400),
         first_box=np.cumsum([0, *(len(image) for image in boxes_xywh_px)]),
         boxes_xywh_px=boxes,
         category_ids=np.array(categories_of_box, dtype=np.int64),
@@ -109,15 +105,6 @@ def test_equals_a_plain_pycocotools_script_on_real_annotations(coco128_file: Pat
     assert metrics.images == 128
     assert metrics.boxes == 929
     assert metrics.detections == len(found)
-
-
-def test_a_part_of_the_images_scores_as_in_pycocotools(coco128_file: Path) -> None:
-    truth = read_columns(coco128_file)
-    found = noisy_detections(truth, seed=4)
-    some = truth.image_ids[::3].tolist()
-    metrics = evaluate_detections(truth, found, image_ids=some)
-    assert_equal_to_the_last_bit(metrics, plain_pycocotools(COCO(str(coco128_file)), found, some), truth)
-    assert metrics.images == len(some)
 
 
 def test_scores_do_not_depend_on_the_order_of_the_detections(coco128_file: Path) -> None:
@@ -178,8 +165,6 @@ def test_unknown_images_are_refused() -> None:
     truth = ground_truth([THREE_SIZES])
     with pytest.raises(ValueError, match=r"detections: 1 images are not in the ground truth, e\.g\. image id 77"):
         evaluate_detections(truth, detections([(77, 1, THREE_SIZES[0], 0.5)]))
-    with pytest.raises(ValueError, match=r"image_ids: .* image id 78"):
-        evaluate_detections(truth, DetectionTable.empty(), image_ids=[10, 78])
 
 
 @pytest.mark.parametrize(("box", "score"), [([1.0, np.nan, 5.0, 5.0], 0.5), ([1.0, 1.0, 5.0, 5.0], np.inf)])
@@ -233,7 +218,6 @@ def test_metric_names_and_tables() -> None:
     best_first = metrics.category_table().splitlines()
     assert [line[:13].strip() for line in best_first[:-1]] == ["category", "cat 1", "cat 3", "traffic light"]
     assert best_first[-1] == "1 categories without annotated boxes"
-    assert len(metrics.category_table(limit=2).splitlines()) == 5
 
 
 def test_two_threads_score_at_once_and_print_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -77,26 +76,8 @@ def test_parts_of_any_number_are_put_together() -> None:
     assert_equal(DetectionTable.concat([second, first]).sorted(), both.sorted())
 
 
-@pytest.mark.parametrize("rows", [0, 3])
-def test_a_table_comes_back_from_its_file(tmp_path: Path, rows: int) -> None:
-    images = [one_image([0.5, 0.25, 0.75][:rows], [0, 2, 0][:rows])]
-    table = DetectionTable.from_detections([2**40], images, CATEGORY_OF_LABEL)
-    table.save(tmp_path / "found.rank0")
-    assert_equal(DetectionTable.load(tmp_path / "found.rank0"), table)
-
-
-def test_files_that_hold_something_else_are_refused(tmp_path: Path) -> None:
-    np.savez(tmp_path / "other.npz", scores=np.zeros(3))
-    with pytest.raises(ValueError, match=r"other\.npz: not a table of detections, it has no boxes_xywh_px"):
-        DetectionTable.load(tmp_path / "other.npz")
-    np.savez(tmp_path / "pickled.npz", **dict.fromkeys(DetectionTable.__slots__, np.array([{}], dtype=object)))
-    with pytest.raises(ValueError, match="allow_pickle=False"):
-        DetectionTable.load(tmp_path / "pickled.npz")
-
-
-def test_coco_results_file_keeps_every_digit(tmp_path: Path) -> None:
+def test_coco_results_keep_every_digit() -> None:
     table = DetectionTable.from_detections([7], [one_image([1 / 3], [2])], CATEGORY_OF_LABEL)
-    table.save_coco_results(tmp_path / "results.json")
-    (row,) = json.loads((tmp_path / "results.json").read_text())
+    (row,) = json.loads(table.coco_results_json())
     assert row == {"image_id": 7, "category_id": 90, "bbox": [0.0, 1.0, 3.0, 4.0], "score": row["score"]}
     assert np.float32(row["score"]) == table.scores[0]

@@ -185,8 +185,6 @@ def _ground_truth(label_map: LabelMap) -> GroundTruth:
     centres, sides = batch.boxes_cxcywh[:, :2] * scale, batch.boxes_cxcywh[:, 2:] * scale
     return GroundTruth(
         image_ids=batch.image_ids.astype(np.int64),
-        heights=batch.orig_sizes[:, 0],
-        widths=batch.orig_sizes[:, 1],
         first_box=np.concatenate([[0], batch.counts.cumsum()]),
         boxes_xywh_px=np.concatenate([centres - sides / 2, sides], axis=1),
         category_ids=label_map.category_ids_of(batch.labels),

@@ -163,9 +163,7 @@ def test_detections_are_in_pixels_of_the_stored_image_with_its_category_ids(data
 def test_the_numbers_are_those_of_the_detections_that_are_written(dataset: Path, tmp_path: Path) -> None:
     observe(small_config(dataset, tmp_path, "run.name=a", "train.max_steps=1"))
     result = evaluated(small_config(dataset, tmp_path, f"eval.checkpoint={tmp_path / 'a'}"))
-    path = tmp_path / "found.json"
-    result.detections.save_coco_results(path)
-    rows = json.loads(path.read_text())
+    rows = json.loads(result.detections.coco_results_json())
     columns = [np.array([row[name] for row in rows]) for name in ("image_id", "category_id", "bbox", "score")]
     table = DetectionTable(columns[0], columns[1], columns[2].astype(np.float32), columns[3].astype(np.float32))
     job = prepare_evaluation(small_config(dataset, tmp_path, f"eval.checkpoint={tmp_path / 'a'}"), lambda line: None)
