@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from detr_ray.config import Config, ConfigError, load_config
-from detr_ray.config.reference import WIDTH, reference_markdown, reference_text
+from detr_ray.config.reference import WIDTH, reference_text
 from detr_ray.credentials import without_credentials
 from detr_ray.printable import printable_lines
 
@@ -95,11 +95,6 @@ def _take_every_character() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what takes its place in a host program is the host's
             stream.reconfigure(errors="backslashreplace")
-
-
-def render_reference() -> str:
-    """The reference of all keys as Markdown; ``docs/configuration.md`` holds it."""
-    return reference_markdown()
 
 
 def _run(

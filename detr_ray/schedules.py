@@ -1,8 +1,6 @@
-"""Values that change over a training run, as pure functions of the epoch.
+"""Values that change during training, as functions of the epoch: learning rates and loss weights.
 
-The learning rate and the loss weights are both made of these curves. An epoch here is a float: ``step /
-steps_per_epoch``, so a schedule reads the same whatever the batch size and the number of workers are. Pure Python:
-knows nothing of optimizers, losses or configuration.
+An epoch is a float, ``step / steps_per_epoch``, so schedules do not depend on the batch size.
 """
 
 from __future__ import annotations
@@ -21,9 +19,9 @@ class Curve:
     """A value over epochs, given by points.
 
     Attributes:
-        points: ``(epoch, value)`` pairs, epochs ascending; at least one.
-        interpolation: what lies between two points: ``constant`` keeps the earlier value (steps), ``linear`` a straight
-            line, ``cosine`` half a cosine wave, flat at both ends.
+        points: ``(epoch, value)`` pairs with ascending epochs; at least one.
+        interpolation: values between two points: ``constant`` (the earlier value), ``linear`` or ``cosine`` (half a
+            cosine wave, flat at both ends).
     """
 
     points: tuple[tuple[float, float], ...]
@@ -37,7 +35,7 @@ class Curve:
             raise ValueError(f"the epochs of a curve must ascend, got {epochs}")
 
     def at(self, epoch: float) -> float:
-        """Value at an epoch; the first point's value before it, the last point's after it."""
+        """Value at an epoch. Before the first point: its value; after the last point: its value."""
         right = bisect.bisect_right(self.points, epoch, key=lambda point: point[0])
         if right == 0:
             return self.points[0][1]
@@ -51,16 +49,16 @@ class Curve:
 
 
 def constant(value: float) -> Curve:
-    """A curve that never changes."""
+    """A curve with the same value at all epochs."""
     return Curve(((0.0, value),))
 
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """The product of curves: a warm-up times a decay."""
+    """The product of curves, for example warm-up times decay."""
 
     curves: tuple[Curve, ...]
 
     def at(self, epoch: float) -> float:
-        """Product of all curves' values at an epoch."""
+        """Value at an epoch."""
         return math.prod(curve.at(epoch) for curve in self.curves)

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 import detr_ray.__main__ as entry
-from detr_ray.cli import render_reference, run_command
+from detr_ray.cli import run_command
 from detr_ray.config import Config, ConfigError, load_config
+from detr_ray.config.reference import reference_markdown
 from detr_ray.config.schema import all_keys
 from detr_ray.data.errors import DataError
 from detr_ray.engine.errors import RunFailed
@@ -193,7 +194,7 @@ def test_printed_configuration_loads_again(tmp_path, capsys):
 
 def test_documentation_is_the_reference():
     documented = (ROOT / "docs" / "configuration.md").read_text()
-    assert documented == render_reference(), "write docs/configuration.md anew; its head says how"
+    assert documented == reference_markdown(), "write docs/configuration.md anew; its head says how"
 
 
 # Real processes
@@ -202,6 +203,7 @@ def test_documentation_is_the_reference():
 SCRIPT = """
 import sys
 from detr_ray.cli import run_command
+from detr_ray.config.reference import reference_markdown
 def main(config, arguments):
     raise AssertionError("must not be reached")
 code = run_command("train", "Trains.", main)

@@ -1,4 +1,4 @@
-"""Addresses among the values of a configuration: none may hold a password, since all of it is kept with a run."""
+"""Refuses passwords in addresses: the whole configuration is stored with the run and shown in its records."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _ADVICE = {
 
 
 def refuse_credentials(values: Mapping[str, Any]) -> None:
-    """Refuses a configuration with credentials in it.
+    """Refuses a configuration that contains credentials.
 
     Args:
         values: section -> key -> value.
 
     Raises:
-        ConfigError: an address holds some; it is not repeated.
+        ConfigError: an address contains credentials; the message does not repeat them.
     """
     errors = []
     for key, text in _texts(values, ""):
@@ -32,7 +32,7 @@ def refuse_credentials(values: Mapping[str, Any]) -> None:
         if found is not None:
             kind = "tracking" if key.startswith("tracking.") else "web" if text.lower().startswith("http") else "other"
             errors.append(
-                f"{key}: the address holds credentials ({found}), which would be kept with the run and shown in its "
+                f"{key}: the address holds credentials ({found}), which would be stored with the run and shown in its "
                 f"records; {_ADVICE[kind]}"
             )
     if errors:

@@ -1,4 +1,4 @@
-"""The ``data`` section: which images and boxes, and how they are augmented."""
+"""The ``data`` section: images, annotations and augmentation."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from detr_ray.config.fields import Count, CountOrZero, Counts, Number, Section, 
 
 
 class SplitConfig(Section):
-    """One split: a COCO annotation file with a folder of images, or shards that hold both."""
+    """One split: a COCO annotation file and a folder of images, or shards that contain both."""
 
     annotations: Text | None = None
     """COCO JSON file: a path, or a URI such as `s3://bucket/instances.json`. Needs `images`."""
     images: Text | None = None
-    """Folder or URI that the annotation file's `file_name` entries are relative to. Needs `annotations`."""
+    """Folder or URI of the images; the `file_name` entries of the annotation file are relative to it. Needs
+    `annotations`."""
     shards: Text | None = None
-    """Folder or URI of shards written by `python -m detr_ray.prepare`. Instead of the two others."""
+    """Folder or URI of shards written by `python -m detr_ray.prepare`; replaces `annotations` and `images`."""
 
     def rules(self) -> Iterator[Violation]:
         """Either shards, or annotations together with images."""
@@ -40,23 +41,23 @@ class AugmentConfig(Section):
     flip: Share = 0.5
     """Probability that an image is mirrored left to right."""
     scales: Counts = tuple(range(480, 801, 32))
-    """Lengths in pixels of the short side, one of which is drawn for every image."""
+    """Lengths of the short side in pixels. One is drawn for every image."""
     max_size: Count = 1333
-    """Longest long side in pixels. An image that would exceed it gets a shorter short side."""
+    """Longest allowed long side in pixels. An image that would be longer is scaled down further."""
     crop: Share = 0.5
     """Probability that an image is cropped before its final resize."""
     crop_scales: Counts = (400, 500, 600)
-    """Lengths in pixels of the short side before a crop, one of which is drawn."""
+    """Lengths of the short side before a crop, in pixels. One is drawn for every crop."""
     crop_min: Count = 384
     """Smallest side of a crop in pixels."""
     crop_max: Count = 600
     """Largest side of a crop in pixels."""
     shared_draws: Count = 1
-    """So many images of like aspect share the draws that decide their size, so that batches of small data sets pad
-    less. 1: every image draws on its own, as the original does."""
+    """Number of images of similar aspect ratio that share the random numbers for their size, so that batches of small
+    data sets need less padding. 1: every image has its own, as in the original."""
 
     def rules(self) -> Iterator[Violation]:
-        """The short side must fit below the long side, and a crop into the image it is cut from."""
+        """The short side must not exceed the long side, and a crop must fit into the image."""
         if max(self.scales) > self.max_size:
             yield Violation(("scales", "max_size"), f"must not exceed data.augment.max_size ({self.max_size})")
         if self.crop == 0:
@@ -73,18 +74,18 @@ class AugmentConfig(Section):
 
 
 class GenerateConfig(Section):
-    """Drawn shapes on cluttered backgrounds, in COCO format: data for a first run that needs no download."""
+    """Generated data: drawn shapes on cluttered backgrounds, in COCO format. For a first run without a download."""
 
     num_train: Count = 4000
     """Training images."""
     num_val: Count = 200
-    """Validation images, none of which is a training image."""
+    """Validation images. None of them is a training image."""
     seed: Seed = 0
-    """Other seeds give other images."""
+    """Seed of the drawn images."""
     image_size: tuple[Count, Count] = (64, 128)
-    """Shortest and longest side of the images in pixels. Both sides are drawn on their own."""
+    """Smallest and largest side of the images in pixels. Width and height are drawn independently."""
     max_objects: Count = 5
-    """Most objects in an image."""
+    """Largest number of objects in an image."""
     min_object_size: Count = 12
     """Longer side in pixels of the smallest objects."""
     empty_fraction: Share = 0.03
@@ -93,7 +94,7 @@ class GenerateConfig(Section):
     """How busy backgrounds are, from 0 (smooth) to 1 (lines, patches and noise)."""
 
     def rules(self) -> Iterator[Violation]:
-        """Sizes that can be drawn."""
+        """Sizes must be in a range that can be drawn."""
         smallest, largest = self.image_size
         if not 32 <= smallest <= largest <= 4096:
             yield Violation(("image_size",), "must be two sizes from 32 to 4096, the smaller first")
@@ -107,59 +108,58 @@ class GenerateConfig(Section):
 
 
 class DataConfig(Section):
-    """Which images and boxes to train and validate on, and how they get to the training workers."""
+    """Images and annotations for training and validation, and how they are loaded."""
 
     root: Text | None = None
     """Folder or URI in COCO's layout: `annotations/instances_train2017.json`, `annotations/instances_val2017.json`,
-    `train2017/`, `val2017/`. Instead of `data.train` and `data.val`."""
+    `train2017/`, `val2017/`. Replaces `data.train` and `data.val`."""
     train: SplitConfig | None = None
-    """Training images elsewhere than in `data.root`."""
+    """Training images that are not in `data.root`."""
     val: SplitConfig | None = None
-    """Validation images elsewhere than in `data.root`."""
+    """Validation images that are not in `data.root`."""
     label_space: Literal["auto", "contiguous", "coco91"] = "auto"
-    """What a class index means. `contiguous`: the place in the annotation file's categories by rising id. `coco91`:
-    COCO's own category id, as in the published weights. `auto`: coco91 when `model.init_from` holds published weights
-    and the data has COCO's categories, contiguous otherwise."""
+    """Meaning of a class index. `contiguous`: position among the annotation file's categories, sorted by id. `coco91`:
+    COCO's own category id, as in the published weights. `auto`: coco91 if `model.init_from` holds published weights and
+    the data has COCO's categories, otherwise contiguous."""
     generate: GenerateConfig | None = None
-    """Writes generated data into `data.root` first, if it is not there yet. `{}` takes all defaults."""
+    """Draws a generated data set in `data.root` first, if it does not exist yet. `{}`: all defaults."""
     max_images: Count | None = None
-    """Only the first so many images of each split, by image id: to see in minutes whether a model can learn a few
-    images by heart. null: all."""
+    """Uses only this number of images of each split, the lowest image ids: to check within minutes whether a model can
+    overfit a few images. null: all."""
     augment: AugmentConfig = AugmentConfig()
     """Augmentation of training images."""
     window: Count | None = None
-    """Samples that are sorted by shape at a time, so that images of like shape share a batch. More means less padding
-    and less shuffling. null: 4096, or 64 global batches if that is more."""
+    """Number of samples that are sorted by shape together, so that images of similar shape share a batch. More: less
+    padding, less shuffling. null: 4096, or 64 global batches if that is more."""
     shard_window: Count | None = None
-    """With `data.train.shards`: so many shards are shuffled together at a time, in an order that differs from epoch to
-    epoch, so that the reads of a stretch of training stay in few files. Fewer means less shuffling. null: the whole
-    data set."""
+    """With `data.train.shards`: number of shards that are shuffled together. Their order differs from epoch to epoch.
+    Fewer: each part of the training reads fewer files, less shuffling. null: the whole data set."""
     pad_multiple: Count = 1
-    """Training batches are padded to a height and width that are multiples of so many pixels. At 64 about a tenth as
-    many shapes are left, each padded by some 6 % more: faster on CPUs with `train.precision=bf16`, whose kernels are
-    made anew for shapes that are not remembered, and with `train.compile`."""
+    """Height and width of training batches are padded to a multiple of this number of pixels. 64 leaves about a tenth
+    of the different shapes and adds about 6 % padding. Faster with `train.compile`, and on CPUs with
+    `train.precision=bf16`, where each new shape needs new kernels."""
     reduced_decoding: Annotated[Number, Field(ge=1)] | None = None
-    """Decodes large JPEGs at 1/2, 1/4 or 1/8 of their size where at least this many times the pixels that are wanted
-    along each side are left: faster, and not to the last bit what decoding all of them gives. Pixels of photos
-    differ by 0.2 of 255 on average at 2, by 1 at 1. Smaller images, such as all of COCO's, are not touched.
-    null: never."""
+    """Decodes large JPEGs at 1/2, 1/4 or 1/8 of their size, if the result still has at least this many times the needed
+    pixels along each side. Faster, but not bit-identical: pixels of photos differ by 0.2 of 255 on average at 2, by 1
+    at 1. Smaller images, such as all of COCO's, are not affected. null: never."""
     tasks_per_worker: Count = 2
-    """Data tasks that read and augment images at the same time for each training worker."""
+    """Number of data tasks for each training worker that read and augment images at the same time."""
     prefetch_batches: Count = 4
-    """Batches that are kept ready ahead of each training worker."""
+    """Number of batches that are prepared ahead for each training worker."""
     follow_links: bool = False
-    """Whether links in a folder of images may lead out of it. Otherwise files that such links lead to are refused: a
-    data set made by others could have any file of this machine read, and packed into shards. A folder that is a link
-    itself is followed in any case."""
+    """Whether links in an image folder may lead out of the folder. By default such files are refused: a data set from
+    others could make this program read any file of this machine and pack it into shards. A folder that is itself a link
+    is always followed."""
     on_bad_image: Literal["raise", "skip"] = "raise"
-    """What to do about an image that cannot be read: end the run, or train on a black image without boxes in its place,
-    and count it. `skip` counts a validation image as one in which nothing was found: its annotated boxes stay, so that
-    scores are not the better for it."""
+    """What happens with an image that cannot be read. `raise`: the run ends. `skip`: training uses a black image
+    without boxes instead, and counts it; validation counts the image as one without detections. Its annotated boxes
+    stay, so scores do not get better."""
     max_bad_images: CountOrZero = 100
-    """With `data.on_bad_image=skip`: the run ends when more different training images than this could not be read."""
+    """With `data.on_bad_image=skip`: the run ends if more than this number of different training images cannot be
+    read."""
 
     def rules(self) -> Iterator[Violation]:
-        """The data lies in one place, and generated data has a place."""
+        """Each split has one source, and generated data needs a folder."""
         for name in ("train", "val"):
             if self.root is not None and getattr(self, name) is not None:
                 yield Violation((name, "root"), "cannot go together with data.root: set one of them to null")

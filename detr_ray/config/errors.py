@@ -1,4 +1,4 @@
-"""What is raised for a configuration that cannot be used. Knows nothing of where configurations come from."""
+"""The error for a configuration that cannot be used."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; its text has one line a fault, each naming the key and what to do.
+    """A configuration that cannot be used. The text has one line for each fault, with the key and what to do.
 
     Attributes:
-        errors: the lines, all faults that were found and not only the first.
+        errors: the lines.
     """
 
     def __init__(self, errors: str | Sequence[str]):

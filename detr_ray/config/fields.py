@@ -1,7 +1,7 @@
-"""What sections of the configuration are made of: checked numbers, rules over several keys, schedules.
+"""Types of configuration values: checked numbers, rules over several keys, schedules.
 
-Knows no key of the configuration. Whole numbers are strict (``3.0``, ``"3"`` and ``true`` are refused); other numbers
-also come as text, because YAML reads some spellings of them as text, but are always finite and never booleans.
+Whole numbers are strict (``3.0``, ``"3"`` and ``true`` are refused). Other numbers may be given as text, because YAML
+reads some spellings of numbers as text; they must be finite, and booleans are refused.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from detr_ray.schedules import Curve, Interpolation, constant
+from detr_ray.schedules import Curve, Interpolation
 
 RULE_ERROR = "rules"
-"""Type under which broken rules arrive among pydantic's errors; their list is in the error's context."""
+"""Type of pydantic errors for broken rules; the error's context holds the list of `Violation`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +25,8 @@ class Violation:
     """A broken rule over one or several keys.
 
     Attributes:
-        keys: dotted keys the rule reads, relative to the section that has the rule; the first is the one to report.
-        message: what must hold, without the value found.
+        keys: dotted keys that the rule uses, relative to its section; the first is named in the message.
+        message: the rule, for example "must ascend".
     """
 
     keys: tuple[str, ...]
@@ -34,14 +34,14 @@ class Violation:
 
 
 class Section(BaseModel):
-    """Base of all sections: frozen, no unknown keys, the docstring under a field is its meaning."""
+    """Base of all sections: frozen, without unknown keys; the docstring under a field is its description."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, hide_input_in_errors=True
     )
 
     def rules(self) -> Iterator[Violation]:
-        """Yields the broken rules that span several keys of this section."""
+        """Yields the broken rules of this section."""
         yield from ()
 
     @model_validator(mode="after")
@@ -65,7 +65,7 @@ def _refuse_empty(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return values
 
 
-# Runs after the entries were checked: pydantic's own minimum also complains about entries that were faulty.
+# Runs after the entries were checked. Pydantic's own minimum length would add an error to each faulty entry.
 NonEmpty = AfterValidator(_refuse_empty)
 
 Whole = Annotated[int, Field(strict=True)]
@@ -84,10 +84,9 @@ class Schedule(Section):
     """A weight that changes over the epochs."""
 
     points: Annotated[tuple[tuple[NonNegative, NonNegative], ...], NonEmpty]
-    """``[epoch, value]`` pairs, epochs ascending. The first value holds before them, the last one after them."""
+    """``[epoch, value]`` pairs with ascending epochs. The first value also holds before, the last value also after."""
     interpolation: Interpolation = "linear"
-    """What lies between two points: ``constant`` keeps the earlier value, ``linear`` a straight line, ``cosine`` half a
-    cosine wave."""
+    """Values between two points: ``constant`` (the earlier value), ``linear`` or ``cosine`` (half a cosine wave)."""
 
     def rules(self) -> Iterator[Violation]:
         """The epochs must ascend."""
@@ -95,29 +94,24 @@ class Schedule(Section):
         if any(later <= earlier for earlier, later in pairwise(epochs)):
             yield Violation(("points",), "must have ascending epochs")
 
-    def curve(self) -> Curve:
-        """The curve over epochs."""
-        return Curve(self.points, self.interpolation)
+    def at(self, epoch: float) -> float:
+        """The weight at an epoch; 2.5 is the middle of the third epoch."""
+        return Curve(self.points, self.interpolation).at(epoch)
 
 
 NUMBER_BRANCH, SCHEDULE_BRANCH = "<number>", "<schedule>"
-"""Names of a weight's two forms in the locations of pydantic's errors; the brackets keep them apart from keys."""
+"""Names of a weight's two forms in the locations of pydantic's errors. The brackets distinguish them from keys."""
 
 
 def _weight_branch(value: Any) -> str:
     return SCHEDULE_BRANCH if isinstance(value, Mapping | Schedule) else NUMBER_BRANCH
 
 
-# The discriminator picks the form first, so that a faulty value gets the errors of the form it is meant to have.
+# The discriminator selects the form before validation, so that a faulty value gets the errors of one form only.
 Weight = Annotated[
     Annotated[NonNegative, Tag(NUMBER_BRANCH)] | Annotated[Schedule, Tag(SCHEDULE_BRANCH)],
     Discriminator(_weight_branch),
 ]
-
-
-def curve_of(weight: float | Schedule) -> Curve:
-    """Curve over epochs of a weight, which is a number or a schedule."""
-    return weight.curve() if isinstance(weight, Schedule) else constant(weight)
 
 
 COUNT_BRANCH, RANGE_BRANCH = "<count>", "<range>"
@@ -127,7 +121,7 @@ def _range_branch(value: Any) -> str:
     return RANGE_BRANCH if isinstance(value, list | tuple) else COUNT_BRANCH
 
 
-# A number, or the least and the most: ``4`` or ``[2, 8]``.
+# A number, or the smallest and the largest number: ``4`` or ``[2, 8]``.
 CountOrRange = Annotated[
     Annotated[Count, Tag(COUNT_BRANCH)] | Annotated[tuple[Count, Count], Tag(RANGE_BRANCH)],
     Discriminator(_range_branch),

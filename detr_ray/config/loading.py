@@ -1,4 +1,4 @@
-"""From files and overrides to a configuration, or to one error that lists everything wrong with them."""
+"""Builds a configuration from files and overrides, or raises one error that lists all faults."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ FilePath = str | Path
 
 
 def load_config(paths: FilePath | Sequence[FilePath] | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Reads a configuration: defaults, then the files in their order, then the overrides; what comes later wins.
+    """Reads a configuration: defaults, then the files in their order, then the overrides; later values win.
 
-    Sections are merged key by key; a list is replaced as a whole. A null in place of a section says nothing about its
-    keys, but takes away a section that is null by default, such as ``data.train``. Paths inside stay as written.
+    Sections are merged key by key; a list is replaced as a whole. A null in place of a section is ignored, except for
+    sections that are null by default, such as ``data.train``: it removes them. Relative paths stay as written.
 
     Args:
-        paths: YAML file or files; none for the defaults alone.
+        paths: YAML file or files.
         overrides: ``dotted.key=value``, also with two dashes in front; the value is read as YAML.
 
     Raises:
-        ConfigError: files that cannot be read, unknown keys, values out of range, rules broken: all of them at once;
-            or an address with a password, a key or a signature in it.
+        ConfigError: unreadable files, unknown keys, values out of range and broken rules, all of them at once; or an
+            address that contains a password, a key or a signature.
     """
     draft = _Draft()
     for path in [paths] if isinstance(paths, str | Path) else paths or ():
@@ -48,12 +48,12 @@ def load_config(paths: FilePath | Sequence[FilePath] | None = None, overrides: S
 def config_from_dict(
     values: Mapping[str, Any], source: str, on_unknown: Callable[[str], object] | None = None
 ) -> Config:
-    """Configuration of nested mappings, for example of those that a checkpoint holds.
+    """Builds a configuration from nested mappings, for example from those of a checkpoint.
 
     Args:
-        values: section -> key -> value; what is absent has its default.
-        source: what to call them in messages.
-        on_unknown: told of each key that there is not, which is then passed over; None: they are errors.
+        values: section -> key -> value; missing keys get their defaults.
+        source: name of the values in messages.
+        on_unknown: called with each unknown key, which is then ignored; None: unknown keys are errors.
 
     Raises:
         ConfigError: as `load_config`.
@@ -64,17 +64,15 @@ def config_from_dict(
 
 
 def with_defaults(config: Config, defaults: Mapping[str, Any], source: str) -> Config:
-    """The same configuration with other defaults: values for keys that nobody gave.
-
-    Pydantic notes which keys a configuration was made with, here those of the files and overrides.
+    """The same configuration with other defaults for the keys that were not given.
 
     Args:
-        config: what was given.
+        config: the configuration; pydantic knows which of its keys were given in files and overrides.
         defaults: section -> key -> value.
-        source: what to call the defaults in messages.
+        source: name of the defaults in messages.
 
     Raises:
-        ConfigError: given values and defaults do not go together.
+        ConfigError: the given values and the defaults together break a rule.
     """
     draft = _Draft()
     draft.merge(defaults, source)
@@ -83,15 +81,15 @@ def with_defaults(config: Config, defaults: Mapping[str, Any], source: str) -> C
 
 
 class _Draft:
-    """What users gave so far: merged values, where each came from, and what is already known to be wrong."""
+    """The values given so far: merged, with the source of each, and with the errors found so far."""
 
     def __init__(self, on_unknown: Callable[[str], object] | None = None) -> None:
         self._on_unknown = on_unknown
         self._values: dict[str, Any] = {}
         self._sources: dict[tuple[str, ...], str] = {}
         self._errors: list[str] = []
-        # Keys with faults of their own; a rule that reads one of them would only repeat what was said.
-        self._tainted: set[str] = set()
+        # Keys with an error. A rule that uses one of them would only report the same error again.
+        self._faulty: set[str] = set()
 
     def add_file(self, path: Path) -> None:
         try:
@@ -122,18 +120,18 @@ class _Draft:
             self._refuse_unknown(path, COMMAND_LINE)
             return
         if not raw:
-            self._tainted.add(name)
+            self._faulty.add(name)
             self._errors.append(f"{name}: no value is given; write {name}=VALUE, or {name}=null for none")
             return
         value: Any
         if is_text(field.annotation) and raw[0] not in "'\"" and raw.lower() not in ("null", "~"):
-            # Text is taken as typed: a run may be called 2026 and a path may hold what is special in YAML.
+            # Text is not parsed as YAML: a run may be called 2026, and a path may contain special characters.
             value = raw
         else:
             try:
                 value = parse_yaml(raw)
             except ValueError as error:
-                self._tainted.add(name)
+                self._faulty.add(name)
                 self._errors.append(f"{name}: cannot be read as YAML: {error} (got {raw}, from {COMMAND_LINE})")
                 return
         for part in reversed(path):
@@ -175,14 +173,14 @@ class _Draft:
             self._on_unknown(".".join(path))
             return
         message, guesses = unknown_key(path)
-        self._tainted.update(guesses)
+        self._faulty.update(guesses)
         self._errors.append(f"{message} (from {source})")
 
     def build(self) -> Config:
-        """The configuration.
+        """Builds the configuration.
 
-        Pydantic checks a rule only where its section has no other fault. So what is faulty is taken out, falling back
-        to defaults, and the rest is checked again, until everything was looked at once.
+        Pydantic checks the rules of a section only if the section has no other fault. To report all faults at once,
+        faulty keys are removed (so that they have their defaults) and the rest is validated again, until it is valid.
         """
         values = self._values
         while True:
@@ -194,22 +192,23 @@ class _Draft:
                 if self._errors:
                     raise ConfigError(self._errors)
                 return config
-            self._errors += [self._line(finding) for finding in found if not self._is_echo(finding)]
+            self._errors += [self._line(finding) for finding in found if not self._is_consequence(finding)]
             for finding in found:
-                self._tainted.update(finding.keys)
+                self._faulty.update(finding.keys)
             pruned = _without(values, [key for finding in found for key in finding.keys])
             if pruned == values:
-                # None of the keys was given, so it is the mention of their section that is faulty.
+                # None of the keys was given: remove their section.
                 pruned = _without(values, [finding.keys[0].rpartition(".")[0] for finding in found])
             if pruned == values:
                 raise ConfigError(self._errors)
             values = pruned
 
-    def _is_echo(self, finding: Finding) -> bool:
-        return finding.follows and any(
-            key == tainted or key.startswith(f"{tainted}.") or tainted.startswith(f"{key}.")
+    def _is_consequence(self, finding: Finding) -> bool:
+        """Whether another fault, which is reported already, may have caused this one."""
+        return finding.may_follow and any(
+            key == faulty or key.startswith(f"{faulty}.") or faulty.startswith(f"{key}.")
             for key in finding.keys
-            for tainted in self._tainted
+            for faulty in self._faulty
         )
 
     def _line(self, finding: Finding) -> str:
@@ -233,7 +232,7 @@ class _Draft:
 
 
 def _without(values: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
-    """The values without some dotted keys, and without sections that this leaves empty."""
+    """The values without some dotted keys, and without sections that become empty."""
     for key in keys:
         values = _without_one(values, key.split("."))
     return values

@@ -1,4 +1,4 @@
-"""Pydantic's findings in the words of the configuration: which key, what it must be."""
+"""Translates pydantic's errors into messages for users: which key, and what it must be."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from detr_ray.config.fields import COUNT_BRANCH, NUMBER_BRANCH, RULE_ERROR
 from detr_ray.config.yaml_format import format_inline
+from detr_ray.printable import shortened
 
 Path = tuple[str | int, ...]
 
@@ -50,34 +51,34 @@ class Finding:
     """One fault.
 
     Attributes:
-        path: the key, and places in lists after it.
-        message: what must hold.
-        keys: all dotted keys that play a part; several where a rule over several keys is broken.
-        follows: whether it may only follow from another fault: a broken rule, or a key that is missing.
+        path: the parts of the key, then the indices in lists.
+        message: what the value must be.
+        keys: the dotted keys concerned; several if a rule over several keys is broken.
+        may_follow: whether another fault may be the cause: true for broken rules and missing keys.
     """
 
     path: Path
     message: str
     keys: tuple[str, ...]
-    follows: bool = False
+    may_follow: bool = False
 
     @property
     def place(self) -> str:
-        """The key as a user writes it, with places in lists in brackets."""
+        """The key as users write it, with indices in brackets."""
         text = ".".join(part for part in self.path if isinstance(part, str))
         return text + "".join(f"[{part}]" for part in self.path if isinstance(part, int))
 
 
 def findings(error: ValidationError) -> Iterator[Finding]:
-    """Translates everything that a validation found."""
+    """Translates all errors of a validation."""
     for detail in error.errors(include_url=False, include_input=False):
         raw = detail["loc"]
-        # Names in angle brackets say which form of a weight was tried; they are no keys.
+        # Names in angle brackets are forms of a weight or a range, not keys.
         path = tuple(part for part in raw if not (isinstance(part, str) and part.startswith("<")))
         if detail["type"] == RULE_ERROR:
             for violation in detail["ctx"]["violations"]:
                 full = [(*path, *key.split(".")) for key in violation.keys]
-                yield Finding(full[0], violation.message, tuple(".".join(map(str, key)) for key in full), follows=True)
+                yield Finding(full[0], violation.message, tuple(".".join(map(str, key)) for key in full), True)
             continue
         message = _message(detail)
         if NUMBER_BRANCH in raw and message == _NUMBER:
@@ -86,8 +87,8 @@ def findings(error: ValidationError) -> Iterator[Finding]:
             message += " or a range such as [2, 8]"
         names = [part for part in path if isinstance(part, str)]
         is_missing = detail["type"] == "missing"
-        # What is faulty about a missing key is the section that lacks it.
-        yield Finding(path, message, (".".join(names[:-1] if is_missing else names),), follows=is_missing)
+        # For a missing key, the faulty key is its section.
+        yield Finding(path, message, (".".join(names[:-1] if is_missing else names),), is_missing)
 
 
 def _message(detail: Any) -> str:
@@ -101,10 +102,10 @@ def _message(detail: Any) -> str:
     return detail["msg"]
 
 
-def shown(value: Any, most: int = 80) -> str:
-    """A value for a message: as YAML on one line, not too long."""
+def shown(value: Any) -> str:
+    """A value for a message: as YAML on one line, shortened."""
     try:
         text = " ".join(format_inline(value).split())
-    except Exception:  # values from Python code may be anything
+    except Exception:  # values from Python code may have any type
         text = repr(value)
-    return text if len(text) <= most else f"{text[: most - 3]}..."
+    return shortened(text, 80)

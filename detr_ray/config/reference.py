@@ -1,4 +1,4 @@
-"""The reference of all keys, as text for ``--help`` and as Markdown for the documentation: one source for both."""
+"""The reference of all keys: as text for ``--help``, and as Markdown for ``docs/configuration.md``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ _INTRODUCTION = """\
 # Configuration
 
 <!-- Written from the docstrings of the sections by
-python -c "from detr_ray.cli import render_reference; print(render_reference(), end='')" > docs/configuration.md -->
+python -c "from detr_ray.config.reference import reference_markdown; print(reference_markdown(), end='')" \
+> docs/configuration.md -->
 
 A configuration is made of the defaults below, then of YAML files (`--config FILE`, more than once: later wins), then of
 `dotted.key=value` on the command line. A file holds only what differs from the defaults. Values are YAML: `null`,

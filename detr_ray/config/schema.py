@@ -1,4 +1,4 @@
-"""What keys there are: walks the sections' types. Knows nothing of values that users give."""
+"""The keys of the configuration, collected from the section classes; and configurations as flat lists of keys."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from pydantic.fields import FieldInfo
 
 from detr_ray.config.fields import Schedule, Section
 from detr_ray.config.sections import Config
+from detr_ray.config.yaml_format import format_inline
+
+Scalar = str | int | float | bool | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +25,8 @@ class Key:
 
     Attributes:
         path: dotted name.
-        kind: what values it takes, for people.
-        default: its default; for the keys of a section that is null by default, their defaults once it is given.
+        kind: its allowed values, in words.
+        default: its default. Keys of a section that is null by default have the default of the section class.
         meaning: its docstring.
         is_section: whether it holds further keys.
     """
@@ -36,7 +39,7 @@ class Key:
 
 
 def nested_section(annotation: Any) -> type[Section] | None:
-    """The section that a field of this type may hold, a weight's schedule included; None for plain values."""
+    """The section class in the type of a field (for a weight: `Schedule`); None for plain values."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
     found = (nested_section(argument) for argument in get_args(annotation))
@@ -44,12 +47,12 @@ def nested_section(annotation: Any) -> type[Section] | None:
 
 
 def accepts_null(annotation: Any) -> bool:
-    """Whether null is a value of this type."""
+    """Whether the type allows null."""
     return NoneType in get_args(annotation)
 
 
 def is_text(annotation: Any) -> bool:
-    """Whether only text, or text and null, are values of this type."""
+    """Whether the type allows only text, or only text and null."""
     if get_origin(annotation) is Annotated:
         return is_text(get_args(annotation)[0])
     arguments = [argument for argument in get_args(annotation) if argument is not NoneType]
@@ -57,7 +60,7 @@ def is_text(annotation: Any) -> bool:
 
 
 def field_at(path: tuple[str, ...]) -> FieldInfo | None:
-    """The field that a key leads to; None where there is no such key."""
+    """The field of a dotted key; None if there is no such key."""
     section: type[Section] | None = Config
     field = None
     for name in path:
@@ -70,7 +73,7 @@ def field_at(path: tuple[str, ...]) -> FieldInfo | None:
 
 @cache
 def all_keys() -> tuple[Key, ...]:
-    """Every key in the order of the sections, each section before its keys."""
+    """All keys in the order of the sections; a section comes before its keys."""
     return tuple(_keys_of(Config, ()))
 
 
@@ -116,7 +119,7 @@ def _range(metadata: Any) -> str:
 
 
 def unknown_key(path: tuple[str, ...]) -> tuple[str, list[str]]:
-    """What to say about a key that there is not, and the keys it may have been meant to be."""
+    """Message for an unknown key, and the known keys that are most similar."""
     guesses = _nearest(".".join(path))
     hint = " or ".join(f"'{guess}'" for guess in guesses)
     said = f"; did you mean {hint}?" if guesses else "; --help lists all keys"
@@ -144,3 +147,30 @@ def _nearest(path: str) -> list[str]:
     elsewhere = [key for key in known if key.rpartition(".")[2] == name]
     elsewhere += [key for key in known if len(name) >= 4 and name in key.rpartition(".")[2] and key not in elsewhere]
     return elsewhere[:3] or difflib.get_close_matches(path, known, n=1)
+
+
+def flatten(config: Config) -> dict[str, Scalar]:
+    """Key -> value of every key that is no section, in the order of the sections.
+
+    All configurations have the same keys: where a section is null, its keys are null. Lists and schedules are given as
+    the text that sets them on the command line.
+    """
+    values = config.to_dict()
+    return {key.path: _scalar(_lookup(values, key.path)) for key in all_keys() if not key.is_section}
+
+
+def diff(a: Config, b: Config) -> list[str]:
+    """One line ``key: value of a -> value of b`` for each key that differs."""
+    flat_a, flat_b = flatten(a), flatten(b)
+    shown = {key: [v if isinstance(v, str) else format_inline(v) for v in (flat_a[key], flat_b[key])] for key in flat_a}
+    return [f"{key}: {' -> '.join(shown[key])}" for key in flat_a if flat_a[key] != flat_b[key]]
+
+
+def _lookup(values: Any, path: str) -> Any:
+    for name in path.split("."):
+        values = None if values is None else values[name]
+    return values
+
+
+def _scalar(value: Any) -> Scalar:
+    return format_inline(value) if isinstance(value, list | dict) else value

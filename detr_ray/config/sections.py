@@ -1,7 +1,7 @@
-"""All sections of the configuration, their keys, ranges, defaults and meanings.
+"""All sections of the configuration: keys, types, defaults and meanings.
 
-The docstring under a field is its meaning, in ``--help`` and in the documentation alike. What can be derived from the
-data (classes, steps an epoch) is no key. Knows nothing of files and command lines.
+The docstring under a field is its meaning in ``--help`` and in the documentation. Values that follow from the data
+(number of classes, steps an epoch) are no keys.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from detr_ray.config.fields import (
     CountOrZero,
     NonNegative,
     Positive,
+    Schedule,
     Section,
     Seed,
     Share,
@@ -28,7 +29,6 @@ from detr_ray.config.fields import (
     Violation,
     Weight,
     Whole,
-    curve_of,
 )
 from detr_ray.config.yaml_format import format_yaml
 
@@ -37,10 +37,10 @@ class RunConfig(Section):
     """Name of the run, where it is kept, and its seed."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] | None = None
-    """Name of the run, of letters, digits, `.`, `_` and `-`. A run of this name that exists is resumed if its
+    """Name of the run, of letters, digits, `.`, `_` and `-`. An existing run of this name is resumed if its
     configuration agrees. null: a new, unique name."""
     storage: Text = "runs"
-    """Folder or URI for checkpoints and everything else the run leaves behind."""
+    """Folder or URI for checkpoints and all other files of the run."""
     seed: Seed = 42
     """Seed of the first weights, the sample order, the augmentation and dropout."""
 
@@ -49,12 +49,13 @@ class ModelConfig(Section):
     """The architecture: DETR, by default the original's with a ResNet-50; and the weights it starts from."""
 
     backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
-    """Network that turns images into features."""
+    """Network that computes image features."""
     backbone_norm: Literal["frozen", "batch"] = "frozen"
-    """Batch norm of the backbone. `frozen`: as loaded, for pretrained weights; the stem and the first stage do not
-    train either. `batch`: trains, for a backbone from random weights."""
+    """Batch norm of the backbone. `frozen`: fixed, for pretrained weights; the stem and the first stage do not train
+    either. `batch`: trains, for a backbone from random weights."""
     backbone_stride: Literal[32, 16, 8] = 32
-    """Pixels of an image for each cell of the features: the backbone is cut there. 16 and 8 are for small images."""
+    """Image pixels for each feature cell, along each side. The backbone ends at the stage with this stride. 16 and 8
+    are for small images."""
     backbone_weights: Text = "imagenet"
     """First weights of the backbone: `imagenet` (downloaded once), `none` (random), or path or URL of a torchvision
     ResNet's state dict, as a torch file or safetensors. Not used with `model.init_from`."""
@@ -62,7 +63,7 @@ class ModelConfig(Section):
     """Dilate the last stage instead of halving its resolution (DC5): four times the features, better on small objects,
     slower."""
     position_embedding: Literal["sine", "learned"] = "sine"
-    """How a feature's place in the image is told to the transformer."""
+    """Position embedding of the transformer: fixed sine waves, or learned."""
     hidden_dim: Count = 256
     """Width of the transformer."""
     num_heads: Count = 8
@@ -78,16 +79,16 @@ class ModelConfig(Section):
     pre_norm: bool = False
     """Normalise before each part of a transformer layer instead of after it."""
     num_queries: Count = 100
-    """Objects the model can find in one image."""
+    """Number of queries: the largest number of objects that the model can find in one image."""
     aux_loss: bool = True
     """Apply the loss to every decoder layer, not only to the last."""
     init_from: Text | None = None
-    """Path or URL of DETR weights to start from, as a torch file or safetensors; what trainers put around them is taken
-    off. A head for other classes is rebuilt, with the rows of classes of the same name copied. The backbone has to be
-    that of the file."""
+    """Path or URL of DETR weights to start from, as a torch file or safetensors; weights inside the checkpoint of
+    another training program are found. For other classes the head is rebuilt, and rows of classes with the same name
+    are copied. The backbone must be that of the file."""
 
     def rules(self) -> Iterator[Violation]:
-        """Widths that divide, and a dilation that the backbone has."""
+        """The width must be divisible, and the backbone must support dilation."""
         if self.hidden_dim % self.num_heads:
             yield Violation(("hidden_dim", "num_heads"), f"must be divisible by model.num_heads ({self.num_heads})")
         if self.hidden_dim % 4:
@@ -124,10 +125,15 @@ class LossConfig(Section):
     """Weight of no-object among the classes of the classification loss."""
 
     def rules(self) -> Iterator[Violation]:
-        """Something must tell a good match from a bad one."""
+        """At least one matching cost must not be 0."""
         costs = ("cost_class", "cost_bbox", "cost_giou")
-        if all(value == 0 for name in costs for _, value in curve_of(getattr(self, name)).points):
+        if all(_is_always_zero(getattr(self, name)) for name in costs):
             yield Violation(costs, "must not be 0 together with loss.cost_bbox and loss.cost_giou")
+
+
+def _is_always_zero(weight: float | Schedule) -> bool:
+    values = [value for _, value in weight.points] if isinstance(weight, Schedule) else [weight]
+    return not any(values)
 
 
 class OptimConfig(Section):
@@ -136,8 +142,9 @@ class OptimConfig(Section):
     lr: Positive = 1e-4
     """Learning rate of everything but the backbone."""
     lr_backbone: NonNegative = 1e-5
-    """Learning rate of the backbone. 0 freezes it, as the original does: its weights (learned positions among them) and
-    its batch norm's statistics stay as they are, it has no moments and no part in the gradient's norm."""
+    """Learning rate of the backbone. 0 freezes it, as in the original: its weights (including learned position
+    embeddings) and its batch norm statistics do not change, the optimizer keeps no state for it, and its gradients do
+    not count in the gradient norm."""
     weight_decay: NonNegative = 1e-4
     """Weight decay."""
     clip_max_norm: NonNegative = 0.1
@@ -154,12 +161,13 @@ class OptimConfig(Section):
     warmup_epochs: NonNegative = 0
     """Epochs over which the learning rates climb from near 0 at the start."""
     min_lr_factor: Share = 0
-    """Share of the learning rates that the schedule `cosine` ends at."""
+    """Factor of the learning rates at the end of the schedule `cosine`."""
     ema_decay: Annotated[Share, Field(lt=1)] = 0
-    """Decay of a moving average of the weights, which is then what is evaluated; 0 turns it off. Common: 0.9997."""
+    """Decay of a moving average of the weights; the average is then what is evaluated. 0: no average. Common:
+    0.9997."""
 
     def rules(self) -> Iterator[Violation]:
-        """Milestones that exist and ascend."""
+        """Milestones must ascend, and multistep needs some."""
         if any(later <= earlier for earlier, later in pairwise(self.milestones)):
             yield Violation(("milestones",), "must ascend")
         if self.schedule == "multistep" and not self.milestones:
@@ -172,52 +180,53 @@ class TrainConfig(Section):
     epochs: Count = 300
     """Passes over the training images."""
     global_batch_size: Count = 16
-    """Images of one optimizer step, over all workers. Workers' shares follow from it and need not be equal."""
+    """Images of one optimizer step, over all workers. Each worker gets a share of them; shares need not be equal."""
     micro_batch_size: Count | None = None
-    """Most images of one forward pass; a worker's larger share is accumulated. Changes memory, not results. null: the
-    whole share at once."""
+    """Largest number of images in one forward pass. A worker with a larger share accumulates gradients over several
+    passes. Changes memory, not results. null: the whole share in one pass."""
     num_workers: CountOrRange | None = None
-    """Training workers. `[least, most]`: as many as the cluster has room for, more when nodes come and fewer when they
-    go; batches and results stay those of the stream. null: one for each GPU of the cluster, or one without any."""
+    """Number of training workers. `[least, most]`: as many as the cluster has room for; workers are added and removed
+    as nodes come and go, and batches and results stay the same. null: one for each GPU of the cluster, or one if there
+    is no GPU."""
     use_gpu: bool | None = None
     """Train on GPUs. null: if there are any."""
     worker_resource: Text | None = None
-    """Custom Ray resource that each worker takes one of, beside its GPU or CPU: keeps workers on the nodes that have
-    it."""
+    """Custom Ray resource: each worker takes one unit of it, in addition to its GPU or CPU. Keeps workers on the nodes
+    that have this resource."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Number format of the forward pass; matching and losses stay in fp32. fp16 needs a GPU."""
     launcher: Literal["ray", "local"] = "ray"
     """`ray`: workers on a Ray cluster, which is started on this machine if there is none. `local`: one worker in this
     process, for debugging."""
     checkpoint_every_steps: Count | None = None
-    """Optimizer steps between two checkpoints, also in the middle of an epoch. null: only after epochs, with each
-    validation, and else after at least 100 steps."""
+    """Optimizer steps between two checkpoints, also in the middle of an epoch. null: only at ends of epochs: with each
+    validation, and otherwise after at least 100 steps."""
     keep_last: Count = 2
-    """Newest checkpoints that are kept, beside the best."""
+    """Number of newest checkpoints that are kept, in addition to the best."""
     max_failures: Annotated[Whole, Field(ge=-1)] = 3
-    """Times that lost workers, or a lost controller, are replaced and the run goes on by itself; -1: without limit."""
+    """Number of times that the run continues by itself after it lost workers or the controller; -1: without limit."""
     log_every_steps: Count = 10
     """Optimizer steps between two records of metrics."""
     compile: bool = False
-    """Compile the model with torch.compile, once for each shape that batches have, which takes up to minutes each: set
-    `data.pad_multiple` to have few. On CPUs it hardly pays."""
+    """Compile the model with torch.compile. Each new batch shape takes up to minutes: set `data.pad_multiple` to have
+    few shapes. Hardly useful on CPUs."""
     channels_last: bool = True
-    """Keep image features in channels-last memory order, which convolutions are faster in."""
+    """Keep image features in channels-last memory order: faster convolutions."""
     on_nonfinite: Literal["raise", "skip"] = "raise"
-    """What to do about a step whose predictions, loss or gradients are not finite: end the run, or leave the step out
-    on all workers."""
+    """What happens with a step whose predictions, loss or gradients are not finite. `raise`: the run ends. `skip`: all
+    workers leave the step out."""
     max_nonfinite_steps: CountOrZero = 10
-    """With `train.on_nonfinite=skip`: the run ends when more steps than this in a row were left out. Those that fp16
-    leaves out by itself while it looks for the scale of its gradients do not count."""
+    """With `train.on_nonfinite=skip`: the run ends if more than this number of consecutive steps are left out. Steps
+    that fp16 itself leaves out while it adjusts its gradient scale do not count."""
     stall_timeout_s: Count = 600
-    """Seconds that a worker may spend in one phase of a step (waiting for data, the forward pass, a checkpoint, ...).
-    One that takes longer hangs: it is named and replaced, which counts as a failure. The same holds for Ray Train's
-    controller when nothing has been heard of it for so long."""
+    """Longest time in seconds that a worker may spend in one phase of a step (waiting for data, the forward pass, a
+    checkpoint, ...). A worker that takes longer is reported and replaced, which counts as a failure. The same limit
+    holds for the time since the last sign of life of Ray Train's controller."""
     start_timeout_s: Count = 1800
-    """Seconds to wait for the resources of the workers, at the start and after a node was lost; then the run fails,
-    saying what is missing."""
+    """Seconds to wait for the resources of the workers, at the start and after a node was lost. Then the run fails and
+    says what is missing."""
     resize_check_s: Count = 60
-    """With a range of `train.num_workers`: seconds between two looks at whether more workers have room."""
+    """With a range of `train.num_workers`: seconds between two checks whether there is room for more workers."""
     max_steps: Count | None = None
     """Optimizer steps after which the run ends early. Schedules still follow `train.epochs`."""
     record_stream: bool = False
@@ -225,11 +234,11 @@ class TrainConfig(Section):
 
     @property
     def worker_range(self) -> tuple[int, int] | None:
-        """The least and the most workers; None where the cluster decides."""
+        """Smallest and largest number of workers; None: the cluster decides."""
         return (self.num_workers, self.num_workers) if isinstance(self.num_workers, int) else self.num_workers
 
     def rules(self) -> Iterator[Violation]:
-        """Batches that can be shared out, and a launcher and a precision that fit the workers."""
+        """Batches must be divisible among the workers; launcher and precision must suit the workers."""
         batch = self.global_batch_size
         if self.micro_batch_size is not None and self.micro_batch_size > batch:
             yield Violation(
@@ -257,36 +266,37 @@ class EvalConfig(Section):
     size: Count = 800
     """Length of the short side of validation images in pixels."""
     max_size: Count = 1333
-    """Longest long side in pixels. An image that would exceed it gets a shorter short side."""
+    """Longest allowed long side in pixels. An image that would be longer is scaled down further."""
     batch_size: Count = 4
-    """Most images of one forward pass. Only images of equal size share one, so it does not change the result."""
+    """Largest number of images in one forward pass. Only images of equal size share a pass, so it does not change the
+    result."""
     checkpoint: Text | None = None
-    """What the evaluate command evaluates: a run's folder (its best checkpoint), a checkpoint, or path or URL of DETR
+    """What the evaluate command evaluates: a run's folder (its best checkpoint), a checkpoint, or a path or URL of DETR
     weights."""
     max_detections: Count = 100
-    """Detections kept an image, the best first. COCO's numbers are defined for 100."""
+    """Number of detections kept for each image, highest scores first. COCO's metrics are defined for 100."""
 
     def rules(self) -> Iterator[Violation]:
-        """The short side must fit below the long side."""
+        """The short side must not exceed the long side."""
         if self.size > self.max_size:
             yield Violation(("size", "max_size"), f"must not exceed eval.max_size ({self.max_size})")
 
 
 class TrackingConfig(Section):
-    """Where metrics, the configuration and results are recorded: MLflow."""
+    """Recording of metrics, configuration and results in MLflow."""
 
     enabled: bool = True
     """Record the run."""
     uri: Text | None = None
-    """MLflow tracking URI. null: the environment variable `MLFLOW_TRACKING_URI`, else a SQLite file in
-    `run.storage`. Without a password, which is kept nowhere: give `MLFLOW_TRACKING_USERNAME` and
-    `MLFLOW_TRACKING_PASSWORD` in the environment."""
+    """MLflow tracking URI. null: the environment variable `MLFLOW_TRACKING_URI`, or else a SQLite file in
+    `run.storage`. Must not contain a password: set `MLFLOW_TRACKING_USERNAME` and `MLFLOW_TRACKING_PASSWORD` in the
+    environment instead."""
     experiment: Text = "detr_ray"
     """MLflow experiment the run belongs to."""
 
 
 class Config(Section):
-    """A whole configuration: validated, frozen, comparable and picklable."""
+    """A whole configuration: validated and frozen; can be compared and pickled."""
 
     run: RunConfig = RunConfig()
     data: DataConfig = DataConfig()
@@ -298,25 +308,25 @@ class Config(Section):
     tracking: TrackingConfig = TrackingConfig()
 
     def rules(self) -> Iterator[Violation]:
-        """A warm-up that ends before the run does."""
+        """The warm-up must end before the run."""
         if self.optim.warmup_epochs >= self.train.epochs:
             yield Violation(
                 ("optim.warmup_epochs", "train.epochs"), f"must be less than train.epochs ({self.train.epochs})"
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """All keys as plain values (mappings, lists, numbers, text), for JSON, YAML and checkpoints."""
+        """All keys as plain values (mappings, lists, numbers, text)."""
         return self.model_dump(mode="json")
 
     def to_yaml(self) -> str:
-        """YAML of all keys, which loads again to an equal configuration."""
+        """YAML of all keys; loading it gives an equal configuration."""
         return format_yaml(self.to_dict())
 
     def checkpoint_to_evaluate(self) -> str:
-        """What ``eval.checkpoint`` names.
+        """The value of ``eval.checkpoint``.
 
         Raises:
-            ConfigError: it names nothing.
+            ConfigError: it is null.
         """
         if self.eval.checkpoint is None:
             raise ConfigError(
@@ -325,12 +335,11 @@ class Config(Section):
         return self.eval.checkpoint
 
     def check_training(self) -> None:
-        """Checks what training needs beyond a valid configuration.
-
-        Building or evaluating a model needs none of this, hence no rule of the sections.
+        """Checks requirements of training only; evaluating a model does not need them.
 
         Raises:
-            ConfigError: no training images; or a backbone that neither is pretrained nor can train.
+            ConfigError: an address contains credentials; there are no training images; or the backbone has random
+                weights and frozen batch norm.
         """
         refuse_credentials(self.to_dict())
         errors = []

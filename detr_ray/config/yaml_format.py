@@ -1,8 +1,7 @@
-"""YAML as configurations use it: safe, without surprises, refusing what is surely a mistake.
+"""Reads and writes YAML for configurations.
 
 Differences from PyYAML's safe loader: numbers and booleans follow YAML 1.2, so ``1e-3`` is a number, ``no`` and
-``2026-01-31`` are text and ``010`` is not eight; a key given twice, a key that is not text, and anchors are errors.
-Knows nothing of sections.
+``2026-01-31`` are text and ``010`` is not eight. Repeated keys, keys that are not text, and anchors are errors.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ _Loader.add_implicit_resolver(_FLOAT, _FLOAT_PATTERN, list("-+.0123456789"))
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that either this loader or a plain YAML 1.1 loader would take for something else."""
+    """Quotes text that this loader or a YAML 1.1 loader would not read as text."""
 
 
 _Dumper.add_implicit_resolver(_FLOAT, _FLOAT_PATTERN, list("-+.0123456789"))
@@ -59,10 +58,10 @@ _Dumper.add_representer(
 
 
 def parse_yaml(text: str | bytes) -> Any:
-    """Value of a YAML text.
+    """The value of a YAML text.
 
     Raises:
-        ValueError: the text is not YAML of this kind; the message is one line with the place.
+        ValueError: the text is not valid; the message is one line and names line and column.
     """
     try:
         return yaml.load(text, _Loader)
@@ -77,7 +76,7 @@ def parse_yaml(text: str | bytes) -> Any:
 
 
 def format_yaml(value: Any) -> str:
-    """YAML text of plain values, which `parse_yaml` and other YAML loaders read as the same values."""
+    """YAML text of plain values; `parse_yaml` and other YAML loaders read the same values back."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
