@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -145,11 +146,27 @@ def test_a_claim_of_another_machine_that_beats_is_respected(storage, s3: S3Serve
     assert [name.rpartition("/")[2] for name in claims(s3, storage)] == [f"{'f' * 16}.json"], "the own one is gone"
 
 
-def test_a_process_that_was_frozen_and_replaced_stops(storage, s3: S3Server, hold):
+def until_told_to_stop(process: subprocess.Popen[str], again: Callable[[], None] = lambda: None) -> str:
+    """What the process says; ``again`` is done over and over until it does."""
+    assert process.stdout is not None
+    give_up = time.monotonic() + 60
+    while not select.select([process.stdout], [], [], 0.05)[0]:
+        assert time.monotonic() < give_up, "it goes on"
+        again()
+    return process.stdout.readline()
+
+
+def test_a_process_whose_claim_was_removed_while_it_was_frozen_stops(storage, s3: S3Server, hold):
     process = hold()
     (name,) = claims(s3, storage)
-    s3.delete(name)
-    assert process.stdout is not None and process.stdout.readline() == "told to stop\n"
+    # A claim that is removed between a look and the next beat is written once more.
+    assert until_told_to_stop(process, lambda: s3.delete(name)) == "told to stop\n"
+
+
+def test_a_process_that_wrote_its_claim_once_more_stops_since_another_one_has_the_run(storage, s3: S3Server, hold):
+    process = hold()
+    put_claim_of_another_machine(s3, storage)
+    assert until_told_to_stop(process) == "told to stop\n"
 
 
 def test_a_role_that_may_not_delete_can_start_again(storage, s3: S3Server, monkeypatch, quick):

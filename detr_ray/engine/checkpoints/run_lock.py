@@ -179,10 +179,16 @@ class _Claims:
             self.own = replace(self.own, state="ended")
         self.remove(self.own)
 
-    def was_removed(self) -> bool:
-        """Whether another process took the own one for dead."""
+    def was_replaced(self) -> bool:
+        """Whether another process took the own one for dead: its claim is gone, or the other one has the run.
+
+        A process that is frozen between this look and its next beat writes its claim once more when it goes on; then
+        the other's claim tells.
+        """
         found = self._read(self.own.token)
-        return found is None or found.state == "ended"
+        if found is None or found.state == "ended":
+            return True
+        return self.own.state != "waiting" and any(other.state == "writing" for other in self._others())
 
     def remove(self, claim: _Claim) -> None:
         """Takes a claim away; where that is not allowed, it is passed over."""
@@ -193,16 +199,20 @@ class _Claims:
 
     def first_before_own(self) -> _Claim | None:
         """The claim that comes first; None where that is the own one. Those of processes that are gone are removed."""
-        found = [self.own]
+        first = min([self.own, *self._others()], key=lambda claim: claim.rank)
+        return None if first is self.own else first
+
+    def _others(self) -> list[_Claim]:
+        """The claims of other processes. Those of processes that are gone are removed."""
         names = [name.removesuffix(".json") for name in list_names(self._folder) if name.endswith(".json")]
+        found = []
         for token in set(names) - self._passed_over - {self.own.token}:
             claim = self._read(token)
             if claim is not None and claim.is_gone():
                 self.remove(claim)
             elif claim is not None:
                 found.append(claim)
-        first = min(found, key=lambda claim: claim.rank)
-        return None if first is self.own else first
+        return found
 
     def _location(self, token: str) -> str:
         return join(self._folder, f"{token}.json")
@@ -279,7 +289,7 @@ def _beat(claims: _Claims, ended: threading.Event, lost: threading.Event) -> Non
     """Shows that a claim's process lives; stops the process where the claim was removed while it was frozen."""
     while not ended.wait(BEAT_S):
         try:
-            if claims.was_removed() and not ended.is_set():
+            if claims.was_replaced() and not ended.is_set():
                 lost.set()
                 logger.error("this process did not move for %.0f s, and another one goes on with its run", STALE_S)
                 os.kill(os.getpid(), signal.SIGINT)
