@@ -36,7 +36,7 @@ from detr_ray.engine.job import prepare_job
 from detr_ray.engine.loop import TrainingLoop
 from detr_ray.engine.stream.batches import LocalBatches
 from detr_ray.engine.stream.planned_data import MIN_WINDOW, MIN_WINDOW_BATCHES
-from detr_ray.structures import to_device
+from detr_ray.structures import IMAGENET_PIXELS, to_device
 from detr_ray.tracking import MemoryTracker
 
 IMAGES = 4096
@@ -218,9 +218,9 @@ def held_out_loss(loop: TrainingLoop, root: Path) -> float:
     plans = plan_evaluation(index.heights, index.widths, index.image_ids, size=40, max_size=96, batch_size=BATCH)
     model, total = loop.model.eval(), 0.0
     for padded in loader.load_each(plans):
-        batch = to_device(padded, torch.device("cpu"))
-        normalisers = loop.criterion.normalisers(padded.counts.tolist(), loop.job.config.model.num_queries)
-        losses = loop.criterion(model(batch.images, batch.mask), batch.targets, *normalisers)
+        batch = to_device(padded, torch.device("cpu"), IMAGENET_PIXELS)
+        normalisers = loop.criterion.normalisers(padded.counts.tolist())
+        losses = loop.criterion(model(batch.images, batch.mask), batch.targets, normalisers)
         total += float(loop.criterion.total(losses)) * len(padded.counts)
     return total / len(index)
 

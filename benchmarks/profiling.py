@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.step import WORKLOADS, draw_batch, train_step
 from detr_ray.engine.context import LocalContext
 from detr_ray.engine.step import StepTimes
-from detr_ray.model import Detr
+from detr_ray.model.detr import Detr
 
 WARMUP = 2
 OPERATORS = 20

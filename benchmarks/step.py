@@ -27,7 +27,7 @@ from detr_ray.engine.optimizer import build_optimizer
 from detr_ray.engine.step import TrainStep
 from detr_ray.loss import build_criterion
 from detr_ray.model import build_model
-from detr_ray.structures import PaddedBatch, padding_mask, to_device
+from detr_ray.structures import IMAGENET_PIXELS, PaddedBatch, padding_mask, to_device
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 WORKLOADS = {"R50 2x512x683": (2, 512, 683, 91, 8), "quickstart 16x48x64": (16, 48, 64, 6, 2)}
@@ -72,13 +72,12 @@ def train_step(workload: str, precision: str) -> TrainStep:
     model = build_model(config.model, WORKLOADS[workload][3])
     if config.train.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    optimizer = build_optimizer(model, lr=1e-4, lr_backbone=1e-5, weight_decay=1e-4)
+    optimizer = build_optimizer(model, {"lr": 1e-4, "lr_backbone": 1e-5}, weight_decay=1e-4)
     return TrainStep(
         model,
-        build_criterion(config.loss, WORKLOADS[workload][3]),
+        build_criterion(config.loss, WORKLOADS[workload][3], num_queries=config.model.num_queries),
         optimizer,
         LocalContext(),
-        num_queries=config.model.num_queries,
         seed=0,
         precision=precision,
         clip_max_norm=config.optim.clip_max_norm,
@@ -101,7 +100,7 @@ def plain_step(workload: str, precision: str) -> Step:
     model.load_state_dict(build_model(config.model, classes).state_dict())
     step = PlainStep(model, PlainCriterion(classes), clip_max_norm=config.optim.clip_max_norm, bf16=precision == "bf16")
     padded = draw_batch(workload)
-    batch = to_device(padded, torch.device("cpu"))
+    batch = to_device(padded, torch.device("cpu"), IMAGENET_PIXELS)
     mask = padding_mask(torch.from_numpy(padded.sizes.astype(np.int64)), *padded.images.shape[2:])
     return lambda: step(batch.images, mask, batch.targets)
 

@@ -9,7 +9,7 @@ import bisect
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, Protocol
 
 Interpolation = Literal["constant", "linear", "cosine"]
 
@@ -51,6 +51,19 @@ class Curve:
 def constant(value: float) -> Curve:
     """A curve with the same value at all epochs."""
     return Curve(((0.0, value),))
+
+
+class Scheduled(Protocol):
+    """Has a value at every epoch: a `Curve`, or a schedule of the configuration."""
+
+    def at(self, epoch: float) -> float:
+        """Value at an epoch."""
+        ...
+
+
+def value_at(value: float | Scheduled, epoch: float) -> float:
+    """Value at an epoch. A plain number is the same at all epochs."""
+    return float(value) if isinstance(value, int | float) else value.at(epoch)
 
 
 @dataclass(frozen=True, slots=True)

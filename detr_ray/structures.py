@@ -14,7 +14,7 @@ uses; an *image_id* is the annotation file's. A *step* is one optimizer update, 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NotRequired, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -121,7 +121,7 @@ class Batch:
     """One micro-batch on the device, ready for the model.
 
     Attributes:
-        images: ``[B, 3, H, W]`` float32, normalised with the ImageNet statistics, zero on padding.
+        images: ``[B, 3, H, W]`` float32, normalised as the model needs it, zero on padding.
         mask: ``[B, H, W]`` bool, True on padding; None where no image of the batch is padded.
         targets: one a image.
         image_ids: ``[B]`` int64 on the host.
@@ -141,8 +141,14 @@ class Batch:
     image_pixels: int
 
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+class PixelStatistics(NamedTuple):
+    """What a backbone's images are normalised with: mean and deviation of red, green and blue, each 0..1."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+IMAGENET_PIXELS = PixelStatistics(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 
 def padding_mask(sizes: Tensor, height: int, width: int) -> Tensor:
@@ -185,8 +191,15 @@ class HostCopy:
         return self._host
 
 
-def to_device(padded: PaddedBatch, device: torch.device, channels_last: bool = False) -> Batch:
-    """Copies a padded batch to a device and normalises it there; what travels is bytes, not floats."""
+def to_device(padded: PaddedBatch, device: torch.device, pixels: PixelStatistics, channels_last: bool = False) -> Batch:
+    """Copies a padded batch to a device and normalises it there; what travels is bytes, not floats.
+
+    Args:
+        padded: the batch.
+        device: where it goes.
+        pixels: what its images are normalised with; the model says it.
+        channels_last: lay images out with the channels last.
+    """
     height, width = padded.images.shape[2:]
     padded_pixels = padded.images.shape[0] * height * width
     image_pixels = int(padded.sizes.astype(np.int64).prod(axis=1).sum())
@@ -194,7 +207,7 @@ def to_device(padded: PaddedBatch, device: torch.device, channels_last: bool = F
     # The pixels as they lie: a pixel's colours together.
     images = _copied(padded.images.transpose(0, 2, 3, 1), device).permute(0, 3, 1, 2)
     images = images.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    mean, std = (_copied(np.array(values, np.float32) * 255, device) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (_copied(np.array(values, np.float32) * 255, device) for values in pixels)
     images = images.to(torch.float32).sub_(mean.view(1, 3, 1, 1)).div_(std.view(1, 3, 1, 1))
     mask = None
     if image_pixels < padded_pixels:

@@ -24,7 +24,7 @@ from detr_ray.engine.loop import TrainingLoop
 from detr_ray.engine.reporting.result import FitResult
 from detr_ray.engine.stream.batches import LocalBatches
 from detr_ray.loss import SetCriterion
-from detr_ray.model import Detr
+from detr_ray.model import DetectionModel
 from detr_ray.structures import ModelOutput, SamplePlan, Target
 from detr_ray.tracking import MemoryTracker
 
@@ -60,7 +60,7 @@ class Loss:
 
     outputs: ModelOutput
     targets: list[Target]
-    normalisers: tuple[float, float]
+    normalisers: tuple[float, ...]
     weights: dict[str, float]
     eos_coef: float
     costs: tuple[float, float, float]
@@ -83,7 +83,7 @@ class Noted:
     evaluating: list[Forward] = field(default_factory=list)
     losses: list[Loss] = field(default_factory=list)
     updates: list[Update] = field(default_factory=list)
-    models: list[Detr] = field(default_factory=list)
+    models: list[DetectionModel] = field(default_factory=list)
     """The model that trains, and the one that is evaluated where it is another."""
 
 
@@ -174,7 +174,7 @@ def noting(noted: Noted) -> Iterator[Noted]:
     """Notes what models, losses and optimizers of this process are given."""
 
     def after_module(module: nn.Module, inputs: tuple, output: Any) -> None:
-        if isinstance(module, Detr):
+        if isinstance(module, DetectionModel):
             if module not in noted.models:
                 noted.models.append(module)
             (noted.training if module.training else noted.evaluating).append(_forward(module, inputs, output))
@@ -203,7 +203,7 @@ def copies(named: Any) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in named}
 
 
-def _forward(model: Detr, inputs: tuple, output: ModelOutput) -> Forward:
+def _forward(model: DetectionModel, inputs: tuple, output: ModelOutput) -> Forward:
     images, mask = inputs
     return Forward(
         images.detach().clone(),
@@ -218,14 +218,14 @@ def _forward(model: Detr, inputs: tuple, output: ModelOutput) -> Forward:
 
 
 def _loss(criterion: SetCriterion, inputs: tuple) -> Loss:
-    outputs, targets, num_boxes, class_weight_sum = inputs
+    outputs, targets, normalisers = inputs
     matcher = criterion.matcher
     return Loss(
         _detached(outputs),
         targets,
-        (float(num_boxes), float(class_weight_sum)),
+        tuple(map(float, normalisers)),
         dict(criterion.weights),
-        criterion.eos_coef,
+        criterion.class_loss.eos_coef,
         (matcher.cost_class, matcher.cost_bbox, matcher.cost_giou),
     )
 

@@ -16,8 +16,9 @@ from benchmarks.baseline.criterion import PlainCriterion
 from benchmarks.baseline.model import PlainDetr
 from benchmarks.baseline.training import PlainStep
 from detr_ray.boxes import xyxy_to_cxcywh
+from detr_ray.config import LossConfig
 from detr_ray.engine.optimizer import build_optimizer
-from detr_ray.loss import HungarianMatcher, SetCriterion
+from detr_ray.loss import build_criterion
 from detr_ray.model import build_model
 from detr_ray.structures import Target
 
@@ -63,7 +64,7 @@ def test_the_plain_implementation_computes_the_same(changes: dict) -> None:
     torch.testing.assert_close(outputs["pred_logits"], plain_outputs["pred_logits"], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(outputs["pred_boxes"], plain_outputs["pred_boxes"], rtol=1e-6, atol=1e-6)
 
-    criterion, plain_criterion = SetCriterion(NUM_CLASSES, HungarianMatcher()), PlainCriterion(NUM_CLASSES).double()
+    criterion, plain_criterion = build_criterion(LossConfig(), NUM_CLASSES), PlainCriterion(NUM_CLASSES).double()
     in_double = [Target(labels=target["labels"], boxes=target["boxes"].double()) for target in targets]
     losses, plain_losses = criterion(outputs, targets), plain_criterion(plain_outputs, in_double)
     assert losses.keys() == plain_losses.keys()
@@ -94,7 +95,7 @@ def test_the_plain_step_learns_from_both_groups() -> None:
     assert {name for name in moved if "backbone" in name} == {
         name for name, parameter in model.named_parameters() if "backbone" in name and parameter.requires_grad
     }
-    ours = build_optimizer(build_model(section, NUM_CLASSES), lr=1e-4, lr_backbone=1e-5, weight_decay=1e-4)
+    ours = build_optimizer(build_model(section, NUM_CLASSES), {"lr": 1e-4, "lr_backbone": 1e-5}, weight_decay=1e-4)
     for group, own in zip(step.optimizer.param_groups, ours.param_groups, strict=True):
         assert (group["lr"], group["weight_decay"]) == (own["lr"], own["weight_decay"])
         assert sum(p.numel() for p in group["params"]) == sum(p.numel() for p in own["params"])

@@ -372,7 +372,7 @@ def test_a_disk_too_small_for_the_checkpoints_is_an_error(check, tmp_path):
 def test_the_size_of_a_checkpoint_is_estimated_from_the_model(tmp_path):
     config = load_config(None, [*SMALL, "optim.ema_decay=0.9"])
     model = build_model(config.model, 3)
-    optimizer = build_optimizer(model, lr=1e-4, lr_backbone=1e-4, weight_decay=0)
+    optimizer = build_optimizer(model, {"lr": 1e-4, "lr_backbone": 1e-4}, weight_decay=0)
     torch.stack([value.sum() for value in model.parameters() if value.requires_grad]).sum().backward()
     optimizer.step()
     copies = {name: value.clone() for name, value in model.state_dict().items()}

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from detr_ray.architectures import ARCHITECTURES
 from detr_ray.config.addresses import refuse_credentials
 from detr_ray.config.data_sections import DataConfig
 from detr_ray.config.errors import ConfigError
@@ -32,6 +33,11 @@ from detr_ray.config.fields import (
 )
 from detr_ray.config.yaml_format import format_yaml
 
+if TYPE_CHECKING:
+    Architecture = str
+else:
+    Architecture = Literal[tuple(ARCHITECTURES)]
+
 
 class RunConfig(Section):
     """Name of the run, where it is kept, and its seed."""
@@ -48,6 +54,8 @@ class RunConfig(Section):
 class ModelConfig(Section):
     """The architecture: DETR, by default the original's with a ResNet-50; and the weights it starts from."""
 
+    architecture: Architecture = "detr"
+    """Which kind of detector: `detr` is that of Carion et al. 2020."""
     backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
     """Network that computes image features."""
     backbone_norm: Literal["frozen", "batch"] = "frozen"

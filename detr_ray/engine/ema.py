@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import nn
 
+from detr_ray.model import DetectionModel
+
 
 class ModelEma:
     """A copy of a model whose weights trail the trained ones.
@@ -19,8 +21,8 @@ class ModelEma:
         decay: share of the old average that one update keeps, e.g. 0.9997.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+    def __init__(self, model: DetectionModel, decay: float) -> None:
+        self.module: DetectionModel = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
         self.num_updates = 0
 

@@ -6,9 +6,8 @@ on the driver, so that bad input is refused in seconds, and its results travel t
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,8 +31,7 @@ from detr_ray.locations import local_path
 from detr_ray.retries import reason_of
 
 if TYPE_CHECKING:  # a driver builds neither, and torchvision's models alone take a second to import
-    from detr_ray.loss import SetCriterion
-    from detr_ray.model import Detr
+    from detr_ray.detector import Detector
 
 Say = Callable[[str], None]
 
@@ -75,24 +73,15 @@ class TrainJob:
         steps = self.config.train.epochs * self.steps_per_epoch
         return steps if self.config.train.max_steps is None else min(steps, self.config.train.max_steps)
 
-    def build_model(self) -> Detr:
-        """The model with its first weights, the same on every worker."""
-        from detr_ray.engine.optimizer import freeze_backbone
-        from detr_ray.model import build_model
+    def build_detector(self) -> Detector:
+        """The model with its first weights, the same on every worker, and its loss."""
+        from detr_ray.engine.optimizer import freeze_groups, group_rates
 
-        with _seeded(self.config.run.seed):
-            model = build_model(self.config.model, self.data.label_map.num_classes)
+        detector = _first_detector(self.config, self.data.label_map.num_classes)
         if self.initial_weights is not None:
-            model.load_state_dict(self.initial_weights)
-        if self.config.optim.lr_backbone == 0:
-            freeze_backbone(model)
-        return model
-
-    def build_criterion(self) -> SetCriterion:
-        """The loss."""
-        from detr_ray.loss import build_criterion
-
-        return build_criterion(self.config.loss, self.data.label_map.num_classes)
+            detector.model.load_state_dict(self.initial_weights)
+        freeze_groups(detector.model, group_rates(detector.model, self.config.optim))
+        return detector
 
 
 def open_data(data: DataConfig, say: Say) -> tuple[CocoIndex, CocoIndex | None]:
@@ -278,10 +267,10 @@ def choose_label_space(config: Config, train: CocoIndex, is_official: Callable[[
 
 
 def _labels_of_last_checkpoint(run: RunDirectory) -> LabelMap | None:
-    from detr_ray.engine.checkpoints.training_state import MODEL_FILE
+    from detr_ray.detector.artifact import MODEL_FILE, labels_in
 
     latest = run.checkpoints.latest()
-    return None if latest is None else LabelMap.from_dict(run.checkpoints.load(latest, MODEL_FILE)["label_map"])
+    return None if latest is None else labels_in(run.checkpoints.load(latest, MODEL_FILE))
 
 
 def _is_official(init_from: str | None) -> bool:
@@ -295,11 +284,9 @@ def _initial_weights(config: Config, label_map: LabelMap, say: Say) -> dict[str,
     """State of a model loaded from elsewhere; None where all of it is random."""
     if config.model.init_from is None and config.model.backbone_weights == "none":
         return None
-    from detr_ray.model import build_model
     from detr_ray.model.weights import load_backbone_weights, load_initial_weights, shorten_names
 
-    with _seeded(config.run.seed):
-        model = build_model(config.model, label_map.num_classes)
+    model = _first_detector(config, label_map.num_classes).model
     if config.model.init_from is not None:
         report = load_initial_weights(model, config.model.init_from, label_map.names, LabelMap.coco91().names)
         say(report.table())
@@ -313,12 +300,13 @@ def _initial_weights(config: Config, label_map: LabelMap, say: Say) -> dict[str,
     return model.state_dict()
 
 
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seeds torch's random numbers of the CPU, which models are made on, and sets them back."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
+def _first_detector(config: Config, num_classes: int) -> Detector:
+    """The detector with the random weights that the seed gives; torch's own random numbers stay as they were."""
+    from detr_ray.detector import build_detector
+
+    with torch.random.fork_rng(devices=[]):  # models are made on the CPU
+        torch.default_generator.manual_seed(config.run.seed)
+        return build_detector(config.model, config.loss, num_classes)
 
 
 def code_version(folder: Path) -> str:

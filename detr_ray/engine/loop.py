@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from detr_ray.addresses import join
+from detr_ray.detector.artifact import MODEL_FILE
 from detr_ray.engine.checkpoints.run_checkpoints import BRIEFLY, ONCE, PATIENTLY, Inessential, RunCheckpoints
-from detr_ray.engine.checkpoints.training_state import MODEL_FILE, TrainingState
+from detr_ray.engine.checkpoints.training_state import TrainingState
 from detr_ray.engine.context import LeaveReason, WorkerContext
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.memory import HeldMemory
@@ -59,8 +60,7 @@ class TrainingLoop:
         self._stream_record = StreamRecord(stream, context, self.inessential)
         context.enter("starting", 0)
         self.state = TrainingState(job, context)
-        self.model, self.optimizer = self.state.model, self.state.optimizer
-        self.criterion = job.build_criterion().to(context.device)
+        self.model, self.criterion, self.optimizer = self.state.model, self.state.criterion, self.state.optimizer
         self._lr_factor = learning_rate_factor(
             config.optim.schedule,
             epochs=config.train.epochs,
@@ -77,7 +77,6 @@ class TrainingLoop:
             self.criterion,
             self.optimizer,
             context,
-            num_queries=config.model.num_queries,
             seed=config.run.seed,
             precision=config.train.precision,
             clip_max_norm=config.optim.clip_max_norm,
@@ -183,10 +182,9 @@ class TrainingLoop:
         self._check_skipped(settle=True)
         metrics = self._meters.metrics(self._meters.totals(self._train_step.times))
         metrics["train/epoch"] = self.step / self.job.steps_per_epoch
-        metrics["optim/lr"] = self.optimizer.param_groups[0]["lr"]
-        metrics["optim/lr_backbone"] = self.optimizer.param_groups[1]["lr"]
-        for name in ("ce", "bbox", "giou"):
-            metrics[f"loss/weight/{name}"] = self.criterion.weights[f"loss_{name}"]
+        metrics |= {f"optim/{group['rate']}": group["lr"] for group in self.optimizer.param_groups}
+        for name, weight in self.criterion.loss_weights.items():
+            metrics[f"loss/weight/{name.removeprefix('loss_')}"] = weight
         if metrics["train/bad_images"]:
             self._count_bad_images()
         if self.context.rank == 0:

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from detr_ray.model.detection_model import DetectionModel
 from detr_ray.structures import Batch
 
 
-def describe_nonfinite(model: nn.Module, batch: Batch, autocast: AbstractContextManager[Any]) -> str:
+def describe_nonfinite(model: DetectionModel, batch: Batch, autocast: AbstractContextManager[Any]) -> str:
     """Runs the forward pass again, watching every module.
 
     Args:
@@ -31,7 +32,7 @@ def describe_nonfinite(model: nn.Module, batch: Batch, autocast: AbstractContext
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if not found and any(not torch.isfinite(t).all() for t in _tensors(output)):
+            if not found and any(not torch.isfinite(t).all() for t in float_tensors(output)):
                 found.append(f"the first module with a non-finite output is {name} ({type(module).__name__})")
 
         return hook
@@ -39,18 +40,19 @@ def describe_nonfinite(model: nn.Module, batch: Batch, autocast: AbstractContext
     handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
     try:
         with torch.no_grad(), autocast:
-            model(batch.images, batch.mask)
+            model(*model.inputs_of(batch))
     finally:
         for handle in handles:
             handle.remove()
     return found[0] if found else "a second forward pass was finite"
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def float_tensors(value: Any) -> list[Tensor]:
+    """All floating-point tensors in nested dictionaries, lists and tuples."""
     if isinstance(value, Tensor):
         return [value] if value.is_floating_point() else []
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list | tuple):
-        return [tensor for item in value for tensor in _tensors(item)]
+        return [tensor for item in value for tensor in float_tensors(item)]
     return []

@@ -1,40 +1,55 @@
-"""AdamW with the original's two parameter groups, and its learning rate as a pure function of the epoch."""
+"""AdamW over the model's parameter groups, and its learning rate as a pure function of the epoch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from detr_ray.model.detection_model import DetectionModel
 from detr_ray.schedules import Curve, Product, constant
 
+if TYPE_CHECKING:
+    from detr_ray.config import OptimConfig
 
-def freeze_backbone(model: nn.Module) -> None:
-    """Keeps the backbone as it is: without gradients, and so in no optimizer, no norm and no backward pass.
+
+def group_rates(model: DetectionModel, optim: OptimConfig) -> dict[str, float]:
+    """The configured learning rate of each of the model's parameter groups."""
+    return {group: getattr(optim, group) for group in model.parameter_groups()}
+
+
+def freeze_groups(model: DetectionModel, rates: Mapping[str, float]) -> None:
+    """Keeps groups whose rate is 0 as they are: without gradients, so in no optimizer, no norm and no backward pass.
 
     The model keeps a backbone without gradients in evaluation mode, so that its statistics stay too.
+
+    Args:
+        model: the model; says which groups it has.
+        rates: learning rate of each group.
     """
-    for name, parameter in model.named_parameters():
-        if name.startswith("backbone."):
-            parameter.requires_grad_(False)
+    for group, names in model.parameter_groups().items():
+        if rates[group] == 0:
+            for name in names:
+                model.get_parameter(name).requires_grad_(False)
 
 
-def build_optimizer(model: nn.Module, *, lr: float, lr_backbone: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over what trains: group 0 is everything but the backbone, group 1 the backbone.
+def build_optimizer(model: DetectionModel, rates: Mapping[str, float], *, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW over what trains, in the model's parameter groups.
 
-    Each group keeps its full rate under ``initial_lr``; ``set_learning_rate`` scales it.
+    Each group keeps its full rate under ``initial_lr`` (``set_learning_rate`` scales it) and its name under ``rate``.
+
+    Args:
+        model: the model; says which groups it has.
+        rates: learning rate of each group.
+        weight_decay: of all.
     """
     groups: list[dict[str, object]] = []
-    for is_backbone, rate in ((False, lr), (True, lr_backbone)):
-        parameters = [
-            parameter
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad and name.startswith("backbone.") is is_backbone
-        ]
-        groups.append({"params": parameters, "lr": rate, "initial_lr": rate})
-    return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
+    for group, names in model.parameter_groups().items():
+        parameters = [parameter for parameter in map(model.get_parameter, names) if parameter.requires_grad]
+        groups.append({"params": parameters, "lr": rates[group], "initial_lr": rates[group], "rate": group})
+    return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:

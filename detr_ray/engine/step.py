@@ -1,6 +1,6 @@
 """One optimizer step: forward, loss, backward and update over a worker's micro-batches.
 
-Before the forward pass all workers add up four numbers in one small sum: the boxes and the class weights of the global
+Before the forward pass all workers add up a few numbers in one small sum: the normalisers of the loss over the global
 batch, so that neither the number of workers nor accumulation changes the gradient, and whether anyone failed or was
 asked to stop, so that all of them leave at the same step. The random numbers of a step (dropout) are addressed by seed,
 step and rank, so that a resumed run draws what an undisturbed one would have drawn.
@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from detr_ray.engine.context import LeaveReason, WorkerContext, most_urgent
 from detr_ray.engine.errors import RunFailed
-from detr_ray.engine.nonfinite import describe_nonfinite
+from detr_ray.engine.nonfinite import describe_nonfinite, float_tensors
 from detr_ray.engine.optimizer import clipped_update
 from detr_ray.loss import NonFiniteOutputs, SetCriterion
+from detr_ray.model.detection_model import DetectionModel
 from detr_ray.structures import Batch, HostCopy, ModelOutput, PaddedBatch, to_device
 
 MOST_COMPILED = 512
@@ -117,11 +118,10 @@ class TrainStep:
     """The step, with what it needs bound.
 
     Args:
-        model: the model itself, not wrapped.
+        model: the model itself, not wrapped; says how its pixels are normalised.
         criterion: its loss.
         optimizer: updates the model's parameters.
         context: this worker's group; wraps the model for it.
-        num_queries: of the model; with the boxes it makes the normaliser of the class loss.
         seed: ``run.seed``.
         precision: ``fp32``, ``bf16`` or ``fp16`` autocast.
         clip_max_norm: largest norm of the gradient; 0 leaves it as it is.
@@ -138,12 +138,11 @@ class TrainStep:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: DetectionModel,
         criterion: SetCriterion,
         optimizer: torch.optim.Optimizer,
         context: WorkerContext,
         *,
-        num_queries: int,
         seed: int,
         precision: str = "fp32",
         clip_max_norm: float = 0.0,
@@ -160,7 +159,6 @@ class TrainStep:
         self.times = StepTimes()
         self.nonfinite_in_a_row = 0
         self._unsettled: _Update | None = None
-        self._num_queries = num_queries
         self._seed = seed
         self._dtype = AUTOCAST_DTYPES[precision]
         self._clip_max_norm = clip_max_norm
@@ -178,15 +176,15 @@ class TrainStep:
                 settings say to stop.
         """
         outcome = StepOutcome(num_micro_batches=len(micro_batches))
-        num_boxes, class_weight_sum = self._agree(step, micro_batches, outcome)
+        normalisers = self._agree(step, micro_batches, outcome)
         seed_step(self._seed, step, self.context.rank)
         self._wrapped.train()
         nonfinite: str | None = None
         for number, padded in enumerate(micro_batches):
-            batch = to_device(padded, self.context.device, self._channels_last)
+            batch = to_device(padded, self.context.device, self.model.pixels, self._channels_last)
             is_last = number == len(micro_batches) - 1
             with nullcontext() if is_last else self.context.no_sync(self._wrapped):
-                report = self._forward_backward(step, batch, num_boxes, class_weight_sum, outcome)
+                report = self._forward_backward(step, batch, normalisers, outcome)
             nonfinite = nonfinite or report
             outcome.padded_pixels += batch.padded_pixels
             outcome.image_pixels += batch.image_pixels
@@ -195,22 +193,18 @@ class TrainStep:
         self._update(step, outcome, nonfinite)
         return outcome
 
-    def _agree(self, step: int, micro_batches: Sequence[PaddedBatch], outcome: StepOutcome) -> tuple[float, float]:
+    def _agree(self, step: int, micro_batches: Sequence[PaddedBatch], outcome: StepOutcome) -> list[float]:
         """Sums the normalisers over all workers, and finds out whether anyone failed or is asked to stop."""
         started = time.perf_counter()
         self.context.enter("summing over workers", step)
         outcome.bad_images = [line for padded in micro_batches for line in padded.bad_images]
         outcome.bad_image_ids = [image_id for padded in micro_batches for image_id in padded.bad_image_ids.tolist()]
         failed = bool(outcome.bad_images) and not self._skip_bad_images
-        boxes = class_weight = 0.0
-        for padded in micro_batches:
-            sums = self.criterion.normalisers(padded.counts.tolist(), self._num_queries)
-            boxes, class_weight = boxes + sums[0], class_weight + sums[1]
         reason = self.context.leave_reason()
-        numbers = torch.tensor(
-            [boxes, class_weight, failed, reason is not None], dtype=torch.float64
-        )  # of the host, so that nothing waits for the device
-        boxes, class_weight, failures, leaving = self.context.all_reduce_sum(numbers).tolist()
+        own = np.sum([self.criterion.normalisers(padded.counts.tolist()) for padded in micro_batches], axis=0)
+        # A tensor of the host, so that nothing waits for the device.
+        numbers = torch.tensor([*own.tolist(), failed, reason is not None], dtype=torch.float64)
+        *normalisers, failures, leaving = self.context.all_reduce_sum(numbers).tolist()
         if failures:
             lines = [line for lines in self.context.gather(outcome.bad_images) for line in lines]
             shown = "\n  ".join(lines[:20])
@@ -223,21 +217,21 @@ class TrainStep:
         if leaving:
             outcome.leave = most_urgent(self.context.gather(reason))
         self.times.forward += time.perf_counter() - started
-        return boxes, class_weight
+        return normalisers
 
     def _forward_backward(
-        self, step: int, batch: Batch, num_boxes: float, class_weight_sum: float, outcome: StepOutcome
+        self, step: int, batch: Batch, normalisers: Sequence[float], outcome: StepOutcome
     ) -> str | None:
         """One micro-batch; returns what was not finite, for people, or None."""
         started = time.perf_counter()
         self.context.enter("forward pass", step)
         with self._autocast():
-            outputs: ModelOutput = self._wrapped(batch.images, batch.mask)
+            outputs: ModelOutput = self._wrapped(*self.model.inputs_of(batch))
         forward_done = time.perf_counter()
         self.context.enter("loss", step)
         report = None
         try:
-            losses = self.criterion(outputs, batch.targets, num_boxes, class_weight_sum)
+            losses = self.criterion(outputs, batch.targets, normalisers)
             own_total = self.criterion.total(losses)
             # Gradients are averaged over workers: undo that, the normalisers are global already.
             total = own_total * self.context.world_size
@@ -246,7 +240,7 @@ class TrainStep:
                 outcome.losses[name] = outcome.losses[name] + value if name in outcome.losses else value
         except NonFiniteOutputs as error:
             # This worker has no loss, but the others wait for its gradient: a gradient of NaN tells all of them.
-            total = _all_outputs_sum(outputs) * float("nan")
+            total = torch.stack([tensor.float().sum() for tensor in float_tensors(outputs)]).sum() * float("nan")
             image_ids = [int(batch.image_ids[i]) for i in error.image_indices]
             report = f"image ids {image_ids}: {error}"
             if not self._skip_nonfinite:
@@ -313,10 +307,3 @@ class TrainStep:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.context.device.type, dtype=self._dtype, enabled=self._dtype is not None)
-
-
-def _all_outputs_sum(outputs: ModelOutput) -> Tensor:
-    layers = [outputs, *outputs.get("aux_outputs", [])]
-    return sum(
-        (layer["pred_logits"].float().sum() + layer["pred_boxes"].float().sum() for layer in layers), torch.zeros(())
-    )

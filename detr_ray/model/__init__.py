@@ -1,24 +1,20 @@
-"""DETR in plain torch: backbone, transformer, post-processing, and weights from files.
-
-``build_model`` is the one place where a config section meets the constructors.
-"""
+"""Detectors in plain torch: backbones, transformers, a file for each architecture, and weights from files."""
 
 from __future__ import annotations
 
+import pkgutil
 from typing import TYPE_CHECKING
 
-from detr_ray.model.backbone import Backbone
-from detr_ray.model.detr import POSITION_ENCODINGS, Detr
-from detr_ray.model.postprocess import postprocess
-from detr_ray.model.transformer import Transformer
+from detr_ray.architectures import ARCHITECTURES
+from detr_ray.model.detection_model import DetectionModel
 
 if TYPE_CHECKING:
     from detr_ray.config import ModelConfig
 
-__all__ = ["Detr", "build_model", "postprocess"]
+__all__ = ["DetectionModel", "build_model"]
 
 
-def build_model(cfg_model: ModelConfig, num_classes: int = 91) -> Detr:
+def build_model(cfg_model: ModelConfig, num_classes: int = 91) -> DetectionModel:
     """Builds the architecture with random weights; nothing is read from disk or fetched.
 
     Args:
@@ -28,28 +24,7 @@ def build_model(cfg_model: ModelConfig, num_classes: int = 91) -> Detr:
     Raises:
         ValueError: the section's values do not go together.
     """
-    dim = cfg_model.hidden_dim
-    if cfg_model.position_embedding not in POSITION_ENCODINGS:
-        raise ValueError(f"position embedding is 'sine' or 'learned', not {cfg_model.position_embedding!r}")
-    return Detr(
-        backbone=Backbone(
-            cfg_model.backbone,
-            norm=cfg_model.backbone_norm,
-            stride=cfg_model.backbone_stride,
-            dilation=cfg_model.dilation,
-        ),
-        position_encoding=POSITION_ENCODINGS[cfg_model.position_embedding](dim),
-        transformer=Transformer(
-            dim,
-            cfg_model.num_heads,
-            cfg_model.dim_feedforward,
-            cfg_model.encoder_layers,
-            cfg_model.decoder_layers,
-            cfg_model.dropout,
-            cfg_model.pre_norm,
-        ),
-        dim=dim,
-        num_classes=num_classes,
-        num_queries=cfg_model.num_queries,
-        aux_loss=cfg_model.aux_loss,
-    )
+    # Sections that are made by hand, with the keys of the original alone, mean the original.
+    architecture = getattr(cfg_model, "architecture", "detr")
+    model: DetectionModel = pkgutil.resolve_name(ARCHITECTURES[architecture])(cfg_model, num_classes)
+    return model

@@ -26,7 +26,7 @@ import torch
 
 from detr_ray.addresses import is_uri, local_path
 from detr_ray.locations import LocationError, read_buffer
-from detr_ray.model.state_dicts import WeightsError, find_states, shorten_names
+from detr_ray.model.state_dicts import OWN_FORMAT, WeightsError, find_states, shorten_names
 from detr_ray.retries import reason_of
 
 __all__ = ["WeightsError", "read_checkpoint", "shorten_names"]
@@ -38,7 +38,6 @@ DOWNLOAD_TIMEOUT_S = 60.0
 
 _HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[A-Za-z.]+$")
 _FORBIDDEN_OBJECT = re.compile(r"GLOBAL ([\w.]+)")
-_OWN_FORMAT = "detr_ray"
 _LARGEST_HEADER = 100_000_000
 """Bytes of a safetensors header that its library takes at most."""
 
@@ -73,7 +72,7 @@ def read_checkpoint(source: str) -> dict[str, Any]:
     model, averaged = find_states(content, source)
     beside = {key: value for key, value in content.items() if key not in ("label_map", "config")}
     checkpoint = {**beside, "model": model, "ema": averaged, "class_names": None}
-    if content.get("format") != _OWN_FORMAT:
+    if content.get("format") != OWN_FORMAT:
         return checkpoint
     label_map, config = content.get("label_map"), content.get("config")
     names = label_map.get("names") if isinstance(label_map, Mapping) else None

@@ -1,21 +1,27 @@
 """DETR: a set of boxes with classes, straight from an image.
 
 Puts backbone, position encoding and transformer together and reads classes and boxes off the decoder's objects.
-Parameter names are those of the published checkpoints. Knows nothing of losses, files or label names.
+Parameter names are those of the published checkpoints. This file is all that makes this architecture: how it is built
+from a configuration, and which of its tensors depend on what. Knows nothing of losses, files or label names.
 """
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detr_ray.model.backbone import Backbone
+from detr_ray.model.backbones.resnet import ResNetBackbone
+from detr_ray.model.detection_model import DetectionModel, WeightNames
+from detr_ray.model.features import Backbone
 from detr_ray.model.position_encoding import LearnedPositionEncoding, SinePositionEncoding
 from detr_ray.model.transformer import Transformer
 from detr_ray.structures import LayerOutput, ModelOutput
+
+if TYPE_CHECKING:
+    from detr_ray.config import ModelConfig
 
 POSITION_ENCODINGS = {"sine": SinePositionEncoding, "learned": LearnedPositionEncoding}
 
@@ -39,11 +45,11 @@ class BoxHead(nn.Module):
         return out
 
 
-class Detr(nn.Module):
-    """The detector.
+class Detr(DetectionModel):
+    """The detector of Carion et al. 2020.
 
     Args:
-        backbone: gives the feature map.
+        backbone: gives one feature map.
         position_encoding: gives the cells' position vectors, of the transformer's length.
         transformer: turns cells and queries into objects.
         dim: the transformer's vector length.
@@ -51,6 +57,15 @@ class Detr(nn.Module):
         num_queries: objects that can be found in one image.
         aux_loss: give every decoder layer's predictions, not only the last's.
     """
+
+    weight_names = WeightNames(
+        class_heads=("class_embed",),
+        has_no_object=True,
+        query_tables=("query_embed.weight",),
+        input_projections=("input_proj.weight",),
+        backbone="backbone.0.body.",
+        signs=("transformer.", "backbone."),
+    )
 
     def __init__(
         self,
@@ -63,28 +78,73 @@ class Detr(nn.Module):
         aux_loss: bool,
     ) -> None:
         super().__init__()
+        self.num_classes, self.num_queries = num_classes, num_queries
+        self.pixels = backbone.pixels
         self.transformer = transformer
         self.class_embed = nn.Linear(dim, num_classes + 1)
         self.bbox_embed = BoxHead(dim)
         self.query_embed = nn.Embedding(num_queries, dim)
-        self.input_proj = nn.Conv2d(backbone.num_channels, dim, kernel_size=1)
+        self.input_proj = nn.Conv2d(backbone.channels[-1], dim, kernel_size=1)
         self.backbone = nn.ModuleList([backbone, position_encoding])
         self.aux_loss = aux_loss
 
-    def forward(self, images: Tensor, mask: Tensor | None = None) -> ModelOutput:
+    @classmethod
+    def from_config(cls, cfg_model: ModelConfig, num_classes: int) -> Self:
+        """The model that a config's ``model`` section describes, with random weights.
+
+        Raises:
+            ValueError: the section's values do not go together.
+        """
+        dim = cfg_model.hidden_dim
+        if cfg_model.position_embedding not in POSITION_ENCODINGS:
+            raise ValueError(f"position embedding is 'sine' or 'learned', not {cfg_model.position_embedding!r}")
+        return cls(
+            backbone=ResNetBackbone(
+                cfg_model.backbone,
+                norm=cfg_model.backbone_norm,
+                strides=(cfg_model.backbone_stride,),
+                dilation=cfg_model.dilation,
+            ),
+            position_encoding=POSITION_ENCODINGS[cfg_model.position_embedding](dim),
+            transformer=Transformer(
+                dim,
+                cfg_model.num_heads,
+                cfg_model.dim_feedforward,
+                cfg_model.encoder_layers,
+                cfg_model.decoder_layers,
+                cfg_model.dropout,
+                cfg_model.pre_norm,
+            ),
+            dim=dim,
+            num_classes=num_classes,
+            num_queries=cfg_model.num_queries,
+            aux_loss=cfg_model.aux_loss,
+        )
+
+    def parameter_groups(self) -> dict[str, list[str]]:
+        """Everything but the backbone, and the backbone (with learned positions, as in the original)."""
+        names = [name for name, _ in self.named_parameters()]
+        return {
+            "lr": [name for name in names if not name.startswith("backbone.")],
+            "lr_backbone": [name for name in names if name.startswith("backbone.")],
+        }
+
+    def forward(self, images: Tensor, mask: Tensor | None = None, targets: Any = None) -> ModelOutput:
         """Predicts a set of objects an image.
 
         Under autocast, the vectors that layers add to and the heads keep the parameters' own precision: rounded to
         bf16, a box of a 1000-pixel image would move by pixels.
 
         Args:
-            images: ``[B, 3, H, W]`` float, normalised with the ImageNet statistics.
+            images: ``[B, 3, H, W]`` float, normalised with ``pixels``.
             mask: ``[B, H, W]`` bool, True on padding; None where no image is padded (same result, less work).
+            targets: not used.
 
         Returns:
             Logits and boxes of the last decoder layer; with ``aux_loss`` those of the earlier layers as well.
         """
-        features, padding = self.backbone[0](images, mask)
+        (level,) = self.backbone[0](images, mask)
+        features, padding, _ = level
         positions = self.backbone[1](features, padding).flatten(1, 2)
         precision = self.query_embed.weight.dtype
         cells = self.input_proj(features).flatten(2).transpose(1, 2).to(precision)
@@ -106,8 +166,3 @@ class Detr(nn.Module):
                 for layer_logits, layer_boxes in zip(logits[:-1], boxes_cxcywh[:-1], strict=True)
             ]
         return output
-
-    @property
-    def body(self) -> nn.Module:
-        """The ResNet, whose names are torchvision's."""
-        return cast(Backbone, self.backbone[0]).body

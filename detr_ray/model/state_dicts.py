@@ -13,6 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
+OWN_FORMAT = "detr_ray"
+"""What files of this project have under the key ``format``."""
+
 _WEIGHTS_KEYS = (
     "model", "state_dict", "model_state_dict", "model_state", "module", "net", "network", "weights", "params",
 )  # fmt: skip

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torchvision.models import get_model_weights
 
-from detr_ray.model.backbone import resnets_with
+from detr_ray.model.backbones.resnet import resnets_with
 from detr_ray.model.checkpoint_file import read_checkpoint
-from detr_ray.model.detr import Detr
+from detr_ray.model.detection_model import DetectionModel, WeightNames
 from detr_ray.model.state_dicts import StateDict, WeightsError, shorten_names, without_prefix
 from detr_ray.printable import printable
 
@@ -37,7 +37,6 @@ PUBLISHED_ROWS = (91, 250)
 
 _COUNTER = ".num_batches_tracked"
 _NUMBERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_BODY = "backbone.0.body."
 _NAMES_SHOWN = 6
 
 
@@ -73,7 +72,7 @@ class InitReport:
         return "\n".join(lines)
 
 
-def load_backbone_weights(model: Detr, source: str, backbone: str) -> None:
+def load_backbone_weights(model: DetectionModel, source: str, backbone: str) -> None:
     """Loads a classifier's weights into the model's ResNet; every tensor of the ResNet must be there.
 
     Args:
@@ -95,7 +94,7 @@ def load_backbone_weights(model: Detr, source: str, backbone: str) -> None:
     state = without_prefix(stored, own, source).tensors
     wanted = [name for name in own if name in state or not name.endswith(_COUNTER)]
     missing = [name for name in wanted if name not in state]
-    if any(_BODY in name for name in stored):
+    if any(model.weight_names.backbone in name for name in stored):
         raise WeightsError(f"{source} is no {backbone}: it holds DETR weights, which model.init_from takes")
     if missing:
         raise WeightsError(f"{source} is no {backbone}; it lacks {shorten_names(missing)}")
@@ -111,7 +110,7 @@ def load_backbone_weights(model: Detr, source: str, backbone: str) -> None:
 
 
 def load_initial_weights(
-    model: Detr,
+    model: DetectionModel,
     source: str,
     class_names: Sequence[str | None],
     coco91_names: Sequence[str | None] | None = None,
@@ -135,25 +134,25 @@ def load_initial_weights(
         WeightsError: the file cannot be had or read, holds other weights than DETR's or another backbone, or its shapes
             do not fit.
     """
-    assert len(class_names) + 1 == len(model.class_embed.bias), "one name a row of the classifier, without no-object's"
+    assert len(class_names) == model.num_classes, "one name a class"
     checkpoint = read_checkpoint(source)
     weights = "model" if checkpoint.get("ema") is None else "ema"
     own = model.state_dict()
-    found = find_detector(checkpoint, own, source)
+    found = find_detector(checkpoint, model, source)
     state = found.tensors
     used = [name for name in own if name in state]
-    rows = _Rows((), "")
-    if "class_embed.bias" in state:
-        old_rows = len(state["class_embed.bias"]) - 1
-        old_names = _class_names_of(source, checkpoint["class_names"], old_rows, coco91_names)
-        rows = _matching_rows(old_names, class_names, old_rows)
-    parts = {name: _fitting_part(name, state[name], own[name], rows) for name in used}
+    names, rows = model.weight_names, _Rows((), "")
+    old_classes = names.classes_in(state)
+    if old_classes is not None:
+        old_names = _class_names_of(source, checkpoint["class_names"], old_classes, coco91_names)
+        rows = _matching_rows(old_names, class_names, old_classes, names.has_no_object)
+    parts = {name: _fitting_part(names, name, state[name], own[name], rows) for name in used}
     _refuse_other_shapes(
         source,
         {name: (state[name], own[name]) for name, part in parts.items() if part is None},
         "are model.hidden_dim, dim_feedforward, backbone and position_embedding the same?",
     )
-    _refuse_other_backbone(source, own, state)
+    _refuse_other_backbone(source, model.weight_names.backbone, own, state)
     _refuse_unusable_values(source, {name: state[name] for name in used})
     fitting = {name: part for name, part in parts.items() if part is not None}
     with torch.no_grad():
@@ -173,31 +172,33 @@ def load_initial_weights(
     )
 
 
-def find_detector(checkpoint: Mapping[str, Any], own_names: Collection[str], source: str) -> StateDict:
+def find_detector(checkpoint: Mapping[str, Any], model: DetectionModel, source: str) -> StateDict:
     """The detector's weights in what `read_checkpoint` gave; averaged ones where there are any.
 
     Args:
         checkpoint: the file's content.
-        own_names: names of the model that they are for.
+        model: the model that they are for; only its names count.
         source: the file, for messages.
 
     Raises:
-        WeightsError: they are not DETR's, or there are several.
+        WeightsError: they are not of such a detector, or there are several.
     """
     stored = checkpoint["ema"] if checkpoint.get("ema") is not None else checkpoint["model"]
+    names, own_names = model.weight_names, list(model.state_dict())
     found = without_prefix(stored, own_names, source)
-    if not any(name in found.tensors and name.startswith(("transformer.", "backbone.")) for name in own_names):
+    if not any(name in found.tensors and name.startswith(names.signs) for name in own_names):
         raise WeightsError(
             f"{source} holds no DETR weights, only {shorten_names(list(stored))}; "
             "a ResNet's weights go into model.backbone_weights"
         )
-    bias, weight = (found.tensors.get(f"class_embed.{kind}") for kind in ("bias", "weight"))
-    if bias is not None and (bias.dim() != 1 or len(bias) < 2 or weight is None or weight.shape[:1] != bias.shape):
-        raise WeightsError(f"{source} is damaged: class_embed.bias and class_embed.weight are no head of a classifier")
+    for head in names.class_heads:
+        bias, weight = (found.tensors.get(f"{head}.{kind}") for kind in ("bias", "weight"))
+        if bias is not None and (bias.dim() != 1 or len(bias) < 2 or weight is None or weight.shape[:1] != bias.shape):
+            raise WeightsError(f"{source} is damaged: {head}.bias and {head}.weight are no head of a classifier")
     return found
 
 
-def whole_state(model: Detr, found: StateDict, source: str) -> dict[str, Tensor]:
+def whole_state(model: DetectionModel, found: StateDict, source: str) -> dict[str, Tensor]:
     """The weights of all of a model, to use it as it was trained; nothing may be missing or stay random.
 
     Args:
@@ -217,7 +218,7 @@ def whole_state(model: Detr, found: StateDict, source: str) -> dict[str, Tensor]
         {name: (state[name], own[name]) for name in own if name in state},
         "is the model section the one that the weights were trained with?",
     )
-    _refuse_other_backbone(source, own, state)
+    _refuse_other_backbone(source, model.weight_names.backbone, own, state)
     for names, what in ((missing, "it lacks"), (strangers, "it has more,")):
         if names:
             raise WeightsError(f"{source} does not fit the model section: {what} {shorten_names(names)}")
@@ -250,17 +251,17 @@ class _Rows:
     note: str
 
 
-def _fitting_part(name: str, value: Tensor, target: Tensor, rows: _Rows) -> _Part | None:
+def _fitting_part(names: WeightNames, name: str, value: Tensor, target: Tensor, rows: _Rows) -> _Part | None:
     """The part of the file's ``value`` that the model's ``target`` can take; None where the shapes speak against it."""
-    if name.startswith("class_embed.") and value.shape[1:] == target.shape[1:]:
+    if names.is_class_row(name) and value.shape[1:] == target.shape[1:]:
         return _Part([here for here, _ in rows.pairs], value[[there for _, there in rows.pairs]], rows.note)
     if value.shape == target.shape:
         return _Part(..., value, "")
-    if name == "query_embed.weight" and value.shape[1:] == target.shape[1:]:
+    if name in names.query_tables and value.shape[1:] == target.shape[1:]:
         kept = min(len(value), len(target))
         note = f"{kept} of the file's {len(value)} queries copied, {len(target) - kept} fresh"
         return _Part(slice(kept), value[:kept], note)
-    if name == "input_proj.weight" and value.shape[0] == target.shape[0]:
+    if name in names.input_projections and value.shape[0] == target.shape[0]:
         note = f"fresh: the file's backbone gives {value.shape[1]} channels, this one {target.shape[1]}"
         return _Part(slice(0), target[:0], note)
     return None
@@ -279,27 +280,30 @@ def _class_names_of(
     return None
 
 
-def _matching_rows(old_names: Sequence[str | None] | None, new_names: Sequence[str | None], old_rows: int) -> _Rows:
-    """Which rows of two classifiers mean the same, no-object's (the last of each) included.
+def _matching_rows(
+    old_names: Sequence[str | None] | None, new_names: Sequence[str | None], old_rows: int, has_no_object: bool
+) -> _Rows:
+    """Which rows of two classifiers mean the same; where there is a row for no-object, it is the last of each.
 
     Without names in the file, rows count by their position where there are as many, and not at all otherwise.
     """
-    no_object = (len(new_names), old_rows)
+    last = ((len(new_names), old_rows),) if has_no_object else ()
     if old_names is None and old_rows != len(new_names):
-        return _Rows((no_object,), "fresh but for the no-object row: the file does not name its classes")
+        kept = " but for the no-object row" if has_no_object else ""
+        return _Rows(last, f"fresh{kept}: the file does not name its classes")
     if old_names is None or list(old_names) == list(new_names):
-        return _Rows(tuple((row, row) for row in range(old_rows + 1)), "")
+        return _Rows((*((row, row) for row in range(old_rows)), *last), "")
     old_row_of = {name.casefold(): row for row, name in reversed(list(enumerate(old_names))) if name is not None}
     named = [(row, name) for row, name in enumerate(new_names) if name is not None]
     pairs = [(row, old_row_of[name.casefold()]) for row, name in named if name.casefold() in old_row_of]
     if len(pairs) == len(new_names):
-        return _Rows((*pairs, no_object), "")
-    note = f"the no-object row and {len(pairs)} of {len(named)} classes copied by name"
+        return _Rows((*pairs, *last), "")
+    note = f"{'the no-object row and ' if has_no_object else ''}{len(pairs)} of {len(named)} classes copied by name"
     fresh = [name for _, name in named if name.casefold() not in old_row_of]
     if fresh:
         more = f" and {len(fresh) - _NAMES_SHOWN} more" if len(fresh) > _NAMES_SHOWN else ""
         note += f"; fresh: {', '.join(fresh[:_NAMES_SHOWN])}{more}"
-    return _Rows((*pairs, no_object), note)
+    return _Rows((*pairs, *last), note)
 
 
 def _refuse_other_shapes(source: str, pairs: Mapping[str, tuple[Tensor, Tensor]], question: str) -> None:
@@ -314,10 +318,19 @@ def _refuse_other_shapes(source: str, pairs: Mapping[str, tuple[Tensor, Tensor]]
         raise WeightsError(f"{source} does not fit ({question}): {'; '.join(differing[:_NAMES_SHOWN])}{more}")
 
 
-def _refuse_other_backbone(source: str, own: Collection[str], state: Collection[str]) -> None:
-    """Raises where a file's backbone lacks layers of the model's, or has more in the stages that the model has."""
-    mine = {name.removeprefix(_BODY) for name in own if name.startswith(_BODY) and not name.endswith(_COUNTER)}
-    theirs = {name.removeprefix(_BODY) for name in state if name.startswith(_BODY) and not name.endswith(_COUNTER)}
+def _refuse_other_backbone(source: str, body: str, own: Collection[str], state: Collection[str]) -> None:
+    """Raises where a file's backbone lacks layers of the model's, or has more in the stages that the model has.
+
+    Args:
+        source: the file, for messages.
+        body: what the names of the backbone start with.
+        own: the model's names.
+        state: the file's names.
+    """
+    mine, theirs = (
+        {name.removeprefix(body) for name in names if name.startswith(body) and not name.endswith(_COUNTER)}
+        for names in (own, state)
+    )
     kept = {name.split(".")[0] for name in mine}
     missing = sorted(mine - theirs)
     more = sorted(name for name in theirs - mine if name.split(".")[0] in kept)

@@ -8,8 +8,10 @@ from config_keys.registry import Place, same_weights, shows
 from torch import nn
 from torchvision.models import resnet18
 
+from detr_ray.architectures import ARCHITECTURES
+from detr_ray.config import ModelConfig
 from detr_ray.loss import SetCriterion
-from detr_ray.model import Detr
+from detr_ray.model.detr import Detr
 from detr_ray.structures import ModelOutput
 
 
@@ -36,6 +38,21 @@ def cells(model: Detr) -> int:
     output(model)
     hook.remove()
     return int(seen[0][0] * seen[0][1])
+
+
+@shows("model.architecture")
+def architecture(place: Place) -> None:
+    """An architecture is what its line says: a second one needs nothing else."""
+    assert type(place.model("model.architecture=detr")).__name__ == "Detr"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ARCHITECTURES, "detr", f"{__name__}:another_architecture")
+        assert place.model().found_by == "its line"
+
+
+def another_architecture(section: ModelConfig, num_classes: int) -> Detr:
+    model = Detr.from_config(section, num_classes)
+    model.found_by = "its line"  # type: ignore[assignment]
+    return model
 
 
 WHOLE = ("model.backbone_norm=batch", "model.backbone_stride=32")

@@ -13,7 +13,7 @@ from observing import Observed, observe, prepare, small_config, without_validati
 
 from detr_ray.config import Config
 from detr_ray.engine.job import TrainJob, prepare_job
-from detr_ray.model import Detr
+from detr_ray.model.detr import Detr
 from detr_ray.structures import SamplePlan
 
 
@@ -37,7 +37,7 @@ class Place:
         return prepare_job(self.config(*overrides), lambda line: None)
 
     def model(self, *overrides: str) -> Detr:
-        return self.job(*overrides).build_model()
+        return self.job(*overrides).build_detector().model
 
     def samples(self, *overrides: str, steps: int = 4) -> list[SamplePlan]:
         """What is planned for the first steps."""

@@ -32,8 +32,8 @@ def storage(place: Place) -> None:
 def seed(place: Place) -> None:
     """Weights, the order of images, augmentation and dropout are other ones."""
     one, two, again = (place.job(f"run.seed={value}") for value in (1, 2, 1))
-    assert same_weights(one.build_model(), again.build_model())
-    assert not same_weights(one.build_model(), two.build_model())
+    assert same_weights(one.build_detector().model, again.build_detector().model)
+    assert not same_weights(one.build_detector().model, two.build_detector().model)
 
     def stream(number: int) -> list[tuple[int, bool]]:
         return [(sample.image_id, sample.flip) for sample in place.samples(f"run.seed={number}")]

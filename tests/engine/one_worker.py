@@ -42,12 +42,12 @@ def main() -> None:
     if int(world_size) > 1:
         dist.init_process_group("gloo")
     job = prepare_job(load_config(config_path), lambda line: None)
-    model = job.build_model()
+    model = job.build_detector().model
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     context = DistributedContext(int(rank), int(world_size))
     optimizer = RecordingSgd([p for p in model.parameters() if p.requires_grad])
     step = TrainStep(
-        model, job.build_criterion(), optimizer, context, num_queries=job.config.model.num_queries,
+        model, job.build_detector().criterion, optimizer, context,
         seed=job.config.run.seed, skip_nonfinite=job.config.train.on_nonfinite == "skip",
     )  # fmt: skip
     batches = LocalBatches(job.data.plan(int(world_size), int(rank)), *job.data.loaders())

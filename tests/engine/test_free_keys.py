@@ -220,7 +220,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     config = configured(dataset, folder / "straight")
     fit_here(config, tracker)
     fit_here(configured(dataset, folder / "stopped"), stop_after=STOPPED_AT)
-    start = prepare_job(configured(dataset, folder / "start"), print).build_model().state_dict()
+    start = prepare_job(configured(dataset, folder / "start"), print).build_detector().model.state_dict()
     metrics = [(step, values) for step, values in tracker.metrics if "train/loss" in values]
     return Runs(folder, dataset, start, final_weights(folder / "straight" / "a", STEPS), metrics)
 

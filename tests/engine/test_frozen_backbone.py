@@ -20,7 +20,7 @@ def test_a_backbone_without_a_rate_stays_as_it_was_begun(tmp_path: Path) -> None
     source = fit_here(tiny_config(dataset, tmp_path, "run.name=source", "train.max_steps=1"))
     settings = ("run.name=a", "optim.ema_decay=0.5", f"model.init_from={source.best_checkpoint}/model.pt")
     config = tiny_config(dataset, tmp_path, *settings, "optim.lr_backbone=0")
-    first = prepare_job(config, print).build_model().state_dict()
+    first = prepare_job(config, print).build_detector().model.state_dict()
     tracker = MemoryTracker()
     fit_here(config, tracker, stop_after=1)
     fit_here(config, tracker)
@@ -41,7 +41,9 @@ def test_a_backbone_without_a_rate_stays_as_it_was_begun(tmp_path: Path) -> None
         for rate in (1e-5, 0)
     )
     assert trained - frozen == 8 * sum(
-        p.numel() for n, p in prepare_job(config, print).build_model().named_parameters() if n.startswith("backbone.")
+        p.numel()
+        for n, p in prepare_job(config, print).build_detector().model.named_parameters()
+        if n.startswith("backbone.")
     )
     with pytest.raises(ConfigError, match=r"optim\.lr_backbone: begun with 0"):
         fit_here(tiny_config(dataset, tmp_path, *settings, "optim.lr_backbone=1e-5"))

@@ -33,7 +33,7 @@ def job(dataset: Path, tmp_path: Path) -> TrainJob:
 
 
 def adam(model: nn.Module) -> torch.optim.Optimizer:
-    return build_optimizer(model, lr=1e-4, lr_backbone=1e-5, weight_decay=1e-4)
+    return build_optimizer(model, {"lr": 1e-4, "lr_backbone": 1e-5}, weight_decay=1e-4)
 
 
 def take_steps(
@@ -46,9 +46,9 @@ def take_steps(
     optimizer: Callable[[nn.Module], torch.optim.Optimizer] = adam,
 ) -> TrainStep:
     """Steps of a job at a first loss scale; ``after`` sees each step once it is settled."""
-    model = job.build_model()
+    model = job.build_detector().model
     step = TrainStep(
-        model, job.build_criterion(), optimizer(model), LocalContext(), num_queries=8, seed=0, precision="fp16",
+        model, job.build_detector().criterion, optimizer(model), LocalContext(), seed=0, precision="fp16",
         clip_max_norm=0.1, skip_nonfinite=skip,
     )  # fmt: skip
     step.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
@@ -123,7 +123,7 @@ def test_steps_left_out_count_in_a_row(job: TrainJob) -> None:
 
 def test_clipping_is_that_of_the_real_gradient(job: TrainJob) -> None:
     """With plain gradient descent at a rate of 1 an update is as long as the clipped gradient, whatever the scale."""
-    start = torch.cat([parameter.detach().flatten() for parameter in job.build_model().parameters()])
+    start = torch.cat([parameter.detach().flatten() for parameter in job.build_detector().model.parameters()])
     for scale in (2.0**6, 2.0**8):
         step = take_steps(job, 1, scale, optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=1, fused=True))
         end = torch.cat([parameter.detach().flatten() for parameter in step.model.parameters()])

@@ -59,7 +59,7 @@ def evaluate_here(config: Config) -> EvaluationResult:
 def test_labels_are_contiguous_from_scratch(coco128: Path, tmp_path: Path) -> None:
     job = prepare_job(coco128_config(coco128, tmp_path), quiet)
     assert job.data.label_map.num_classes == 80
-    assert len(job.build_model().class_embed.bias) == 81
+    assert len(job.build_detector().model.class_embed.bias) == 81
 
 
 def test_published_weights_bring_their_labels(coco128: Path, published: Path, tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_published_weights_bring_their_labels(coco128: Path, published: Path, tm
     job = prepare_job(coco128_config(coco128, tmp_path, f"model.init_from={published}"), lines.append)
     assert job.data.label_map == LabelMap.coco91()
     expected = torch.load(published, weights_only=True)["model"]
-    found = job.build_model().state_dict()
+    found = job.build_detector().model.state_dict()
     learned = [name for name in expected if not name.endswith("num_batches_tracked")]
     assert [name for name in learned if not torch.equal(found[name], expected[name])] == []
     assert "rebuilt     0" in "\n".join(lines)
@@ -79,7 +79,7 @@ def test_published_weights_start_a_model_for_other_classes(dataset: Path, publis
     job = prepare_job(config, lines.append)
     assert job.data.label_map.num_classes == 6
     expected = torch.load(published, weights_only=True)["model"]
-    found = job.build_model().state_dict()
+    found = job.build_detector().model.state_dict()
     assert torch.equal(found["class_embed.weight"][-1], expected["class_embed.weight"][-1]), "no-object is kept"
     assert torch.equal(found["query_embed.weight"][:8], expected["query_embed.weight"])
     assert torch.equal(found["transformer.decoder.norm.weight"], expected["transformer.decoder.norm.weight"])
@@ -101,7 +101,9 @@ def test_own_weights_start_another_run(dataset: Path, tmp_path: Path) -> None:
     source = f"{first.best_checkpoint}/model.pt"
     job = prepare_job(tiny_config(dataset, tmp_path, f"model.init_from={source}"), quiet)
     saved = torch.load(source, weights_only=True)
-    assert all(torch.equal(value, saved["ema"][name]) for name, value in job.build_model().state_dict().items())
+    assert all(
+        torch.equal(value, saved["ema"][name]) for name, value in job.build_detector().model.state_dict().items()
+    )
 
 
 def test_weights_that_are_not_there_are_refused(dataset: Path, tmp_path: Path) -> None:

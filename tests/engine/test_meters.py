@@ -10,7 +10,7 @@ from tiny import fit_here, make_dataset, tiny_config
 
 from detr_ray.engine.job import TrainJob, prepare_job
 from detr_ray.engine.stream.batches import LocalBatches
-from detr_ray.structures import to_device
+from detr_ray.structures import IMAGENET_PIXELS, to_device
 from detr_ray.tracking import MemoryTracker
 
 
@@ -21,9 +21,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def loss_of_first_step(job: TrainJob) -> float:
     """The weighted total of the first global batch in one piece, from the criterion alone."""
-    model, criterion = job.build_model().train(), job.build_criterion()
+    model, criterion = job.build_detector().model.train(), job.build_detector().criterion
     (padded,) = next(LocalBatches(job.data.plan(1, 0), *job.data.loaders()).train_batches(0, 1))
-    batch = to_device(padded, torch.device("cpu"), channels_last=False)
+    batch = to_device(padded, torch.device("cpu"), IMAGENET_PIXELS)
     with torch.no_grad():
         return float(criterion.total(criterion(model(batch.images, batch.mask), batch.targets)))
 

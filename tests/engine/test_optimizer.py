@@ -13,7 +13,7 @@ from torch import nn
 from detr_ray.engine.optimizer import (
     build_optimizer,
     clipped_update,
-    freeze_backbone,
+    freeze_groups,
     learning_rate_factor,
     restore_optimizer,
     set_learning_rate,
@@ -89,7 +89,7 @@ def small_detector(norm: str = "frozen") -> nn.Module:
 
 def test_the_backbone_has_a_rate_of_its_own() -> None:
     model = small_detector()
-    optimizer = build_optimizer(model, lr=1e-4, lr_backbone=1e-5, weight_decay=1e-4)
+    optimizer = build_optimizer(model, {"lr": 1e-4, "lr_backbone": 1e-5}, weight_decay=1e-4)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     head, backbone = (sorted(names[id(p)] for p in group["params"]) for group in optimizer.param_groups)
     assert all(name.startswith("backbone.") for name in backbone) and backbone
@@ -208,9 +208,9 @@ def test_restoring_keeps_the_options_that_the_optimizer_was_built_with() -> None
 @pytest.mark.parametrize("norm", ["frozen", "batch"])
 def test_a_backbone_without_a_rate_takes_no_part(norm: str) -> None:
     model = small_detector(norm)
-    earlier = build_optimizer(model, lr=1e-4, lr_backbone=0, weight_decay=1e-4)
-    freeze_backbone(model)
-    optimizer = build_optimizer(model, lr=1e-4, lr_backbone=0, weight_decay=1e-4)
+    earlier = build_optimizer(model, {"lr": 1e-4, "lr_backbone": 0}, weight_decay=1e-4)
+    freeze_groups(model, {"lr": 1.0, "lr_backbone": 0.0})
+    optimizer = build_optimizer(model, {"lr": 1e-4, "lr_backbone": 0}, weight_decay=1e-4)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.train()
     output = model(torch.randn(2, 3, 64, 64))

@@ -222,7 +222,7 @@ def test_the_label_space_is_the_one_that_the_run_was_begun_with(coco128: Path, t
     settings = ("run.name=a", "data.root=null", f"data.train={split}", "data.max_images=8", "train.max_steps=1")
     model = prepare_job(tiny_config(coco128, tmp_path, *settings, "data.label_space=coco91", "run.name=x"), print)
     published = tmp_path / "published.pth"
-    torch.save({"model": model.build_model().state_dict()}, published)
+    torch.save({"model": model.build_detector().model.state_dict()}, published)
     config = tiny_config(coco128, tmp_path, *settings, f"model.init_from={published}")
     fit_here(config)
     published.unlink()

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from detr_ray.config import Config, load_config
 from detr_ray.data.label_map import LabelMap
+from detr_ray.detector import Detector, build_detector
 from detr_ray.engine.checkpoints.info import CheckpointInfo, best_of
 from detr_ray.engine.context import LocalContext
 from detr_ray.engine.optimizer import build_optimizer
 from detr_ray.engine.step import TrainStep
 from detr_ray.evaluation import GroundTruth
-from detr_ray.loss import SetCriterion, build_criterion
-from detr_ray.model import Detr, build_model
+from detr_ray.loss import build_criterion
+from detr_ray.model import DetectionModel, build_model
 from detr_ray.structures import PaddedBatch
 
 CLASSES = 5
@@ -34,7 +35,7 @@ def settings(*overrides: str) -> Config:
     return load_config(None, [*SETTINGS, *overrides])
 
 
-def draw_model(config: Config, device: torch.device | str = "cpu", channels_last: bool = False) -> Detr:
+def draw_model(config: Config, device: torch.device | str = "cpu", channels_last: bool = False) -> DetectionModel:
     torch.manual_seed(1)
     model = build_model(config.model, CLASSES).to(device)
     return model.to(memory_format=torch.channels_last) if channels_last else model
@@ -69,10 +70,9 @@ def draw_step(
     model = draw_model(config, device, channels_last)
     step = TrainStep(
         model,
-        build_criterion(config.loss, CLASSES, config.model.decoder_layers).to(device),
-        build_optimizer(model, lr=1e-4, lr_backbone=1e-5, weight_decay=1e-4),
+        build_criterion(config.loss, CLASSES, num_queries=model.num_queries).to(device),
+        build_optimizer(model, {"lr": 1e-4, "lr_backbone": 1e-5}, weight_decay=1e-4),
         LocalContext(device),
-        num_queries=config.model.num_queries,
         seed=0,
         precision=precision,
         clip_max_norm=0.1,
@@ -161,12 +161,9 @@ class DrawnJob:
         val = _ground_truth(label_map) if validates else None
         self.data = SimpleNamespace(config=self.config, val=val, label_map=label_map, measured_on={"data": "drawn"})
 
-    def build_model(self) -> Detr:
+    def build_detector(self) -> Detector:
         torch.manual_seed(self.config.run.seed)
-        return build_model(self.config.model, CLASSES)
-
-    def build_criterion(self) -> SetCriterion:
-        return build_criterion(self.config.loss, CLASSES)
+        return build_detector(self.config.model, self.config.loss, CLASSES)
 
     def train_batches(self, first_step: int, last_step: int) -> Iterator[list[PaddedBatch]]:
         """As `BatchSource`."""

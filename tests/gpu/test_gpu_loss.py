@@ -8,7 +8,7 @@ from drawn import CLASSES, deviation, draw_batch, settings
 from torch import Tensor
 
 from detr_ray.loss import NonFiniteOutputs, build_criterion
-from detr_ray.structures import ModelOutput, Target, to_device
+from detr_ray.structures import IMAGENET_PIXELS, ModelOutput, Target, to_device
 
 LAYERS, QUERIES = 3, 20
 
@@ -16,7 +16,7 @@ LAYERS, QUERIES = 3, 20
 def predictions(device: torch.device) -> tuple[ModelOutput, list[Tensor], list[Target]]:
     """Random logits and boxes of three layers, as leaves of a graph, and the targets of a batch."""
     generator = torch.Generator().manual_seed(5)
-    batch = to_device(draw_batch(), device)
+    batch = to_device(draw_batch(), device, IMAGENET_PIXELS)
     images = len(batch.targets)
     leaves = []
     for _ in range(LAYERS):
@@ -32,7 +32,7 @@ def test_losses_matchings_and_gradients_are_those_of_the_cpu(device: torch.devic
     for place in (torch.device("cpu"), device):
         criterion = build_criterion(settings().loss, CLASSES, LAYERS).to(place)
         outputs, leaves, targets = predictions(place)
-        found = criterion(outputs, targets, num_boxes=7.0, class_weight_sum=11.0)
+        found = criterion(outputs, targets, (7.0, 11.0))
         criterion.total(found).backward()
         losses.append(found)
         matchings.append(criterion.matcher(outputs, targets))

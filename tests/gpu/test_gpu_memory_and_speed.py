@@ -19,7 +19,7 @@ from detr_ray.engine.optimizer import build_optimizer
 from detr_ray.engine.step import TrainStep
 from detr_ray.loss import build_criterion
 from detr_ray.model import build_model
-from detr_ray.structures import padding_mask, to_device
+from detr_ray.structures import IMAGENET_PIXELS, padding_mask, to_device
 
 IMAGES, HEIGHT, WIDTH = 2, 512, 640
 
@@ -35,10 +35,9 @@ def default_step(gpu: torch.device, precision: str) -> TrainStep:
     model = build_model(config.model, CLASSES).to(gpu, memory_format=torch.channels_last)
     return TrainStep(
         model,
-        build_criterion(config.loss, CLASSES).to(gpu),
-        build_optimizer(model, lr=1e-4, lr_backbone=1e-5, weight_decay=1e-4),
+        build_criterion(config.loss, CLASSES, num_queries=config.model.num_queries).to(gpu),
+        build_optimizer(model, {"lr": 1e-4, "lr_backbone": 1e-5}, weight_decay=1e-4),
         LocalContext(gpu),
-        num_queries=config.model.num_queries,
         seed=0,
         precision=precision,
         clip_max_norm=0.1,
@@ -110,7 +109,7 @@ def test_images_a_second_beside_the_plain_implementation(
     plain = PlainStep(plain_model, PlainCriterion(CLASSES).to(gpu), clip_max_norm=0.1, bf16=precision == "bf16")
 
     def plain_step() -> object:
-        batch = to_device(padded, gpu)
+        batch = to_device(padded, gpu, IMAGENET_PIXELS)
         sizes = torch.from_numpy(padded.sizes.astype("int64")).to(gpu)
         return plain(batch.images, padding_mask(sizes, HEIGHT, WIDTH), batch.targets)
 

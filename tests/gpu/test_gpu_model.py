@@ -14,9 +14,10 @@ import torch
 from drawn import deviation, draw_batch, draw_model, settings
 from torch import Tensor, nn
 
+from detr_ray.detector import postprocess
 from detr_ray.engine.step import AUTOCAST_DTYPES, compiled
-from detr_ray.model import postprocess
-from detr_ray.structures import to_device
+from detr_ray.loss import SoftmaxLoss
+from detr_ray.structures import IMAGENET_PIXELS, to_device
 
 PRECISIONS = ["fp32", "bf16", "fp16"]
 OF_OUTPUTS = {"fp32": 5e-4, "bf16": 5e-2, "fp16": 1e-2}
@@ -30,7 +31,7 @@ def outputs_and_gradients(
 
     The loss would not do here: a matching that falls the other way by a rounding gives other gradients.
     """
-    batch = to_device(draw_batch(), device, channels_last)
+    batch = to_device(draw_batch(), device, IMAGENET_PIXELS, channels_last)
     dtype = AUTOCAST_DTYPES[precision]
     with torch.autocast(device.type, dtype) if dtype else nullcontext():
         found = model(batch.images, batch.mask)
@@ -70,10 +71,10 @@ def test_outputs_and_gradients_are_those_of_the_cpu(
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_feature_maps_lie_in_memory_as_they_are_asked_to(device: torch.device, channels_last: bool) -> None:
     model = draw_model(settings(), device, channels_last)
-    batch = to_device(draw_batch(), device, channels_last)
+    batch = to_device(draw_batch(), device, IMAGENET_PIXELS, channels_last)
     wanted = torch.channels_last if channels_last else torch.contiguous_format
     with torch.no_grad():
-        features, _ = model.backbone[0](batch.images, batch.mask)
+        ((features, _, _),) = model.backbone[0](batch.images, batch.mask)
     assert batch.images.is_contiguous(memory_format=wanted)
     assert features.is_contiguous(memory_format=wanted)
 
@@ -81,9 +82,11 @@ def test_feature_maps_lie_in_memory_as_they_are_asked_to(device: torch.device, c
 def test_detections_are_those_of_the_cpu(device: torch.device) -> None:
     found = []
     for place in (torch.device("cpu"), device):
-        model, batch = draw_model(settings(), place).eval(), to_device(draw_batch(), place)
+        model, batch = draw_model(settings(), place).eval(), to_device(draw_batch(), place, IMAGENET_PIXELS)
         with torch.inference_mode():
-            detections = postprocess(model(batch.images, batch.mask), batch.orig_sizes.to(place))
+            detections = postprocess(
+                model(batch.images, batch.mask), batch.orig_sizes.to(place), SoftmaxLoss(model.num_classes)
+            )
         found.append(
             {f"{key} {i}": one[key].float() for i, one in enumerate(detections) for key in ("scores", "boxes")}
         )

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from detr_ray.engine.optimizer import set_learning_rate
 from detr_ray.engine.step import StepOutcome, TrainStep
-from detr_ray.structures import HostCopy, to_device
+from detr_ray.structures import IMAGENET_PIXELS, HostCopy, to_device
 
 STEPS = 3
 # Shares by which a step may differ from fp32 on the CPU. CPUs against themselves: 1e-7 and 4e-4 (bf16) for losses, 1e-7
@@ -174,9 +174,9 @@ def test_forward_loss_and_backward_read_nothing(device: torch.device) -> None:
     """What a step waits for beside the matching would be one of these, on any device."""
     step = draw_step(device, channels_last=False)
     take(step, 1)
-    batch = to_device(draw_batch(), device)
+    batch = to_device(draw_batch(), device, IMAGENET_PIXELS)
     with _Reads() as reads:
-        losses = step.criterion(step.model(batch.images, batch.mask), batch.targets, 4.0, 9.0)
+        losses = step.criterion(step.model(batch.images, batch.mask), batch.targets, (4.0, 9.0))
         step.criterion.total(losses).backward()
     assert reads.found == []
     with _Reads() as reads:
@@ -202,7 +202,7 @@ class _Copies(TorchDispatchMode):
 
 def test_batches_are_copied_from_pinned_memory(gpu: torch.device) -> None:
     with _Copies() as copies:
-        batch = to_device(draw_batch(), gpu, channels_last=True)
+        batch = to_device(draw_batch(), gpu, IMAGENET_PIXELS, channels_last=True)
     assert len(copies.found) >= 4, "pixels, sizes, labels and boxes at least"
     assert set(copies.found) == {(True, True)}
     assert batch.images.is_cuda and batch.targets[0]["boxes"].is_cuda
@@ -210,9 +210,9 @@ def test_batches_are_copied_from_pinned_memory(gpu: torch.device) -> None:
 
 def test_batches_are_those_of_the_cpu_and_keep_their_values(device: torch.device) -> None:
     """Pinned memory is used again while copies are under way; what arrived must not change."""
-    batches = [to_device(draw_batch(seed=seed), device) for seed in range(8)]
+    batches = [to_device(draw_batch(seed=seed), device, IMAGENET_PIXELS) for seed in range(8)]
     for seed, batch in enumerate(batches):
-        plain = to_device(draw_batch(seed=seed), torch.device("cpu"))
+        plain = to_device(draw_batch(seed=seed), torch.device("cpu"), IMAGENET_PIXELS)
         assert torch.allclose(batch.images.cpu(), plain.images, atol=1e-6)
         assert batch.mask is not None and torch.equal(batch.mask.cpu(), plain.mask)
         for mine, theirs in zip(batch.targets, plain.targets, strict=True):

@@ -60,4 +60,4 @@ def loss_section(**changes: Any) -> SimpleNamespace:
 
 
 def criterion_for_case(**changes: Any) -> SetCriterion:
-    return build_criterion(loss_section(**changes), num_classes=NUM_CLASSES)
+    return build_criterion(loss_section(**changes), num_classes=NUM_CLASSES, num_queries=5)

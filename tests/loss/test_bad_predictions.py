@@ -90,5 +90,5 @@ def test_shapes_that_do_not_fit_are_named(criterion: SetCriterion) -> None:
         criterion(outputs, [])
     with pytest.raises(ValueError, match=r"image 1 .*\[1\] and \[2, 4\]"):
         criterion(outputs, [targets[0], {"labels": targets[1]["labels"][:1], "boxes": targets[1]["boxes"]}])
-    with pytest.raises(ValueError, match=rf"{NUM_CLASSES} classes with no-object.*{NUM_CLASSES} \+ 1"):
+    with pytest.raises(ValueError, match=rf"{NUM_CLASSES} logits a query.*{NUM_CLASSES + 1} for {NUM_CLASSES} classes"):
         criterion({key: outputs[key][..., :NUM_CLASSES] for key in ("pred_logits", "pred_boxes")}, targets)

@@ -74,7 +74,7 @@ def test_micro_batches_with_given_normalisers_add_up_to_the_whole_batch(as_tenso
     whole_gradients = torch.autograd.grad(criterion.total(whole), leaves(outputs))
 
     parts = [slice(0, 1), slice(1, 2), slice(2, 5), slice(5, 6)]
-    norms = [criterion.normalisers(counts[part], num_queries=5) for part in parts]
+    norms = [criterion.normalisers(counts[part]) for part in parts]
     num_boxes, weight_sum = (sum(values) for values in zip(*norms, strict=True))
     if as_tensor:
         num_boxes, weight_sum = torch.tensor(num_boxes), torch.tensor(weight_sum)
@@ -85,7 +85,7 @@ def test_micro_batches_with_given_normalisers_add_up_to_the_whole_batch(as_tenso
             for layer in [*outputs["aux_outputs"], outputs]
         ]
         micro = ModelOutput(**layers[-1], aux_outputs=layers[:-1])
-        losses = criterion(micro, targets[part], num_boxes, weight_sum)
+        losses = criterion(micro, targets[part], (num_boxes, weight_sum))
         added = {key: added.get(key, 0.0) + losses[key] for key in criterion.weights}
     assert_close(added, {key: whole[key] for key in added})
     for got, want in zip(torch.autograd.grad(criterion.total(added), leaves(outputs)), whole_gradients, strict=True):
@@ -94,8 +94,8 @@ def test_micro_batches_with_given_normalisers_add_up_to_the_whole_batch(as_tenso
 
 def test_normalisers_count_boxes_and_class_weights() -> None:
     criterion = criterion_for_case(eos_coef=0.25)
-    assert criterion.normalisers([2, 0, 9], num_queries=5) == (11.0, 7 + 0.25 * 8)
-    assert criterion.normalisers([], num_queries=5) == (0.0, 0.0)
+    assert criterion.normalisers([2, 0, 9]) == (11.0, 7 + 0.25 * 8)
+    assert criterion.normalisers([]) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("counts", [[0, 0], [0, 3]], ids=str)
@@ -119,7 +119,7 @@ def test_images_without_boxes_send_gradients_to_every_parameter(counts: list[int
 def test_no_boxes_and_no_weight_for_no_object_is_a_loss_of_zero(given: tuple[float, float] | None) -> None:
     outputs, targets = random_case([0, 0])
     criterion = criterion_for_case(eos_coef=0)
-    total = criterion.total(criterion(outputs, targets, *(given or ())))
+    total = criterion.total(criterion(outputs, targets, given))
     assert total == 0
     assert all(not gradient.any() for gradient in torch.autograd.grad(total, leaves(outputs)))
 
@@ -212,6 +212,6 @@ def test_the_host_is_waited_for_once_whatever_the_number_of_layers_and_images() 
     criterion = criterion_for_case()
     norms = torch.tensor(9.0), torch.tensor(12.0)
     with _Transfers() as transfers, _WaitingKernels() as kernels:
-        criterion.total(criterion(outputs, targets, *norms)).backward()
+        criterion.total(criterion(outputs, targets, norms)).backward()
     assert transfers.seen == ["cpu"]
     assert kernels.seen == []

@@ -9,7 +9,8 @@ from torchvision.models import resnet
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FrozenBatchNorm2d
 
-from detr_ray.model.backbone import Backbone, shrink_mask
+from detr_ray.model.backbones.resnet import ResNetBackbone
+from detr_ray.model.features import shrink_mask
 
 
 def torchvision_body(name: str, norm: type[nn.Module], last: str = "layer4", dilated: bool = False) -> nn.Module:
@@ -33,15 +34,15 @@ def test_folded_norm_gives_torchvisions_features_and_gradients(name: str, dilate
     torch.manual_seed(0)
     theirs = torchvision_body(name, FrozenBatchNorm2d, dilated=dilated)
     randomise_norms(theirs)
-    ours = Backbone(name, dilation=dilated)
+    ours = ResNetBackbone(name, dilation=dilated)
     ours.body.load_state_dict(theirs.state_dict(), strict=True)
     images = torch.randn(2, 3, 64, 96)
-    torch.testing.assert_close(ours(images, None)[0], theirs(images)["out"], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours(images, None)[0].features, theirs(images)["out"], atol=1e-4, rtol=1e-4)
 
     # Gradients are compared in float64: rounding decides which units of a ReLU near zero are on.
     ours.double(), theirs.double()
     images = images.double()
-    expected, (got, _) = theirs(images)["out"], ours(images, None)
+    expected, got = theirs(images)["out"], ours(images, None)[0].features
     torch.testing.assert_close(got, expected)
 
     seed = torch.randn_like(expected)
@@ -57,14 +58,14 @@ def test_folded_norm_gives_torchvisions_features_and_gradients(name: str, dilate
 def test_trained_norm_is_torchvisions_batch_norm() -> None:
     torch.manual_seed(0)
     theirs = torchvision_body("resnet18", nn.BatchNorm2d)
-    ours = Backbone("resnet18", norm="batch")
+    ours = ResNetBackbone("resnet18", norm="batch")
     ours.body.load_state_dict(theirs.state_dict(), strict=True)
     images = torch.randn(4, 3, 64, 64)
-    torch.testing.assert_close(ours(images, None)[0], theirs(images)["out"])
+    torch.testing.assert_close(ours(images, None)[0].features, theirs(images)["out"])
     assert all(parameter.requires_grad for parameter in ours.parameters())
     torch.testing.assert_close(ours.body.bn1.running_mean, theirs.bn1.running_mean)
     ours.eval(), theirs.eval()
-    torch.testing.assert_close(ours(images, None)[0], theirs(images)["out"])
+    torch.testing.assert_close(ours(images, None)[0].features, theirs(images)["out"])
 
 
 @pytest.mark.parametrize(
@@ -82,16 +83,31 @@ def test_trained_norm_is_torchvisions_batch_norm() -> None:
 def test_cut_and_dilation_decide_the_feature_map(
     name: str, stride: int, dilation: bool, channels: int, cells: int
 ) -> None:
-    backbone = Backbone(name, stride=stride, dilation=dilation)
-    features, mask = backbone(torch.zeros(1, 3, 64, 64), None)
-    assert backbone.num_channels == channels
+    backbone = ResNetBackbone(name, strides=(stride,), dilation=dilation)
+    ((features, mask, cell),) = backbone(torch.zeros(1, 3, 64, 64), None)
+    assert backbone.channels == (channels,) and backbone.strides == (cell,) == (64 // cells,)
     assert features.shape == (1, channels, cells, cells)
     assert mask is None
 
 
+def test_several_levels_are_the_same_maps_with_the_mask_at_each_resolution() -> None:
+    torch.manual_seed(0)
+    several = ResNetBackbone("resnet18", strides=(8, 16, 32)).eval()
+    images, mask = torch.randn(1, 3, 64, 96), torch.zeros(1, 64, 96, dtype=torch.bool)
+    mask[:, :, 48:] = True
+    levels = several(images, mask)
+    assert [level.stride for level in levels] == list(several.strides) == [8, 16, 32]
+    for level, channels, stride in zip(levels, several.channels, (8, 16, 32), strict=True):
+        one = ResNetBackbone("resnet18", strides=(stride,)).eval()
+        one.load_state_dict({name: several.state_dict()[name] for name in one.state_dict()})
+        assert torch.equal(level.features, one(images, mask)[0].features)
+        assert level.features.shape == (1, channels, 64 // stride, 96 // stride)
+        assert torch.equal(level.padding, shrink_mask(mask, 64 // stride, 96 // stride))
+
+
 def test_nothing_is_kept_behind_the_cut() -> None:
     def stages(stride: int) -> set[str]:
-        return {name.split(".")[0] for name in Backbone("resnet18", stride=stride).body.state_dict()}
+        return {name.split(".")[0] for name in ResNetBackbone("resnet18", strides=(stride,)).body.state_dict()}
 
     assert stages(32) == {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"}
     assert stages(16) == {"conv1", "bn1", "layer1", "layer2", "layer3"}
@@ -99,14 +115,14 @@ def test_nothing_is_kept_behind_the_cut() -> None:
 
 
 def test_dilation_changes_no_name_and_no_shape() -> None:
-    plain, dilated = Backbone("resnet50").state_dict(), Backbone("resnet50", dilation=True).state_dict()
+    plain, dilated = ResNetBackbone("resnet50").state_dict(), ResNetBackbone("resnet50", dilation=True).state_dict()
     assert {name: value.shape for name, value in plain.items()} == {
         name: value.shape for name, value in dilated.items()
     }
 
 
 def test_stem_and_first_stage_neither_train_nor_record() -> None:
-    body = Backbone("resnet18").body
+    body = ResNetBackbone("resnet18").body
     trained = {name.split(".")[0] for name, parameter in body.named_parameters() if parameter.requires_grad}
     assert trained == {"layer2", "layer3", "layer4"}
     recorded = []
@@ -121,13 +137,15 @@ def test_stem_and_first_stage_neither_train_nor_record() -> None:
     [
         ({"name": "resnet152"}, "no backbone named 'resnet152'.*resnet101"),
         ({"name": "resnet18", "dilation": True}, "resnet18.*cannot dilate.*resnet50"),
-        ({"name": "resnet50", "stride": 4}, "32, 16 or 8, not 4"),
+        ({"name": "resnet50", "strides": (64,)}, r"some of 4, 8, 16 and 32, ascending, not \[64\]"),
+        ({"name": "resnet50", "strides": (32, 16)}, r"ascending, not \[32, 16\]"),
+        ({"name": "resnet50", "strides": ()}, r"ascending, not \[\]"),
         ({"name": "resnet50", "norm": "sync"}, "'frozen' or 'batch', not 'sync'"),
     ],
 )
 def test_what_does_not_exist_is_refused(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Backbone(**arguments)
+        ResNetBackbone(**arguments)
 
 
 def test_mask_is_read_at_each_cells_corner() -> None:

@@ -11,7 +11,10 @@ from goldens import golden_config, golden_state_dict, load_golden, model_section
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from detr_ray.model import Detr, build_model, postprocess
+from detr_ray.detector import postprocess
+from detr_ray.loss import SoftmaxLoss
+from detr_ray.model import build_model
+from detr_ray.model.detr import Detr
 from detr_ray.structures import ModelOutput
 
 
@@ -75,7 +78,8 @@ def test_outputs_are_the_originals(shared_data: Path, name: str, memory_format: 
         assert distance(layer["pred_boxes"], expected) < 1e-4
     assert {n for n, p in model.named_parameters() if p.requires_grad} == golden.grad_norms.keys()
 
-    for found, expected in zip(postprocess(output, torch.tensor([[480, 640]] * 2)), golden.detections, strict=True):
+    detections = postprocess(output, torch.tensor([[480, 640]] * 2), SoftmaxLoss(model.num_classes))
+    for found, expected in zip(detections, golden.detections, strict=True):
         assert distance(found["scores"], expected["scores"]) < 1e-4
         assert torch.equal(found["labels"], expected["labels"])
         assert distance(found["boxes"] / 640, expected["boxes"] / 640) < 1e-4

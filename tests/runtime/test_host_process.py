@@ -59,8 +59,8 @@ def test_calls_that_raise(dataset: Path, tmp_path: Path) -> None:
 def test_preparing_and_building(dataset: Path, tmp_path: Path) -> None:
     with unchanged():
         job = prepare_job(tiny_config(dataset, tmp_path), lambda line: None)
-        first = job.build_model().state_dict()
-        again = job.build_model().state_dict()
+        first = job.build_detector().model.state_dict()
+        again = job.build_detector().model.state_dict()
     assert all(torch.equal(first[name], again[name]) for name in first), "its own random numbers are the seed's"
 
 

@@ -200,9 +200,9 @@ def test_evaluating_takes_the_averaged_weights_the_model_and_the_labels(
 
     _, model_file, _ = straight.checkpoint(4)
     name = "class_embed.bias"
-    assert torch.equal(job_of(lambda content: None).build_model().state_dict()[name], model_file["ema"][name])
+    assert torch.equal(job_of(lambda content: None).build_detector().model.state_dict()[name], model_file["ema"][name])
     without = job_of(lambda content: content.pop("ema"))
-    assert torch.equal(without.build_model().state_dict()[name], model_file["model"][name])
+    assert torch.equal(without.build_detector().model.state_dict()[name], model_file["model"][name])
     with pytest.raises(ConfigError, match="does not fit"):
         job_of(lambda content: content["config"]["model"].__setitem__("hidden_dim", 64))
     with pytest.raises((DataError, ConfigError), match="categories do not fit"):
@@ -214,7 +214,7 @@ def test_another_run_starts_from_the_averaged_weights_by_the_names_of_classes(
 ) -> None:
     def first_weights(path: Path) -> dict[str, torch.Tensor]:
         config = small_config(dataset, tmp_path, f"model.init_from={path}")
-        return prepare_job(config, lambda line: None).build_model().state_dict()
+        return prepare_job(config, lambda line: None).build_detector().model.state_dict()
 
     path = rewritten(straight, tmp_path / "sound.pt", lambda content: None)
     _, model_file, _ = straight.checkpoint(4)

@@ -121,7 +121,7 @@ def expected_gradient(seen: Observed, step: int, losses: list[Loss]) -> dict[str
     """Gradient of the plain loss of a whole step, through the model as it was, at the same images."""
     per_step = len(losses)
     forwards = seen.training[per_step * step : per_step * (step + 1)]
-    model = seen.job.build_model().train()
+    model = seen.job.build_detector().model.train()
     weights = seen.job.config.loss
     model.load_state_dict(forwards[0].weights)
     for forward, loss in zip(forwards, losses, strict=True):

@@ -81,7 +81,7 @@ def test_a_run_drops_in_training_and_not_in_validation(dataset: Path, tmp_path: 
 
 def test_what_is_dropped_is_drawn_anew_at_each_step(dataset: Path, tmp_path: Path) -> None:
     job = prepare_job(small_config(dataset, tmp_path, "model.dropout=0.5"), lambda line: None)
-    model = job.build_model().train()
+    model = job.build_detector().model.train()
     images = torch.randn(1, 3, 48, 48)
     outputs = [model(images)["pred_logits"] for _ in range(2)]
     assert not torch.equal(*outputs)

@@ -11,7 +11,7 @@ import pytest
 from s3_server import S3Server
 from tiny import make_dataset, tiny_config
 
-from detr_ray.engine.checkpoints.training_state import MODEL_FILE
+from detr_ray.detector.artifact import MODEL_FILE
 from detr_ray.engine.reporting.tracking_store import local_storage
 from detr_ray.locations import join, read_bytes
 from detr_ray.runtime.launch import fit

@@ -13,8 +13,8 @@ from tiny import fit_here, make_dataset, tiny_config
 
 from detr_ray.data.shards import write_shards
 from detr_ray.data.splits import open_split
+from detr_ray.detector.artifact import MODEL_FILE
 from detr_ray.engine.checkpoints.store import CheckpointStore
-from detr_ray.engine.checkpoints.training_state import MODEL_FILE
 from detr_ray.engine.loop import FitResult
 from detr_ray.engine.validation.evaluation_job import find_checkpoint
 from detr_ray.runtime.launch import fit

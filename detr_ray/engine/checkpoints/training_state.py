@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from detr_ray.detector.artifact import MODEL_FILE, saved_model
 from detr_ray.engine.checkpoints.info import CheckpointInfo
 from detr_ray.engine.checkpoints.run_checkpoints import RunCheckpoints
 from detr_ray.engine.context import WorkerContext
 from detr_ray.engine.ema import ModelEma
 from detr_ray.engine.errors import CheckpointError, RunFailed
-from detr_ray.engine.optimizer import build_optimizer, restore_optimizer
+from detr_ray.engine.optimizer import build_optimizer, group_rates, restore_optimizer
 from detr_ray.engine.running_statistics import RunningStatistics
 from detr_ray.engine.step import TrainStep
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:  # see the loop
     from detr_ray.engine.checkpoints.store import CheckpointStore
     from detr_ray.engine.job import TrainJob
 
-MODEL_FILE = "model.pt"
 TRAINING_FILE = "training.pt"
 
 
@@ -33,6 +33,7 @@ class TrainingState:
 
     Attributes:
         model: the model, with its first weights until something is restored.
+        criterion: its loss.
         optimizer: of the model's parameters.
         ema: the average of the weights; None where the configuration asks for none.
         statistics: batch norm's, which are this worker's own.
@@ -43,11 +44,13 @@ class TrainingState:
     def __init__(self, job: TrainJob, context: WorkerContext) -> None:
         config = job.config
         self._job, self._context = job, context
-        self.model = job.build_model().to(context.device)
+        detector = job.build_detector()
+        self.model = detector.model.to(context.device)
+        self.criterion = detector.criterion.to(context.device)
         if config.train.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
         self.optimizer = build_optimizer(
-            self.model, lr=config.optim.lr, lr_backbone=config.optim.lr_backbone, weight_decay=config.optim.weight_decay
+            self.model, group_rates(self.model, config.optim), weight_decay=config.optim.weight_decay
         )
         self.ema = ModelEma(self.model, config.optim.ema_decay) if config.optim.ema_decay else None
         self.statistics = RunningStatistics(self.model, self.ema.module if self.ema else None, context)
@@ -61,15 +64,8 @@ class TrainingState:
             train_step: has a state of its own.
             of_all_workers: further entries of the training file, which took all workers to put together.
         """
-        model_file = {
-            "format": "detr_ray",
-            "model": self.model.state_dict(),
-            "label_map": self._job.data.label_map.to_dict(),
-            "config": self._job.config.to_dict(),
-            "step": self.step,
-        }
-        if self.ema is not None:
-            model_file["ema"] = self.ema.module.state_dict()
+        averaged = None if self.ema is None else self.ema.module
+        model_file = saved_model(self.model, averaged, self._job.data.label_map, self._job.config, self.step)
         training = {
             "step": self.step,
             "seed": self._job.config.run.seed,

@@ -13,8 +13,8 @@ from torchvision.models import get_model_weights
 
 from detr_ray.config import Config
 from detr_ray.data.label_map import LabelMap
+from detr_ray.detector import build_skeleton
 from detr_ray.engine.preflight.findings import Level, Report
-from detr_ray.model import Detr, build_model
 from detr_ray.model.weights import WeightsError, load_backbone_weights, load_initial_weights, read_checkpoint
 
 AREA = "weights"
@@ -43,12 +43,6 @@ def starts_from_official_weights(config: Config) -> bool:
         return False
 
 
-def skeleton(config: Config, num_classes: int) -> Detr:
-    """The model without memory for its weights: names, shapes and nothing else."""
-    with torch.device("meta"):
-        return build_model(config.model, num_classes)
-
-
 def check_weights(config: Config, label_map: LabelMap | None, report: Report) -> None:
     """Looks at the weights that training starts from; reads what is on this machine, and fetches nothing.
 
@@ -68,7 +62,7 @@ def check_weights(config: Config, label_map: LabelMap | None, report: Report) ->
         _check_server(key, source, report)
         return
     names = (label_map or LabelMap.coco91()).names
-    model = skeleton(config, len(names))
+    model = build_skeleton(config.model, len(names))
     try:
         if config.model.init_from is None:
             load_backbone_weights(model, readable, config.model.backbone)

@@ -12,10 +12,10 @@ from typing import TypeVar
 from pyarrow.fs import FileType
 
 from detr_ray.config import Config
+from detr_ray.detector import build_skeleton
 from detr_ray.engine.checkpoints.run_directory import absolute_storage
-from detr_ray.engine.optimizer import freeze_backbone
+from detr_ray.engine.optimizer import freeze_groups, group_rates
 from detr_ray.engine.preflight.findings import Report
-from detr_ray.engine.preflight.first_weights import skeleton
 from detr_ray.locations import (
     LocationError,
     delete_file,
@@ -130,10 +130,9 @@ def checkpoint_bytes(config: Config, num_classes: int) -> tuple[int, int]:
 
     The weights, their average where there is one, and AdamW's two moments of each weight that trains.
     """
-    model = skeleton(config, num_classes)
+    model = build_skeleton(config.model, num_classes)
     state = sum(value.numel() for value in model.state_dict().values())
-    if config.optim.lr_backbone == 0:
-        freeze_backbone(model)
+    freeze_groups(model, group_rates(model, config.optim))
     trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
     model_file = state * (2 if config.optim.ema_decay else 1) * _BYTES_PER_NUMBER
     return model_file + 2 * trained * _BYTES_PER_NUMBER, model_file

@@ -11,9 +11,7 @@ from torch import Tensor
 
 from detr_ray.engine.context import WorkerContext
 from detr_ray.engine.step import StepOutcome, StepTimes
-
-# These are means over images, and not shares of a sum as the losses are.
-MEANS = ("class_error", "cardinality_error")
+from detr_ray.loss import ERROR_NAMES
 
 _PHASES = tuple(field.name for field in dataclasses.fields(StepTimes))
 _COUNTS = ("steps", "seconds", "grad_norm", "skipped", "worker_steps", "padded_pixels", "image_pixels", "bad_images")
@@ -70,7 +68,8 @@ class Meters:
         worker_steps = max(totals["worker_steps"], 1)
         workers = worker_steps / steps
         metrics = {
-            f"train/{name}": totals[name] / (worker_steps if name in MEANS else steps) for name in self._loss_names
+            f"train/{name}": totals[name] / (worker_steps if name in ERROR_NAMES else steps)
+            for name in self._loss_names
         }
         metrics |= {
             "train/grad_norm": totals["grad_norm"] / steps,
@@ -102,7 +101,7 @@ class Meters:
         for outcome in self._outcomes:
             if name in outcome.losses:
                 value = outcome.losses[name].double()
-                total = total.to(value.device) + (value / outcome.num_micro_batches if name in MEANS else value)
+                total = total.to(value.device) + (value / outcome.num_micro_batches if name in ERROR_NAMES else value)
         return total
 
     def _agreed_loss_names(self) -> tuple[str, ...]:
@@ -113,5 +112,7 @@ class Meters:
         if not self._loss_names:
             own = {name for outcome in self._outcomes for name in outcome.losses}
             found = {name for names in self._context.gather(sorted(own)) for name in names}
-            self._loss_names = tuple(sorted(name for name in found if name in MEANS or not name.startswith(MEANS)))
+            self._loss_names = tuple(
+                sorted(name for name in found if name in ERROR_NAMES or not name.startswith(ERROR_NAMES))
+            )
         return self._loss_names

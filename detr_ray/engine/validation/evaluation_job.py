@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,12 +10,13 @@ import torch
 from pyarrow.fs import FileType
 from torch import Tensor
 
-from detr_ray.config import Config, ConfigError, ModelConfig, config_from_dict, flatten
+from detr_ray.config import Config, ConfigError, LossConfig, ModelConfig, flatten
 from detr_ray.data.index import CocoIndex
 from detr_ray.data.label_map import COCO_NUM_CLASSES, LabelMap
+from detr_ray.detector import Detector, build_detector, build_skeleton
+from detr_ray.detector.artifact import MODEL_FILE, read_saved_model
 from detr_ray.engine.checkpoints.run_directory import absolute_storage
 from detr_ray.engine.checkpoints.store import CheckpointStore
-from detr_ray.engine.checkpoints.training_state import MODEL_FILE
 from detr_ray.engine.context import WorkerContext
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.job import Say, open_evaluation_data
@@ -28,16 +28,7 @@ from detr_ray.engine.validation.evaluation_config import DECISIVE, evaluation_co
 from detr_ray.engine.validation.evaluator import build_evaluator
 from detr_ray.evaluation import CocoMetrics, DetectionTable
 from detr_ray.locations import file_info, join
-from detr_ray.model import Detr, build_model
-from detr_ray.model.state_dicts import StateDict
-from detr_ray.model.weights import (
-    PUBLISHED_ROWS,
-    WeightsError,
-    find_detector,
-    read_checkpoint,
-    shorten_names,
-    whole_state,
-)
+from detr_ray.model.weights import PUBLISHED_ROWS, WeightsError, shorten_names, whole_state
 from detr_ray.retries import reason_of
 
 
@@ -63,6 +54,7 @@ class EvaluationJob:
     Attributes:
         data: the validation set, with the labels of the checkpoint.
         model_config: the model as the checkpoint was trained.
+        loss_config: the loss that it was trained with; says what its logits mean.
         initial_weights: the checkpoint's model state; None where it travels beside the job.
         checkpoint: where the weights come from, for messages.
         storage: absolute ``run.storage``.
@@ -70,6 +62,7 @@ class EvaluationJob:
 
     data: PlannedData
     model_config: ModelConfig
+    loss_config: LossConfig
     initial_weights: dict[str, Tensor] | None
     checkpoint: str
     storage: str
@@ -80,12 +73,12 @@ class EvaluationJob:
         values = flatten(self.data.config)
         return {key: values[key] for key in DECISIVE}
 
-    def build_model(self) -> Detr:
-        """The model with the checkpoint's weights."""
-        model = build_model(self.model_config, self.data.label_map.num_classes)
+    def build_detector(self) -> Detector:
+        """The detector with the checkpoint's weights."""
+        detector = build_detector(self.model_config, self.loss_config, self.data.label_map.num_classes)
         assert self.initial_weights is not None
-        model.load_state_dict(self.initial_weights)
-        return model
+        detector.model.load_state_dict(self.initial_weights)
+        return detector
 
 
 def find_checkpoint(given: str) -> str:
@@ -121,44 +114,38 @@ def prepare_evaluation(config: Config, say: Say) -> EvaluationJob:
     """
     source = find_checkpoint(config.checkpoint_to_evaluate())
     try:
-        checkpoint = read_checkpoint(source)
-        stored = None if "config" not in checkpoint else _stored_config(checkpoint["config"], source, say)
-        model_config = config.model if stored is None else stored.model
-        weights = find_detector(checkpoint, _skeleton(model_config, 1).state_dict(), source)
+        saved = read_saved_model(source, say)
+        trained = saved.config or config
+        skeleton = build_skeleton(trained.model, 1)
+        weights = saved.weights_for(skeleton)
     except WeightsError as error:
         raise ConfigError(f"eval.checkpoint: {error}") from error
-    config, lines = evaluation_config(config, stored, source)
+    config, lines = evaluation_config(config, saved.config, source)
     for line in lines:
         say(line)
     val = open_evaluation_data(config.data, say)
-    if stored is None:
-        label_map = _unnamed_labels(config.data.label_space, weights, val, source)
+    label_map = saved.label_map
+    if label_map is None:
+        num_classes = skeleton.weight_names.classes_in(weights.tensors)
+        label_map = _unnamed_labels(config.data.label_space, num_classes, val, source)
     else:
-        label_map = LabelMap.from_dict(checkpoint["label_map"])
         label_map.check_covers(val.categories, val.source)
-    refuse_positions_out_of_reach(config, model_config, None, val)
+    refuse_positions_out_of_reach(config, trained.model, None, val)
     try:
-        state = whole_state(_skeleton(model_config, label_map.num_classes), weights, source)
+        state = whole_state(build_skeleton(trained.model, label_map.num_classes), weights, source)
     except WeightsError as error:
         raise ConfigError(f"eval.checkpoint: {error}") from error
-    kind = "averaged weights" if checkpoint["ema"] is not None else "weights"
+    kind = "averaged weights" if saved.is_averaged else "weights"
     say(f"{kind} of {source}; {len(val)} images, {label_map.num_classes} classes")
     if weights.beside:
         say(f"left out, since it is beside the detector: {shorten_names(weights.beside)}")
     storage = join(absolute_storage(config.run.storage), "evaluations")
-    return EvaluationJob(PlannedData(config, None, val, label_map), model_config, state, source, storage)
+    return EvaluationJob(PlannedData(config, None, val, label_map), trained.model, trained.loss, state, source, storage)
 
 
-def _skeleton(model_config: ModelConfig, num_classes: int) -> Detr:
-    """The model's names and shapes, without memory for its weights."""
-    with torch.device("meta"):
-        return build_model(model_config, num_classes)
-
-
-def _unnamed_labels(space: str, weights: StateDict, val: CocoIndex, source: str) -> LabelMap:
+def _unnamed_labels(space: str, num_classes: int | None, val: CocoIndex, source: str) -> LabelMap:
     """Labels of weights that do not name their classes; by their number, where ``data.label_space`` leaves it open."""
-    head = weights.tensors.get("class_embed.bias")
-    rows = COCO_NUM_CLASSES if head is None else len(head) - 1
+    rows = COCO_NUM_CLASSES if num_classes is None else num_classes
     if space == "auto":
         space = "coco91" if rows in PUBLISHED_ROWS else "contiguous"
     label_map = LabelMap.for_space(space, val.categories, val.source)
@@ -173,23 +160,15 @@ def _unnamed_labels(space: str, weights: StateDict, val: CocoIndex, source: str)
     return label_map
 
 
-def _stored_config(values: Mapping[str, Any], source: str, say: Say) -> Config:
-    """What a checkpoint was trained with, by this version or another."""
-
-    def warn(key: str) -> None:
-        say(f"WARNING: {source} was trained with {key}, which this version does not know (any more)")
-
-    return config_from_dict(values, source, warn)
-
-
 def run_evaluation(job: EvaluationJob, context: WorkerContext, batches: BatchSource) -> EvaluationResult | None:
     """Evaluates on one worker; every worker must call it. The result is rank 0's, None elsewhere."""
     if context.rank == 0:
         warn_of_slow_precision(job.data.config.train.precision, context)
-    model = job.build_model().to(context.device)
+    detector = job.build_detector()
+    model = detector.model.to(context.device)
     if job.data.config.train.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    evaluator = build_evaluator(job.data, context)
+    evaluator = build_evaluator(job.data, context, detector.criterion.class_loss)
     detections = evaluator.find(model, batches.evaluation_batches())
     if context.rank == 0:
         for line in evaluator.bad_images.values():

@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import nn
 
 from detr_ray.data.label_map import LabelMap
+from detr_ray.detector import postprocess
 from detr_ray.engine.context import WorkerContext
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.step import AUTOCAST_DTYPES
 from detr_ray.evaluation import CocoMetrics, DetectionTable, GroundTruth, ScorerProcess, evaluate_detections
-from detr_ray.model import postprocess
+from detr_ray.loss import ClassLoss
+from detr_ray.model import DetectionModel
 from detr_ray.structures import PaddedBatch, to_device
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class Evaluator:
         index: the validation set.
         label_map: turns labels into the category ids of the annotation file.
         context: this worker's group.
+        class_loss: of the models; says what their logits mean.
         precision: ``fp32``, ``bf16`` or ``fp16`` autocast.
         channels_last: lay images out with the channels last.
         max_detections: detections kept an image, the best first.
@@ -43,6 +45,7 @@ class Evaluator:
         index: CocoIndex,
         label_map: LabelMap,
         context: WorkerContext,
+        class_loss: ClassLoss,
         *,
         precision: str = "fp32",
         channels_last: bool = False,
@@ -52,6 +55,7 @@ class Evaluator:
         self._index = index
         self._category_ids = label_map.category_ids_of(np.arange(label_map.num_classes))
         self._context = context
+        self._class_loss = class_loss
         self._dtype = AUTOCAST_DTYPES[precision]
         self._channels_last = channels_last
         self._max_detections = max_detections
@@ -60,7 +64,7 @@ class Evaluator:
 
     @torch.inference_mode()
     def detect(
-        self, model: nn.Module, batches: Iterator[PaddedBatch], step: int = 0
+        self, model: DetectionModel, batches: Iterator[PaddedBatch], step: int = 0
     ) -> tuple[DetectionTable, list[int], dict[int, str]]:
         """Detections on this worker's batches.
 
@@ -80,10 +84,10 @@ class Evaluator:
         bad_images: dict[int, str] = {}
         self._context.enter("detecting on validation images", step)
         for padded in batches:
-            batch = to_device(padded, device, self._channels_last)
+            batch = to_device(padded, device, model.pixels, self._channels_last)
             with torch.autocast(device.type, dtype=self._dtype, enabled=self._dtype is not None):
                 outputs = model(batch.images, batch.mask)
-            detections = postprocess(outputs, batch.orig_sizes.to(device))
+            detections = postprocess(outputs, batch.orig_sizes.to(device), self._class_loss)
             ids = batch.image_ids.tolist()
             found.append(
                 DetectionTable.from_detections(ids, detections, self._category_ids, max_per_image=self._max_detections)
@@ -95,7 +99,7 @@ class Evaluator:
         self._context.enter("waiting for the scores", step)
         return DetectionTable.concat(found), image_ids, bad_images
 
-    def find(self, model: nn.Module, batches: Iterator[PaddedBatch], step: int = 0) -> DetectionTable | None:
+    def find(self, model: DetectionModel, batches: Iterator[PaddedBatch], step: int = 0) -> DetectionTable | None:
         """Detections over the shares of all workers; every worker must call it. See `detect`.
 
         An image that cannot be read counts as one in which nothing was found: its annotated boxes stay, so that scores
@@ -147,14 +151,15 @@ class Evaluator:
         return ScorerProcess(GroundTruth.from_columns(self._index), detections)
 
 
-def build_evaluator(data: PlannedData, context: WorkerContext) -> Evaluator:
-    """The evaluator of a job's validation set."""
+def build_evaluator(data: PlannedData, context: WorkerContext, class_loss: ClassLoss) -> Evaluator:
+    """The evaluator of a job's validation set, for models with this class loss."""
     assert data.val is not None, "there is a validation set"
     config = data.config
     return Evaluator(
         data.val,
         data.label_map,
         context,
+        class_loss,
         precision=config.train.precision,
         channels_last=config.train.channels_last,
         max_detections=config.eval.max_detections,

@@ -11,12 +11,13 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from detr_ray.addresses import join
+from detr_ray.detector.artifact import MODEL_FILE
 from detr_ray.engine.checkpoints.info import CheckpointInfo
 from detr_ray.engine.checkpoints.run_checkpoints import Inessential, RunCheckpoints
-from detr_ray.engine.checkpoints.training_state import MODEL_FILE, TrainingState
+from detr_ray.engine.checkpoints.training_state import TrainingState
 from detr_ray.engine.context import LeaveReason, WorkerContext
 from detr_ray.engine.errors import CheckpointError
 from detr_ray.engine.reporting.progress import evaluation_line
@@ -25,6 +26,7 @@ from detr_ray.engine.validation.scoring import BackgroundScoring, Scored
 if TYPE_CHECKING:  # see the loop
     from detr_ray.engine.job import TrainJob
     from detr_ray.engine.stream.batches import BatchSource
+    from detr_ray.model import DetectionModel
     from detr_ray.tracking import Tracker
 
 
@@ -57,7 +59,9 @@ class Validation:
     ) -> None:
         self._job, self._context, self._state, self._checkpoints = job, context, state, checkpoints
         self._batches, self._tracker, self._inessential = batches, tracker, inessential
-        self._scoring = None if job.data.val is None else BackgroundScoring(job.data, context)
+        self._scoring = (
+            None if job.data.val is None else BackgroundScoring(job.data, context, state.criterion.class_loss)
+        )
         latest = checkpoints.latest
         self.metrics: dict[str, float] = dict((latest.metrics if latest else None) or {})
         self.table = ""
@@ -115,10 +119,10 @@ class Validation:
             self._scoring.drop()
 
     @property
-    def _current(self) -> nn.Module:
+    def _current(self) -> DetectionModel:
         return self._state.model if self._state.ema is None else self._state.ema.module
 
-    def _begin(self, model: nn.Module, step: int) -> LeaveReason | None:
+    def _begin(self, model: DetectionModel, step: int) -> LeaveReason | None:
         """Begins an evaluation when the one before is scored; or a reason to leave before that."""
         assert self._scoring is not None
         reason = self._wait(self._scoring)
@@ -164,7 +168,7 @@ class Validation:
             with self._inessential("the best checkpoint cannot be recorded"):
                 self._tracker.log_file(join(best.path, MODEL_FILE), "checkpoints/best")
 
-    def _model_of(self, info: CheckpointInfo) -> nn.Module | None:
+    def _model_of(self, info: CheckpointInfo) -> DetectionModel | None:
         """The model that a checkpoint's evaluation is of; None where the checkpoint cannot be read."""
         state: Mapping[str, Tensor] = {}
         problem = ""

@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from detr_ray.engine.context import LeaveReason, WorkerContext, most_urgent
 from detr_ray.engine.validation.evaluator import Evaluator, build_evaluator
 from detr_ray.evaluation import CocoMetrics, DetectionTable, ScorerProcess, ScoringFailed
+from detr_ray.loss import ClassLoss
+from detr_ray.model import DetectionModel
 from detr_ray.structures import PaddedBatch
 
 if TYPE_CHECKING:
@@ -60,10 +61,11 @@ class BackgroundScoring:
     Args:
         data: has a validation set.
         context: this worker's group.
+        class_loss: of the models; says what their logits mean.
     """
 
-    def __init__(self, data: PlannedData, context: WorkerContext) -> None:
-        self._evaluator = build_evaluator(data, context)
+    def __init__(self, data: PlannedData, context: WorkerContext, class_loss: ClassLoss) -> None:
+        self._evaluator = build_evaluator(data, context, class_loss)
         self._context = context
         self._stall_timeout_s = data.config.train.stall_timeout_s
         self._task: _ScoringTask | None = None  # rank 0's; the others only know that there is one
@@ -75,7 +77,7 @@ class BackgroundScoring:
         """Whether scores are still to come; the same on every worker."""
         return self._step is not None
 
-    def begin(self, model: nn.Module, batches: Iterator[PaddedBatch], step: int) -> None:
+    def begin(self, model: DetectionModel, batches: Iterator[PaddedBatch], step: int) -> None:
         """Finds what the model finds and begins to score it; every worker must call it, while nothing is pending."""
         assert not self.pending, "the scores of the evaluation before are noted first"
         started = time.perf_counter()

@@ -4,19 +4,21 @@ The network's modules are torchvision's, so that parameter names and init are it
 written here, because frozen batch norm is not computed at all: a convolution followed by a fixed scale and shift is
 another convolution, whose weights are made at each forward pass.
 
-Knows images, masks and strides; knows nothing of positions, attention or files.
+Knows images and strides; knows nothing of padding, positions, attention or files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Self
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d
+
+from detr_ray.model.features import Backbone
+from detr_ray.structures import IMAGENET_PIXELS
 
 BACKBONES = {
     "resnet18": resnet.resnet18,
@@ -24,8 +26,8 @@ BACKBONES = {
     "resnet50": resnet.resnet50,
     "resnet101": resnet.resnet101,
 }
-STAGES_OF_STRIDE = {8: 2, 16: 3, 32: 4}
-"""How many residual stages are kept, by the stride of the last one."""
+STAGES_OF_STRIDE = {4: 1, 8: 2, 16: 3, 32: 4}
+"""The residual stage whose features have a stride."""
 
 # Blocks of each stage, and whether they are bottlenecks.
 _SHAPES = {
@@ -49,7 +51,7 @@ def resnets_with(names: Collection[str]) -> tuple[list[str], int]:
         {n.split(".")[1] for n in names if n.startswith(f"layer{stage}.")} for stage in range(1, 5)
     ]
     counts = tuple(len(numbers) for numbers in blocks if numbers)
-    strides = {stages: stride for stride, stages in STAGES_OF_STRIDE.items()}
+    strides = {stage: stride for stride, stage in STAGES_OF_STRIDE.items() if stage > 1}
     if len(counts) not in strides:
         return [], 0
     has_bottlenecks = any(".conv3." in name for name in names)
@@ -120,29 +122,32 @@ class ResNetBody(nn.Module):
 
     Args:
         network: the whole network; what lies behind the cut, and its classifier, are left out.
-        num_stages: residual stages to keep, 1 to 4.
+        stages: residual stages (1 to 4) whose features are given, ascending; the last one is where the network is cut.
     """
 
-    def __init__(self, network: resnet.ResNet, num_stages: int) -> None:
+    def __init__(self, network: resnet.ResNet, stages: Sequence[int]) -> None:
         super().__init__()
         self.conv1 = network.conv1
         self.bn1 = network.bn1
-        self.num_stages = num_stages
-        for stage in range(1, num_stages + 1):
+        self.stages = tuple(stages)
+        for stage in range(1, self.stages[-1] + 1):
             blocks = network.get_submodule(f"layer{stage}").children()
             self.add_module(f"layer{stage}", nn.Sequential(*map(ResidualBlock, blocks)))
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Images ``[B, 3, H, W]`` -> the last stage's features ``[B, C, h, w]``."""
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Images ``[B, 3, H, W]`` -> features ``[B, C, h, w]`` of each of ``stages``."""
         x = _convolve(images, self.conv1, self.bn1)
         x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
-        for stage in range(1, self.num_stages + 1):
+        maps = []
+        for stage in range(1, self.stages[-1] + 1):
             x = self.get_submodule(f"layer{stage}")(x)
-        return x
+            if stage in self.stages:
+                maps.append(x)
+        return tuple(maps)
 
 
-class Backbone(nn.Module):
-    """A ResNet that gives one feature map.
+class ResNetBackbone(Backbone):
+    """A ResNet that gives feature maps.
 
     With frozen norm the stem and the first stage do not train, as in the original; with batch norm everything does.
 
@@ -150,36 +155,41 @@ class Backbone(nn.Module):
         name: resnet18, resnet34, resnet50 or resnet101.
         norm: "frozen" (four buffers a norm, made for pretrained weights) or "batch" (trained, for a start from
             scratch).
-        stride: 32, 16 or 8: pixels of the image a cell of the feature map, before dilation.
+        strides: 4, 8, 16 or 32 for each map, ascending: pixels of the image a cell, before dilation.
         dilation: the last stage that is kept keeps the resolution of the one before and dilates its kernels instead;
-            halves the stride (DC5, where the stride is 32).
+            halves its stride (DC5, where the stride is 32).
 
     Attributes:
-        num_channels: channels of the feature map.
+        channels: channels of each map.
+        strides: pixels of the image a cell of each map.
+        pixels: the ImageNet statistics.
 
     Raises:
         ValueError: a value is none of these, or dilation is asked of a network of basic blocks.
     """
 
-    def __init__(self, name: str, norm: str = "frozen", stride: int = 32, dilation: bool = False) -> None:
+    pixels = IMAGENET_PIXELS
+
+    def __init__(self, name: str, norm: str = "frozen", strides: Sequence[int] = (32,), dilation: bool = False) -> None:
         super().__init__()
         if name not in BACKBONES:
             raise ValueError(f"no backbone named {name!r}: choose from {', '.join(BACKBONES)}")
         if norm not in ("frozen", "batch"):
             raise ValueError(f"backbone norm is 'frozen' or 'batch', not {norm!r}")
-        if stride not in STAGES_OF_STRIDE:
-            raise ValueError(f"backbone stride is 32, 16 or 8, not {stride}")
+        if list(strides) != sorted(set(strides)) or not set(strides) <= STAGES_OF_STRIDE.keys() or not strides:
+            raise ValueError(f"backbone strides are some of 4, 8, 16 and 32, ascending, not {list(strides)}")
         if dilation and name in ("resnet18", "resnet34"):
             raise ValueError(f"{name} is made of basic blocks, which cannot dilate: use resnet50 or resnet101")
-        num_stages = STAGES_OF_STRIDE[stride]
+        stages = [STAGES_OF_STRIDE[stride] for stride in strides]
         network = BACKBONES[name](
             weights=None,
             norm_layer=FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d,
-            replace_stride_with_dilation=[dilation and stage == num_stages for stage in (2, 3, 4)],
+            replace_stride_with_dilation=[dilation and stage == stages[-1] for stage in (2, 3, 4)],
         )
-        self.body = ResNetBody(network, num_stages)
+        self.body = ResNetBody(network, stages)
         widest = 2048 if name in ("resnet50", "resnet101") else 512
-        self.num_channels = widest * stride // 32
+        self.channels = tuple(widest * stride // 32 for stride in strides)
+        self.strides = (*strides[:-1], strides[-1] // 2 if dilation else strides[-1])
         if norm == "frozen":
             for frozen in (self.body.conv1, self.body.get_submodule("layer1")):
                 frozen.requires_grad_(False)
@@ -188,34 +198,7 @@ class Backbone(nn.Module):
         """Sets training mode; a backbone none of whose weights train keeps its statistics too, in evaluation mode."""
         return super().train(mode and any(parameter.requires_grad for parameter in self.parameters()))
 
-    def forward(self, images: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Features and the mask at their resolution.
-
-        Args:
-            images: ``[B, 3, H, W]`` normalised.
-            mask: ``[B, H, W]`` bool, True on padding; None where nothing is padded.
-
-        Returns:
-            ``[B, num_channels, h, w]``, and ``[B, h, w]`` bool or None.
-        """
-        features = self.body(images)
-        return features, None if mask is None else shrink_mask(mask, features.shape[-2], features.shape[-1])
-
-
-def shrink_mask(mask: Tensor, height: int, width: int) -> Tensor:
-    """Reads a mask at the corner pixel of each cell (nearest interpolation).
-
-    The first cell counts as valid whatever the mask says: attention over no cell at all gives NaN, and an image
-    padded at the right and at the bottom has its first cell anyway.
-
-    Args:
-        mask: ``[B, H, W]`` bool, True on padding.
-        height: rows of cells.
-        width: columns of cells.
-
-    Returns:
-        ``[B, height, width]`` bool.
-    """
-    small = F.interpolate(mask[:, None].to(torch.float32), size=(height, width))[:, 0].to(torch.bool)
-    small[:, 0, 0] = False
-    return small
+    def maps(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The kept stages' features."""
+        maps: tuple[Tensor, ...] = self.body(images)
+        return maps

@@ -6,27 +6,28 @@ import torch
 from torch import Tensor
 
 from detr_ray.boxes import cxcywh_to_xyxy
+from detr_ray.loss import ClassLoss
 from detr_ray.structures import Detections, LayerOutput
 
 
-def postprocess(outputs: LayerOutput, sizes: Tensor) -> list[Detections]:
-    """Scores, labels and pixel boxes of every query: its best class that is not no-object.
+def postprocess(outputs: LayerOutput, sizes: Tensor, class_loss: ClassLoss) -> list[Detections]:
+    """Scores, labels and pixel boxes, as the class loss reads the logits.
 
-    Nothing is left out and nothing sorted: DETR needs no suppression of duplicates, and COCO's evaluation takes
-    everything.
+    Nothing is left out: DETR needs no suppression of duplicates, and COCO's evaluation takes everything.
 
     Args:
         outputs: what the model gave; any float precision.
         sizes: ``[B, 2]`` (height, width) in pixels of the images that the boxes are wanted for.
+        class_loss: what the model was trained with; says what the logits mean.
 
     Returns:
         One entry an image, on the outputs' device, scores and boxes in float32.
     """
-    logits, boxes_cxcywh = outputs["pred_logits"].float(), outputs["pred_boxes"].float()
-    scores, labels = logits.softmax(-1)[..., :-1].max(-1)
+    found = class_loss.scores(outputs["pred_logits"].float())
+    boxes_cxcywh = outputs["pred_boxes"].float().take_along_dim(found.queries[..., None], dim=1)
     height, width = sizes.to(boxes_cxcywh).unbind(1)
     boxes_xyxy_px = cxcywh_to_xyxy(boxes_cxcywh) * torch.stack((width, height, width, height), dim=1)[:, None]
     return [
         Detections(scores=image_scores, labels=image_labels, boxes=image_boxes)
-        for image_scores, image_labels, image_boxes in zip(scores, labels, boxes_xyxy_px, strict=True)
+        for image_scores, image_labels, image_boxes in zip(found.scores, found.labels, boxes_xyxy_px, strict=True)
     ]

@@ -1,0 +1,55 @@
+"""A detector: the model of an architecture, its loss, and how its output becomes boxes.
+
+Everything outside of ``model`` and ``loss`` knows a detector, not which architecture it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from detr_ray.config import LossConfig, ModelConfig
+from detr_ray.detector.postprocess import postprocess
+from detr_ray.loss import SetCriterion, build_criterion
+from detr_ray.model import DetectionModel, build_model
+from detr_ray.structures import Detections, LayerOutput
+
+__all__ = ["Detector", "build_detector", "build_skeleton", "postprocess"]
+
+
+@dataclass(frozen=True)
+class Detector:
+    """What belongs to an architecture.
+
+    Attributes:
+        model: the network.
+        criterion: its loss.
+    """
+
+    model: DetectionModel
+    criterion: SetCriterion
+
+    def detections(self, outputs: LayerOutput, sizes: Tensor) -> list[Detections]:
+        """Detections in an output of the model; see `postprocess`."""
+        return postprocess(outputs, sizes, self.criterion.class_loss)
+
+
+def build_detector(model: ModelConfig, loss: LossConfig, num_classes: int) -> Detector:
+    """The detector of a configuration, with random weights.
+
+    Args:
+        model: the section ``model``.
+        loss: the section ``loss``.
+        num_classes: classes without no-object.
+    """
+    network = build_model(model, num_classes)
+    layers = model.decoder_layers if model.aux_loss else 1
+    return Detector(network, build_criterion(loss, num_classes, layers, network.num_queries))
+
+
+def build_skeleton(model: ModelConfig, num_classes: int) -> DetectionModel:
+    """The model's names and shapes, without memory for its weights."""
+    with torch.device("meta"):
+        return build_model(model, num_classes)

@@ -1,0 +1,105 @@
+"""What a saved model is: weights, labels, the configuration that it was trained with, and so sizes and architecture.
+
+Training writes it (`saved_model`); evaluation and whatever uses a model reads it (`read_saved_model`). It is data:
+tensors and plain values, read without running anything of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from detr_ray.config import Config, config_from_dict
+from detr_ray.data.label_map import LabelMap
+from detr_ray.model import DetectionModel
+from detr_ray.model.state_dicts import OWN_FORMAT, StateDict
+
+if TYPE_CHECKING:
+    from torch import nn
+
+MODEL_FILE = "model.pt"
+"""Name of the file in a checkpoint."""
+
+
+def saved_model(
+    model: nn.Module, averaged: nn.Module | None, label_map: LabelMap, config: Config, step: int
+) -> dict[str, Any]:
+    """The content of a model file.
+
+    Args:
+        model: the model as it trains.
+        averaged: the average of its weights, which is preferred by who uses the file; None where there is none.
+        label_map: what its classes are.
+        config: what it was trained with; configurations hold no credentials.
+        step: optimizer steps taken.
+    """
+    content = {
+        "format": OWN_FORMAT,
+        "model": model.state_dict(),
+        "label_map": label_map.to_dict(),
+        "config": config.to_dict(),
+        "step": step,
+    }
+    return content if averaged is None else content | {"ema": averaged.state_dict()}
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """A model file that was read: this project's, or one of another's that has weights alone.
+
+    Attributes:
+        source: where it was read from.
+        label_map: what its classes are; None where the file does not say.
+        config: what it was trained with; None where the file does not say.
+        is_averaged: whether the weights are an average over training.
+        checkpoint: the file's whole content, as `read_checkpoint` gives it.
+    """
+
+    source: str
+    label_map: LabelMap | None
+    config: Config | None
+    is_averaged: bool
+    checkpoint: Mapping[str, Any]
+
+    def weights_for(self, model: DetectionModel) -> StateDict:
+        """The weights under the model's names, the averaged ones where there are any.
+
+        Raises:
+            WeightsError: they are not a detector's of this architecture, or there are several.
+        """
+        from detr_ray.model.weights import find_detector
+
+        return find_detector(self.checkpoint, model, self.source)
+
+
+def read_saved_model(source: str, say: Callable[[str], None]) -> SavedModel:
+    """Reads a model file.
+
+    Args:
+        source: path, address or URL.
+        say: is told of keys of the configuration that this version does not know.
+
+    Raises:
+        WeightsError: the file cannot be had, or is damaged.
+        ConfigError: its configuration is none for this version.
+    """
+    from detr_ray.model.checkpoint_file import read_checkpoint  # and pyarrow, which training does without
+
+    def warn(key: str) -> None:
+        say(f"WARNING: {source} was trained with {key}, which this version does not know (any more)")
+
+    checkpoint = read_checkpoint(source)
+    is_own = "config" in checkpoint
+    return SavedModel(
+        source=source,
+        label_map=LabelMap.from_dict(checkpoint["label_map"]) if is_own else None,
+        config=config_from_dict(checkpoint["config"], source, warn) if is_own else None,
+        is_averaged=checkpoint["ema"] is not None,
+        checkpoint=checkpoint,
+    )
+
+
+def labels_in(model_file: Mapping[str, Any]) -> LabelMap:
+    """The labels in the content of a model file of this project."""
+    return LabelMap.from_dict(model_file["label_map"])

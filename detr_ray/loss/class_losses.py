@@ -1,0 +1,137 @@
+"""The class loss: what it costs to match a query with a label, what the logits are trained for, how they are read.
+
+One object says all of it, so that matching, training and evaluation cannot disagree about what a logit means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from detr_ray.schedules import Scheduled, value_at
+
+
+class Scores(NamedTuple):
+    """The detections that class logits of ``B`` images stand for, ``K`` an image.
+
+    Attributes:
+        scores: ``[B, K]`` in 0..1.
+        labels: ``[B, K]`` int64, never no-object.
+        queries: ``[B, K]`` int64, the query of each detection.
+    """
+
+    scores: Tensor
+    labels: Tensor
+    queries: Tensor
+
+
+class ClassLoss(Protocol):
+    """What the criterion, the matcher and the post-processing need of a class loss.
+
+    ``L`` layers, ``B`` images, ``Q`` queries, ``M`` boxes of the micro-batch, ``P`` matched pairs a layer.
+    ``activations`` are what ``activate`` gives: it is called once for costs and loss together.
+
+    Attributes:
+        num_logits: logits of one query.
+        num_classes: classes without no-object.
+    """
+
+    num_logits: int
+    num_classes: int
+
+    def at_epoch(self, epoch: float) -> None:
+        """Sets weights that change over the run to their values at an epoch."""
+        ...
+
+    def activate(self, logits: Tensor) -> Tensor:
+        """``[L, B, Q, num_logits]`` float32 logits as the costs and the loss use them, of the same shape."""
+        ...
+
+    def costs(self, activations: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        """Matching costs ``[M, L, Q]`` of boxes with these labels, against the queries of their images."""
+        ...
+
+    def loss(self, activations: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
+        """Sum of the loss over images and queries, ``[L]``, not normalised.
+
+        Args:
+            activations: ``[L, B, Q, num_logits]``.
+            rows: ``[L * P]`` the matched queries, as rows of the flattened ``[L * B * Q]`` predictions.
+            labels: ``[L * P]`` their labels.
+        """
+        ...
+
+    def normaliser(self, counts: Sequence[int], num_queries: int) -> float:
+        """What images with so many boxes each add to the number that the summed loss is divided by."""
+        ...
+
+    def finds_object(self, logits: Tensor) -> Tensor:
+        """Whether queries find an object, ``[..., Q]`` bool, from ``[..., Q, num_logits]``."""
+        ...
+
+    def predicted(self, logits: Tensor) -> Tensor:
+        """The class with the highest logit, ``[...]`` int64; no-object counts as class ``num_classes``."""
+        ...
+
+    def scores(self, logits: Tensor) -> Scores:
+        """The detections in ``[B, Q, num_logits]`` float32 logits."""
+        ...
+
+
+class SoftmaxLoss:
+    """Cross-entropy over the classes and no-object (Carion et al. 2020, section 3.1).
+
+    Args:
+        num_classes: classes without no-object.
+        eos_coef: weight of no-object among the classes; all others have 1.
+    """
+
+    def __init__(self, num_classes: int, eos_coef: float | Scheduled = 0.1) -> None:
+        self.num_classes = num_classes
+        self.num_logits = num_classes + 1
+        self._eos_coef = eos_coef
+        self.at_epoch(0.0)
+
+    def at_epoch(self, epoch: float) -> None:
+        """Sets ``eos_coef`` to its value at an epoch."""
+        self.eos_coef = value_at(self._eos_coef, epoch)
+
+    def activate(self, logits: Tensor) -> Tensor:
+        """Logarithms of the probabilities."""
+        return logits.log_softmax(-1)
+
+    def costs(self, activations: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        """The negative probability of the label."""
+        return activations.permute(1, 3, 0, 2)[images, labels].exp_().neg_()
+
+    def loss(self, activations: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
+        """Sum of the weighted cross-entropies; queries that are not matched are to say no-object."""
+        classes = labels.new_full((activations[..., 0].numel(),), self.num_classes)
+        classes.index_copy_(0, rows, labels)
+        class_weights = activations.new_ones(self.num_logits)
+        class_weights[-1].fill_(self.eos_coef)
+        nll = F.nll_loss(activations.flatten(0, 2), classes, weight=class_weights, reduction="none")
+        return nll.view(activations.shape[0], -1).sum(1)
+
+    def normaliser(self, counts: Sequence[int], num_queries: int) -> float:
+        """Sum of the class weights of all queries' target classes."""
+        matched = sum(min(count, num_queries) for count in counts)
+        return matched + self.eos_coef * (len(counts) * num_queries - matched)
+
+    def finds_object(self, logits: Tensor) -> Tensor:
+        """Whether a class has a logit as high as no-object's."""
+        return logits[..., :-1].amax(-1) >= logits[..., -1]
+
+    def predicted(self, logits: Tensor) -> Tensor:
+        """The class with the highest logit."""
+        return logits.argmax(-1)
+
+    def scores(self, logits: Tensor) -> Scores:
+        """Every query's best class that is not no-object, with its probability; queries stay in their order."""
+        scores, labels = logits.softmax(-1)[..., :-1].max(-1)
+        queries = torch.arange(logits.shape[1], device=logits.device).expand_as(labels)
+        return Scores(scores, labels, queries)

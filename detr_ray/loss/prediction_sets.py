@@ -1,0 +1,95 @@
+"""What a criterion measures: predictions of a model's output together with the targets that they are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from detr_ray.loss.class_losses import ClassLoss
+from detr_ray.loss.targets import FlatTargets, flatten_targets
+from detr_ray.structures import ModelOutput, Target
+
+
+@dataclass(frozen=True, slots=True)
+class Matches:
+    """Matched pairs of ``L`` layers of predictions.
+
+    Every layer has the same number of pairs, ``P``.
+
+    Attributes:
+        images: ``[P]`` int64, the image of each pair as its place in the micro-batch; ascending.
+        queries: ``[L, P]`` int64.
+        targets: ``[L, P]`` int64, rows of the flat targets.
+    """
+
+    images: Tensor
+    queries: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PredictionSet:
+    """Predictions of ``L`` layers for the same queries, compared with the same targets.
+
+    Attributes:
+        suffixes: what the names of each layer's losses end with; one a layer. The empty suffix is the one whose
+            predictions are the model's result.
+        logits: ``[L, B, Q, num_logits]`` float32.
+        boxes_cxcywh: ``[L, B, Q, 4]`` float32 in 0..1.
+        targets: what the queries are to find.
+        pairs: which query is to find which target; None where the matcher decides.
+        weight: of all losses of this set in the total, beside the losses' own weights.
+    """
+
+    suffixes: tuple[str, ...]
+    logits: Tensor
+    boxes_cxcywh: Tensor
+    targets: FlatTargets
+    pairs: Matches | None = None
+    weight: float = 1.0
+
+
+class PredictionSource(Protocol):
+    """Finds a prediction set in a model's output, and knows its normalisers before there is an output."""
+
+    def normalisers(self, counts: Sequence[int], class_loss: ClassLoss) -> tuple[float, float]:
+        """What images with so many boxes each add to what box losses and class loss are divided by.
+
+        Both are sums over images, so that they can be added over micro-batches and workers.
+        """
+        ...
+
+    def predictions(self, outputs: ModelOutput, targets: Sequence[Target]) -> PredictionSet:
+        """The predictions in a model's output."""
+        ...
+
+
+class DecoderLayers:
+    """The decoder's layers, each matched with the image's boxes by itself.
+
+    Args:
+        num_queries: of the model; None until an output shows it.
+    """
+
+    def __init__(self, num_queries: int | None = None) -> None:
+        self._num_queries = num_queries
+
+    def normalisers(self, counts: Sequence[int], class_loss: ClassLoss) -> tuple[float, float]:
+        """The number of boxes, and the class loss's own."""
+        if self._num_queries is None:
+            raise ValueError("the criterion was built without num_queries, and has seen no output yet")
+        return float(sum(counts)), class_loss.normaliser(counts, self._num_queries)
+
+    def predictions(self, outputs: ModelOutput, targets: Sequence[Target]) -> PredictionSet:
+        """All layers, the first one first; the last one's losses have no suffix."""
+        layers = [*outputs.get("aux_outputs", ()), outputs]
+        # From here on everything is elementwise or a reduction: float32 stays float32 under autocast.
+        logits = torch.stack([layer["pred_logits"] for layer in layers]).float()
+        boxes_cxcywh = torch.stack([layer["pred_boxes"] for layer in layers]).float()
+        self._num_queries = logits.shape[2]
+        suffixes = (*(f"_{layer}" for layer in range(len(layers) - 1)), "")
+        return PredictionSet(suffixes, logits, boxes_cxcywh, flatten_targets(targets, logits.device))

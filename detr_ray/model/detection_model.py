@@ -1,0 +1,82 @@
+"""What the rest of the project knows of a model, whatever its architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from detr_ray.structures import Batch, ModelOutput, PixelStatistics
+
+
+@dataclass(frozen=True)
+class WeightNames:
+    """Which of a model's tensors depend on the data set or on settings, for weights that come from elsewhere.
+
+    Attributes:
+        class_heads: modules whose ``weight`` and ``bias`` have a row a class.
+        has_no_object: whether these have a last row for no-object.
+        query_tables: tensors with a row a query.
+        input_projections: tensors that depend on the backbone's channels.
+        backbone: what the names of the backbone's own tensors start with.
+        signs: beginnings of names of which a file of this architecture has at least one.
+    """
+
+    class_heads: tuple[str, ...]
+    has_no_object: bool
+    query_tables: tuple[str, ...]
+    input_projections: tuple[str, ...]
+    backbone: str
+    signs: tuple[str, ...]
+
+    def classes_in(self, state: Mapping[str, Tensor]) -> int | None:
+        """Classes without no-object of the first class head in a state dict; None where it has no such head."""
+        bias = state.get(f"{self.class_heads[0]}.bias")
+        return None if bias is None else len(bias) - self.has_no_object
+
+    def is_class_row(self, name: str) -> bool:
+        """Whether a tensor has a row a class."""
+        return name.rpartition(".")[0] in self.class_heads
+
+
+class DetectionModel(nn.Module):
+    """A detector: images in, a set of classes and boxes out.
+
+    Attributes:
+        num_classes: classes without no-object.
+        num_queries: objects that can be found in one image.
+        pixels: how images have to be normalised.
+        weight_names: which tensors depend on what.
+        uses_targets: whether ``forward`` needs the targets in training (denoising does).
+    """
+
+    num_classes: int
+    num_queries: int
+    pixels: PixelStatistics
+    weight_names: WeightNames
+    uses_targets: bool = False
+
+    def forward(self, images: Tensor, mask: Tensor | None = None, targets: Any = None) -> ModelOutput:
+        """Predicts a set of objects an image.
+
+        Args:
+            images: ``[B, 3, H, W]`` float, normalised with ``pixels``.
+            mask: ``[B, H, W]`` bool, True on padding; None where no image is padded (same result, less work).
+            targets: one an image, in training of models that use them.
+        """
+        raise NotImplementedError
+
+    @property
+    def body(self) -> nn.Module:
+        """The backbone's network, whose tensors have the names of the backbone's own weight files."""
+        return self.get_submodule(self.weight_names.backbone.removesuffix("."))
+
+    def inputs_of(self, batch: Batch) -> tuple[Any, ...]:
+        """The arguments of ``forward`` for a batch."""
+        return (batch.images, batch.mask, batch.targets) if self.uses_targets else (batch.images, batch.mask)
+
+    def parameter_groups(self) -> dict[str, list[str]]:
+        """Names of all parameters by the key of `optim` that says their learning rate, in the order of the groups."""
+        raise NotImplementedError
