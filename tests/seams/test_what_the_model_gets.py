@@ -6,17 +6,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from observing import Forward, Observed, observe, small_config, without_validation
+from observing import Forward, Observed, observe, prepare, small_config, without_validation
 from tiny import make_dataset
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as tv
 
 from detr_ray.data.index import CocoIndex
-from detr_ray.structures import SamplePlan
+from detr_ray.model.backbones.resnet import ResNetBackbone
+from detr_ray.model.detr import Detr
+from detr_ray.structures import ModelOutput, PixelStatistics, SamplePlan
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
@@ -105,6 +108,39 @@ def test_validation_images_are_torchvisions_at_the_validation_size(dataset: Path
             assert len(close) == 1, "each image once"
             del pending[close[0]]
     assert not pending
+
+
+def test_pixels_are_normalised_as_the_backbone_says(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ResNetBackbone, "pixels", PixelStatistics(mean=(0.0, 0.0, 0.0), std=(0.5, 1.0, 2.0)))
+    seen = observe(small_config(dataset, tmp_path, "train.max_steps=1"))
+    assert seen.training and seen.evaluating
+    for forward in (*seen.training, *seen.evaluating):
+        in_bytes = forward.images * torch.tensor([0.5, 1.0, 2.0]).view(1, 3, 1, 1) * 255
+        torch.testing.assert_close(in_bytes, in_bytes.round(), rtol=0, atol=1e-3)
+        assert 100 < in_bytes.amax() < 255.5
+
+
+def test_a_model_that_uses_targets_gets_those_of_its_images_in_training(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+    forward = Detr.forward
+
+    def with_targets(model: Detr, images: Tensor, mask: Tensor | None = None, targets: Any = None) -> ModelOutput:
+        given.append((model.training, targets))
+        return forward(model, images, mask)
+
+    monkeypatch.setattr(Detr, "uses_targets", True)
+    monkeypatch.setattr(Detr, "forward", with_targets)
+    config = small_config(dataset, tmp_path, "train.max_steps=1")
+    seen = prepare(config)
+    losses: list[Any] = []
+    seen.loop.criterion.register_forward_pre_hook(lambda _, inputs: losses.append(inputs[1]))
+    seen.loop.run()
+    assert [targets for training, targets in given if training] == losses != []
+    assert all(targets is None for training, targets in given if not training)
 
 
 def boxes_of(seen: Observed, root: Path, sample: SamplePlan) -> tuple[list[int], Tensor]:
