@@ -1,8 +1,7 @@
-"""Addresses of files and folders: a local path, or the URI of a file system that pyarrow knows.
+"""Addresses of files and folders: a local path, or the URI of a file system that pyarrow supports.
 
-The one place that makes and takes apart addresses; nothing is opened here. A path is taken as it is, whatever
-characters it has. In a URI, what has a meaning there (``%``, ``?``, ``#``) is escaped in names, and options stand at
-the end.
+All addresses are built and split here; nothing is opened. A path may contain any characters. In the names of a URI,
+``%``, ``?`` and ``#`` are escaped; options are at its end, after ``?``.
 """
 
 from __future__ import annotations
@@ -20,34 +19,34 @@ _OBJECT_STORES = frozenset({"s3", "gs", "gcs", "abfs", "abfss"})
 
 
 class LocationError(ConfigError):
-    """An address that cannot be used, whatever lies there; the text never repeats credentials."""
+    """An address that cannot be used. The message never repeats credentials."""
 
 
 def is_uri(location: str) -> bool:
-    """Whether a location names its file system (``s3://bucket/x``), rather than a path on this machine."""
+    """Whether a location is a URI (``s3://bucket/x``, ``file:///x``) and not a path."""
     return _URI.match(location) is not None
 
 
 def is_remote(location: str) -> bool:
-    """Whether a location is beyond a network."""
+    """Whether a location is not on this machine."""
     return is_uri(location) and scheme_of(location) != "file"
 
 
 def is_object_store(location: str) -> bool:
-    """Whether a location is in a bucket: no folders, objects appear whole or not at all, and moving one copies it."""
+    """Whether a location is in a bucket: no folders, writing an object is atomic, and moving an object copies it."""
     return is_uri(location) and scheme_of(location) in _OBJECT_STORES
 
 
 def local_path(location: str) -> Path | None:
-    """The absolute path of a location on this machine; None for any other.
+    """The absolute path of a location on this machine; None for other locations.
 
-    A path is taken as it is, whatever characters it has; a ``file://`` address is decoded.
+    A ``file://`` address is decoded; a path is not.
 
     Raises:
-        LocationError: a ``file://`` address of another machine, or with what has no meaning behind one.
+        LocationError: a ``file://`` address of another machine, or with options or a fragment.
     """
     if not is_uri(location):
-        # pathlib would take ./~x for the home folder of x, and raise where there is nobody of that name.
+        # pathlib would read ./~x as the home folder of user x, and raise if there is no such user.
         return Path(os.path.expanduser(location)).absolute()  # noqa: PTH111
     if scheme_of(location) != "file":
         return None
@@ -63,7 +62,7 @@ def local_path(location: str) -> Path | None:
 
 
 def resolve(location: str) -> str:
-    """A location that means the same in every process: an absolute path, or a URI without a slash at its end."""
+    """The location as an absolute path, or as a URI without a slash at its end: the same for every process."""
     path = local_path(location)
     if path is not None:
         return str(path)
@@ -72,10 +71,7 @@ def resolve(location: str) -> str:
 
 
 def join(root: str, *names: str) -> str:
-    """The location of a file or folder below the folder ``root``.
-
-    Names are those of files, as they are listed: what has a meaning in an address is escaped.
-    """
+    """The location of a file or folder below the folder ``root``; the names are escaped where necessary."""
     if not is_uri(root):
         return str(Path(root, *names))
     address, mark, options = root.partition("?")
@@ -83,7 +79,7 @@ def join(root: str, *names: str) -> str:
 
 
 def name_of(location: str) -> str:
-    """The name of a file or folder in its folder."""
+    """The last part of a location, unescaped."""
     if not is_uri(location):
         return Path(location).name
     return unquote(location.partition("?")[0].rstrip("/").rpartition("/")[2])
@@ -94,13 +90,13 @@ def _escaped(name: str) -> str:
 
 
 def with_suffix(location: str, suffix: str) -> str:
-    """The location of a file whose name is this one's and a suffix, in the same folder."""
+    """The location with a suffix added to the file name."""
     address, mark, options = location.partition("?") if is_uri(location) else (location, "", "")
     return address + suffix + mark + options
 
 
 def parent(location: str) -> str:
-    """The folder that a file or folder lies in."""
+    """The folder that contains a file or folder."""
     if not is_uri(location):
         return str(Path(location).parent)
     address, mark, options = location.partition("?")
@@ -108,15 +104,15 @@ def parent(location: str) -> str:
 
 
 def check_address(location: str) -> None:
-    """Refuses an address that holds credentials, or names no place on any machine; asks no server.
+    """Refuses an address that contains credentials or is malformed; contacts no server.
 
     Raises:
-        LocationError: it does.
+        LocationError: the address is refused.
     """
     found = credentials_in(location)
     if found is not None:
         raise LocationError(
-            f"an address {location.partition('://')[0]}://... holds credentials ({found}), which would be kept with "
+            f"an address {location.partition('://')[0]}://... holds credentials ({found}), which would be stored with "
             "the run and shown in its records (it is not repeated here). Give them in the environment "
             "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, the machine's role), and the address without "
             "them"
@@ -125,5 +121,5 @@ def check_address(location: str) -> None:
 
 
 def scheme_of(location: str) -> str:
-    """The kind of file system that a URI names, in lower case."""
+    """The scheme of a URI, in lower case."""
     return location.partition("://")[0].lower()

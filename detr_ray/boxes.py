@@ -1,11 +1,11 @@
-"""Boxes: formats, area, IoU and GIoU, as torch tensors and nothing else.
+"""Boxes as torch tensors: formats, area, IoU and GIoU.
 
-Two formats are used in the whole project, and every name says which one it holds:
+The project uses two formats; the name of a variable says which:
 
 * ``boxes_cxcywh``: centre x, centre y, width, height; in 0..1 of the unpadded image.
-* ``boxes_xyxy_px``: left, top, right, bottom in pixels (``boxes_xyxy`` where the unit cancels out).
+* ``boxes_xyxy_px``: left, top, right, bottom in pixels (``boxes_xyxy`` where the unit does not matter).
 
-The COCO file's own ``[left, top, width, height]`` is called ``boxes_xywh_px`` and is converted where it is read.
+Boxes of COCO files, ``[left, top, width, height]`` in pixels, are called ``boxes_xywh_px``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def xyxy_to_cxcywh(boxes_xyxy: Tensor) -> Tensor:
 
 
 def area(boxes_xyxy: Tensor) -> Tensor:
-    """Area of ``[..., 4]`` corner boxes; zero where a box is inside out."""
+    """Area of ``[..., 4]`` corner boxes; zero for boxes with negative width or height."""
     size = (boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]).clamp(min=0)
     return size[..., 0] * size[..., 1]
 
@@ -45,7 +45,7 @@ def iou(boxes_xyxy_a: Tensor, boxes_xyxy_b: Tensor) -> Tensor:
     """Intersection over union of broadcastable corner boxes.
 
     Args:
-        boxes_xyxy_a: ``[..., 4]``; give it ``[N, 1, 4]`` against ``[1, M, 4]`` for all pairs.
+        boxes_xyxy_a: ``[..., 4]``; ``[N, 1, 4]`` and ``[1, M, 4]`` give all pairs.
         boxes_xyxy_b: ``[..., 4]``.
 
     Returns:
@@ -59,11 +59,11 @@ def generalized_iou(boxes_xyxy_a: Tensor, boxes_xyxy_b: Tensor) -> Tensor:
     """Generalised IoU (Rezatofighi et al. 2019) of broadcastable corner boxes.
 
     Args:
-        boxes_xyxy_a: ``[..., 4]``; ``[N, 1, 4]`` against ``[1, M, 4]`` gives all pairs.
+        boxes_xyxy_a: ``[..., 4]``; ``[N, 1, 4]`` and ``[1, M, 4]`` give all pairs.
         boxes_xyxy_b: ``[..., 4]``.
 
     Returns:
-        GIoU in -1..1 of the broadcast shape. Boxes without area give finite values.
+        GIoU in -1..1 of the broadcast shape; finite also for boxes without area.
     """
     tiny = torch.finfo(boxes_xyxy_a.dtype).tiny
     intersection, union = _overlap(boxes_xyxy_a, boxes_xyxy_b)

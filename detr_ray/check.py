@@ -8,23 +8,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from detr_ray.cli import EXIT_FAILED, run_command
+from detr_ray.cli import EXIT_FAILED, run_command, say
 from detr_ray.config import Config, ConfigError
-from detr_ray.printable import printable_lines
-from detr_ray.train import say
 
 DESCRIPTION = """Look for problems before a run: annotations, labels, images, first weights, storage and tracking.
 
-Everything is looked at, whatever is found; nothing is changed. With --cluster, the cluster that RAY_ADDRESS names is
-looked at first: room for the workers, and from each of its nodes versions, storage, images and tracking. Exit code 0:
-no error (there may be warnings); 1: at least one error; 2: the configuration cannot be used."""
+All checks are made, also after errors; nothing is changed. With --cluster, the cluster of RAY_ADDRESS is checked first:
+resources for the workers, and on each node versions, storage, images and tracking. Exit code 0: no error (there may be
+warnings); 1: at least one error; 2: the configuration cannot be used."""
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--decode", action="store_true", help="decode every image whole; without it, only their headers are read"
+        "--decode", action="store_true", help="decode every image; without it, only the headers of the images are read"
     )
-    parser.add_argument("--cluster", action="store_true", help="look at the cluster, too, from each of its nodes")
+    parser.add_argument("--cluster", action="store_true", help="check the cluster and each of its nodes, too")
     parser.add_argument("--json", metavar="FILE", help="write the whole report to this file; - is standard output")
 
 
@@ -32,7 +30,7 @@ def _check(config: Config, arguments: argparse.Namespace) -> int:
     from detr_ray.engine.preflight import Report, run_preflight, section
 
     to_stdout = arguments.json == "-"
-    tell = _say_aside if to_stdout else say
+    tell = (lambda line: say(line, sys.stderr)) if to_stdout else say
     report = Report()
     if arguments.cluster:
         from detr_ray.runtime.cluster_check import AREA, check_cluster
@@ -49,12 +47,6 @@ def _check(config: Config, arguments: argparse.Namespace) -> int:
             _write(Path(arguments.json), content)
             say(f"the whole report   {arguments.json}")
     return 0 if report.ok else EXIT_FAILED
-
-
-def _say_aside(line: str) -> None:
-    """Shows a line where standard output is for a program."""
-    sys.stderr.write(printable_lines(line) + "\n")
-    sys.stderr.flush()
 
 
 def _write(path: Path, content: str) -> None:

@@ -1,7 +1,7 @@
-"""What all commands share: reading the configuration from the command line, help, and how errors end.
+"""The frame of all commands: configuration from the command line, help, error messages and exit codes.
 
-Imports neither torch nor Ray: help and mistakes are answered within a second. Exit codes: 0 done, 1 the run failed, 2
-the configuration or the data cannot be used, 130 stopped by Ctrl-C.
+Imports neither torch nor Ray, so that help and error messages appear within a second. Exit codes: 0 success, 1 the run
+failed, 2 the configuration or the data cannot be used, 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from detr_ray.config import Config, ConfigError, load_config
 from detr_ray.config.reference import WIDTH, reference_text
@@ -34,7 +34,7 @@ _OVERRIDE = re.compile(r"(--)?[A-Za-z_]\w*(\.\w+)+=")
 
 _USAGE_NOTE = """\
 keys:
-  Defaults, then every --config FILE in its order, then key=value: what comes later wins. Values are
+  Defaults, then every --config FILE in its order, then key=value: later values win. Values are
   YAML: null, true, 0.5, 1e-4, [1, 2]. --key=value is the same as key=value.
 """
 
@@ -57,22 +57,22 @@ def run_command(
     add_arguments: Callable[[argparse.ArgumentParser], object] | None = None,
     check: Callable[[Config], object] | None = None,
 ) -> int:
-    """Runs a command: command line -> configuration -> ``main``, errors -> one line each and an exit code.
+    """Runs a command: reads the configuration from the command line, calls ``main``, prints errors of users.
 
     Args:
         name: the command's module in ``detr_ray``, for example ``train``.
-        description: what it does, for its help.
-        main: the command itself; gets the configuration and the parsed arguments, returns the exit code. It imports
-            what is heavy inside.
-        argv: arguments; None for those of the process.
-        add_arguments: adds arguments of the command's own.
-        check: raises `ConfigError` where the configuration lacks what this command needs, for example
-            ``Config.check_training``; called before ``main``, and not for ``--print-config``.
+        description: text for the command's help.
+        main: the command; gets the configuration and the parsed arguments, returns the exit code. It should import
+            heavy packages in its body.
+        argv: arguments; None: those of the process.
+        add_arguments: adds further arguments of the command.
+        check: raises `ConfigError` if the command needs values that the configuration does not have, for example
+            ``Config.check_training``. Called before ``main``, but not for ``--print-config``.
 
     Returns:
         The exit code.
     """
-    _take_every_character()
+    _escape_unknown_characters()
     try:
         return _run(name, description, main, sys.argv[1:] if argv is None else argv, add_arguments, check)
     except ConfigError as error:
@@ -80,7 +80,7 @@ def run_command(
     except KeyboardInterrupt:
         return _fail(["stopped"], EXIT_INTERRUPTED)
     except BrokenPipeError:
-        # The reader of the output went away (`... --help | head`); Python would complain again when it flushes at exit.
+        # The reader closed the pipe (`... --help | head`). Without this, Python prints an error when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except Exception as error:
@@ -90,10 +90,17 @@ def run_command(
         return _fail([str(error)], code)
 
 
-def _take_every_character() -> None:
-    """Has characters that a terminal's encoding lacks written as escapes, instead of ending the command."""
+def say(line: str, stream: TextIO | None = None) -> None:
+    """Prints a line (by default to standard output) and flushes it; control characters are escaped."""
+    stream = stream or sys.stdout
+    stream.write(printable_lines(line) + "\n")
+    stream.flush()
+
+
+def _escape_unknown_characters() -> None:
+    """Lets output escape characters that the terminal's encoding does not have, instead of raising an error."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what takes its place in a host program is the host's
+        if isinstance(stream, io.TextIOWrapper):  # other streams belong to a host program, such as a notebook
             stream.reconfigure(errors="backslashreplace")
 
 
@@ -121,10 +128,9 @@ def _run(
         return 0
 
     arguments, rest = parser.parse_known_args([item for item in argv if not _OVERRIDE.match(item)])
-    strangers = [item for item in rest if "=" not in item]
-    errors = [f"'{item}' is neither an option nor key=value; see --help" for item in strangers]
-    # What is left may be a section=mapping, or a key without its section, which gets a better error as a key. Later
-    # ones win, so they keep their order.
+    errors = [f"'{item}' is neither an option nor key=value; see --help" for item in rest if "=" not in item]
+    # `rest` may also contain section=mapping, or a key without its section: as an override it gets a better error.
+    # Later overrides win, so their order must not change.
     overrides = [item for item in argv if _OVERRIDE.match(item) or (item in rest and "=" in item)]
     try:
         config = load_config(arguments.config, overrides)
@@ -142,9 +148,9 @@ def _run(
 
 
 def _exit_code(error: Exception) -> int | None:
-    """Exit code of an error that is meant for users; None for what is a fault of the program."""
+    """Exit code of an error that is meant for users; None for a bug of the program."""
     for module, name, code in _USER_ERRORS:
-        # An error can only be of a class that was imported, so nothing heavy needs to be imported to find out.
+        # The class of an error was imported before, so the module need not be imported here.
         kind = getattr(sys.modules.get(module), name, None)
         if kind is not None and isinstance(error, kind):
             return code

@@ -1,7 +1,7 @@
-"""Passwords, keys and signatures in addresses: found before an address is kept, taken out of what is shown.
+"""Finds passwords, keys and signatures in addresses, and removes them from messages.
 
-An address in the configuration is kept with the run, in its records and in its checkpoints, so one with credentials is
-refused. Those of the environment (``MLFLOW_TRACKING_URI``) may hold them: they are used, and never written as they are.
+The configuration is stored with the run, in its records and in its checkpoints, so addresses with credentials in it
+are refused. Addresses from the environment (``MLFLOW_TRACKING_URI``) may contain credentials; they are never stored.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SECRET_NAME = re.compile(
 )
 _WEB = ("http", "https")
 _LONGEST_PLAIN_VALUE = 16
-"""What a query of the web says without being a secret (``download=true``, ``v=2``) is short."""
+"""Longer values in the query of a web address count as secrets. Others (``download=true``, ``v=2``) are short."""
 
 _USER, _QUERY, _PERHAPS = (
     "a user or a password",
@@ -29,7 +29,7 @@ _USER, _QUERY, _PERHAPS = (
 
 
 def credentials_in(address: str) -> str | None:
-    """What an address holds that nobody else should see, in words; None where it holds nothing of that kind.
+    """Names the kind of credentials in an address, for messages; None if there are none.
 
     Args:
         address: a location, the address of a store or server, or any other text.
@@ -40,7 +40,7 @@ def credentials_in(address: str) -> str | None:
     authority, _, path = place.partition("/")
     if ":" in unquote(authority.rpartition("@")[0]) or ("@" in authority and scheme in ("s3", *_WEB)):
         return _USER
-    # Secret keys may hold slashes: up to an @ all of it may be one. No bucket's name has a colon or an @.
+    # A secret key may contain slashes, so the text before an @ may be a key. Bucket names have neither colon nor @.
     if scheme == "s3" and (":" in authority or "@" in path.partition("/")[0]):
         return _USER
     if "@" in path and ":" in authority and not authority.rpartition(":")[2].isdigit():
@@ -54,7 +54,7 @@ def credentials_in(address: str) -> str | None:
 
 
 def without_credentials(text: str) -> str:
-    """A message, or an address, without the credentials of the addresses in it."""
+    """A text without the credentials in its addresses."""
     return _ADDRESS.sub(lambda found: _shown(found[0]), _USER_OF_NO_SCHEME.sub("", text))
 
 
@@ -72,7 +72,7 @@ def _shown(address: str) -> str:
 
 
 def _parts(address: str) -> tuple[str | None, str, str]:
-    """Scheme in lower case (None where there is none), host and path, and options; a fragment counts as some."""
+    """Scheme in lower case (None without one); host and path; options, including those in a fragment."""
     scheme, mark, rest = address.partition("://")
     place, *query = _QUERY_BEGINS.split(rest, maxsplit=1)
     return (scheme.lower() if mark else None), place, "&".join(query).replace("#", "&")

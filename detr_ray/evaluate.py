@@ -9,9 +9,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from detr_ray.cli import EXIT_FAILED, run_command
+from detr_ray.cli import EXIT_FAILED, run_command, say
 from detr_ray.config import Config
-from detr_ray.train import say
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,8 +19,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """Score a checkpoint on the validation set: COCO's 12 numbers, and the AP of each category.
 
-eval.checkpoint names the checkpoint: a run's folder, a checkpoint in it, or DETR weights (path or URL). A run's sizes,
-precision and data are used where they are not given."""
+eval.checkpoint names the checkpoint: a run's folder, a checkpoint in it, or DETR weights (path or URL). Image sizes,
+precision and data that are not given are those of the run."""
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,16 +29,17 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--detections", metavar="FILE", type=_file, help="write all detections to this file, as COCO results"
     )
     parser.add_argument(
-        "--picture",
-        metavar="FILE",
-        type=_file,
-        help="draw the first images with their boxes into this file (PNG)",
+        "--picture", metavar="FILE", type=_file, help="draw the first images with their boxes into this file (PNG)"
     )
     parser.add_argument(
-        "--picture-images", metavar="N", type=_count, default=12, help="images in the picture (12), at least 1"
+        "--picture-images", metavar="N", type=_count, default=12, help="number of images in the picture (default 12)"
     )
     parser.add_argument(
-        "--picture-score", metavar="S", type=_share, default=0.5, help="least score drawn (0.5), from 0 to 1"
+        "--picture-score",
+        metavar="S",
+        type=_share,
+        default=0.5,
+        help="lowest score that is drawn, from 0 to 1 (default 0.5)",
     )
 
 
@@ -93,7 +93,7 @@ def _evaluate(config: Config, arguments: argparse.Namespace) -> int:
 
 
 def _write(option: str, location: str, content: Callable[[], bytes]) -> bool:
-    """Writes one of the files; one that fails all the same (a full disk) does not take the others with it."""
+    """Writes one of the files; an error is reported, so that the other files are still written."""
     from detr_ray.data.errors import DataError
     from detr_ray.engine.preflight.output_files import write_output
     from detr_ray.retries import reason_of
@@ -108,11 +108,7 @@ def _write(option: str, location: str, content: Callable[[], bytes]) -> bool:
 
 
 def _numbers(job: EvaluationJob, result: EvaluationResult) -> bytes:
-    content = {
-        "checkpoint": result.checkpoint,
-        "settings": job.settings,
-        "metrics": result.metrics.as_metrics(""),
-    }
+    content = {"checkpoint": result.checkpoint, "settings": job.settings, "metrics": result.metrics.as_metrics("")}
     return (json.dumps(content, indent=1) + "\n").encode()
 
 
@@ -121,15 +117,15 @@ def _picture(job: EvaluationJob, result: EvaluationResult, arguments: argparse.N
 
     index, detections = job.data.val, result.detections
     assert index is not None, "there is a validation set"
-    # The model may know more categories than the validation set has.
+    # The model may have more categories than the validation set.
     names = dict(job.data.label_map.categories) | dict(index.categories)
     annotations, found = [], []
     for i in range(min(arguments.picture_images, len(index))):
         rows = slice(index.first_box[i], index.first_box[i + 1])
         annotations.append(DrawnBoxes(index.boxes_xywh_px[rows], [names[c] for c in index.category_ids[rows].tolist()]))
-        mine = (detections.image_ids == index.image_ids[i]) & (detections.scores >= arguments.picture_score)
-        categories = [names[c] for c in detections.category_ids[mine].tolist()]
-        found.append(DrawnBoxes(detections.boxes_xywh_px[mine], categories, detections.scores[mine]))
+        shown = (detections.image_ids == index.image_ids[i]) & (detections.scores >= arguments.picture_score)
+        categories = [names[c] for c in detections.category_ids[shown].tolist()]
+        found.append(DrawnBoxes(detections.boxes_xywh_px[shown], categories, detections.scores[shown]))
     file = io.BytesIO()
     grid = detection_grid(_images(job, len(found)), annotations, found)
     grid.save(file, format=picture_format(arguments.picture))
@@ -137,7 +133,7 @@ def _picture(job: EvaluationJob, result: EvaluationResult, arguments: argparse.N
 
 
 def _images(job: EvaluationJob, count: int) -> Iterator[np.ndarray]:
-    """The first images, one after another, lying as their annotations do; black where one cannot be read."""
+    """The first ``count`` images, in the orientation of their annotations; black if an image cannot be read."""
     import numpy as np
 
     from detr_ray.data.images import ImageError, ImageReader, decode_image

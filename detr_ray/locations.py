@@ -1,12 +1,11 @@
-"""Where files lie: a local path, or the URI of a file system that pyarrow knows (``s3://``, ``gs://``, ``hdfs://``).
+"""Reads and writes files at locations: local paths, or URIs that pyarrow supports (``s3://``, ``gs://``, ``hdfs://``).
 
-The one way in which places are opened, read and written. Credentials come from the environment (``AWS_ACCESS_KEY_ID``,
-a profile, the machine's role), never from an address. File systems are kept for the life of a process and never sent to
-another one: what travels are locations. Every operation is tried again while its errors are such that pass; see
-`retries.py`. Knows nothing of what the files hold.
+Credentials come from the environment (``AWS_ACCESS_KEY_ID``, a profile, the machine's role), never from an address.
+Each process opens its own file systems; processes exchange locations only. Every operation is repeated after temporary
+errors; see `retries.py`.
 
-An S3 address may end in ``?region=...&endpoint_override=host:port&scheme=http``; ``AWS_ENDPOINT_URL_S3``,
-``AWS_ENDPOINT_URL``, ``AWS_REGION`` and ``AWS_DEFAULT_REGION`` say the same for all addresses.
+An S3 address may end in ``?region=...&endpoint_override=host:port&scheme=http``. The environment variables
+``AWS_ENDPOINT_URL_S3``, ``AWS_ENDPOINT_URL``, ``AWS_REGION`` and ``AWS_DEFAULT_REGION`` set the same for all addresses.
 """
 
 from __future__ import annotations
@@ -78,10 +77,10 @@ __all__ = [
 T = TypeVar("T")
 
 S3_ATTEMPTS = 3
-"""Attempts of one request within the S3 client; the whole operation is tried again beyond that."""
+"""Attempts of one request inside the S3 client. Afterwards the whole operation is repeated."""
 CONNECT_TIMEOUT_S = 5.0
 SILENCE_TIMEOUT_S = 20.0
-"""How long a server may send nothing before a request counts as failed."""
+"""A request fails if the server sends nothing for this time."""
 
 _S3_OPTIONS = frozenset({"region", "endpoint_override", "scheme"})
 _PART_BYTES = 64 << 20
@@ -93,9 +92,9 @@ class StoredFile:
     """A file in a listing.
 
     Attributes:
-        name: path below the folder that was listed, with ``/`` between its parts.
-        num_bytes: its size.
-        changed: time of its last change, nanoseconds; 0 where the storage does not say.
+        name: path relative to the listed folder, with ``/`` between its parts.
+        num_bytes: size.
+        changed: time of the last change in nanoseconds; 0 if the storage does not report it.
     """
 
     name: str
@@ -107,8 +106,8 @@ def open_location(location: str) -> tuple[fs.FileSystem, str]:
     """The file system of a location, and the path on it.
 
     Raises:
-        LocationError: an address that no file system answers to, or that holds credentials.
-        OSError: S3 was asked for the region of a bucket, and did not tell.
+        LocationError: the address has no supported file system, or contains credentials.
+        OSError: the region of an S3 bucket could not be found out.
     """
     check_address(location)
     path = local_path(location)
@@ -118,7 +117,7 @@ def open_location(location: str) -> tuple[fs.FileSystem, str]:
         return _open_s3(location)
     folder, name = _split(location)
     try:
-        # One client for all files of a folder.
+        # Opened by folder, so that all files of a folder share one client.
         file_system, path_of_folder = _from_uri(folder)
     except (ValueError, OSError, NotImplementedError) as error:
         raise LocationError(f"{location}: no file system for this address: {error}") from error
@@ -126,7 +125,7 @@ def open_location(location: str) -> tuple[fs.FileSystem, str]:
 
 
 def _split(location: str) -> tuple[str, str]:
-    """The folder's URI and the name in it; no name for what has no folder above it."""
+    """URI of the folder, and name in it; the name is empty if there is no folder above."""
     address = location.partition("?")[0].rstrip("/")
     return (parent(location), name_of(location)) if address.count("/") > 2 else (location, "")
 
@@ -159,7 +158,7 @@ def _open_s3(location: str) -> tuple[fs.FileSystem, str]:
     endpoint = options.get("endpoint_override") or _first_set("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
     region = options.get("region") or _first_set("AWS_REGION", "AWS_DEFAULT_REGION")
     if region is None:
-        # Only Amazon's own servers know regions by bucket.
+        # The region of a bucket can only be queried at Amazon's own servers.
         region = _region_of(bucket) if endpoint is None else "us-east-1"
     return _s3_file_system(endpoint, region, options.get("scheme"), os.environ.get("AWS_ACCESS_KEY_ID")), path
 
@@ -175,7 +174,7 @@ def _region_of(bucket: str) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _s3_file_system(endpoint: str | None, region: str, scheme: str | None, key_id: str | None) -> fs.FileSystem:
-    """A client. Takes its credentials from the environment itself; ``key_id`` is there to tell clients apart."""
+    """A client. It reads the credentials from the environment; ``key_id`` is only part of the cache key."""
     return fs.S3FileSystem(
         endpoint_override=endpoint,
         region=region,
@@ -188,7 +187,7 @@ def _s3_file_system(endpoint: str | None, region: str, scheme: str | None, key_i
 
 
 def at(location: str, operation: Callable[[fs.FileSystem, str], T], patience: Patience = PATIENT) -> T:
-    """What an operation on a file system and a path gives; tried again as `patiently` does."""
+    """Calls an operation with file system and path, repeated after temporary errors (see `patiently`)."""
     return patiently(
         location, lambda: operation(*open_location(location)), remote=is_remote(location), patience=patience
     )
@@ -199,14 +198,14 @@ def read_buffer(location: str, num_bytes: int | None = None, patience: Patience 
 
     Args:
         location: the file.
-        num_bytes: its size, where it is known: large remote files are then read in several parts at a time, and one
-            that is shorter is an error.
-        patience: how long to try.
+        num_bytes: its size, if known: then large remote files are read in several parts in parallel, and a shorter
+            file is an error.
+        patience: limits of repetition.
 
     Raises:
         NoSuchObject: there is no such file.
-        AccessDenied: it may not be read.
-        OSError: it cannot be read.
+        AccessDenied: reading is not permitted.
+        OSError: the file cannot be read.
     """
     if num_bytes is not None and num_bytes > _PART_BYTES and is_remote(location):
         parts = [(start, min(_PART_BYTES, num_bytes - start)) for start in range(0, num_bytes, _PART_BYTES)]
@@ -235,10 +234,10 @@ def read_bytes(location: str, patience: Patience = PATIENT) -> bytes:
 
 
 def read_range(location: str, start: int, num_bytes: int) -> bytes:
-    """A part of a file, all of it.
+    """``num_bytes`` bytes of a file from ``start`` on.
 
     Raises:
-        OSError: see `read_buffer`; or the file ends before.
+        OSError: see `read_buffer`; or the file is too short.
     """
 
     def read(file_system: fs.FileSystem, path: str) -> bytes:
@@ -252,13 +251,13 @@ def read_range(location: str, start: int, num_bytes: int) -> bytes:
 
 
 def write_bytes(location: str, data: bytes, patience: Patience = PATIENT) -> None:
-    """Writes a file that a reader sees whole, in its old or its new form, or not at all. Makes the folders above it.
+    """Writes a file atomically: readers see the old or the new content. Creates the folders above it.
 
     Raises:
         OSError: it could not be written.
     """
     if is_object_store(location):
-        # An object appears when its upload ends; moving one would copy it.
+        # Uploading an object is atomic already; moving it would copy it.
         write(location, lambda stream: stream.write(data), patience)
         return
     make_folder(parent(location))
@@ -274,12 +273,12 @@ def write_bytes(location: str, data: bytes, patience: Patience = PATIENT) -> Non
 
 
 def write(location: str, fill: Callable[[Any], T], patience: Patience = PATIENT) -> T:
-    """Writes a file as a stream; what is there after a failure may be the first part of it.
+    """Writes a file as a stream. After a failure, an incomplete file may be left.
 
     Args:
-        location: the file. Its folder has to be there, where there are folders.
-        fill: writes all of it into a binary stream; called again for a further attempt.
-        patience: how long to try.
+        location: the file. Its folder must exist, except in a bucket.
+        fill: writes the content into a binary stream; called again for each attempt.
+        patience: limits of repetition.
 
     Returns:
         What ``fill`` returned.
@@ -295,7 +294,7 @@ def write(location: str, fill: Callable[[Any], T], patience: Patience = PATIENT)
 
 
 def sync(location: str) -> None:
-    """Has a local disk keep a file or the names in a folder even if the power fails now; nothing elsewhere."""
+    """Flushes a local file, or the names in a local folder, to the disk. Does nothing for remote locations."""
     path = local_path(location)
     if path is None:
         return
@@ -307,18 +306,18 @@ def sync(location: str) -> None:
 
 
 def make_folder(location: str, patience: Patience = PATIENT) -> None:
-    """Makes a folder and those above it; nothing in a bucket, where there are none."""
+    """Creates a folder and the folders above it. Does nothing in a bucket, which has no folders."""
     if not is_object_store(location):
         at(location, lambda file_system, path: file_system.create_dir(path, recursive=True), patience)
 
 
 def file_info(location: str, patience: Patience = PATIENT) -> fs.FileInfo:
-    """Kind and size of what is at a location; kind NotFound where there is nothing."""
+    """Type and size of a file or folder; type NotFound if there is none."""
     return at(location, lambda file_system, path: file_system.get_file_info(path), patience)
 
 
 def list_files(location: str, patience: Patience = PATIENT) -> list[StoredFile]:
-    """All files below a folder, by name; none where there is no such folder. One request in a bucket."""
+    """All files below a folder, sorted by name; none if there is no such folder. One request in a bucket."""
 
     def look(file_system: fs.FileSystem, path: str) -> list[StoredFile]:
         selector = fs.FileSelector(path, allow_not_found=True, recursive=True)
@@ -332,7 +331,7 @@ def list_files(location: str, patience: Patience = PATIENT) -> list[StoredFile]:
 
 
 def list_names(location: str, patience: Patience = PATIENT) -> list[str]:
-    """Names of the files and folders in a folder, sorted; none where there is no such folder."""
+    """Sorted names of the files and folders in a folder; none if there is no such folder."""
 
     def look(file_system: fs.FileSystem, path: str) -> list[str]:
         return [info.base_name for info in file_system.get_file_info(fs.FileSelector(path, allow_not_found=True))]
@@ -351,7 +350,7 @@ def upload(path: Path, location: str) -> None:
 
 
 def download(location: str, path: Path, patience: Patience = PATIENT) -> None:
-    """Copies a file to a local path, a part at a time.
+    """Copies a file to a local path.
 
     Raises:
         OSError: see `read_buffer`.
@@ -365,12 +364,12 @@ def download(location: str, path: Path, patience: Patience = PATIENT) -> None:
 
 
 def delete_file(location: str, patience: Patience = PATIENT) -> None:
-    """Deletes a file; fine where there is none (an earlier attempt may have succeeded without an answer)."""
+    """Deletes a file, if it exists."""
     with contextlib.suppress(FileNotFoundError):
         at(location, lambda file_system, path: file_system.delete_file(path), patience)
 
 
 def delete_folder(location: str, patience: Patience = PATIENT) -> None:
-    """Deletes a folder and all below it; fine where there is none."""
+    """Deletes a folder with its content, if it exists."""
     with contextlib.suppress(FileNotFoundError):
         at(location, lambda file_system, path: file_system.delete_dir(path), patience)

@@ -9,17 +9,17 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from detr_ray.cli import run_command
+from detr_ray.cli import run_command, say
 from detr_ray.config import Config, ConfigError
-from detr_ray.train import say
 
 if TYPE_CHECKING:
     from detr_ray.data.index import CocoIndex
 
-DESCRIPTION = """Write the generated data set that data.generate describes, if it is not there yet.
+DESCRIPTION = """Draw the generated data set that data.generate describes, if it does not exist yet.
 
-With --shards, pack the training and the validation set into Parquet shards: a few large files instead of very many
-small ones, annotations included. They train as the images do, and are faster to read from object storage."""
+With --shards, pack the training and the validation set into Parquet shards: a few large files with images and
+annotations instead of very many small ones. Training from shards gives the same results as training from the images,
+and reads faster from object storage."""
 
 SHARD_MEGABYTES = 256
 
@@ -30,7 +30,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--shard-megabytes", metavar="MB", type=int, default=SHARD_MEGABYTES,
-        help=f"close a shard once its images have so many MB (default {SHARD_MEGABYTES})",
+        help=f"start a new shard when the images of one reach this size (default {SHARD_MEGABYTES})",
     )  # fmt: skip
 
 
@@ -113,18 +113,18 @@ def _pack(indexes: dict[str, CocoIndex], folder: str, shard_megabytes: int) -> N
 
 
 def train_command(config: Config, config_files: Sequence[str], folder: str) -> str:
-    """The command that trains from the shards in ``folder`` what a configuration trains from elsewhere.
+    """The command that trains from shards.
 
     Args:
         config: the configuration that the shards were made from.
-        config_files: its files. Keys that were given beside them are not repeated.
-        folder: holds the folders ``train`` and ``val``.
+        config_files: its files. Keys that were given on the command line are not repeated.
+        folder: contains the folders ``train`` and ``val`` with the shards.
     """
     from detr_ray.locations import join
 
     data = config.data
     places = {"root": data.root, "generate": data.generate, "train": data.train, "val": data.val}
-    # A set has one place: what says another one is taken away, wherever it was set.
+    # A split has one source, so all other sources are set to null.
     overrides = [f"data.{name}=null" for name, value in places.items() if value is not None]
     overrides.append(f"data.train.shards={join(folder, 'train')}")
     if data.root is not None or data.val is not None:

@@ -1,7 +1,7 @@
-"""Text from data as it may be shown: nothing in it moves a terminal's cursor, begins a line or cannot be encoded.
+"""Makes text from data sets safe to print.
 
-Names of files and categories come from others. Shown as they are, an escape sequence in one would hide what stands
-before it, a line break would look like a message of this program, and half of a surrogate pair would end the program.
+Names of files and categories are written by others. Without escaping, an escape sequence in a name could hide other
+output, a line break could imitate a message of this program, and half of a surrogate pair would crash it.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ import unicodedata
 
 # Controls, surrogates, line and paragraph separators.
 _HIDDEN = frozenset({"Cc", "Cs", "Zl", "Zp"})
-# Overrides of the writing direction: what follows would be shown in another order.
+# Characters that change the writing direction, and so the order in which text is shown.
 _TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 def printable(text: str) -> str:
-    r"""A name on one line, with what cannot be shown written as ``\n``, ``\x1b`` or ``\udc80``."""
+    r"""The text on one line, with control characters escaped as ``\n``, ``\x1b`` or ``\udc80``."""
     return text if text.isprintable() else "".join(map(_escaped, text))
 
 
 def printable_lines(text: str) -> str:
-    """The same for a text of several lines, which stay."""
+    """Like `printable`, but keeps line breaks."""
     return "\n".join(map(printable, text.split("\n")))
 
 

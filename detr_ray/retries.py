@@ -1,7 +1,4 @@
-"""Patience with storage: which errors pass, how often and how long a thing is tried again, and what is said in the end.
-
-Knows errors, not files: what is tried is a function, which has to be fit to run again from its beginning.
-"""
+"""Repeats storage operations after temporary errors, and turns storage errors into messages for users."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from typing import TypeVar
 
 logger = logging.getLogger(__name__)
 
-_JITTER = random.Random()  # its own: the process's random numbers are for others
+_JITTER = random.Random()  # not the global generator, whose numbers must not depend on storage errors
 
 T = TypeVar("T")
 
@@ -30,25 +27,25 @@ _HOPELESS = re.compile(r"HTTP status (301|307|405|416)\b|PERMANENT_REDIRECT|INVA
 _NOISE = re.compile(r"^When .*?: (?=AWS Error)| \(Request ID: [^)]*\)|\. Detail: .*$", re.DOTALL)
 
 _PASSING_ON_DISK = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EINTR, errno.EAGAIN})
-"""What network disks report while they recover. All else (a full disk, no such file) stays as it is."""
+"""Temporary errors of network disks. All other errors of disks (disk full, no such file) are lasting."""
 _STAYING = frozenset({errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOSPC})
 
 _IN_THE_WAY = frozenset({errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EFBIG, errno.EROFS, errno.ENAMETOOLONG})
 
 
 class StorageError(OSError):
-    """Storage that failed for good; the text is "location: reason"."""
+    """A storage operation failed for good; the text is "location: reason"."""
 
     def __str__(self) -> str:
         return f"{self.filename}: {self.strerror}"
 
 
 class NoSuchObject(StorageError, FileNotFoundError):  # noqa: N818 - the name says what it is
-    """There is nothing at a location."""
+    """There is no file or object at a location."""
 
 
 class AccessDenied(StorageError, PermissionError):  # noqa: N818
-    """The storage answers, and refuses."""
+    """The storage denies access."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +53,10 @@ class Patience:
     """How often a failed operation is tried again.
 
     Attributes:
-        attempts: most attempts in all.
-        first_pause_s: pause before the second one; each further pause is twice as long, less a random part.
-        longest_pause_s: no pause is longer.
-        give_up_after_s: no attempt begins later than this after the first began.
+        attempts: largest number of attempts.
+        first_pause_s: pause before the second attempt; pauses double, and each is shortened by a random part.
+        longest_pause_s: limit of the pauses.
+        give_up_after_s: no attempt starts later than this after the start of the first.
     """
 
     attempts: int = 5
@@ -72,19 +69,22 @@ PATIENT = Patience()
 
 
 def patiently(location: str, operation: Callable[[], T], *, remote: bool, patience: Patience = PATIENT) -> T:
-    """What an operation gives, tried again while its errors are such that pass.
+    """Calls an operation, and repeats it after temporary errors.
 
     Args:
-        location: what it works on, for messages.
-        operation: may be run any number of times.
-        remote: whether the location is beyond a network: there, all errors but the known lasting ones pass.
-        patience: the limits.
+        location: the location of the operation, for messages.
+        operation: may be called any number of times.
+        remote: whether the location is remote. There, all errors count as temporary except known lasting ones.
+        patience: limits of repetition.
+
+    Returns:
+        What ``operation`` returned.
 
     Raises:
-        NoSuchObject: there is nothing at the location; said at once.
-        AccessDenied: not allowed; said at once.
-        StorageError: any other lasting error, or the last of a passing one once the limits are reached.
-        OSError: a lasting error of a local disk, as it came.
+        NoSuchObject: there is nothing at the location; not repeated.
+        AccessDenied: access is not permitted; not repeated.
+        StorageError: another lasting error, or a temporary error that remained when the limits were reached.
+        OSError: a lasting error of a local disk, unchanged.
     """
     started = time.monotonic()
     pause_s = patience.first_pause_s
@@ -106,28 +106,28 @@ def patiently(location: str, operation: Callable[[], T], *, remote: bool, patien
                 reason = f"gave up after {times} in {elapsed_s:.1f} s; the last error: {reason_of(error)}"
                 raise StorageError(errno.EIO, reason, location) from error
             logger.info("%s: attempt %d of %d: %s", location, attempt, patience.attempts, reason_of(error))
-        # A random part keeps the many tasks that failed together from coming back together.
+        # The random part spreads the next attempts of tasks that failed at the same time.
         time.sleep(pause_s * _JITTER.uniform(0.5, 1.0))
         pause_s = min(2 * pause_s, patience.longest_pause_s)
         attempt += 1
 
 
 def may_pass(error: OSError) -> bool:
-    """Whether an operation that failed, however often it was tried, may succeed minutes later.
+    """Whether a failed operation may succeed minutes later.
 
-    An outage ends, room is made on a full disk, credentials are renewed; a file in the way of a folder stays.
+    True for example for an outage, a full disk and expired credentials; false for a file where a folder must be.
     """
     return error.errno not in _IN_THE_WAY and not isinstance(error, NoSuchObject)
 
 
 def reason_of(error: BaseException) -> str:
-    """An error in one line, without the location, request numbers and repetitions that storage libraries add."""
+    """The reason of an error in one line, without locations and request ids that storage libraries add."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return _NOISE.sub("", text.strip().split("\n")[0]).rstrip(" :.")
 
 
 def _lasting(error: OSError, location: str, remote: bool) -> OSError | None:
-    """The error to raise where trying again is of no use; None where it may help."""
+    """The error to raise if it is lasting; None if it may be temporary."""
     text = str(error)
     if isinstance(error, FileNotFoundError):
         return NoSuchObject(errno.ENOENT, "no such object" if remote else "no such file", location)

@@ -1,4 +1,4 @@
-"""Sends records of a run that its tracking store did not take."""
+"""Sends the records of a run that its tracking store does not have yet."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from detr_ray.cli import EXIT_FAILED, run_command
+from detr_ray.cli import EXIT_FAILED, run_command, say
 from detr_ray.config import Config, ConfigError
-from detr_ray.train import say
 
-DESCRIPTION = """Send what a run has logged and its tracking store has not taken, because it was away.
+DESCRIPTION = """Send the records of a run that its tracking store does not have yet, for example because it was down.
 
-Name the run by run.name (and run.storage), or by --run. Records go to tracking.uri; without it, to the store that the
-run was recorded in. A user and a password come from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or from
-MLFLOW_TRACKING_URI. Exit code 0: everything is there; 1: something is left; 2: there is no such run or store."""
+Name the run by run.name (and run.storage), or by --run. Records go to tracking.uri; without it, to the store of the
+run. User and password are read from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or from MLFLOW_TRACKING_URI.
+Exit code 0: the store has all records; 1: some are not sent yet; 2: there is no such run or store."""
 
 TIMEOUT_S = 300
 
@@ -72,7 +71,7 @@ def _tracking_folder(config: Config, given: str | None) -> Path:
 
 
 def _address(config: Config, recorded: str) -> str:
-    """The store to send to. What was recorded lacks a password that the environment's may have."""
+    """The store to send to. The recorded address has no password; the one in the environment may have one."""
     from detr_ray.tracking import public_uri, tracking_uri
 
     in_environment = os.environ.get("MLFLOW_TRACKING_URI", "")

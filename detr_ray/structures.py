@@ -1,13 +1,11 @@
-"""What flows between the parts: targets, batches, model outputs, detections.
-
-Shapes, units and frames are said here once.
+"""Data that packages exchange: targets, batches, model outputs, detections; with their shapes and units.
 
 Letters: ``B`` images of a micro-batch, ``H`` x ``W`` its padded size in pixels, ``Q`` queries, ``C`` classes without
 no-object, ``N`` boxes of one image, ``M`` boxes of the whole micro-batch, ``K`` detections.
 
-Words: a *label* is an index into the classifier's rows (``0..C-1``); a *category_id* is the number the annotation file
-uses; an *image_id* is the annotation file's. A *step* is one optimizer update, made of one *global batch*; a
-*micro-batch* is what one forward pass of one worker sees. A *position* is a sample's place in the training stream:
+Words: a *label* is a row of the classifier (``0..C-1``); *category_id* and *image_id* are ids of the annotation file.
+A *step* is one optimizer update, computed from one *global batch*; a *micro-batch* is the input of one forward pass of
+one worker. A *position* is the place of a sample in the training stream:
 ``step * global_batch_size + slot``.
 """
 
@@ -22,7 +20,7 @@ from torch import Tensor
 
 
 class Target(TypedDict):
-    """The boxes of one image, as the criterion takes them.
+    """Labels and boxes of one image, for the criterion.
 
     Attributes:
         labels: ``[N]`` int64, class index without no-object.
@@ -47,12 +45,12 @@ class ModelOutput(LayerOutput):
 
 
 class Detections(TypedDict):
-    """Detections of one image, one a query.
+    """Detections of one image, one for each query.
 
     Attributes:
         scores: ``[Q]`` in 0..1, the probability of ``labels``.
         labels: ``[Q]`` int64, never no-object.
-        boxes: ``[Q, 4]`` xyxy in pixels of the image size that was asked for.
+        boxes: ``[Q, 4]`` xyxy in pixels of the image size given to post-processing.
     """
 
     scores: Tensor
@@ -88,7 +86,7 @@ class SamplePlan:
 
 @dataclass(frozen=True, slots=True)
 class PaddedBatch:
-    """One micro-batch as the data tasks make it: numpy arrays on the host, images as bytes.
+    """One micro-batch from the data tasks: numpy arrays on the host, images as uint8.
 
     Attributes:
         images: ``[B, 3, H, W]`` uint8 RGB, padded with zeros at the right and at the bottom.
@@ -96,11 +94,11 @@ class PaddedBatch:
         orig_sizes: ``[B, 2]`` int32 (height, width) of the stored images in pixels.
         image_ids: ``[B]`` int64.
         positions: ``[B]`` int64, place of each sample in the stream.
-        labels: ``[M]`` int64, of all images one after the other.
+        labels: ``[M]`` int64, of all images, concatenated.
         boxes_cxcywh: ``[M, 4]`` float32 in 0..1 of the unpadded image.
         counts: ``[B]`` int64, boxes of each image; sums to M.
-        bad_images: one line for each image that could not be read ("file: reason"). Its place in the batch holds a
-            black image without boxes, so that shapes stay as planned; the reader of the batch decides what to do.
+        bad_images: one line for each image that could not be read ("file: reason"). The batch contains a black image
+            without boxes in its place, so that the planned shapes do not change.
         bad_image_ids: int64, the ids of these images.
     """
 
@@ -127,8 +125,8 @@ class Batch:
         image_ids: ``[B]`` int64 on the host.
         positions: ``[B]`` int64 on the host.
         orig_sizes: ``[B, 2]`` int64 (height, width) on the host.
-        padded_pixels: pixels of the padded batch, images x H x W.
-        image_pixels: pixels of it that belong to images.
+        padded_pixels: pixels of the padded batch, B x H x W.
+        image_pixels: pixels without padding.
     """
 
     images: Tensor
@@ -152,40 +150,40 @@ IMAGENET_PIXELS = PixelStatistics(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224,
 
 
 def padding_mask(sizes: Tensor, height: int, width: int) -> Tensor:
-    """Mask of ``[B, height, width]``, True on padding, from (height, width) rows of unpadded sizes."""
+    """Mask ``[B, height, width]``, True on padding, from the unpadded sizes ``[B, 2]`` (height, width)."""
     rows = torch.arange(height, device=sizes.device)[None, :, None]
     columns = torch.arange(width, device=sizes.device)[None, None, :]
     return (rows >= sizes[:, 0, None, None]) | (columns >= sizes[:, 1, None, None])
 
 
 def _copied(array: np.ndarray, device: torch.device) -> Tensor:
-    """An array's values on a device, in memory that may be written to (that of the object store may not)."""
+    """Copies an array to a device, into writable memory (arrays from the object store are read-only)."""
     if device.type == "cpu":
         return torch.from_numpy(np.require(array, requirements=["W", "C"]))
-    # The processor goes on while a GPU fetches what is in pinned memory; torch reuses it when that is done.
+    # From pinned memory the copy to the GPU is asynchronous. Torch reuses the memory after the copy.
     host = torch.from_numpy(np.empty(0, array.dtype)).new_empty(array.shape, pin_memory=device.type == "cuda")
     host.numpy()[...] = array
     return host.to(device, non_blocking=True)
 
 
 class HostCopy:
-    """Values of a device on their way to the host: the processor goes on, and waits when it reads them too early.
+    """An asynchronous copy of a tensor to the host. Reading it waits for the copy; creating it does not.
 
-    A plain copy waits for all that the device was given before it.
+    A plain copy would wait for all earlier work of the device.
 
     Args:
-        values: not written to any more.
+        values: the tensor; must not be changed afterwards.
     """
 
     def __init__(self, values: Tensor) -> None:
-        self._host = values.to("cpu", non_blocking=True)  # into pinned memory, where it comes from a GPU
+        self._host = values.to("cpu", non_blocking=True)  # from a GPU: into pinned memory
         self._arrived: torch.cuda.Event | None = None
         if values.is_cuda:
             self._arrived = torch.cuda.Event()
             self._arrived.record(torch.cuda.current_stream(values.device))
 
     def read(self) -> Tensor:
-        """The values, on the host."""
+        """The values on the host."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._host

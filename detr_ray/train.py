@@ -1,4 +1,4 @@
-"""Trains a detector, or goes on with a run that was interrupted."""
+"""Trains a detector, or resumes a run."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import sys
 import time
 from collections.abc import Sequence
 
-from detr_ray.cli import EXIT_INTERRUPTED, run_command
+from detr_ray.cli import EXIT_INTERRUPTED, run_command, say
 from detr_ray.config import Config
-from detr_ray.printable import printable_lines
 
 DESCRIPTION = """Train a detector on Ray workers.
 
-The same command with the same run.name goes on where a run stopped."""
+The same command with the same run.name resumes a run where it stopped."""
 
 
 def _train(config: Config, arguments: argparse.Namespace) -> int:
@@ -48,12 +47,6 @@ def _fit(config: Config, started: float) -> int:
     if config.tracking.enabled:
         say(f"curves            {viewing_hint(run_tracking_uri(config))}")
     return EXIT_INTERRUPTED if result.status == "stopped" else 0
-
-
-def say(line: str) -> None:
-    """Shows the user a line at once, also where output goes into a file; nothing in it controls a terminal."""
-    sys.stdout.write(printable_lines(line) + "\n")
-    sys.stdout.flush()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

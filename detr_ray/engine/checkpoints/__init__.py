@@ -1,1 +1,1 @@
-"""What a run keeps: its folder and who holds it, its checkpoints, and the state that goes into them and comes back."""
+"""The folder of a run: its record, its lock, its checkpoints, and saving and restoring the training state."""

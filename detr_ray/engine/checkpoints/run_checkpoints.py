@@ -1,7 +1,7 @@
-"""The checkpoints of a run as its workers use them: written by rank 0, known to all, kept until they are scored.
+"""Checkpoints of a run during training: rank 0 writes them, and all workers know the newest.
 
-What a run cannot do without is that its state is written at its end; that is tried with patience. All else (noting
-scores, removing old checkpoints, looking for the best) is tried again later where storage fails: a run goes on without.
+Only writing the final state is essential; it is repeated with long pauses. If storage fails for anything else (noting
+scores, removing old checkpoints, listing them), the run goes on and tries again later.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ logger = logging.getLogger(__name__)
 ONCE: tuple[float, ...] = ()
 BRIEFLY = (1.0, 2.0, 5.0)
 PATIENTLY = (1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
-"""Seconds before each further attempt to write a checkpoint, every one of which is patient by itself (`Patience`)."""
+"""Pauses in seconds between attempts to write a checkpoint. Each attempt repeats its operations, too (`Patience`)."""
 
 
 class Inessential:
-    """Guards what a run can do without: where storage fails, that is said once, and the run goes on.
+    """Guards operations that a run does not need: a storage error is reported once, and the run goes on.
 
     Args:
         say: shows the user a line.
@@ -40,7 +40,7 @@ class Inessential:
 
     @contextlib.contextmanager
     def __call__(self, what: str) -> Iterator[None]:
-        """Within it, errors of storage cost nothing but ``what``; said again only after it has succeeded."""
+        """Catches storage errors and reports them as ``what``; again only after a success in between."""
         try:
             yield
         except OSError as error:
@@ -52,18 +52,18 @@ class Inessential:
 
 
 class RunCheckpoints:
-    """One worker's view of its run's checkpoints; see the module.
+    """The checkpoints of a run, in one worker.
 
     Args:
-        store: where they lie.
+        store: reads and writes them.
         context: this worker's group.
-        keep_last: newest checkpoints that are kept, beside the best and those that are to be evaluated.
-        inessential: guards what may fail.
-        measured_on: what evaluations of this process are measured with and on (`PlannedData.measured_on`).
+        keep_last: number of newest checkpoints that are kept, besides the best and those that must be evaluated.
+        inessential: guards operations that may fail.
+        measured_on: data and settings of this process's evaluations (`PlannedData.measured_on`).
 
     Attributes:
-        latest: the newest checkpoint of this run's state; the same on all workers.
-        best: the one with the best scores, as far as rank 0 knows; None elsewhere.
+        latest: the newest checkpoint; the same on all workers.
+        best: the checkpoint with the best scores, on rank 0; None on other ranks.
     """
 
     def __init__(
@@ -85,9 +85,9 @@ class RunCheckpoints:
         self._not_noted: dict[int, tuple[Mapping[str, float] | None, str]] = {}
 
     def going_on_from(self, info: CheckpointInfo, found: Sequence[CheckpointInfo]) -> None:
-        """Notes which checkpoint training goes on from (every worker), and all that there are (rank 0).
+        """Notes the checkpoint that training resumes from (every worker), and all checkpoints (rank 0).
 
-        Newer ones are damaged. They count for nothing, and are replaced when training reaches them.
+        Checkpoints newer than ``info`` are damaged. They are ignored, and replaced when training reaches their steps.
         """
         self.latest = info
         self._know(found)
@@ -105,7 +105,7 @@ class RunCheckpoints:
             )
 
     def unscored(self) -> list[CheckpointInfo]:
-        """The checkpoints whose evaluation has not ended, oldest first; the same on every worker."""
+        """The checkpoints that must still be evaluated, oldest first; the same on every worker."""
         return self._context.broadcast([info for _, info in sorted(self._known.items()) if info.unscored])
 
     def save(
@@ -121,13 +121,13 @@ class RunCheckpoints:
 
         Args:
             step: optimizer steps taken.
-            files: gives the content of its files.
-            details: kept in its manifest.
+            files: returns the content of its files.
+            details: stored in its manifest.
             evaluation_due: whether these weights are to be evaluated.
-            pauses: seconds before each further attempt, where the first one fails.
+            pauses: seconds before each further attempt.
 
         Returns:
-            Why it could not be written; empty where it was. Earlier checkpoints are as they were.
+            Why it could not be written; empty on success. Earlier checkpoints are not changed.
         """
         for pause_s in (0.0, *pauses):
             self._pause(pause_s, step)
@@ -145,12 +145,12 @@ class RunCheckpoints:
         return problem
 
     def note(self, step: int, metrics: Mapping[str, float] | None, problem: str = "") -> None:
-        """Rank 0: notes what the evaluation of a step gave in its checkpoint, now or as soon as storage lets it."""
+        """Rank 0: notes the result of an evaluation in its checkpoint, now or as soon as storage works again."""
         self._not_noted[step] = metrics, problem
         self.tidy()
 
     def finish(self) -> None:
-        """Rank 0: the last attempts to note what could not be noted."""
+        """Rank 0: the last attempts to note scores that could not be noted before."""
         for pause_s in BRIEFLY:
             if not self._not_noted:
                 return
@@ -164,7 +164,7 @@ class RunCheckpoints:
             )
 
     def tidy(self) -> None:
-        """Rank 0: notes scores that are not noted yet, and removes what is not kept."""
+        """Rank 0: notes outstanding scores, chooses the best checkpoint and removes old ones."""
         with self._inessential("the checkpoints cannot be listed"):
             self._know(self.store.checkpoints())
         with self._inessential("scores cannot be noted in their checkpoint (it is tried again)"):
@@ -172,7 +172,7 @@ class RunCheckpoints:
                 if step in self._known:
                     self._known[step] = self.store.annotate(self._known[step], metrics, problem, self._measured_on)
                 del self._not_noted[step]
-        # With what could not be noted: it stays in storage until it is, but may be the best of all.
+        # Includes scores that could not be noted: their checkpoint may be the best, and must not be removed.
         known = [self._with_scores(info) for _, info in sorted(self._known.items())]
         self.best = self.store.best_of(known)
         with self._inessential("old checkpoints cannot be removed (they stay)"):
@@ -191,7 +191,7 @@ class RunCheckpoints:
     def _write(
         self, step: int, files: Mapping[str, Any], details: Mapping[str, Any], evaluation_due: bool
     ) -> tuple[CheckpointInfo | None, str, bool]:
-        """The checkpoint, or why there is none and whether another attempt may help."""
+        """The checkpoint; or why it could not be written, and whether another attempt may help."""
         started = time.perf_counter()
         try:
             info = self.store.save(step, files, details, evaluation_due=evaluation_due)
@@ -205,7 +205,7 @@ class RunCheckpoints:
         return info, "", False
 
     def _pause(self, seconds: float, step: int) -> None:
-        """Waits; each second of it counts as progress."""
+        """Waits, and reports progress every second, so that the worker does not count as hanging."""
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             self._context.enter("waiting for the checkpoint", step)

@@ -1,8 +1,8 @@
-"""A run's place in storage: what makes it this run, and whether a command may go on with it.
+"""The folder of a run, and its record: the configuration and data that the run was started with.
 
-``STORAGE/NAME/run.json`` says which configuration and data the run was begun with. A command that names an existing run
-goes on with it where both agree, and is refused, saying what differs, where they don't. Of several commands that begin
-a run at once one writes the record, and the others find it. See `run_lock` for who may write the run.
+The record is ``STORAGE/NAME/run.json``. A command with the name of an existing run resumes the run if configuration and
+data agree with the record; otherwise it is refused with a list of the differences. If several commands start a run at
+the same time, one writes the record and the others read it. `run_lock` ensures that only one process writes a run.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from detr_ray.retries import reason_of
 
 RECORD = "run.json"
 
-# What may change between two starts of one run: where and how it is computed, never what. A name that ends in a dot
-# stands for all keys below it.
+# Keys that may change when a run is resumed: they do not change its results. A name that ends in a dot means all keys
+# below it.
 FREE_KEYS = (
     "run.storage",
     "data.root",
@@ -61,18 +61,18 @@ FREE_KEYS = (
     "tracking.",
 )
 
-# Where the first weights come from, which nobody needs any more once there is a checkpoint.
+# The source of the first weights, which is not needed any more when there is a checkpoint.
 FREE_WITH_CHECKPOINT = ("model.init_from", "model.backbone_weights")
 
 Say = Callable[[str], None]
 
 
 def is_free(key: str, has_checkpoint: bool = True) -> bool:
-    """Whether a key of the configuration may change between two starts of one run.
+    """Whether a key of the configuration may change when a run is resumed.
 
     Args:
         key: dotted name.
-        has_checkpoint: whether there is a checkpoint to go on from.
+        has_checkpoint: whether there is a checkpoint to resume from.
     """
     free = FREE_KEYS + (FREE_WITH_CHECKPOINT if has_checkpoint else ())
     return any(key == name or (name.endswith(".") and key.startswith(name)) for name in free)
@@ -85,8 +85,8 @@ class RunDirectory:
     Attributes:
         name: name of the run.
         path: absolute folder or URI.
-        run_id: unique for ever, also where a name is used again in another storage.
-        is_new: whether this command began the run.
+        run_id: globally unique, also if another storage has a run of the same name.
+        is_new: whether this command started the run.
     """
 
     name: str
@@ -96,7 +96,7 @@ class RunDirectory:
 
     @classmethod
     def at(cls, name: str, storage: str, record: Mapping[str, Any]) -> RunDirectory:
-        """An existing run, by its record."""
+        """An existing run, from its record."""
         return cls(name, join(absolute_storage(storage), name), record["run_id"], is_new=False)
 
     @property
@@ -106,42 +106,42 @@ class RunDirectory:
 
     @property
     def local_path(self) -> Path | None:
-        """The folder, where it is on a local disk."""
+        """The folder, if it is on a local disk."""
         return local_path(self.path)
 
     @contextlib.contextmanager
     def locked(self, say: Say = lambda line: None) -> Iterator[None]:
-        """Holds the run for this process; those that only read it are not kept out.
+        """Locks the run for this process as its only writer; other processes may still read it.
 
         Args:
-            say: shows the user a line, where it has to be found out whether another process is still alive.
+            say: shows the user a line while the state of another process is being checked.
 
         Raises:
-            ConfigError: another process holds it; or the storage cannot be used.
+            ConfigError: another process has locked the run, or the storage cannot be used.
         """
         with contextlib.ExitStack() as stack:
-            with _told_of_storage(self.path):
+            with _storage_errors(self.path):
                 stack.enter_context(held(self.path, self.name, say))
             yield
 
 
 def absolute_storage(storage: str) -> str:
-    """A storage folder as an absolute path; one that is not on this machine as a URI.
+    """A storage folder as an absolute path, or as a URI if it is remote.
 
     Raises:
-        LocationError: a URI that holds credentials.
+        LocationError: the URI contains credentials.
     """
     check_address(storage)
     return resolve(storage)
 
 
 def unique_name(prefix: str) -> str:
-    """A name that no run has: the time, and four random characters."""
+    """A new name: the time, and four random characters."""
     return f"{prefix}-{datetime.datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
 def read_record(name: str | None, storage: str) -> dict[str, Any] | None:
-    """What a run was begun with; None where there is no such run.
+    """The record of a run; None if there is no such run.
 
     Raises:
         ConfigError: it is damaged, or the storage cannot be read.
@@ -149,7 +149,7 @@ def read_record(name: str | None, storage: str) -> dict[str, Any] | None:
     if name is None:
         return None
     path = join(absolute_storage(storage), name)
-    with _told_of_storage(path):
+    with _storage_errors(path):
         return _read_record(join(path, RECORD))
 
 
@@ -162,15 +162,15 @@ def open_run(
     label_space: str | None = None,
     say: Say = lambda line: None,
 ) -> RunDirectory:
-    """Opens a run to train in: a new one, or an existing one that the configuration and the data agree with.
+    """Opens a run for training: a new run, or an existing run whose record agrees with configuration and data.
 
     Args:
         name: ``run.name``; None for a new, unique name.
         storage: ``run.storage``.
         flat_config: dotted key -> value.
         fingerprints: split -> fingerprint of its data.
-        config_yaml: the same configuration as YAML, kept beside the run for people.
-        label_space: what a class index of the run means; see ``data.label_space``.
+        config_yaml: the same configuration as YAML; stored with the run for information.
+        label_space: see ``data.label_space``.
         say: shows the user a line.
 
     Raises:
@@ -180,7 +180,7 @@ def open_run(
     name = name or unique_name("run")
     path = join(root, name)
     comparable = json.loads(json.dumps({key: value for key, value in flat_config.items() if key != "run.name"}))
-    with _told_of_storage(path):
+    with _storage_errors(path):
         stored = _read_record(join(path, RECORD))
         if stored is None:
             content = {
@@ -209,10 +209,10 @@ def open_run(
 
 
 def find_run(name: str, storage: str) -> RunDirectory:
-    """A run that is there, to look at.
+    """An existing run.
 
     Raises:
-        ConfigError: there is none of this name, or the storage cannot be read.
+        ConfigError: there is no run of this name, or the storage cannot be read.
     """
     stored = read_record(name, storage)
     if stored is None:
@@ -221,7 +221,7 @@ def find_run(name: str, storage: str) -> RunDirectory:
 
 
 def _begin(path: str, name: str, content: Mapping[str, Any], say: Say) -> dict[str, Any] | None:
-    """Writes a new run's record; gives the one that another process wrote in the same moment instead, if there is."""
+    """Writes the record of a new run. If another process has just written one, returns that instead."""
     location, data = join(path, RECORD), json.dumps(content, indent=1).encode()
     folder = local_path(path)
     if folder is not None:
@@ -235,7 +235,7 @@ def _begin(path: str, name: str, content: Mapping[str, Any], say: Say) -> dict[s
 
 
 def _create(path: Path, data: bytes) -> bool:
-    """Writes a file that was not there before, whole or not at all; False where there is one already."""
+    """Creates a file atomically; False if it exists already."""
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     temporary.write_bytes(data)
     try:
@@ -258,8 +258,8 @@ def _create(path: Path, data: bytes) -> bool:
 
 
 @contextlib.contextmanager
-def _told_of_storage(path: str) -> Iterator[None]:
-    """Says of a storage that fails that it is the storage."""
+def _storage_errors(path: str) -> Iterator[None]:
+    """Turns storage errors into `ConfigError`."""
     try:
         yield
     except OSError as error:
@@ -267,7 +267,7 @@ def _told_of_storage(path: str) -> Iterator[None]:
 
 
 def _read_record(location: str) -> dict[str, Any] | None:
-    """What a run was begun with; None where there is no run."""
+    """The record of a run; None if there is no run."""
     try:
         record = json.loads(read_bytes(location))
         if not {"run_id", "fingerprints", "config"} <= record.keys():
@@ -280,9 +280,10 @@ def _read_record(location: str) -> dict[str, Any] | None:
 
 
 def _differences(run: RunDirectory, stored: Mapping[str, Any], config: Mapping[str, Any], say: Say) -> list[str]:
-    """What a run may not go on with, a line each.
+    """One line for each key whose change prevents resuming.
 
-    A key that came after the run was begun had its default then. One that is gone since cannot be told to matter.
+    A key that is newer than the run counts as having had its default. For a key that does not exist any more, only a
+    warning is shown.
     """
     begun = stored["config"]
     defaults = json.loads(json.dumps(flatten(Config())))

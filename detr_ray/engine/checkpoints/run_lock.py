@@ -1,10 +1,10 @@
-"""At most one process at a time writes a run: a lock of the kernel's in a local folder, a claim elsewhere.
+"""Ensures that only one process at a time writes a run: by a file lock in a local folder, by claims elsewhere.
 
-Object stores have no locks, and pyarrow no conditional writes. There a process claims a run with an object of its own,
-``claims/TOKEN.json``, waits until the claim of another one that started in the same moment must be visible, and looks
-who else has one: a process that holds the run comes first, then those that wait, by their tokens. A claim says at which
-beat it is, and its process goes on beating. So the claim of a dead process stands still: it is removed, at once where
-the process is known to be gone from this machine, and else after `STALE_S`.
+Object stores have no locks, and pyarrow has no conditional writes. So a process writes a claim, ``claims/TOKEN.json``,
+waits until claims written at the same moment are visible, and reads all claims. The process that holds the run comes
+first, then waiting processes, ordered by their tokens. Each process rewrites its claim regularly with a higher beat. A
+claim whose beat does not change belongs to a dead process. It is removed after `STALE_S`, or at once if the process ran
+on this machine and has ended.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from detr_ray.retries import reason_of
 logger = logging.getLogger(__name__)
 
 SETTLE_S = 1.0
-"""Least time after which a claim that was written is seen by all; more where writing it took long."""
+"""Least time after which a new claim is visible to all processes; longer if writing it took long."""
 BEAT_S = 5.0
 STALE_S = 30.0
-"""A claim that stands still for so long belongs to a process that is gone."""
+"""The process of a claim that does not change for this time counts as dead."""
 _LOOK_S = 0.5
 _NAMING_S = 1.0
 
 
 @contextlib.contextmanager
 def held(path: str, name: str, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
-    """Holds a run for this process, which writes it.
+    """Locks a run for this process.
 
     Args:
-        path: the run's folder or URI; a local one exists.
+        path: the run's folder or URI; a local folder must exist.
         name: the run's name, for messages.
         say: shows the user a line.
 
     Raises:
-        ConfigError: another process holds it.
+        ConfigError: another process has locked it.
         OSError: the storage fails.
     """
     folder = local_path(path)
@@ -69,7 +69,7 @@ def _this_process() -> str:
 
 @contextlib.contextmanager
 def _locked(folder: Path, name: str) -> Iterator[None]:
-    """Holds the folder's lock, which the kernel frees when its process dies, however it dies."""
+    """Holds the lock of a folder. The kernel releases it when the process ends, for whatever reason."""
     with (folder / ".lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -85,7 +85,7 @@ def _locked(folder: Path, name: str) -> Iterator[None]:
 
 
 def _holder_named_in(lock: Path) -> str:
-    """What the holder wrote; one that has only just come may be about to."""
+    """The process named in the lock file. Waits briefly, because a new holder may not have written it yet."""
     give_up = time.monotonic() + _NAMING_S
     while time.monotonic() < give_up:
         if found := lock.read_text().strip():
@@ -95,22 +95,22 @@ def _holder_named_in(lock: Path) -> str:
 
 
 State = Literal["waiting", "beginning", "writing", "ended"]
-"""What a claim's process does: waits for its turn; looks for the run's record and writes it if there is none, which is
-over soon; writes the run; is there no more (said before a claim is deleted, which not every role may do)."""
+"""State of a claim's process. ``waiting``: for its turn; ``beginning``: creates the run's record, which is short;
+``writing``: writes the run; ``ended`` (written before the claim is deleted, in case deleting is not permitted)."""
 
 
 @dataclass(frozen=True)
 class _Claim:
-    """What a claim says.
+    """The content of a claim.
 
     Attributes:
-        token: unique; the smallest of those who came at the same time wins.
-        holder: the process, for people.
-        machine: where it runs, as processes there name it; empty where they cannot.
-        pid: its number there.
-        born: when it started there, in the kernel's ticks.
-        state: what it does.
-        beat: counts up while it lives.
+        token: unique; of several waiting processes, the one with the smallest token is next.
+        holder: process and machine, for messages.
+        machine: boot and process namespace of its machine; empty if unknown.
+        pid: its process id.
+        born: its start time in clock ticks of the kernel.
+        state: see `State`.
+        beat: increases while the process lives.
     """
 
     token: str
@@ -123,11 +123,11 @@ class _Claim:
 
     @property
     def rank(self) -> tuple[bool, str]:
-        """Who comes first: those that wait no more, then by token."""
+        """Sort key: processes that do not wait come first, then by token."""
         return self.state == "waiting", self.token
 
     def is_gone(self) -> bool | None:
-        """Whether its process has ended; None where that cannot be seen from here."""
+        """Whether its process has ended; None if this cannot be found out from this machine."""
         if self.state == "ended":
             return True
         if not self.machine or self.machine != _machine():
@@ -136,7 +136,7 @@ class _Claim:
 
 
 def _machine() -> str:
-    """Names this boot of this machine, and the space that its processes are numbered in."""
+    """Identifies the boot of this machine and the namespace of process ids; empty if unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
@@ -145,7 +145,7 @@ def _machine() -> str:
 
 
 def _born(pid: int) -> str:
-    """When a process of this machine started; empty where there is none, or only what is left of one."""
+    """Start time of a process of this machine; empty if there is none, or only a zombie."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -154,10 +154,10 @@ def _born(pid: int) -> str:
 
 
 class _Claims:
-    """The claims on one run, seen from one process, which has one of them.
+    """The claims on one run, including the claim of this process.
 
     Attributes:
-        own: the process's own claim, as it was written last.
+        own: the claim of this process, as last written.
     """
 
     def __init__(self, path: str) -> None:
@@ -167,14 +167,14 @@ class _Claims:
         self.own = _Claim(secrets.token_hex(8), _this_process(), _machine(), os.getpid(), _born(os.getpid()))
 
     def say(self, state: State) -> None:
-        """Writes what the own process does, as the next beat."""
+        """Writes the own claim with a state and the next beat."""
         with self._writing:
             if self.own.state != "ended":
                 self.own = replace(self.own, state=state, beat=self.own.beat + 1)
                 self._write(self.own)
 
     def end(self) -> None:
-        """Takes the own claim away."""
+        """Removes the own claim."""
         with self._writing:
             self.own = replace(self.own, state="ended")
         self.remove(self.own)
@@ -191,7 +191,7 @@ class _Claims:
         return self.own.state != "waiting" and any(other.state == "writing" for other in self._others())
 
     def remove(self, claim: _Claim) -> None:
-        """Takes a claim away; where that is not allowed, it is passed over."""
+        """Removes a claim, and ignores it from now on."""
         self._passed_over.add(claim.token)
         with contextlib.suppress(OSError):
             self._write(replace(claim, state="ended"))
@@ -221,7 +221,7 @@ class _Claims:
         write_bytes(self._location(claim.token), json.dumps(asdict(claim)).encode())
 
     def _read(self, token: str) -> _Claim | None:
-        """A claim; None where it is gone or no claim."""
+        """Reads a claim; None if it does not exist or is not valid."""
         try:
             return _Claim(**json.loads(read_bytes(self._location(token))))
         except (FileNotFoundError, ValueError, TypeError):
@@ -230,12 +230,12 @@ class _Claims:
 
 @contextlib.contextmanager
 def claimed(path: str, name: str, state: Literal["beginning", "writing"], say: Callable[[str], None]) -> Iterator[None]:
-    """Holds a run where there are no locks; see `held`.
+    """Locks a run by a claim; see `held`.
 
     Args:
         path: the run's URI.
         name: the run's name, for messages.
-        state: what for.
+        state: the state of the claim while the run is locked.
         say: shows the user a line.
     """
     claims, ended, lost = _Claims(path), threading.Event(), threading.Event()
@@ -251,7 +251,7 @@ def claimed(path: str, name: str, state: Literal["beginning", "writing"], say: C
             claims.say(state)
             if claims.first_before_own() is None:
                 break
-            claims.say("waiting")  # for one that looked before this one was seen to hold it
+            claims.say("waiting")  # another process took its turn before this claim was visible
         yield
     finally:
         ended.set()
@@ -261,13 +261,12 @@ def claimed(path: str, name: str, state: Literal["beginning", "writing"], say: C
 
 
 def _wait_for_turn(claims: _Claims, path: str, name: str, say: Callable[[str], None]) -> None:
-    """Returns once no living process has a claim that comes before the own one.
+    """Returns when no living process has a claim before the own one.
 
-    One that waits may be refused in its turn, and one that begins has done so soon: only of one that writes it is
-    certain that this process is not needed.
+    Waits for processes that are waiting (they may be refused) or beginning (they are done soon).
 
     Raises:
-        ConfigError: a living process writes the run.
+        ConfigError: a living process is writing the run.
     """
     watched: _Claim | None = None
     give_up = 0.0
@@ -286,7 +285,7 @@ def _wait_for_turn(claims: _Claims, path: str, name: str, say: Callable[[str], N
 
 
 def _beat(claims: _Claims, ended: threading.Event, lost: threading.Event) -> None:
-    """Shows that a claim's process lives; stops the process where the claim was removed while it was frozen."""
+    """Rewrites the own claim regularly. Stops this process if its claim was removed while the process was frozen."""
     while not ended.wait(BEAT_S):
         try:
             if claims.was_replaced() and not ended.is_set():

@@ -1,9 +1,8 @@
-"""Checkpoints on a file system: written whole or not at all, the best and the last few kept.
+"""Writes checkpoints atomically to a local disk or an object store, and removes old ones.
 
-A checkpoint is a folder ``step_00001234/`` with the files it was given and, written last, ``manifest.json`` with their
-sizes and hashes: a folder without a manifest that agrees with its files does not exist as far as a reader is concerned.
-That holds on a local disk and on an object store alike. Knows nothing of models; the files are what ``torch.save``
-makes of plain dictionaries and are read back as data, never as code.
+A checkpoint is a folder ``step_00001234/`` with its files and, written last, ``manifest.json`` with their sizes and
+hashes. Folders without a manifest that agrees with the files are ignored. The files are written by ``torch.save`` from
+plain dictionaries and read with ``weights_only``, so loading never runs code.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ _FILE = re.compile(r"(step_\d{8,})/(.+)")
 
 
 class _HashingFile:
-    """A write-only file that counts and hashes what goes through it; enough of a file for ``torch.save``."""
+    """A write-only file for ``torch.save`` that counts and hashes the bytes."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -66,20 +65,20 @@ class _HashingFile:
 
 
 class CheckpointStore:
-    """The checkpoints of one run, of which one process at a time may be the writer.
+    """The checkpoints of one run. Only one process at a time may write.
 
-    A look at them is one listing of everything below the root. A manifest is read when it is new or has changed.
+    Finding the checkpoints takes one listing of the root. A manifest is read only if it is new or has changed.
 
     Args:
-        root: folder or URI (``s3://``, ``gs://``, any pyarrow file system) that holds the ``step_*`` folders.
-        metric: name of the metric that says which checkpoint is best; higher is better.
+        root: folder or URI (``s3://``, ``gs://``, any pyarrow file system) with the ``step_*`` folders.
+        metric: name of the metric that decides which checkpoint is best; higher is better.
     """
 
     def __init__(self, root: str, metric: str = "val/AP") -> None:
         self.root = resolve(root)
         self._manifests: dict[str, tuple[StoredFile, dict[str, Any]]] = {}
         self._passed_over: set[str] = set()
-        self._leftovers: set[str] = set()  # of checkpoints whose manifest is removed, and the rest could not be
+        self._leftovers: set[str] = set()  # folders whose manifest was removed, but not all other files
         self._refused: dict[str, OSError] = {}  # folders that may not be removed
         self.metric = metric
 
@@ -91,11 +90,12 @@ class CheckpointStore:
         Args:
             step: optimizer steps taken; an earlier checkpoint of the same step is replaced.
             files: file name -> what ``torch.save`` writes into it.
-            details: small JSON values kept in the manifest.
-            evaluation_due: these weights are to be evaluated: it is kept until that is noted (`annotate`).
+            details: small JSON values, stored in the manifest.
+            evaluation_due: whether these weights are to be evaluated. The checkpoint is not removed before that
+                (`annotate`).
 
         Raises:
-            OSError: it could not be written; nothing of it stays, and earlier checkpoints are as they were.
+            OSError: it could not be written. Nothing of it remains; earlier checkpoints are not changed.
         """
         folder = join(self.root, f"step_{step:08d}")
         self._clear(folder)
@@ -134,10 +134,10 @@ class CheckpointStore:
         return info
 
     def checkpoints(self) -> list[CheckpointInfo]:
-        """Every whole checkpoint, oldest first; half-written ones are passed over with a warning.
+        """All complete checkpoints, oldest first. Incomplete ones are ignored with a warning.
 
         Raises:
-            OSError: the storage does not answer now, or refuses.
+            OSError: the storage does not answer or denies access.
         """
         folders: dict[str, dict[str, StoredFile]] = {}
         for file in list_files(self.root):
@@ -147,24 +147,24 @@ class CheckpointStore:
         return sorted((info for info in infos if info is not None), key=lambda info: info.step)
 
     def latest(self) -> CheckpointInfo | None:
-        """The checkpoint to go on from."""
+        """The newest checkpoint."""
         found = self.checkpoints()
         return found[-1] if found else None
 
     def best(self) -> CheckpointInfo | None:
-        """The checkpoint with the highest metric of those measured as the newest was; the earliest of equals."""
+        """The checkpoint with the highest metric among those comparable with the newest; the earliest of equals."""
         return self.best_of(self.checkpoints())
 
     def best_of(self, found: Iterable[CheckpointInfo]) -> CheckpointInfo | None:
-        """The one of them with the highest metric, of those that were measured as the newest of them was."""
+        """The best of some checkpoints; see `best`."""
         return best_of(found, self.metric)
 
     def load(self, info: CheckpointInfo, name: str, map_location: str | torch.device = "cpu") -> Any:
-        """Reads one file of a checkpoint back, with ``weights_only``.
+        """Reads one file of a checkpoint, with ``weights_only``.
 
         Raises:
-            CheckpointError: its bytes are not those that were written, or are gone.
-            OSError: the storage does not give them now.
+            CheckpointError: the file is missing or was changed.
+            OSError: the storage fails.
         """
         path = join(info.path, name)
         try:
@@ -175,20 +175,18 @@ class CheckpointStore:
             raise CheckpointError(f"{path}: its content is not what was written (hash differs); remove {info.path}")
         return torch.load(pa.BufferReader(data), map_location=map_location, weights_only=True)
 
-    def prune(
-        self, keep_last: int, found: list[CheckpointInfo] | None = None, also: Collection[int] = ()
-    ) -> CheckpointInfo | None:
-        """Removes whole checkpoints but the best, the last few and those that are to be evaluated; gives the best.
+    def prune(self, keep_last: int, found: list[CheckpointInfo] | None = None, also: Collection[int] = ()) -> None:
+        """Removes old checkpoints. The best, the newest and those that must still be evaluated stay.
 
-        Where the way of measuring has changed, the best of each way stays.
+        If the data or settings of evaluations have changed, the best of each group of comparable checkpoints stays.
 
         Args:
-            keep_last: how many of the newest stay.
-            found: the checkpoints, oldest first; None to look.
-            also: steps of others that stay.
+            keep_last: number of newest checkpoints that stay.
+            found: the checkpoints, oldest first; None: they are listed.
+            also: steps of further checkpoints that stay.
 
         Raises:
-            OSError: some could not be removed; the others are gone. One that may not be removed is not tried again.
+            OSError: some could not be removed; the others were. If removing is not permitted, it is not repeated.
         """
         found = self.checkpoints() if found is None else found
         known = scored(found, self.metric)
@@ -203,7 +201,6 @@ class CheckpointStore:
             problem = self._try_to_remove(folder) or problem
         if problem is not None:
             raise problem
-        return self.best_of(found)
 
     def _write_manifest(self, info: CheckpointInfo) -> None:
         manifest = {
@@ -215,7 +212,7 @@ class CheckpointStore:
             "details": info.details,
             "files": info.files,
         }
-        # A bucket's clock has seconds: another manifest of the same size may look like the one before.
+        # Times in a bucket are in seconds, so a new manifest of the same size may look unchanged.
         self._manifests.pop(info.path, None)
         write_bytes(join(info.path, MANIFEST), json.dumps(manifest, indent=1).encode())
 
@@ -230,27 +227,27 @@ class CheckpointStore:
         return self._refused.get(folder)
 
     def _remove(self, folder: str) -> None:
-        # The manifest goes first: what is left after an interruption is no checkpoint any more.
+        # The manifest is deleted first: after an interruption, the remaining files are no checkpoint.
         delete_file(join(folder, MANIFEST))
         self._leftovers.add(folder)
         delete_folder(folder)
         self._leftovers.discard(folder)
 
     def _clear(self, folder: str) -> None:
-        """Makes room for a checkpoint where there may be files of an earlier one, whole or not."""
+        """Removes an earlier checkpoint, complete or not, from a folder."""
         files = {file.name for file in list_files(folder)}
         if not files:
             return
         try:
             self._remove(folder)
         except PermissionError:
-            # Where writing is allowed and deleting is not: files are replaced, and until then the manifest names none.
+            # Deleting is not permitted: the files will be overwritten. An empty manifest marks them as no checkpoint.
             if MANIFEST in files:
                 self._manifests.pop(folder, None)
                 write_bytes(join(folder, MANIFEST), b"{}")
 
     def _info(self, folder: str, files: Mapping[str, StoredFile]) -> CheckpointInfo | None:
-        """What is known of a checkpoint with these files; None where it is not whole."""
+        """The metadata of a checkpoint with these files; None if it is incomplete."""
         try:
             manifest = self._manifest(folder, files)
             expected = {name: entry["bytes"] for name, entry in manifest["files"].items()}
@@ -283,14 +280,14 @@ class CheckpointStore:
 
 
 def _write(path: str, content: Any) -> dict[str, Any]:
-    """Saves one file of a checkpoint; gives its entry in the manifest."""
+    """Writes one file of a checkpoint and returns its entry for the manifest."""
 
     def fill(stream: BinaryIO) -> dict[str, Any]:
         file = _HashingFile(stream)
         try:
             torch.save(content, file)  # type: ignore[arg-type]
         except RuntimeError as error:
-            # torch's zip writer reports a failed write as a RuntimeError of its own
+            # torch's zip writer turns a failed write into a RuntimeError
             raise file.error or OSError(f"{path}: {error}") from error
         return {"bytes": file.bytes, "sha256": file.sha256.hexdigest()}
 

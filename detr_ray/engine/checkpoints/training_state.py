@@ -1,4 +1,4 @@
-"""What a training run consists of between two steps: how it goes into a checkpoint, and how it comes out of one."""
+"""The state of a training run between two steps: saved into a checkpoint and restored from one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TRAINING_FILE = "training.pt"
 
 
 class TrainingState:
-    """One worker's copy of a run's state: the same on all workers, but for running statistics of batch norm.
+    """One worker's copy of the state. Equal on all workers, except for the running statistics of batch norm.
 
     Args:
         job: what to train.
@@ -35,10 +35,10 @@ class TrainingState:
         model: the model, with its first weights until something is restored.
         criterion: its loss.
         optimizer: of the model's parameters.
-        ema: the average of the weights; None where the configuration asks for none.
-        statistics: batch norm's, which are this worker's own.
+        ema: the moving average of the weights; None without one.
+        statistics: this worker's running statistics of batch norm.
         step: optimizer steps taken.
-        bad_image_ids: ids of the images of the training set that could not be read.
+        bad_image_ids: ids of the training images that could not be read.
     """
 
     def __init__(self, job: TrainJob, context: WorkerContext) -> None:
@@ -61,8 +61,8 @@ class TrainingState:
         """The files of a checkpoint, by name.
 
         Args:
-            train_step: has a state of its own.
-            of_all_workers: further entries of the training file, which took all workers to put together.
+            train_step: the training step, whose state is saved, too.
+            of_all_workers: further entries of the training file, collected from all workers.
         """
         averaged = None if self.ema is None else self.ema.module
         model_file = saved_model(self.model, averaged, self._job.data.label_map, self._job.config, self.step)
@@ -79,13 +79,13 @@ class TrainingState:
         return {MODEL_FILE: model_file, TRAINING_FILE: training}
 
     def restore(self, checkpoints: RunCheckpoints) -> dict[str, Any]:
-        """Loads the newest whole checkpoint. Rank 0 reads it and checks its hashes; the others get it from rank 0.
+        """Loads the newest complete checkpoint. Rank 0 reads it, checks its hashes and sends it to the other ranks.
 
         Returns:
-            What of its training state belongs to others (`restore_step`); empty where there is no checkpoint.
+            The rest of the training state, for `restore_step`; empty if there is no checkpoint.
 
         Raises:
-            RunFailed: it does not fit the model, or none can be read.
+            RunFailed: the checkpoint does not fit the model, or no checkpoint can be read.
         """
         first = self._context.rank == 0
         found: list[CheckpointInfo] = []
@@ -97,7 +97,7 @@ class TrainingState:
             return {}
         checkpoints.going_on_from(info, found)
         try:
-            # One part after the other: a worker holds one of them beside what it has loaded.
+            # One part after another, so that a worker holds only one of them in addition to its own state.
             self.model.load_state_dict(self._context.broadcast(model_file.pop("model", None)))
             if self.ema is not None:
                 self.ema.module.load_state_dict(self._context.broadcast(model_file.pop("ema", None)))
@@ -111,15 +111,15 @@ class TrainingState:
         if self.ema is not None:
             self.ema.num_updates = training.get("ema_updates", 0)
         self.step = info.step
-        self.bad_image_ids = set(training.get("bad_image_ids", ()))  # earlier releases kept a number alone
+        self.bad_image_ids = set(training.get("bad_image_ids", ()))  # earlier releases stored only a number
         if first:
             self._context.say(f"going on from step {self.step} (epoch {self.step / self._job.steps_per_epoch:.2f})")
         return training
 
     def restore_step(self, train_step: TrainStep, training: dict[str, Any]) -> None:
-        """Gives the step what `restore` returned for it, and each worker what is its own.
+        """Restores the state of the training step and this worker's running statistics, from the result of `restore`.
 
-        Wrapping the model for several workers gives all of them rank 0's statistics: the own ones come after it.
+        Must be called after the model was wrapped for several workers: wrapping copies the statistics of rank 0.
         """
         self.statistics.restore(training.pop("statistics", None))
         if training.get("scaler"):
@@ -129,11 +129,11 @@ class TrainingState:
     def _newest_readable(
         self, store: CheckpointStore, found: list[CheckpointInfo]
     ) -> tuple[CheckpointInfo | None, dict[str, Any], dict[str, Any], str]:
-        """Rank 0: the newest checkpoint that is not damaged, its two files, and why the run cannot go on (else empty).
+        """Rank 0: the newest undamaged checkpoint, its two files, and why the run cannot go on (empty if it can).
 
         Args:
-            store: where they lie.
-            found: gets all that there are.
+            store: reads the checkpoints.
+            found: all checkpoints are added to it.
         """
         if self._context.rank > 0:
             return None, {}, {}, ""

@@ -1,7 +1,7 @@
-"""Looks for what would stop or spoil a training run, before it starts: data, weights, storage, tracking.
+"""Checks data, weights, storage and tracking before a training run.
 
-Everything is looked at, whatever was found before; nothing is kept, fetched or drawn. Training has its own
-checks, which stop at the first problem that stops it; these go further and take longer.
+All checks are made, also after errors. Nothing is stored, downloaded or generated. Training makes checks of its own and
+stops at the first error; these checks go further and take longer.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ __all__ = ["Finding", "Report", "run_preflight", "section"]
 def run_preflight(
     config: Config, say: Callable[[str], None], decode: bool = False, report: Report | None = None
 ) -> Report:
-    """Looks at everything that a training run of a configuration needs.
+    """Checks everything that a training run needs.
 
     Args:
         config: the configuration; `Config.check_training` has passed.
-        say: shows the user a line; gets the findings area by area, while the work goes on.
-        decode: decode every image whole, instead of reading its header.
-        report: findings made before, which these are added to.
+        say: shows the user a line. The findings of an area are shown when the area is done.
+        decode: decode every image, instead of reading only its header.
+        report: earlier findings, to which the new ones are added.
 
     Returns:
         All findings.
@@ -67,7 +67,7 @@ def run_preflight(
 
 @contextlib.contextmanager
 def section(area: str, report: Report, say: Callable[[str], None]) -> Iterator[None]:
-    """Names an area, and shows what was found in it once it is done."""
+    """Shows the name of an area before its checks, and the findings after them."""
     say(area)
     before = len(report.findings)
     yield
@@ -87,5 +87,5 @@ def _check_tracking(config: Config, report: Report) -> None:
     except UnreachableError as error:
         report.add(
             "error", "tracking", str(error),
-            "training would go on without it and send its records when it answers; until then nobody sees them",
+            "training would run without it, and send its records when it answers",
         )  # fmt: skip

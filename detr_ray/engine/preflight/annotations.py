@@ -1,4 +1,4 @@
-"""Preflight of the annotations: the files, their quirks, labels, and boxes against what the model can tell apart."""
+"""Preflight of the annotations: files, quirks, labels, and numbers of boxes."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from detr_ray.engine.preflight.storage import TIMEOUT_S, try_storage, within
 
 DATA, LABELS = "data", "labels"
 FEW_BOXES = 10
-"""Training boxes below which a class is reported: nobody has learnt a class of objects from less."""
+"""Classes with fewer training boxes are reported."""
 
-# Boxes that were lost, or names that may be mixed up; the other quirks were put right without loss.
+# Quirks that lose boxes or mix up names. The others were corrected without loss.
 _LOSSES = ("boxes_not_finite", "boxes_outside", "boxes_without_area", "category_names_repeated")
 
 
 def check_generated(config: Config, report: Report) -> bool:
-    """Looks at the folder of a generated data set; whether the data is there to be looked at."""
+    """Checks the folder of a generated data set. Returns whether there is data to check."""
     data = config.data
     if data.generate is None:
         return True
@@ -39,8 +39,8 @@ def check_generated(config: Config, report: Report) -> bool:
             report.add("error", DATA, f"data.root: {root} cannot be written: {error}", "choose another data.root")
             return False
         report.add(
-            "ok", DATA, f"{root} is not there yet: {count} images are drawn into it when training starts",
-            "to have them looked at, draw them first: the prepare command with the same configuration",
+            "ok", DATA, f"{root} does not exist yet: {count} images are drawn into it when training starts",
+            "to check them, draw them first: the prepare command with the same configuration",
         )  # fmt: skip
         return False
     try:
@@ -105,19 +105,19 @@ def _check_quirks(split: str, index: CocoIndex, report: Report) -> None:
 def check_labels(
     config: Config, opened: dict[str, CocoIndex], is_official: Callable[[], bool], report: Report
 ) -> LabelMap | None:
-    """Finds the labels that training would use; None where there are none.
+    """The labels that training would use; None if they cannot be determined.
 
     Args:
         config: the configuration.
         opened: split -> index.
-        is_official: whether the weights to start from are in COCO's label space.
-        report: gets the findings.
+        is_official: whether the first weights use COCO's label space.
+        report: findings are added to it.
     """
     if "train" not in opened:
         return None
     train, val = opened["train"], opened.get("val")
     try:
-        # The storage is asked what an earlier start of the run decided.
+        # Reads the label space of an earlier start of the run from the storage.
         space = within(TIMEOUT_S, lambda: choose_label_space(config, train, is_official))
         label_map = label_map_for(space, train, val)
     except (DataError, ConfigError, CheckpointError, OSError) as error:
@@ -221,7 +221,7 @@ def _check_classes(
     if without:
         report.add(
             "warning", LABELS, f"{len(without)} of {len(categories)} classes have no training box",
-            "leave them out of both annotation files if they are not wanted", without,
+            "remove them from both annotation files if they are not wanted", without,
         )  # fmt: skip
     if few:
         report.add(

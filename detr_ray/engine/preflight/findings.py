@@ -1,4 +1,4 @@
-"""What a preflight found: findings in areas, for people and for programs."""
+"""The findings of a preflight, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _SHORT_NAME = 30
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
         level: ``ok``, ``warning`` (training runs, but perhaps not as meant) or ``error`` (training would fail).
-        area: what it belongs to, for example ``images``.
+        area: for example ``images``.
         message: what was found.
-        advice: what to do about it; empty where there is nothing to do.
-        names: the files, classes or whatever else it is about, all of them.
+        advice: what to do about it; may be empty.
+        names: the files, classes or tensors concerned.
     """
 
     level: Level
@@ -34,7 +34,7 @@ class Finding:
     names: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
-        """The finding as indented lines of text, with its first names."""
+        """The finding as indented lines of text, with at most ten names."""
         shown, more = list(map(printable, self.names[:_NAMES_SHOWN])), len(self.names) - _NAMES_SHOWN
         if more > 0:
             shown.append(f"and {more} more")
@@ -62,8 +62,8 @@ class Report:
     """All findings of a preflight.
 
     Attributes:
-        findings: in the order they were made.
-        splits: what is known of each split, as JSON values.
+        findings: in the order of the checks.
+        splits: split -> statistics, as JSON values.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -71,19 +71,19 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether there is no error; warnings are allowed."""
+        """Whether there are no errors."""
         return self.count("error") == 0
 
     def count(self, level: Level) -> int:
-        """Findings of a level."""
+        """Number of findings of a level."""
         return Counter(finding.level for finding in self.findings)[level]
 
     def add(self, level: Level, area: str, message: str, advice: str = "", names: Sequence[str] = ()) -> None:
-        """Notes a finding."""
+        """Adds a finding."""
         self.findings.append(Finding(level, area, message, advice, tuple(names)))
 
     def summary(self) -> str:
-        """One line: how much of what was found, and what that means."""
+        """One line: the numbers of errors and warnings, and what they mean."""
         counts = f"{_plural(self.count('error'), 'error')}, {_plural(self.count('warning'), 'warning')}"
         if not self.ok:
             return f"{counts}: training would fail, now or later"

@@ -1,4 +1,4 @@
-"""Preflight of the weights that training starts from: there, readable, and fitting the model and the classes."""
+"""Preflight of the first weights: they exist, are readable, and fit the model and the classes."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from detr_ray.model.weights import WeightsError, load_backbone_weights, load_ini
 
 AREA = "weights"
 TIMEOUT_S = 5.0
-"""How long a server may take to say that it has a file."""
+"""How long a server may take to answer."""
 
-# Answers that mean "not this way" rather than "no such file".
+# Status codes of servers that refuse HEAD requests; the file may exist all the same.
 _NO_ANSWER = (401, 403, 405, 501)
 
 
 def starts_from_official_weights(config: Config) -> bool:
-    """Whether the first weights are in COCO's label space, as far as can be told without fetching them.
+    """Whether the first weights use COCO's label space. Weights on a server are not downloaded: the answer is a guess.
 
-    A file that cannot be read counts as not official; `check_weights` reports it.
+    False for a file that cannot be read; `check_weights` reports it.
     """
     source = config.model.init_from
     if source is None:
         return False
     readable = _local_file(source)
     if readable is None:
-        # Weights on a server are the published ones far more often than anybody's own.
+        # Weights on a server are usually the published ones.
         return True
     try:
         return read_checkpoint(readable)["class_names"] is None
@@ -44,12 +44,12 @@ def starts_from_official_weights(config: Config) -> bool:
 
 
 def check_weights(config: Config, label_map: LabelMap | None, report: Report) -> None:
-    """Looks at the weights that training starts from; reads what is on this machine, and fetches nothing.
+    """Checks the first weights. Reads local files; downloads nothing.
 
     Args:
         config: the configuration.
-        label_map: the labels of training; None where they are not known, and then a head is not compared.
-        report: gets the findings.
+        label_map: the labels of training; None if unknown: then the head is not checked.
+        report: findings are added to it.
     """
     key = "model.backbone_weights" if config.model.init_from is None else "model.init_from"
     given = config.model.init_from or config.model.backbone_weights
@@ -88,7 +88,7 @@ def check_weights(config: Config, label_map: LabelMap | None, report: Report) ->
 
 
 def _local_file(source: str) -> str | None:
-    """What can be read of a source without a network: itself, or the copy of an earlier fetch; None for neither."""
+    """The local file of a source: itself, or the copy of an earlier download; None if there is none."""
     if urlsplit(source).scheme not in ("http", "https"):
         return source
     kept = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(source).path).name
@@ -96,9 +96,9 @@ def _local_file(source: str) -> str | None:
 
 
 def _check_server(key: str, url: str, report: Report) -> None:
-    """Asks a server for a file's size."""
+    """Queries the size of a file on a server."""
     request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": "detr_ray"})
-    advice = f"where there is no way out, fetch it elsewhere and set {key} to its path"
+    advice = f"without internet access, download it elsewhere and set {key} to its path"
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
             size = response.headers.get("Content-Length")

@@ -1,4 +1,4 @@
-"""Preflight of the stored images: each one there, readable, and of the size that the annotations say."""
+"""Preflight of the images: each one exists, is readable, and has the annotated size."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ AREA = "images"
 def check_images(
     config: Config, split: str, index: CocoIndex, decode: bool, report: Report, say: Callable[[str], None]
 ) -> None:
-    """Looks at every image of a split, or at what of them can be reached."""
+    """Checks every image of a split, or as many as can be reached."""
     report.splits[split] |= {"images_seen": 0, "decoded": decode, "bad_images": []}
     try:
         missing = within(TIMEOUT_S, lambda: find_missing_storage(index))
@@ -54,7 +54,7 @@ def check_images(
             "warning", AREA,
             f"{split}: {len(seen.turned_unseen)} of {len(index)} images have an EXIF orientation that their size does "
             "not show",
-            "training turns them upright: look whether their boxes fit then", seen.turned_unseen,
+            "training turns them upright: check whether their boxes fit then", seen.turned_unseen,
         )  # fmt: skip
     report.splits[split] |= {
         "images_seen": seen.num_seen,
@@ -67,7 +67,7 @@ def check_images(
 
 def _add_bad(config: Config, split: str, index: CocoIndex, seen: Inspection, report: Report) -> None:
     if seen.broken_off:
-        report.add("error", AREA, f"{split}: {seen.broken_off}", "look after the storage first")
+        report.add("error", AREA, f"{split}: {seen.broken_off}", "check the storage first")
     if not seen.bad:
         return
     level: Level = "error"

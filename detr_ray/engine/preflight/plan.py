@@ -1,4 +1,4 @@
-"""Preflight of the training plan: steps, batches, the shapes that come, and whether it is long enough."""
+"""Preflight of the training plan: number of steps, batches, image sizes, and length of the training."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from detr_ray.structures import SamplePlan
 
 AREA = "training"
 
-# Image passes before a model from random weights finds much: on photographs of the usual size about eight epochs of
-# COCO; on generated images of 64 pixels, AP 0.1 came after 16,000 passes and 0.4 after 32,000.
+# Training images (with repetitions) that a model needs from random weights. For photographs: about eight epochs of
+# COCO. Measured on generated images of 64 pixels: AP 0.1 after 16,000 images, 0.4 after 32,000.
 _PASSES_FROM_SCRATCH = 1_000_000
 _PASSES_FROM_SCRATCH_SMALL = 30_000
 _SMALL_SIDE_PX = 160
@@ -53,8 +53,8 @@ def check_plan(config: Config, opened: dict[str, CocoIndex], label_map: LabelMap
     if left_out > _MOST_LEFT_OUT * len(train):
         report.add(
             "warning", AREA,
-            f"{left_out} of {len(train)} images are left out of each epoch (others each time), being no whole batch",
-            "set train.global_batch_size to a number that goes into the number of images with less left over",
+            f"{left_out} of {len(train)} images are left out of each epoch (others each time): they fill no batch",
+            "choose train.global_batch_size so that the number of images divided by it leaves a smaller remainder",
         )  # fmt: skip
     try:
         refuse_positions_out_of_reach(config, config.model, train, opened.get("val"))
@@ -68,7 +68,7 @@ def check_plan(config: Config, opened: dict[str, CocoIndex], label_map: LabelMap
 
 
 def _check_precision(config: Config, report: Report) -> None:
-    """Looks at this machine's processor, which is not the workers' where they are on a cluster."""
+    """Checks the processor of this machine; workers on a cluster may have another one."""
     on_gpu = torch.cuda.is_available() if config.train.use_gpu is None else config.train.use_gpu
     line = slow_precision(config.train.precision, "cuda" if on_gpu else "cpu")
     if line is not None:
@@ -77,9 +77,9 @@ def _check_precision(config: Config, report: Report) -> None:
 
 
 def _check_shapes(data: PlannedData, steps: int, report: Report) -> np.ndarray:
-    """Plans the first epoch; its samples as ``[n, 3]`` (row of the index, height, width)."""
+    """Plans the first epoch and returns its samples as ``[n, 3]`` (row of the index, height, width)."""
     config = data.config
-    # The fewest workers have the largest share.
+    # With the smallest number of workers, each has the largest share.
     workers = config.train.worker_range[0] if config.train.worker_range else None
     most = config.train.micro_batch_size
     plan = data.plan(1, 0)
@@ -105,7 +105,7 @@ def _check_shapes(data: PlannedData, steps: int, report: Report) -> np.ndarray:
 
 
 def _padded(samples: tuple[SamplePlan, ...]) -> tuple[int, int, int]:
-    """Images, height and width of a batch with its padding."""
+    """Number of images, height and width of a padded batch."""
     return len(samples), max(s.size[0] for s in samples), max(s.size[1] for s in samples)
 
 

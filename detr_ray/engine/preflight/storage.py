@@ -1,4 +1,4 @@
-"""Preflight of the place that a run keeps its checkpoints in: can be written and read, and is large enough."""
+"""Preflight of the storage for checkpoints: it can be written and read, and is large enough."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TIMEOUT_S = 10.0
 """How long a storage may take to write, read and delete a small file."""
 
 PATIENCE = Patience(attempts=3, first_pause_s=0.2, longest_pause_s=0.4, give_up_after_s=6.0)
-"""Of a check: enough for a server that is busy for a moment, and little beside `TIMEOUT_S`."""
+"""Limits of repetition of a check: shorter than `TIMEOUT_S`, but enough for a server that is briefly busy."""
 
 _BYTES_PER_NUMBER = 4
 
@@ -45,10 +45,10 @@ T = TypeVar("T")
 
 
 def check_storage(config: Config, num_classes: int, report: Report) -> None:
-    """Tries ``run.storage``, and holds the free space of a local disk against the checkpoints that will lie there."""
+    """Checks ``run.storage``, and on a local disk whether there is enough free space for the checkpoints."""
     try:
         storage = absolute_storage(config.run.storage)
-    except LocationError as error:  # which does not repeat an address with credentials
+    except LocationError as error:  # its message contains no credentials
         report.add("error", AREA, f"run.storage: {error}")
         return
     try:
@@ -63,14 +63,13 @@ def check_storage(config: Config, num_classes: int, report: Report) -> None:
 
 
 def try_storage(storage: str, patience: Patience = PATIENCE) -> None:
-    """Writes a small file to a folder or URI, reads it back and deletes it, with all folders made on the way.
+    """Writes a small file into a folder, reads it and deletes it, together with all folders that it created.
 
-    A storage that can't be used is found out within seconds; one that does not answer at all may take longer: where
-    that matters, call it by `within`.
+    May take long if the storage does not answer at all; `within` limits the time.
 
     Raises:
-        LocationError: a URI that no file system answers to, or that holds credentials.
-        OSError: one of these is not possible.
+        LocationError: the URI has no supported file system, or contains credentials.
+        OSError: writing, reading or deleting failed.
     """
     content = secrets.token_bytes(64)
     location = join(storage, f".check-{secrets.token_hex(4)}")
@@ -79,18 +78,18 @@ def try_storage(storage: str, patience: Patience = PATIENCE) -> None:
         make_folder(storage, patience)
         write(location, lambda stream: stream.write(content), patience)
         if read_bytes(location, patience) != content:
-            raise OSError("what was written does not come back")
+            raise OSError("reading gives other bytes than were written")
         delete_file(location, patience)
     finally:
-        # Deleting a bucket's last object below a name leaves an empty one that stands for the folder.
+        # Deleting the last object in a "folder" of a bucket leaves an empty object for the folder.
         if new_folder is not None and not list_files(new_folder, patience):
             delete_folder(new_folder, patience)
 
 
 def _first_missing(folder: str, patience: Patience) -> str | None:
-    """The outermost of the folders on the way to ``folder`` that is not there; None where all are.
+    """The outermost folder above ``folder`` (or itself) that does not exist; None if all exist.
 
-    A bucket is not looked at: it has to be there, and may be looked into by few.
+    Stops below the bucket: it must exist, and listing it is often not permitted.
     """
     missing = None
     while not (is_remote(folder) and folder.partition("?")[0].count("/") < 3):
@@ -101,10 +100,10 @@ def _first_missing(folder: str, patience: Patience) -> str | None:
 
 
 def within(seconds: float, work: Callable[[], T]) -> T:
-    """What a piece of work that may never end gives; waiting for it is given up after a time.
+    """Runs ``work`` in a thread with a time limit, and returns its result.
 
     Raises:
-        TimeoutError: the time is over; the work goes on in a thread that does not keep the process alive.
+        TimeoutError: the time is over; the thread goes on, but does not keep the process alive.
     """
     results: list[T] = []
     errors: list[BaseException] = []
@@ -112,7 +111,7 @@ def within(seconds: float, work: Callable[[], T]) -> T:
     def run() -> None:
         try:
             results.append(work())
-        except BaseException as error:  # handed to the caller's thread
+        except BaseException as error:  # raised again in the caller's thread
             errors.append(error)
 
     thread = threading.Thread(target=run, name="storage check", daemon=True)
@@ -126,9 +125,9 @@ def within(seconds: float, work: Callable[[], T]) -> T:
 
 
 def checkpoint_bytes(config: Config, num_classes: int) -> tuple[int, int]:
-    """Size of a whole checkpoint, and of its model file alone.
+    """Size in bytes of a whole checkpoint, and of its model file alone.
 
-    The weights, their average where there is one, and AdamW's two moments of each weight that trains.
+    It contains the weights, their moving average (if there is one), and AdamW's two moments of each trained weight.
     """
     model = build_skeleton(config.model, num_classes)
     state = sum(value.numel() for value in model.state_dict().values())
@@ -140,7 +139,7 @@ def checkpoint_bytes(config: Config, num_classes: int) -> tuple[int, int]:
 
 def _check_space(config: Config, storage: Path, num_classes: int, report: Report) -> None:
     whole, model_file = checkpoint_bytes(config, num_classes)
-    # The last few, the best, one that is being written, and the records' copies of the best and the last model.
+    # The newest and the best checkpoints, one that is being written, and copies of the best and last model in MLflow.
     needed = (config.train.keep_last + 2) * whole + 2 * model_file
     existing = next(folder for folder in (storage, *storage.parents) if folder.exists())
     free = shutil.disk_usage(existing).free
