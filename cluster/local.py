@@ -1,6 +1,6 @@
 r"""A Ray cluster of several nodes on this machine: real raylets, real job server, real autoscaler.
 
-For trying what a cluster does before paying for one, and for the tests: submitted jobs, nodes that die, nodes that an
+For trying jobs on a cluster before paying for one, and for tests: submitted jobs, nodes that die, and nodes that an
 autoscaler adds and removes.
 
     python cluster/local.py up --nodes 3 --cpus-per-node 2    # a head without CPUs, and two nodes
@@ -8,18 +8,18 @@ autoscaler adds and removes.
     ray job submit --working-dir . -- python -m detr_ray.train --config configs/quickstart.yaml \
         "run.storage=$PWD/runs" "data.root=$PWD/runs/quickstart-data"
     python cluster/local.py status
-    python cluster/local.py remove-node node-2                # killed, as if its machine had lost power
+    python cluster/local.py remove-node node-2                # kills it, like a power failure
     python cluster/local.py add-node
     python cluster/local.py down
 
     python cluster/local.py up --autoscale 0 3                # a head; up to three nodes come when a job asks for them
 
-Everything lies in one folder (``--folder``), one cluster a folder; several can run beside each other and beside any
-other Ray, whose processes are never touched. What is started carries the folder's name in its environment and belongs
-to a session that is written down: this is how `down` finds every process of the cluster, also after a crash and also
-those that the autoscaler started, and no other.
+All files of a cluster are in one folder (``--folder``). Several clusters with different folders can run at the same
+time, also beside another Ray. Every process of a cluster has the folder's name in its environment, and its session id
+is stored in the folder. So `down` finds all processes of the cluster and no others, also after a crash, and also those
+that the autoscaler started.
 
-All nodes share this machine's cores and disk, so this shows how a job behaves on a cluster, not how fast it is.
+All nodes share this machine's cores and disk, so speed cannot be measured.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A Ray cluster of several nodes on this machine: what `cluster/local.py` and the tests start.
+"""A Ray cluster of several nodes on this machine, for `cluster/local.py` and the tests.
 
-Each node is a real raylet with workers, agents, logs and a folder of its own, started by ``ray start`` as a machine of
-a cloud would start it. On Linux each has an address of its own as well, out of those that mean this machine.
+Each node is started by ``ray start``, as on a cloud machine, and has its own raylet, workers, agents, logs and folder.
+On Linux each also has its own loopback address.
 """
 
 from __future__ import annotations
@@ -35,41 +35,40 @@ from local_machine import (
 
 HEAD_TYPE, WORKER_TYPE = "head", "cpu_worker"
 
-# One on every node but the head: with train.worker_resource=worker_slot each node takes one training worker, as a
-# machine with one GPU would, and its other CPUs are left to data tasks.
+# Every node except the head has one: with train.worker_resource=worker_slot each node runs one training worker, like a
+# machine with one GPU, and its other CPUs run data tasks.
 WORKER_SLOT = "worker_slot"
 
 _CLUSTER_MARK = "DETR_RAY_LOCAL_CLUSTER"
 _NODE_MARK = "DETR_RAY_LOCAL_NODE"
-# Sockets lie below a node's folder, and a socket's path holds 107 characters; Ray appends about 66.
+# The path of a socket has at most 107 characters. Sockets are below a node's folder; Ray appends about 66 characters.
 _LONGEST_FOLDER = 107 - 66 - len("/node-00")
 _SETTINGS = {
     "RAY_JOB_STOP_WAIT_TIME_S": "60",  # time for a checkpoint when a job is stopped; 3 s otherwise
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
-    # A dead node is noticed after 5 s. One that is only slow is not taken for dead: each check waits for 10 s.
+    # A dead node is noticed after 5 s. A slow node is not: each check waits 10 s for an answer.
     "RAY_health_check_period_ms": "1000",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",
 }
 
 
 class ClusterError(Exception):
-    """The cluster cannot do what was asked; the message says why and what to do."""
+    """An operation on the cluster failed; the message says why and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ClusterSpec:
-    """What to start.
+    """Settings of a cluster.
 
     Attributes:
-        nodes: nodes in all, the head among them. Not used where an autoscaler decides.
-        cpus_per_node: logical CPUs of every node but the head.
-        head_cpus: logical CPUs of the head. None by default, as on a real cluster: jobs' drivers run there, which take
-            none, and work goes to the other nodes.
+        nodes: number of nodes, including the head. Not used with an autoscaler.
+        cpus_per_node: logical CPUs of every node except the head.
+        head_cpus: logical CPUs of the head. 0 by default, as on a real cluster: only drivers of jobs run there.
         object_store_mb: size of each node's object store.
-        port: of dashboard and job server; None for a free one.
-        autoscale: fewest and most nodes beside the head; None for a fixed number of them.
-        idle_minutes: an autoscaled node that does nothing leaves after this time.
+        port: port of dashboard and job server; None for a free one.
+        autoscale: smallest and largest number of nodes besides the head; None for a fixed number.
+        idle_minutes: the autoscaler removes a node that was idle for this time.
     """
 
     nodes: int = 3
@@ -83,7 +82,7 @@ class ClusterSpec:
 
 @dataclasses.dataclass(frozen=True)
 class NodeState:
-    """A node as Ray sees it."""
+    """A node, as reported by Ray."""
 
     name: str
     node_id: str
@@ -93,12 +92,12 @@ class NodeState:
 
 
 class LocalCluster:
-    """A cluster that lives in a folder; any process may open the folder and act on it.
+    """A cluster whose files are in one folder. Several processes may use the same cluster.
 
-    As a context manager it ends the cluster.
+    Leaving the context manager ends the cluster.
 
     Args:
-        folder: where everything of the cluster lies: state, token, logs, sockets. Short: Ray's sockets lie below it.
+        folder: folder for state, token, logs and sockets. Its path must be short, because of the sockets.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -113,7 +112,7 @@ class LocalCluster:
         self.down()
 
     def up(self, spec: ClusterSpec | None = None) -> None:
-        """Starts the cluster and waits until all nodes are there.
+        """Starts the cluster and waits for all nodes.
 
         Raises:
             ClusterError: the folder is in use, or a node does not start.
@@ -142,7 +141,7 @@ class LocalCluster:
             raise
 
     def add_node(self) -> str:
-        """Starts one more node, waits until Ray sees it, and gives back its name."""
+        """Starts one more node, waits until Ray reports it, and returns its name."""
         with self._state() as state:
             if state["spec"]["autoscale"]:
                 raise ClusterError("the autoscaler adds this cluster's nodes, when a job asks for more than there are")
@@ -151,14 +150,14 @@ class LocalCluster:
         return name
 
     def launch_node(self) -> str:
-        """Starts one more node, and gives back its name at once."""
+        """Starts one more node and returns its name without waiting."""
         with self._state() as state:
             name = f"node-{len(state['nodes'])}"
             self._start(state, name, ["--address", _gcs_address(state)], state["spec"]["cpus_per_node"], {})
         return name
 
     def remove_node(self, name: str) -> None:
-        """Kills a node's raylet and all its workers at once, without a word to Ray; waits until Ray has noticed."""
+        """Kills all processes of a node without notice, and waits until Ray has noticed."""
         with self._state() as state:
             others = [other for other in state["nodes"] if other != "head"]
         if name not in others:
@@ -167,15 +166,15 @@ class LocalCluster:
         self._wait(f"the death of {name}", lambda: name not in self._alive(), "head")
 
     def end_node(self, name: str) -> None:
-        """Ends a node in good order, and kills what does not end in time."""
+        """Terminates a node, and kills the processes that do not end in time."""
         self._terminate(self._sessions(name))
         self._kill(lambda: self.processes(name))
 
     def drain_node(self, name: str, deadline_s: float) -> None:
-        """Tells Ray that a node will be taken away in ``deadline_s`` seconds, as clouds do with spot machines.
+        """Announces to Ray that a node ends in ``deadline_s`` seconds, as for a spot machine.
 
-        Ray stops using the node, and ends it as soon as nothing runs there. `remove_node` when the time is over does
-        what the cloud does then.
+        Ray stops using the node, and ends it as soon as nothing runs there. Call `remove_node` when the time is over,
+        as the cloud would end the machine then.
         """
         node = self._alive().get(name)
         if node is None:
@@ -191,7 +190,7 @@ class LocalCluster:
             raise ClusterError(f"Ray does not drain {name}: {done.stdout}{done.stderr}")
 
     def nodes(self) -> list[NodeState]:
-        """All nodes that Ray has known, the head first."""
+        """All nodes that Ray reports, including dead ones; the head first."""
         answer = self.ask("/api/v0/nodes?detail=true&limit=1000")
         nodes = [
             NodeState(
@@ -206,7 +205,7 @@ class LocalCluster:
         return sorted(nodes, key=lambda node: (node.name != "head", len(node.name), node.name))
 
     def ask(self, path: str) -> Any:
-        """Asks the dashboard's server: the JSON that it gives for a path."""
+        """Requests a path from the dashboard's server and returns the JSON content."""
         request = urllib.request.Request(
             self.job_server + path, headers={"Authorization": f"Bearer {self._token.read_text()}"}
         )
@@ -214,7 +213,7 @@ class LocalCluster:
             return json.load(answer)
 
     def is_running(self, name: str) -> bool:
-        """Whether a node's processes are there, whatever Ray knows of it."""
+        """Whether a node's processes run, independent of Ray's report."""
         return any(runs(leader) for leader in self._sessions(name))
 
     def processes(self, node: str | None = None) -> list[psutil.Process]:
@@ -228,15 +227,15 @@ class LocalCluster:
         return [process for process in found if runs(process.pid)]
 
     def down(self, keep_logs: bool = False) -> None:
-        """Ends every process of the cluster and removes its folder; does nothing where there is none.
+        """Ends every process of the cluster and removes its folder. Does nothing if there is no cluster.
 
         Raises:
             ClusterError: a process does not end.
         """
         if self._state_file.exists():
             with self._state() as state:
-                state["ending"] = True  # so that the autoscaler does not replace what ends here
-            # What `ray start` started ends with it, and in good order as long as the head is there.
+                state["ending"] = True  # so that the autoscaler does not replace the nodes
+            # `ray start` ends its node's processes. They end cleanly only while the head runs, so the head is last.
             head = self._sessions("head")
             self._terminate(self._sessions(None) - head)
             self._terminate(head)
@@ -251,7 +250,7 @@ class LocalCluster:
         return self.submit_environment()["RAY_API_SERVER_ADDRESS"]
 
     def submit_environment(self) -> dict[str, str]:
-        """The variables that lead to the cluster: `ray job submit` to its job server, drivers to its head."""
+        """Environment variables with the addresses of the job server and the head, and with the token."""
         with self._state() as state:
             return {
                 "RAY_API_SERVER_ADDRESS": f"http://{LOCALHOST}:{state['port']}",
@@ -260,7 +259,7 @@ class LocalCluster:
             }
 
     def client_environment(self) -> dict[str, str]:
-        """This process's environment, with what a client of the cluster needs."""
+        """This process's environment together with `submit_environment`."""
         return own_environment() | self.submit_environment()
 
     def _start_head(self, spec: ClusterSpec) -> None:
@@ -273,7 +272,7 @@ class LocalCluster:
             "--head", "--port", str(gcs_port), "--ray-client-server-port", str(client_port),
             "--dashboard-host", LOCALHOST, "--dashboard-port", str(record["port"]), "--include-dashboard", "true",
         ]  # fmt: skip
-        # These ports are fixed otherwise, and of two clusters on one machine one would not get them.
+        # By default these ports are fixed; a second cluster on this machine could not use them.
         settings = dict(zip(("DASHBOARD_METRIC_PORT", "AUTOSCALER_METRIC_PORT"), map(str, metric_ports), strict=True))
         if spec.autoscale:
             config = self.folder / "autoscaler.json"
@@ -288,7 +287,7 @@ class LocalCluster:
     def _start(
         self, state: dict[str, Any], name: str, arguments: Sequence[str], cpus: int, settings: Mapping[str, str]
     ) -> None:
-        """Starts a node as processes of a session of their own, and writes it down."""
+        """Starts a node in a new session and notes the session in the state."""
         if state.get("ending"):
             raise ClusterError("the cluster is being ended")
         command = [
@@ -312,7 +311,7 @@ class LocalCluster:
         state["nodes"][name] = {"pid": child.pid, "created": psutil.Process(child.pid).create_time()}
 
     def _autoscaler(self, spec: ClusterSpec) -> dict[str, Any]:
-        """Configuration of Ray's autoscaler, whose provider starts nodes here where others rent machines."""
+        """Configuration of Ray's autoscaler with `LocalNodeProvider`."""
         assert spec.autoscale is not None
         fewest, most = spec.autoscale
         memory = {"object_store_memory": spec.object_store_mb * 1_000_000}
@@ -338,7 +337,7 @@ class LocalCluster:
                     "max_workers": most,
                 },
             },
-            # What Ray fills in when `ray up` reads a file.
+            # Defaults that `ray up` would fill in.
             **{f"{part}setup_commands": [] for part in ("", "head_", "worker_")},
             **{f"{part}_start_ray_commands": [] for part in ("head", "worker")},
             "initialization_commands": [],
@@ -351,9 +350,9 @@ class LocalCluster:
         return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self._token)}
 
     def _sessions(self, node: str | None) -> set[int]:
-        """Sessions of the nodes, but for numbers that other processes have got since."""
+        """Session ids of the nodes, without ids that other processes have now."""
         for child in self._children:
-            child.poll()  # so that it does not stay as a zombie
+            child.poll()  # removes zombies
         if not self._state_file.exists():
             return set()
         with self._state() as state:
@@ -369,9 +368,9 @@ class LocalCluster:
         return sessions
 
     def _is_marked(self, process: psutil.Process, node: str | None) -> bool:
-        """Whether a process got the cluster's environment: jobs have sessions of their own.
+        """Whether a process has the cluster's environment variables. Needed for jobs, which have their own sessions.
 
-        Ray's workers overwrite theirs when they name themselves, so this alone would not find them.
+        Ray's workers overwrite their environment; they are found by their session.
         """
         environment = process.environ()
         return environment.get(_CLUSTER_MARK) == str(self.folder) and node in (None, environment.get(_NODE_MARK))
@@ -386,7 +385,7 @@ class LocalCluster:
         self._wait(name, lambda: name in self._alive(), name)
 
     def _wait(self, what: str, there: Callable[[], bool], node: str, seconds: float = 180) -> None:
-        """Waits for something that a node shall do, and shows what the node printed where that does not come."""
+        """Waits for a condition. On failure, the error contains the last output of ``node``."""
         if until(lambda: there() or not self.is_running(node), seconds) and there():
             return
         printed = (self.folder / "logs" / f"{node}.log").read_text(errors="replace")[-2000:]
@@ -401,7 +400,7 @@ class LocalCluster:
         until(lambda: not any(runs(leader) for leader in leaders), seconds=5)
 
     def _kill(self, processes: Callable[[], list[psutil.Process]]) -> None:
-        """Kills until none is left: a process may start another one before its turn comes."""
+        """Kills repeatedly until no process is left, because a process may start others before it is killed."""
 
         def none_left() -> bool:
             left = processes()
@@ -415,7 +414,7 @@ class LocalCluster:
 
     @contextlib.contextmanager
     def _state(self) -> Iterator[dict[str, Any]]:
-        """The cluster's record, held while it is used; changes are kept."""
+        """The cluster's state, locked while it is used; changes are written back."""
         if not self._state_file.exists():
             raise ClusterError(f"no cluster in {self.folder}: start one with `up`, or name its --folder")
         with self._state_file.open("r+") as file:
@@ -430,7 +429,7 @@ class LocalCluster:
                 file.truncate()
 
     def _clear(self) -> None:
-        """Removes the folder, where it is a cluster's."""
+        """Removes the folder, if it belongs to a cluster."""
         if self._state_file.exists():
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -444,10 +443,10 @@ class LocalCluster:
 
 
 def _refuse_others(folder: Path) -> None:
-    """Refuses a folder that somebody else made, or may change: in /tmp, anybody may have been faster.
+    """Refuses a folder that another user owns or may write to: in /tmp, other users could have created it.
 
     Raises:
-        ClusterError: it is one.
+        ClusterError: the folder is refused.
     """
     if not os.path.lexists(folder) or not hasattr(os, "getuid"):
         return

@@ -1,4 +1,4 @@
-"""What a local cluster needs to know of this machine: addresses, free ports, cores, processes, the environment."""
+"""Addresses, free ports, cores, processes and environment of this machine, for a local cluster."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ import psutil
 
 LOCALHOST = "127.0.0.1"
 
-# Of another cluster, or of a job in which this runs.
+# Variables of another cluster, or of the job that this process belongs to.
 _FOREIGN = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_NODE_ID")
 
 
 def node_address(name: str) -> str:
-    """A node's own address, as on a real cluster, where this machine has more than one for itself."""
+    """The address of a node: its own loopback address on Linux, otherwise that of all nodes."""
     if not sys.platform.startswith("linux"):
         return LOCALHOST
     return f"127.0.1.{1 if name == 'head' else 1 + int(name.partition('-')[2])}"
 
 
 def own_environment() -> dict[str, str]:
-    """This process's environment, in which `python` is this one, so that it is also that of submitted jobs."""
+    """This process's environment. `python` is this interpreter, also in submitted jobs."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     return {key: value for key, value in os.environ.items() if key not in _FOREIGN} | {"PATH": path}
 
 
 def ray_command(command: str) -> list[str]:
-    """Ray's command line of this Python, whatever the PATH holds."""
+    """A command of Ray's command line, run by this interpreter."""
     return [sys.executable, "-m", "ray.scripts.scripts", command]
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on, all different."""
+    """Different ports that nothing listens on."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for one in sockets:
@@ -52,7 +52,7 @@ def is_free(port: int) -> bool:
 
 
 def runs(pid: int) -> bool:
-    """Whether a process is there and at work."""
+    """Whether a process exists and is no zombie."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
@@ -60,7 +60,7 @@ def runs(pid: int) -> bool:
 
 
 def until(there: Callable[[], bool], seconds: float) -> bool:
-    """Waits until something is there; whether it came in time."""
+    """Waits until a condition is true; returns whether it became true in time."""
     deadline = time.monotonic() + seconds
     while not there():
         if time.monotonic() >= deadline:
@@ -70,14 +70,12 @@ def until(there: Callable[[], bool], seconds: float) -> bool:
 
 
 def give_cores(process: int, name: str, most_nodes: int) -> None:
-    """Gives a node, whose processes are yet to be started by this one, its share of the machine's cores.
-
-    As machines of their own would have: two nodes that both think they have all cores take turns in vain.
+    """Restricts a node to its share of the machine's cores. Nodes that all use all cores would slow each other down.
 
     Args:
-        process: what starts the node.
-        name: of the node; the head, where little is computed, may use all.
-        most_nodes: nodes beside the head that there may be.
+        process: id of the process that will start the node's processes.
+        name: name of the node; the head, which computes little, may use all cores.
+        most_nodes: largest number of nodes besides the head.
     """
     if name == "head" or not hasattr(os, "sched_setaffinity"):
         return

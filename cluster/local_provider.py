@@ -1,7 +1,7 @@
-"""Lets Ray's autoscaler start nodes on this machine: the cloud's part, for `cluster/local.py up --autoscale`.
+"""A node provider for Ray's autoscaler that starts nodes on this machine, for `cluster/local.py up --autoscale`.
 
-Ray has a provider of this kind (``fake_multinode``). Its nodes share one folder, and each new node unpacks a job's
-files there anew, under the feet of the job: it loses its working directory as soon as a node is added.
+Ray's own provider of this kind, ``fake_multinode``, is not used: its nodes share one folder, and a new node unpacks a
+job's files there again, so that a running job loses its working directory.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _HEAD_TAGS = {
 
 
 class LocalNodeProvider(NodeProvider):  # type: ignore[misc]
-    """Nodes are those of a `LocalCluster`; the autoscaler's own id of a node is its name there.
+    """Provides nodes of a `LocalCluster`; the id of a node is its name.
 
     Args:
-        provider_config: holds ``folder``, the cluster's.
+        provider_config: contains the cluster's ``folder``.
         cluster_name: not used.
     """
 
@@ -46,31 +46,31 @@ class LocalNodeProvider(NodeProvider):  # type: ignore[misc]
         self._lock = threading.RLock()  # nodes are created by several threads
 
     def non_terminated_nodes(self, tag_filters: Mapping[str, str]) -> list[str]:
-        """Names of the nodes that run and have the tags."""
+        """Names of the running nodes with these tags."""
         with self._lock:
             wanted = [name for name, tags in self._tags.items() if tag_filters.items() <= tags.items()]
             return [name for name in wanted if self.is_running(name)]
 
     def is_running(self, node_id: str) -> bool:
-        """Whether the node's processes are there."""
+        """Whether the node's processes run."""
         return self._cluster.is_running(node_id)
 
     def is_terminated(self, node_id: str) -> bool:
-        """Whether they are gone."""
+        """Whether the node's processes have ended."""
         return not self.is_running(node_id)
 
     def node_tags(self, node_id: str) -> dict[str, str]:
-        """What the autoscaler noted about the node."""
+        """The tags that the autoscaler has set for the node."""
         with self._lock:
             return dict(self._tags[node_id])
 
     def set_node_tags(self, node_id: str, tags: dict[str, str]) -> None:
-        """Notes something about the node."""
+        """Sets tags of the node."""
         with self._lock:
             self._tags[node_id].update(tags)
 
     def internal_ip(self, node_id: str) -> str:
-        """The address that Ray knows the node by."""
+        """The node's address."""
         return node_address(node_id)
 
     external_ip = internal_ip
@@ -88,5 +88,5 @@ class LocalNodeProvider(NodeProvider):  # type: ignore[misc]
 
     @staticmethod
     def bootstrap_config(cluster_config: dict[str, Any]) -> dict[str, Any]:
-        """Has nothing to fill in."""
+        """Returns the configuration unchanged."""
         return cluster_config

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Waits for the cloud's notice that it takes this machine away, and has Ray drain the node.
+"""Waits for the cloud's notice that this spot machine will end, and makes Ray drain the node.
 
-Ray's autoscaler doesn't ask for such notices. A drained node gets no new tasks, and Ray Train learns of it, so that
-training writes a checkpoint before the machine goes. The worker start commands of aws.yaml and gcp.yaml run this.
+Ray's autoscaler does not query such notices. A drained node gets no new tasks, and Ray Train is informed, so that
+training writes a checkpoint before the machine ends. The worker start commands of aws.yaml and gcp.yaml run it.
 
     python cluster/spot_notice.py aws --address HEAD:6379
 
-Needs nothing but Ray, whose token and mode come from the environment as for every other command.
+Needs only Ray. Token and authentication mode come from the environment, as for all Ray commands.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from datetime import UTC, datetime
 AWS_METADATA = "http://169.254.169.254"
 GCP_METADATA = "http://metadata.google.internal"
 GCP_NOTICE_S = 30.0
-# Draining itself takes seconds: Ray is told of an earlier end than the machine's.
+# Draining takes seconds, so Ray gets an earlier deadline.
 MARGIN_S = 5.0
 
 
 def _get(url: str, headers: dict[str, str], method: str = "GET") -> str | None:
-    """What a metadata server says; None where it has nothing at this place."""
+    """The answer of a metadata server; None for status 404."""
     try:
         with urllib.request.urlopen(urllib.request.Request(url, headers=headers, method=method), timeout=5) as answer:
             return answer.read().decode()
@@ -50,7 +50,7 @@ def seconds_left_on_aws(metadata: str) -> float | None:
 
 
 def seconds_left_on_gcp(metadata: str) -> float | None:
-    """Seconds until Google Cloud ends this spot machine; None without a notice. It says only that the time runs."""
+    """Seconds until Google Cloud ends this spot machine; None without a notice. The notice does not contain a time."""
     answer = _get(f"{metadata}/computeMetadata/v1/instance/preempted", {"Metadata-Flavor": "Google"})
     return GCP_NOTICE_S if answer is not None and answer.strip() == "TRUE" else None
 
@@ -59,7 +59,7 @@ CLOUDS = {"aws": (seconds_left_on_aws, AWS_METADATA), "gcp": (seconds_left_on_gc
 
 
 def drain(address: str, node_id: str | None, seconds: float) -> bool:
-    """Tells Ray that a node goes in so many seconds; whether Ray took note."""
+    """Announces to Ray that a node ends in ``seconds``; returns whether Ray accepted it."""
     command = [
         "ray", "drain-node", "--address", address,
         "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "the cloud takes this spot machine away",
@@ -71,13 +71,13 @@ def drain(address: str, node_id: str | None, seconds: float) -> bool:
 
 
 def say(line: str) -> None:
-    """Writes a line with its time into the log."""
+    """Prints a line with the time."""
     sys.stdout.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {line}\n")
     sys.stdout.flush()
 
 
 def main() -> int:
-    """Polls until there is a notice, and until Ray took note of it."""
+    """Polls until there is a notice and Ray has accepted it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cloud", choices=sorted(CLOUDS))
     parser.add_argument("--address", required=True, help="HOST:PORT of the head")
