@@ -330,13 +330,13 @@ def list_files(location: str, patience: Patience = PATIENT) -> list[StoredFile]:
     return sorted(at(location, look, patience), key=lambda file: file.name)
 
 
-def list_names(location: str, patience: Patience = PATIENT) -> list[str]:
+def list_names(location: str) -> list[str]:
     """Sorted names of the files and folders in a folder; none if there is no such folder."""
 
     def look(file_system: fs.FileSystem, path: str) -> list[str]:
         return [info.base_name for info in file_system.get_file_info(fs.FileSelector(path, allow_not_found=True))]
 
-    return sorted(at(location, look, patience))
+    return sorted(at(location, look))
 
 
 def upload(path: Path, location: str) -> None:

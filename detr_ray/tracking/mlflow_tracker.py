@@ -112,21 +112,17 @@ class MlflowTracker:
         """Flushes the log to the disk."""
         self._log.sync()
 
-    def finish(self, status: Status, timeout_s: float | None = None) -> None:
-        """Records how the run ended, and waits a limited time for the sender.
+    def finish(self, status: Status) -> None:
+        """Records how the run ended, and waits up to ``timing.finish`` seconds for the sender.
 
         Anything unsent stays in the folder. It is sent when the run is resumed, or by ``send_pending``.
-
-        Args:
-            status: how the run ended.
-            timeout_s: seconds to wait; None: ``timing.finish``.
         """
         if self._finished:
             return
         self._append("finish", status=status)
         self._finished = True
         self._log.close()
-        pending = self._sender.drain(self._timing.finish if timeout_s is None else timeout_s)
+        pending = self._sender.drain(self._timing.finish)
         if pending:
             reason = f" ({self._sender.last_error})" if self._sender.last_error else ""
             logger.warning("%s%s", pending, reason)

@@ -73,11 +73,7 @@ def _format_of(location: str) -> tuple[str, int]:
 
 
 def detection_grid(
-    images: Iterable[np.ndarray],
-    annotations: Sequence[DrawnBoxes],
-    detections: Sequence[DrawnBoxes],
-    columns: int = _COLUMNS,
-    cell_px: int = _CELL_PX,
+    images: Iterable[np.ndarray], annotations: Sequence[DrawnBoxes], detections: Sequence[DrawnBoxes]
 ) -> Image.Image:
     """Draws images in a grid: annotations as thin white boxes, detections in one colour for each category.
 
@@ -85,33 +81,31 @@ def detection_grid(
         images: ``[H, W, 3]`` uint8 each, of any sizes; read one at a time.
         annotations: of each image.
         detections: of each image.
-        columns: images in a row.
-        cell_px: side in pixels of the square that each image is scaled to.
     """
-    columns = max(1, min(columns, len(annotations)))
+    columns = max(1, min(_COLUMNS, len(annotations)))
     rows = -(-len(annotations) // columns)
-    pitch = cell_px + _GAP
+    pitch = _CELL_PX + _GAP
     picture = Image.new("RGB", (columns * pitch + _GAP, rows * pitch + _GAP), _BACKGROUND)
     for place, (image, truth, found) in enumerate(zip(images, annotations, detections, strict=True)):
-        cell = _draw_cell(image, truth, found, cell_px)
-        left = _GAP + place % columns * pitch + (cell_px - cell.width) // 2
-        top = _GAP + place // columns * pitch + (cell_px - cell.height) // 2
+        cell = _draw_cell(image, truth, found)
+        left = _GAP + place % columns * pitch + (_CELL_PX - cell.width) // 2
+        top = _GAP + place // columns * pitch + (_CELL_PX - cell.height) // 2
         picture.paste(cell, (left, top))
     return picture
 
 
-def _draw_cell(image: np.ndarray, truth: DrawnBoxes, found: DrawnBoxes, cell_px: int) -> Image.Image:
-    scale = cell_px / max(image.shape[:2])
+def _draw_cell(image: np.ndarray, truth: DrawnBoxes, found: DrawnBoxes) -> Image.Image:
+    scale = _CELL_PX / max(image.shape[:2])
     size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
     cell = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(cell)
     for box in truth.boxes_xywh_px:
         draw.rectangle(_corners(box, scale, size), outline=_ANNOTATION, width=1)
-    font = ImageFont.load_default(size=max(10, cell_px // 20))
+    font = ImageFont.load_default(size=12)
     for number, (box, name) in enumerate(zip(found.boxes_xywh_px, found.names, strict=True)):
         colour = _colour_of(name)
         corners = _corners(box, scale, size)
-        draw.rectangle(corners, outline=colour, width=max(2, cell_px // 100))
+        draw.rectangle(corners, outline=colour, width=2)
         text = name if found.scores is None else f"{name} {found.scores[number]:.2f}"
         place = (corners[0] + 2, max(0.0, corners[1]))
         draw.rectangle(draw.textbbox(place, text, font=font), fill=colour)

@@ -27,7 +27,7 @@ from detr_ray.__main__ import COMMANDS
 from detr_ray.config import Config
 from detr_ray.data import inspection
 from detr_ray.data.splits import open_split
-from detr_ray.tracking import MlflowTracker
+from detr_ray.tracking import MlflowTracker, Timing
 
 
 class Place:
@@ -302,10 +302,11 @@ def unsent_run(place: Place) -> Path:
     """A run's folder with a record that its store, which is away, did not take."""
     folder = place.folder / "unsent"
     tracker = MlflowTracker(
-        folder / "tracking", uri="http://127.0.0.1:9", experiment="mine", run_name="unsent", run_uid="0" * 32
-    )
+        folder / "tracking", uri="http://127.0.0.1:9", experiment="mine", run_name="unsent", run_uid="0" * 32,
+        timing=Timing(finish=0.1),
+    )  # fmt: skip
     tracker.log_metrics({"train/loss": 4.5}, 3)
-    tracker.finish("FINISHED", timeout_s=0.1)
+    tracker.finish("FINISHED")
     return folder
 
 

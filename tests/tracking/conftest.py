@@ -11,17 +11,18 @@ from typing import Any
 import pytest
 from mlflow_reading import QUICK, client_of
 
-from detr_ray.tracking import MlflowTracker, default_tracking_uri
+from detr_ray.tracking import MlflowTracker, Timing, default_tracking_uri
 
 
 @pytest.fixture(scope="session")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLflow database without runs; making one takes seconds, copying it does not."""
     folder = tmp_path_factory.mktemp("empty-store")
-    tracker = MlflowTracker(folder / "run", uri=default_tracking_uri(folder), experiment="first", run_name="first")
-    tracker.finish("FINISHED", timeout_s=240)
+    uri, timing = default_tracking_uri(folder), Timing(finish=240)
+    tracker = MlflowTracker(folder / "run", uri=uri, experiment="first", run_name="first", timing=timing)
+    tracker.finish("FINISHED")
     assert not tracker.pending()
-    client_of(default_tracking_uri(folder)).delete_run(tracker.run_id)
+    client_of(uri).delete_run(tracker.run_id)
     return folder / "mlflow.db"
 
 

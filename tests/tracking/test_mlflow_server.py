@@ -16,6 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,8 +91,9 @@ def server(tmp_path: Path, empty_database: Path) -> Iterator[Server]:
 def test_everything_arrives_once_in_one_run_whatever_happens_to_the_server(
     server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def open_tracker() -> MlflowTracker:
-        return MlflowTracker(tmp_path / "run", uri=server.uri, experiment="detr", run_name="seven", timing=QUICK)
+    def open_tracker(finish: float) -> MlflowTracker:
+        timing = replace(QUICK, finish=finish)
+        return MlflowTracker(tmp_path / "run", uri=server.uri, experiment="detr", run_name="seven", timing=timing)
 
     def told(what: str) -> int:
         return sum(what in record.getMessage() for record in caplog.records)
@@ -101,7 +103,7 @@ def test_everything_arrives_once_in_one_run_whatever_happens_to_the_server(
             tracker.log_metrics({"train/loss": step, "train/loss_nan": math.nan}, step=step)
 
     # Not there at the start: logging goes on at its usual pace, and the missing server is mentioned once.
-    first = open_tracker()
+    first = open_tracker(finish=1.0)
     first.log_params({"optim.lr": 0.1})
     first.log_text("model: {}", "config.yaml")
     started = time.monotonic()
@@ -120,12 +122,12 @@ def test_everything_arrives_once_in_one_run_whatever_happens_to_the_server(
     server.kill()
     log(first, 75, 100)
     started = time.monotonic()
-    first.finish("FAILED", timeout_s=1.0)
+    first.finish("FAILED")
     assert time.monotonic() - started < 10, "the end waits for a limited time only"
     assert told(f"events and 0 files are not in MLflow yet; `python -m detr_ray.send --run {tmp_path}/run`") == 1
 
     # The resumed run brings what was left, its own, and files.
-    second = open_tracker()
+    second = open_tracker(finish=60.0)
     log(second, 100, 150)
     checkpoint = tmp_path / "step_150"
     checkpoint.mkdir()
@@ -151,12 +153,12 @@ def test_everything_arrives_once_in_one_run_whatever_happens_to_the_server(
     assert (stored.path, stored.file_size) == ("checkpoints/best/model.pt", 700_000)
 
     # A server that takes connections and does not answer: the end still comes in time.
-    third = open_tracker()
+    third = open_tracker(finish=1.0)
     wait_until(lambda: not third.pending())
     server.signal(signal.SIGSTOP)
     log(third, 150, 160)
     started = time.monotonic()
-    third.finish("KILLED", timeout_s=1.0)
+    third.finish("KILLED")
     assert time.monotonic() - started < 10
     assert third.pending().events == 11
     assert send.main(["--run", str(tmp_path / "run"), "--timeout", "1"]) == 1
