@@ -368,11 +368,12 @@ def test_weights_are_numbers_or_schedules(write):
     path = write("a.yaml", "loss:\n  ce: {points: [[0, 1], [1e1, '2e-1']], interpolation: cosine}\n")
     config = load_config(path, ["loss.bbox={points: [[0, 5]]}", "loss.giou=3"])
     assert config.loss.ce == Schedule(points=((0, 1), (10, 0.2)), interpolation="cosine")
-    assert config.loss.ce.curve() == Curve(((0.0, 1.0), (10.0, 0.2)), "cosine")
-    assert config.loss.bbox.curve().at(100) == 5
+    curve = Curve(((0.0, 1.0), (10.0, 0.2)), "cosine")
+    assert [config.loss.ce.at(epoch) for epoch in range(12)] == [curve.at(epoch) for epoch in range(12)]
+    assert config.loss.bbox.at(100) == 5
     assert config.loss.giou == 3.0
     changed = load_config(path, ["loss.ce.interpolation=constant"])
-    assert changed.loss.ce.curve().at(9) == 1.0
+    assert changed.loss.ce.at(9) == 1.0
     assert load_config(path, ["loss.ce=2"]).loss.ce == 2.0
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from detr_ray.schedules import Curve, Interpolation, constant
+from detr_ray.schedules import Curve, Interpolation
 
 RULE_ERROR = "rules"
 """Type of pydantic errors for broken rules; the error's context holds the list of `Violation`."""
@@ -94,9 +94,9 @@ class Schedule(Section):
         if any(later <= earlier for earlier, later in pairwise(epochs)):
             yield Violation(("points",), "must have ascending epochs")
 
-    def curve(self) -> Curve:
-        """The curve over epochs."""
-        return Curve(self.points, self.interpolation)
+    def at(self, epoch: float) -> float:
+        """The weight at an epoch; 2.5 is the middle of the third epoch."""
+        return Curve(self.points, self.interpolation).at(epoch)
 
 
 NUMBER_BRANCH, SCHEDULE_BRANCH = "<number>", "<schedule>"
@@ -112,11 +112,6 @@ Weight = Annotated[
     Annotated[NonNegative, Tag(NUMBER_BRANCH)] | Annotated[Schedule, Tag(SCHEDULE_BRANCH)],
     Discriminator(_weight_branch),
 ]
-
-
-def curve_of(weight: float | Schedule) -> Curve:
-    """The curve over epochs of a weight."""
-    return weight.curve() if isinstance(weight, Schedule) else constant(weight)
 
 
 COUNT_BRANCH, RANGE_BRANCH = "<count>", "<range>"

@@ -22,6 +22,7 @@ from detr_ray.config.fields import (
     CountOrZero,
     NonNegative,
     Positive,
+    Schedule,
     Section,
     Seed,
     Share,
@@ -29,7 +30,6 @@ from detr_ray.config.fields import (
     Violation,
     Weight,
     Whole,
-    curve_of,
 )
 from detr_ray.config.yaml_format import format_yaml
 
@@ -135,8 +135,13 @@ class LossConfig(Section):
     def rules(self) -> Iterator[Violation]:
         """At least one matching cost must not be 0."""
         costs = ("cost_class", "cost_bbox", "cost_giou")
-        if all(value == 0 for name in costs for _, value in curve_of(getattr(self, name)).points):
+        if all(_is_always_zero(getattr(self, name)) for name in costs):
             yield Violation(costs, "must not be 0 together with loss.cost_bbox and loss.cost_giou")
+
+
+def _is_always_zero(weight: float | Schedule) -> bool:
+    values = [value for _, value in weight.points] if isinstance(weight, Schedule) else [weight]
+    return not any(values)
 
 
 class OptimConfig(Section):
