@@ -191,7 +191,7 @@ class LocalCluster:
 
     def nodes(self) -> list[NodeState]:
         """All nodes that Ray reports, including dead ones; the head first."""
-        answer = self.ask("/api/v0/nodes?detail=true&limit=1000")
+        answer = self.get_json("/api/v0/nodes?detail=true&limit=1000")
         nodes = [
             NodeState(
                 name=node["node_name"],
@@ -204,7 +204,7 @@ class LocalCluster:
         ]
         return sorted(nodes, key=lambda node: (node.name != "head", len(node.name), node.name))
 
-    def ask(self, path: str) -> Any:
+    def get_json(self, path: str) -> Any:
         """Requests a path from the dashboard's server and returns the JSON content."""
         request = urllib.request.Request(
             self.job_server + path, headers={"Authorization": f"Bearer {self._token.read_text()}"}

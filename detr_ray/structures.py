@@ -119,9 +119,9 @@ class Batch:
     """One micro-batch on the device, ready for the model.
 
     Attributes:
-        images: ``[B, 3, H, W]`` float32, normalised as the model needs it, zero on padding.
-        mask: ``[B, H, W]`` bool, True on padding; None where no image of the batch is padded.
-        targets: one a image.
+        images: ``[B, 3, H, W]`` float32, normalised by the model's `PixelStatistics`, zero on padding.
+        mask: ``[B, H, W]`` bool, True on padding; None if no image of the batch is padded.
+        targets: one for each image.
         image_ids: ``[B]`` int64 on the host.
         positions: ``[B]`` int64 on the host.
         orig_sizes: ``[B, 2]`` int64 (height, width) on the host.
@@ -140,7 +140,7 @@ class Batch:
 
 
 class PixelStatistics(NamedTuple):
-    """What a backbone's images are normalised with: mean and deviation of red, green and blue, each 0..1."""
+    """Mean and standard deviation of red, green and blue, in 0..1, by which a backbone's images are normalised."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -190,19 +190,19 @@ class HostCopy:
 
 
 def to_device(padded: PaddedBatch, device: torch.device, pixels: PixelStatistics, channels_last: bool = False) -> Batch:
-    """Copies a padded batch to a device and normalises it there; what travels is bytes, not floats.
+    """Copies a padded batch to a device (images as uint8) and normalises it there.
 
     Args:
         padded: the batch.
-        device: where it goes.
-        pixels: what its images are normalised with; the model says it.
-        channels_last: lay images out with the channels last.
+        device: the target device.
+        pixels: statistics for the normalisation, from the model.
+        channels_last: whether images have the channels-last memory format.
     """
     height, width = padded.images.shape[2:]
     padded_pixels = padded.images.shape[0] * height * width
     image_pixels = int(padded.sizes.astype(np.int64).prod(axis=1).sum())
 
-    # The pixels as they lie: a pixel's colours together.
+    # In the memory order of the array: channels last.
     images = _copied(padded.images.transpose(0, 2, 3, 1), device).permute(0, 3, 1, 2)
     images = images.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     mean, std = (_copied(np.array(values, np.float32) * 255, device) for values in pixels)

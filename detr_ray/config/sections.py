@@ -55,7 +55,7 @@ class ModelConfig(Section):
     """The architecture: DETR, by default the original's with a ResNet-50; and the weights it starts from."""
 
     architecture: Architecture = "detr"
-    """Which kind of detector: `detr` is that of Carion et al. 2020."""
+    """Architecture of the detector. `detr`: Carion et al. 2020."""
     backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
     """Network that computes image features."""
     backbone_norm: Literal["frozen", "batch"] = "frozen"
@@ -171,7 +171,7 @@ class OptimConfig(Section):
     min_lr_factor: Share = 0
     """Factor of the learning rates at the end of the schedule `cosine`."""
     ema_decay: Annotated[Share, Field(lt=1)] = 0
-    """Decay of a moving average of the weights; the average is then what is evaluated. 0: no average. Common:
+    """Decay of a moving average of the weights, which is evaluated instead of them. 0: no average. Common:
     0.9997."""
 
     def rules(self) -> Iterator[Violation]:

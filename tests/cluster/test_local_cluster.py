@@ -53,7 +53,7 @@ def test_a_jobs_exit_code_and_output_come_back(cluster: LocalCluster, tmp_path: 
 
 
 def test_nobody_is_let_in_without_the_token(cluster: LocalCluster) -> None:
-    assert cluster.ask("/api/jobs/") is not None
+    assert cluster.get_json("/api/jobs/") is not None
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(cluster.job_server + "/api/jobs/", timeout=20)
     assert refused.value.code == 401

@@ -40,7 +40,7 @@ def training_addresses(cluster: LocalCluster) -> set[str]:
             for value in part:
                 collect(value)
 
-    collect(cluster.ask("/api/train/v2/runs/v1"))
+    collect(cluster.get_json("/api/train/v2/runs/v1"))
     return set(workers)
 
 

@@ -45,7 +45,7 @@ class Inessential:
             yield
         except OSError as error:
             if what not in self._said:
-                self._say(f"WARNING: {what}: {_said_of(error)}; training goes on")
+                self._say(f"WARNING: {what}: {_reason(error)}; training goes on")
             self._said.add(what)
         else:
             self._said.discard(what)
@@ -197,8 +197,8 @@ class RunCheckpoints:
             info = self.store.save(step, files, details, evaluation_due=evaluation_due)
         except OSError as error:
             since = "there is none yet" if self.latest is None else f"the last one is of step {self.latest.step}"
-            self._context.say(f"WARNING: no checkpoint at step {step} ({since}): {_said_of(error)}")
-            return None, _said_of(error), may_pass(error)
+            self._context.say(f"WARNING: no checkpoint at step {step} ({since}): {_reason(error)}")
+            return None, _reason(error), may_pass(error)
         logger.info("checkpoint of step %d in %.2f s", step, time.perf_counter() - started)
         self.latest = self._known[step] = info
         self.tidy()
@@ -212,5 +212,5 @@ class RunCheckpoints:
             time.sleep(min(left, 1.0))
 
 
-def _said_of(error: OSError) -> str:
+def _reason(error: OSError) -> str:
     return str(error) if getattr(error, "filename", None) else reason_of(error)

@@ -166,7 +166,7 @@ class _Claims:
         self._writing = threading.Lock()
         self.own = _Claim(secrets.token_hex(8), _this_process(), _machine(), os.getpid(), _born(os.getpid()))
 
-    def say(self, state: State) -> None:
+    def write_own(self, state: State) -> None:
         """Writes the own claim with a state and the next beat."""
         with self._writing:
             if self.own.state != "ended":
@@ -180,10 +180,10 @@ class _Claims:
         self.remove(self.own)
 
     def was_replaced(self) -> bool:
-        """Whether another process took the own one for dead: its claim is gone, or the other one has the run.
+        """Whether another process has taken over the run, because this process was frozen and counted as dead.
 
-        A process that is frozen between this look and its next beat writes its claim once more when it goes on; then
-        the other's claim tells.
+        Then either the own claim was removed, or another claim has the state ``writing``. The second happens if this
+        process was frozen just before a beat: when it continues, it writes its claim again.
         """
         found = self._read(self.own.token)
         if found is None or found.state == "ended":
@@ -198,12 +198,12 @@ class _Claims:
             delete_file(self._location(claim.token))
 
     def first_before_own(self) -> _Claim | None:
-        """The claim that comes first; None where that is the own one. Those of processes that are gone are removed."""
+        """The claim that comes first; None if it is the own claim."""
         first = min([self.own, *self._others()], key=lambda claim: claim.rank)
         return None if first is self.own else first
 
     def _others(self) -> list[_Claim]:
-        """The claims of other processes. Those of processes that are gone are removed."""
+        """The claims of other processes. Removes the claims of processes that have ended."""
         names = [name.removesuffix(".json") for name in list_names(self._folder) if name.endswith(".json")]
         found = []
         for token in set(names) - self._passed_over - {self.own.token}:
@@ -240,7 +240,7 @@ def claimed(path: str, name: str, state: Literal["beginning", "writing"], say: C
     """
     claims, ended, lost = _Claims(path), threading.Event(), threading.Event()
     started = time.monotonic()
-    claims.say("waiting")
+    claims.write_own("waiting")
     took_s = time.monotonic() - started
     beating = threading.Thread(target=_beat, args=(claims, ended, lost), name="run claim", daemon=True)
     beating.start()
@@ -248,10 +248,10 @@ def claimed(path: str, name: str, state: Literal["beginning", "writing"], say: C
         time.sleep(max(SETTLE_S, 5 * took_s))
         while True:
             _wait_for_turn(claims, path, name, say)
-            claims.say(state)
+            claims.write_own(state)
             if claims.first_before_own() is None:
                 break
-            claims.say("waiting")  # another process took its turn before this claim was visible
+            claims.write_own("waiting")  # another process took its turn before this claim was visible
         yield
     finally:
         ended.set()
@@ -293,6 +293,6 @@ def _beat(claims: _Claims, ended: threading.Event, lost: threading.Event) -> Non
                 logger.error("this process did not move for %.0f s, and another one goes on with its run", STALE_S)
                 os.kill(os.getpid(), signal.SIGINT)
                 return
-            claims.say(claims.own.state)
+            claims.write_own(claims.own.state)
         except OSError as error:
             logger.warning("the claim on the run could not be renewed: %s", reason_of(error))

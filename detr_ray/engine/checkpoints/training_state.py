@@ -32,9 +32,9 @@ class TrainingState:
         context: this worker's group.
 
     Attributes:
-        model: the model, with its first weights until something is restored.
-        criterion: its loss.
-        optimizer: of the model's parameters.
+        model: the model, with its first weights until a checkpoint is restored.
+        criterion: the loss of the model.
+        optimizer: the optimizer of the model's parameters.
         ema: the moving average of the weights; None without one.
         statistics: this worker's running statistics of batch norm.
         step: optimizer steps taken.
