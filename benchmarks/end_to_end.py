@@ -30,12 +30,12 @@ from benchmarks.baseline.training import PlainStep
 from benchmarks.harness import Row, in_fresh_process
 from benchmarks.pipeline import COCO128, images_folder
 from detr_ray.config import Config, load_config
+from detr_ray.data.formats import open_split
 from detr_ray.data.label_map import LabelMap
-from detr_ray.data.splits import open_split
+from detr_ray.data.sample import SamplePlan
 from detr_ray.engine.stream.planned_data import PlannedData
 from detr_ray.model import build_model
 from detr_ray.model.weights import load_backbone_weights
-from detr_ray.structures import SamplePlan
 
 WEIGHTS = "resnet50.pth"
 

@@ -25,12 +25,12 @@ from PIL import Image
 from benchmarks.harness import Row, in_fresh_process, memory_mb
 from benchmarks.padding import coco_like_sizes
 from detr_ray.config import load_config
-from detr_ray.data.augmentation import AugmentValues
+from detr_ray.data.formats import open_split
 from detr_ray.data.label_map import LabelMap
+from detr_ray.data.packing import write_shards
 from detr_ray.data.planner import Planner, share_bounds
-from detr_ray.data.shards import write_shards
-from detr_ray.data.splits import open_split
 from detr_ray.engine.stream.planned_data import MIN_WINDOW, MIN_WINDOW_BATCHES, PlannedData
+from tests.defaults import augmentation
 
 SIZES = (1_000, 10_000, 100_000)
 BATCH = 16
@@ -132,7 +132,7 @@ def plan_share(images: int) -> dict[str, float]:
     """Seconds a step for the share of one of 1,000 workers: of the planning of windows, and in all."""
     heights, widths = coco_like_sizes(images)
     planner = Planner(
-        heights, widths, np.arange(images), seed=0, global_batch_size=GLOBAL_BATCH, augment=AugmentValues(),
+        heights, widths, np.arange(images), seed=0, global_batch_size=GLOBAL_BATCH, size_policy=augmentation(),
         window=max(MIN_WINDOW, MIN_WINDOW_BATCHES * GLOBAL_BATCH),
     )  # fmt: skip
     steps = planner.window_bounds(1)[1]  # a whole window, of an epoch that is not the process's first

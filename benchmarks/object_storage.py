@@ -20,18 +20,18 @@ from pathlib import Path
 
 import torch
 
-from detr_ray.data.augmentation import AugmentValues
-from detr_ray.data.generated import generate_dataset
+from detr_ray.data.formats import open_split
+from detr_ray.data.formats.shards import read_shard_index
 from detr_ray.data.images import ImageReader
-from detr_ray.data.index import CocoIndex
+from detr_ray.data.index import DatasetIndex
 from detr_ray.data.label_map import LabelMap
 from detr_ray.data.loader import BatchLoader
+from detr_ray.data.packing import write_shards
 from detr_ray.data.planner import Planner
-from detr_ray.data.shards import read_shard_index, write_shards
-from detr_ray.data.splits import open_split
+from tests.defaults import augmentation, draw_shapes
 from tests.s3_server import S3Server
 
-AUGMENT = AugmentValues(scales=(224, 256, 288), max_size=480, crop_scales=(200, 224), crop_min=160, crop_max=224)
+AUGMENT = augmentation(scales=(224, 256, 288), max_size=480, crop_scales=(200, 224), crop_min=160, crop_max=224)
 
 
 class OneByOne(ImageReader):
@@ -42,10 +42,10 @@ class OneByOne(ImageReader):
         return [functools.partial(self.read, i) for i in images]
 
 
-def images_per_second(index: CocoIndex, batch_size: int, reader: type[ImageReader] = ImageReader) -> float:
+def images_per_second(index: DatasetIndex, batch_size: int, reader: type[ImageReader] = ImageReader) -> float:
     """One epoch of planned batches; a new reader each time, as a new process would have."""
     planner = Planner(
-        index.heights, index.widths, index.image_ids, seed=0, global_batch_size=batch_size, augment=AUGMENT
+        index.heights, index.widths, index.image_ids, seed=0, global_batch_size=batch_size, size_policy=AUGMENT
     )
     loader = BatchLoader(index, LabelMap.contiguous(index.categories), reader(index))
     started = time.perf_counter()
@@ -66,13 +66,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch, S3Server() as server:
         os.environ.update(server.environment)
         root = Path(scratch) / "set"
-        generate_dataset(root, num_train=arguments.images, num_val=1, seed=0, image_size=(256, 384))
+        draw_shapes(root, num_train=arguments.images, num_val=1, seed=0, image_size=(256, 384))
         local = open_split(str(root), None, "train")
         bucket = server.new_bucket()
         uri = server.upload(root, f"{bucket}/set")
         write_shards(local, f"s3://{bucket}/shards", shard_megabytes=1)
         in_bucket, in_shards = open_split(uri, None, "train"), read_shard_index(f"s3://{bucket}/shards")
-        kinds: dict[str, tuple[CocoIndex, type[ImageReader]]] = {
+        kinds: dict[str, tuple[DatasetIndex, type[ImageReader]]] = {
             "local folder": (local, ImageReader),
             "S3 images, one by one": (in_bucket, OneByOne),
             "S3 images": (in_bucket, ImageReader),

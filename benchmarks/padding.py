@@ -26,11 +26,9 @@ from benchmarks.harness import Row
 from benchmarks.pipeline import COCO128
 from benchmarks.step import QUICKSTART
 from detr_ray.config import load_config
-from detr_ray.data.augmentation import AugmentValues
-from detr_ray.data.generated import generate_dataset
+from detr_ray.data.formats import open_split
 from detr_ray.data.loader import BatchLoader
 from detr_ray.data.planner import Planner, plan_evaluation, share_bounds
-from detr_ray.data.splits import open_split
 from detr_ray.engine.context import LocalContext
 from detr_ray.engine.job import prepare_job
 from detr_ray.engine.loop import TrainingLoop
@@ -38,6 +36,7 @@ from detr_ray.engine.stream.batches import LocalBatches
 from detr_ray.engine.stream.planned_data import MIN_WINDOW, MIN_WINDOW_BATCHES
 from detr_ray.structures import IMAGENET_PIXELS, to_device
 from detr_ray.tracking import MemoryTracker
+from tests.defaults import augmentation, draw_shapes
 
 IMAGES = 4096
 EPOCHS, SHUFFLED_EPOCHS = 4, 16
@@ -66,9 +65,9 @@ def coco_like_sizes(count: int, seed: int = 0) -> Shapes:
 def planner_of(shapes: Shapes, batch: int, *, planned: bool = True, shared_draws: int = 1) -> Planner:
     """As training plans its global batches; or in random order."""
     window = max(MIN_WINDOW, MIN_WINDOW_BATCHES * batch) if planned else batch
-    augment = AugmentValues(shared_draws=shared_draws)
+    augment = augmentation(shared_draws=shared_draws)
     ids = np.arange(len(shapes[0]))
-    return Planner(*shapes, ids, seed=0, global_batch_size=batch, augment=augment, window=window)
+    return Planner(*shapes, ids, seed=0, global_batch_size=batch, size_policy=augment, window=window)
 
 
 def sizes_by_rank(shapes: Shapes, ranks: int, each: int, epochs: int, *, planned: bool, shared: int = 1) -> np.ndarray:
@@ -228,7 +227,7 @@ def held_out_loss(loop: TrainingLoop, root: Path) -> float:
 def training_rows(scratch: Path) -> list[Row]:
     """The loss after the same steps from the same weights, with planned and with random batches."""
     root = scratch / "drawn"
-    generate_dataset(root, num_train=DRAWN, num_val=HELD_OUT, seed=0, image_size=(32, 80), max_objects=2,
+    draw_shapes(root, num_train=DRAWN, num_val=HELD_OUT, seed=0, image_size=(32, 80), max_objects=2,
                      min_object_size=16, clutter=0)  # fmt: skip
     sides = {"planned": True, "random": False}
     found = {name: [train(root, scratch, seed, planned=side) for seed in TRAIN_SEEDS] for name, side in sides.items()}

@@ -27,12 +27,12 @@ from PIL import Image
 from benchmarks.baseline.pillow_pipeline import CocoFolder, data_loader
 from benchmarks.harness import Row, Timing, alternate, in_fresh_process
 from detr_ray.config import Config, load_config
-from detr_ray.data.generated import generate_dataset
+from detr_ray.data.formats import open_split
 from detr_ray.data.label_map import LabelMap
 from detr_ray.data.loader import BatchLoader
-from detr_ray.data.shards import write_shards
-from detr_ray.data.splits import open_split
+from detr_ray.data.packing import write_shards
 from detr_ray.engine.stream.planned_data import PlannedData
+from tests.defaults import draw_shapes
 
 COCO128 = Path(__file__).parents[2] / "shared" / "data" / "coco128"
 BATCH, WORKERS = 8, 2
@@ -47,7 +47,7 @@ def images_folder(scratch: Path) -> Path:
         return COCO128
     root = scratch / "drawn"
     if not root.exists():
-        generate_dataset(root, num_train=128, num_val=1, seed=0, image_size=(480, 640), max_objects=12)
+        draw_shapes(root, num_train=128, num_val=1, seed=0, image_size=(480, 640), max_objects=12)
     return root
 
 

@@ -13,7 +13,7 @@ from detr_ray.cli import run_command, say
 from detr_ray.config import Config, ConfigError
 
 if TYPE_CHECKING:
-    from detr_ray.data.index import CocoIndex
+    from detr_ray.data.index import DatasetIndex
 
 DESCRIPTION = """Draw the generated data set that data.generate describes, if it does not exist yet.
 
@@ -61,7 +61,7 @@ def _prepare(config: Config, arguments: argparse.Namespace) -> int:
 def _generate(config: Config) -> None:
     """Draws the generated data set, or finds it."""
     from detr_ray.data.errors import DataError
-    from detr_ray.data.generated import MARKER, generate_dataset
+    from detr_ray.data.generated import MARKER, DrawingParameters, generate_dataset
     from detr_ray.engine.job import generated_root
     from detr_ray.engine.reporting.pace import Pace
     from detr_ray.engine.reporting.progress import duration
@@ -72,7 +72,7 @@ def _generate(config: Config) -> None:
     was_there = (root / MARKER).is_file()
     started = time.perf_counter()
     try:
-        generate_dataset(root, **data.generate.model_dump(), progress=Pace("drew", say))
+        generate_dataset(root, DrawingParameters(**data.generate.model_dump()), progress=Pace("drew", say))
     except OSError as error:
         raise DataError(f"data.root: {root} cannot be written: {error}") from error
     if was_there:
@@ -82,7 +82,7 @@ def _generate(config: Config) -> None:
         say(f"drew {count} images into {root} in {duration(time.perf_counter() - started)}")
 
 
-def _pack(indexes: dict[str, CocoIndex], folder: str, shard_megabytes: int) -> None:
+def _pack(indexes: dict[str, DatasetIndex], folder: str, shard_megabytes: int) -> None:
     """Packs the splits that are not packed yet."""
     from detr_ray.data.errors import DataError
     from detr_ray.data.packing import pack_split, unpacked_splits

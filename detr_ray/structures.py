@@ -59,32 +59,6 @@ class Detections(TypedDict):
 
 
 @dataclass(frozen=True, slots=True)
-class SamplePlan:
-    """What happens to one image on its way into a batch; decided before a pixel is read.
-
-    The steps are done in this order: flip, resize to ``resize``, cut out ``crop``, resize to ``size``.
-
-    Attributes:
-        position: place in the training stream (``step * global_batch_size + slot``); in validation, the place in the
-            validation order.
-        index: row of the data set's index.
-        image_id: the annotation file's id of the image.
-        flip: whether the image is mirrored left to right.
-        resize: first resize as (height, width) in pixels, or None where nothing is cropped.
-        crop: (top, left, height, width) in pixels of the first-resized image, or None.
-        size: final (height, width) in pixels.
-    """
-
-    position: int
-    index: int
-    image_id: int
-    flip: bool
-    resize: tuple[int, int] | None
-    crop: tuple[int, int, int, int] | None
-    size: tuple[int, int]
-
-
-@dataclass(frozen=True, slots=True)
 class PaddedBatch:
     """One micro-batch from the data tasks: numpy arrays on the host, images as uint8.
 

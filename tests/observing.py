@@ -17,6 +17,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from detr_ray.config import Config
+from detr_ray.data.sample import SamplePlan
 from detr_ray.engine.checkpoints.store import CheckpointInfo, CheckpointStore
 from detr_ray.engine.context import LocalContext
 from detr_ray.engine.job import TrainJob, prepare_job
@@ -25,7 +26,7 @@ from detr_ray.engine.reporting.result import FitResult
 from detr_ray.engine.stream.batches import LocalBatches
 from detr_ray.loss import SetCriterion
 from detr_ray.model import DetectionModel
-from detr_ray.structures import ModelOutput, SamplePlan, Target
+from detr_ray.structures import ModelOutput, Target
 from detr_ray.tracking import MemoryTracker
 
 SMALLEST = (

@@ -20,8 +20,8 @@ from coco_folder import CocoFolder, encoded, sound_folder
 
 from detr_ray.check import main
 from detr_ray.config import load_config
-from detr_ray.data.shards import write_shards
-from detr_ray.data.splits import open_split
+from detr_ray.data.formats import open_split
+from detr_ray.data.packing import write_shards
 from detr_ray.engine.optimizer import build_optimizer
 from detr_ray.engine.preflight.storage import checkpoint_bytes, within
 from detr_ray.model import build_model

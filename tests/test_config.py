@@ -5,7 +5,7 @@ Run alone: ``pytest tests/test_config.py``. Needs no torch.
 
 from __future__ import annotations
 
-import inspect
+import dataclasses
 import pickle
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from detr_ray.config import (
+    AugmentConfig,
     Config,
     ConfigError,
     DataConfig,
@@ -27,7 +28,8 @@ from detr_ray.config import (
 )
 from detr_ray.config.reference import reference_text
 from detr_ray.config.schema import all_keys
-from detr_ray.data.generated import generate_dataset
+from detr_ray.data.augmentation import DetrAugmentation
+from detr_ray.data.generated import DrawingParameters
 from detr_ray.schedules import Curve
 
 
@@ -488,6 +490,8 @@ def test_every_key_has_a_meaning_and_is_in_the_reference():
     assert max(map(len, text.splitlines())) <= 100
 
 
-def test_generated_data_takes_the_sections_keys():
-    parameters = dict(inspect.signature(generate_dataset).parameters)
-    assert parameters.keys() - {"root", "progress"} == GenerateConfig.model_fields.keys()
+@pytest.mark.parametrize(("section", "taker"), [(GenerateConfig, DrawingParameters), (AugmentConfig, DetrAugmentation)])
+def test_defaults_stand_in_the_sections_alone(section, taker):
+    fields = {field.name: field for field in dataclasses.fields(taker)}
+    assert fields.keys() == section.model_fields.keys()
+    assert all(field.default is dataclasses.MISSING for field in fields.values())

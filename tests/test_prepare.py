@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 from coco_folder import CocoFolder, encoded, sound_folder
+from defaults import draw_shapes
 
 from detr_ray.config import load_config
-from detr_ray.data.generated import generate_dataset
+from detr_ray.data.formats import open_split
 from detr_ray.data.images import ImageReader
 from detr_ray.data.packing import CountingReader
-from detr_ray.data.splits import open_split
 from detr_ray.engine.reporting.pace import Pace
 from detr_ray.prepare import main
 
@@ -73,7 +73,7 @@ def test_drawn_data_is_what_the_configuration_says(prepare, tmp_path):
     values = {"num_train": 3, "num_val": 2, "seed": 7, "image_size": (40, 60)}
     keys = [f"data.generate.{name}={list(v) if isinstance(v, tuple) else v}" for name, v in values.items()]
     assert prepare(f"data.root={tmp_path}/drawn", *keys)[0] == 0
-    generate_dataset(tmp_path / "expected", **values)
+    draw_shapes(tmp_path / "expected", **values)
     for path in (tmp_path / "expected").rglob("*.jpg"):
         drawn = tmp_path / "drawn" / path.relative_to(tmp_path / "expected")
         assert drawn.read_bytes() == path.read_bytes()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from defaults import draw_shapes
+
 from detr_ray.config import Config, load_config
-from detr_ray.data.generated import generate_dataset
 from detr_ray.engine.context import LocalContext
 from detr_ray.engine.job import prepare_job
 from detr_ray.engine.loop import FitResult, TrainingLoop
@@ -29,7 +30,7 @@ TINY = (
 def make_dataset(root: Path, num_train: int = 40, num_val: int = 8, **arguments: object) -> Path:
     """Draws a small data set in COCO's layout."""
     values: dict[str, object] = {"seed": 3, "image_size": (48, 72), "max_objects": 3, **arguments}
-    generate_dataset(root, num_train=num_train, num_val=num_val, **values)  # type: ignore[arg-type]
+    draw_shapes(root, num_train=num_train, num_val=num_val, **values)
     return root
 
 

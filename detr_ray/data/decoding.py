@@ -1,11 +1,11 @@
 """From the bytes of an image file to RGB pixels.
 
 Every readable image becomes ``uint8 [3, H, W]`` RGB, whatever its file format and mode; one that is not readable is an
-`ImageError` that names the file and the reason. (What the JPEG library itself takes for whole is whole: pixels lost
-in the middle of a file with a valid end are filled by it.) Choices where formats leave one: the EXIF orientation is
-applied, and EXIF that can't be read is passed over; an alpha channel is dropped (as ``convert("RGB")`` of Pillow does);
-16-bit images keep the high byte, unless they say that they use fewer bits, and are refused where that would be nearly
-black; animations show their first frame. Knows nothing of boxes, augmentation or batches.
+`ImageError` that names the file and the reason. (Pixels that are lost in the middle of a JPEG with a valid end are
+filled by the JPEG library without an error.) The EXIF orientation is applied, and EXIF that can't be read is ignored.
+An alpha channel is dropped, as ``convert("RGB")`` of Pillow does. 16-bit images keep the high byte, unless they say that
+they use fewer bits; they are refused where they would be nearly black. Of animations the first frame is taken. Knows
+nothing of boxes, augmentation or batches.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def decode_image(data: bytes, name: str, size: tuple[int, int] | None = None, re
     if not data.startswith(JPEG_START):
         return _decode_with_pillow(data, name, size)
     header = _jpeg_header(data, name)
-    is_upright = header.turn(name, size)  # refused before decoding: a damaged header can claim gigabytes
+    is_upright = header.turn(name, size)  # before decoding: by a damaged header an image may take gigabytes
     pixels = _decode_reduced(data, name, header, reduced) if size is not None and reduced > 1 else None
     if pixels is None:
         pixels = _decode_jpeg(data, name)
@@ -145,7 +145,7 @@ def _decode_jpeg(data: bytes, name: str) -> Tensor | None:
     try:
         return _jpeg_decoder()(encoded, _RGB, False).permute(1, 2, 0)
     except RuntimeError as error:
-        # Only what this decoder cannot do is worth a second try: on damaged data Pillow is the more lenient one.
+        # Pillow is tried only for kinds of JPEG that this decoder does not know: Pillow also accepts damaged ones.
         if "support" not in str(error):
             raise damaged(name, error) from error
     return None

@@ -39,8 +39,23 @@ _PLACEMENTS = 12
 
 
 @dataclass(frozen=True, slots=True)
-class _Parameters:
-    """Everything that the bytes of a generated data set depend on."""
+class DrawingParameters:
+    """Everything that the bytes of a generated data set depend on.
+
+    Attributes:
+        num_train: training images.
+        num_val: validation images.
+        seed: not negative; other seeds give other images.
+        image_size: smallest and largest side in pixels, at least 32; both sides are drawn on their own, so the aspect
+            ratio varies.
+        max_objects: most objects in an image.
+        min_object_size: length in pixels of the smallest objects' longer side; at most half the smallest image side.
+        empty_fraction: share of images without objects, 0 <= share < 1.
+        clutter: 0 for smooth noiseless backgrounds, 1 for the most lines, patches and noise.
+
+    Raises:
+        DataError: a parameter is out of range.
+    """
 
     num_train: int
     num_val: int
@@ -65,24 +80,15 @@ class _Parameters:
         }
         for name, holds in rules.items():
             if not holds:
-                raise DataError(f"generated data: {name}={getattr(self, name)} is out of range (see generate_dataset)")
+                raise DataError(f"generated data: {name}={getattr(self, name)} is out of range")
 
     def to_dict(self) -> dict[str, object]:
+        """As the marker file has them."""
         return {**asdict(self), "image_size": list(self.image_size), "drawing": _DRAWING}
 
 
 def generate_dataset(
-    root: Path,
-    *,
-    num_train: int,
-    num_val: int,
-    seed: int,
-    image_size: tuple[int, int] = (64, 128),
-    max_objects: int = 5,
-    min_object_size: int = 12,
-    empty_fraction: float = 0.03,
-    clutter: float = 0.5,
-    progress: Callable[[int, int], None] | None = None,
+    root: Path, parameters: DrawingParameters, progress: Callable[[int, int], None] | None = None
 ) -> None:
     """Writes a data set of drawn shapes into ``root``, or finds it there.
 
@@ -93,36 +99,24 @@ def generate_dataset(
 
     Args:
         root: folder to make. Its parents are made too.
-        num_train: training images, at least 1.
-        num_val: validation images, at least 1.
-        seed: not negative; other seeds give other images.
-        image_size: smallest and largest side in pixels, at least 32; both sides are drawn on their own, so the aspect
-            ratio varies.
-        max_objects: most objects in an image.
-        min_object_size: length in pixels of the smallest objects' longer side; at most half the smallest image side.
-        empty_fraction: share of images without objects, 0 <= share < 1.
-        clutter: 0 for smooth noiseless backgrounds, 1 for the most lines, patches and noise.
+        parameters: what to draw.
         progress: called with (images done, images in all) from time to time.
 
     Raises:
-        DataError: a parameter is out of range, or ``root`` holds something else, or data made with other parameters
-            (the message says which differ).
+        DataError: ``root`` holds something else, or data made with other parameters (the message says which differ).
     """
-    parameters = _Parameters(
-        num_train, num_val, seed, (image_size[0], image_size[1]), max_objects, min_object_size, empty_fraction, clutter
-    )
     root = Path(root).expanduser().resolve()
     if _is_complete(root, parameters):
         return
     root.parent.mkdir(parents=True, exist_ok=True)
     partial = root.parent / f".{root.name}.partial-{uuid.uuid4().hex[:12]}"
     try:
-        done = 0
-        for split, count in (("train", num_train), ("val", num_val)):
+        done, total = 0, parameters.num_train + parameters.num_val
+        for split, count in (("train", parameters.num_train), ("val", parameters.num_val)):
             for _ in _write_split(partial, split, count, parameters):
                 done += 1
-                if progress is not None and (done % 200 == 0 or done == num_train + num_val):
-                    progress(done, num_train + num_val)
+                if progress is not None and (done % 200 == 0 or done == total):
+                    progress(done, total)
         (partial / MARKER).write_text(json.dumps(parameters.to_dict(), indent=2) + "\n")
         try:
             partial.rename(root)
@@ -134,7 +128,7 @@ def generate_dataset(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _is_complete(root: Path, parameters: _Parameters) -> bool:
+def _is_complete(root: Path, parameters: DrawingParameters) -> bool:
     """Whether ``root`` holds this data set; False where there is nothing yet.
 
     Raises:
@@ -167,7 +161,7 @@ def _is_complete(root: Path, parameters: _Parameters) -> bool:
     )
 
 
-def _write_split(root: Path, split: str, count: int, parameters: _Parameters) -> Iterator[None]:
+def _write_split(root: Path, split: str, count: int, parameters: DrawingParameters) -> Iterator[None]:
     """Draws a split's images into ``root``, yielding after each one, and then writes its annotation file."""
     folder = root / f"{split}2017"
     folder.mkdir(parents=True)
@@ -195,7 +189,7 @@ def _write_split(root: Path, split: str, count: int, parameters: _Parameters) ->
     path.write_text(json.dumps(content))
 
 
-def _draw_image(split: str, number: int, parameters: _Parameters) -> tuple[Image.Image, list[dict[str, object]]]:
+def _draw_image(split: str, number: int, parameters: DrawingParameters) -> tuple[Image.Image, list[dict[str, object]]]:
     """One image and its annotations (``category_id``, ``bbox`` as xywh in pixels, ``area`` in pixels)."""
     rng = np.random.Generator(np.random.PCG64([parameters.seed, _SPLITS[split][0], number]))
     smallest, largest = parameters.image_size

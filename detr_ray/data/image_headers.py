@@ -1,7 +1,7 @@
 """What the header of an image file says, before a pixel is decoded: format, pixel type, size, orientation.
 
-Decoding begins with the same look, so that what a header is refused for is what decoding would refuse, by the same
-words. Where a header can't tell (`ImageHeader.is_certain`), decoding has the last word.
+Decoding begins by reading the header in the same way: what is refused here is refused there, with the same message.
+Some images can only be refused when they are decoded (`ImageHeader.is_certain` is False).
 """
 
 from __future__ import annotations

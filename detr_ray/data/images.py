@@ -18,7 +18,7 @@ from detr_ray.data.decoding import decode_image, read_image_size, reduction
 from detr_ray.data.errors import DataError
 from detr_ray.data.image_headers import ImageError, ImageHeader, read_header
 from detr_ray.data.image_places import missing, name_below, refuse_link_outside
-from detr_ray.data.index import CocoIndex
+from detr_ray.data.index import DatasetIndex
 from detr_ray.data.ranges import OpenFiles, Span, join_parts
 from detr_ray.locations import LocationError, is_remote, join, open_location, resolve
 from detr_ray.printable import printable
@@ -42,14 +42,14 @@ class ImageReader:
         index: says where the images lie (``images_root`` or ``shards``) and what they are called.
 
     Attributes:
-        is_remote: whether they lie beyond a network, where several reads at a time take as long as one.
+        is_remote: whether they lie beyond a network; several reads at a time then take about as long as one.
     """
 
-    def __init__(self, index: CocoIndex) -> None:
+    def __init__(self, index: DatasetIndex) -> None:
         if (index.images_root is None) == (index.shards is None):
             raise ValueError("an index has its images either in a folder or in shards")
         self._file_names = index.file_names
-        # Other processes, where it may be used, have other working folders.
+        # Absolute: the processes that it is sent to may have other working folders.
         self._images_root = None if index.images_root is None else resolve(index.images_root)
         self._follow_links = index.follow_links
         self._shards = index.shards
@@ -77,8 +77,8 @@ class ImageReader:
     def read_many(self, images: Sequence[int]) -> list[Callable[[], bytes]]:
         """Begins to read several images; each of the functions that it returns gives one, or raises, as `read` does.
 
-        What is remote is read in threads, a bounded number at a time in the process; from shards, images that lie near
-        each other by one request. What is local is read when it is asked for.
+        Remote images are read in threads, `READS_AT_ONCE` at a time in the process; those that lie near each other in
+        a shard are read by one request. Local images are read when the function is called.
         """
         if not self.is_remote:
             return [functools.partial(self.read, i) for i in images]
@@ -153,7 +153,7 @@ class ImageReader:
                 return file.read(-1 if num_bytes is None else num_bytes)
 
         def read_remote() -> bytes:
-            # Not by an address of its own: a file's name may hold anything.
+            # The name is not made part of an address: it may hold characters that mean something there.
             file_system, folder = open_location(root)
             with file_system.open_input_file(f"{folder}/{name}") as file:
                 return file.read(num_bytes)

@@ -1,22 +1,27 @@
 """The data set as columns: which images there are, how large they are, and the boxes on them.
 
-An index holds no Python object per image or annotation: a million boxes are a few arrays, which travel between
-processes out of band. Reading pixels is `images.py`'s, the draws of the augmentation are `planner.py`'s.
+An index holds no Python object per image or annotation: a million boxes are a few arrays, which are sent to other
+processes without being copied. Knows no file format (see `formats/`) and reads no pixels (see `images.py`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from detr_ray.data.coco_json import read_coco_columns
 from detr_ray.data.label_map import LabelMap
+from detr_ray.data.sample import Instances
 
-# A box may end this far outside of its image before it is counted: rounding in the file.
+MOST_PIXELS_A_SIDE = 2**31 - 1
+"""Sizes are kept in 32 bits."""
+
+# A box may end this far outside of its image before it is counted: numbers are rounded in files.
 ROUNDING_PX = 0.5
 
 PROBLEMS = {
@@ -30,7 +35,6 @@ PROBLEMS = {
     "boxes_without_area": "boxes without area (left out in training)",
     "images_without_boxes": "images without annotations (kept: all no-object)",
 }
-
 
 COLUMN_TYPES = {
     "image_ids": np.int64,
@@ -63,14 +67,14 @@ class ShardPlaces:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class CocoIndex:
+class DatasetIndex:
     """Images and annotations of one split; ``I`` images by rising id, ``A`` annotations grouped by image.
 
     Attributes:
         image_ids: ``[I]`` int64, rising.
         heights: ``[I]`` int32, pixels.
         widths: ``[I]`` int32, pixels.
-        file_names: ``[I]`` strings, as the annotation file has them.
+        file_names: ``[I]`` strings, as the annotations have them.
         first_box: ``[I+1]`` int64; the annotations of image ``i`` are the rows ``first_box[i]:first_box[i+1]``.
         boxes_xywh_px: ``[A, 4]`` float64 (left, top, width, height), as in the file (finite; else unchecked).
         category_ids: ``[A]`` int64.
@@ -105,6 +109,54 @@ class CocoIndex:
     problems: dict[str, int] = field(default_factory=dict)
     fingerprint: str = field(init=False)
 
+    @classmethod
+    def of_annotations(
+        cls,
+        *,
+        image_ids: np.ndarray,
+        heights: np.ndarray,
+        widths: np.ndarray,
+        file_names: Sequence[str],
+        annotated_ids: np.ndarray,
+        boxes_xywh_px: np.ndarray,
+        category_ids: np.ndarray,
+        areas: np.ndarray,
+        is_crowd: np.ndarray,
+        annotation_ids: np.ndarray,
+        **others: Any,
+    ) -> DatasetIndex:
+        """Makes an index of images and annotations that come in any order.
+
+        Args:
+            image_ids: ``[I]``, each once.
+            heights: ``[I]`` pixels.
+            widths: ``[I]`` pixels.
+            file_names: one for each image.
+            annotated_ids: ``[A]`` id of the image that each annotation belongs to.
+            boxes_xywh_px: ``[A, 4]``, finite.
+            category_ids: ``[A]``.
+            areas: ``[A]`` square pixels.
+            is_crowd: ``[A]``.
+            annotation_ids: ``[A]``, unique.
+            others: the other attributes of the index.
+        """
+        image_order = np.argsort(image_ids, kind="stable")
+        image_of = np.searchsorted(image_ids, annotated_ids, sorter=image_order)
+        box_order = np.argsort(image_of, kind="stable")
+        return cls(
+            image_ids=image_ids[image_order],
+            heights=heights[image_order],
+            widths=widths[image_order],
+            file_names=pa.array(file_names, pa.string()).take(image_order),
+            first_box=np.concatenate([[0], np.bincount(image_of, minlength=len(image_ids)).cumsum()]),
+            boxes_xywh_px=boxes_xywh_px[box_order],
+            category_ids=category_ids[box_order],
+            areas=areas[box_order],
+            is_crowd=is_crowd[box_order],
+            annotation_ids=annotation_ids[box_order],
+            **others,
+        )
+
     def __post_init__(self) -> None:
         for name, dtype in COLUMN_TYPES.items():
             object.__setattr__(self, name, np.ascontiguousarray(getattr(self, name), dtype=dtype))
@@ -117,10 +169,10 @@ class CocoIndex:
         return len(self.image_ids)
 
     def file_name(self, i: int) -> str:
-        """File name of image ``i``, as the annotation file has it."""
+        """File name of image ``i``, as the annotations have it."""
         return self.file_names[i].as_py()
 
-    def first(self, count: int) -> CocoIndex:
+    def first(self, count: int) -> DatasetIndex:
         """The first ``count`` images with their annotations, as a data set of its own."""
         boxes = slice(0, self.first_box[min(count, len(self))])
         images = slice(0, count)
@@ -142,58 +194,23 @@ class CocoIndex:
             problems={key: n for key, n in self.problems.items() if key not in _box_problems(self)},
         )
 
-    def training_boxes(self, i: int, label_map: LabelMap) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Boxes of image ``i`` to learn from: no crowds, clipped to the image, those without area left out.
+    def training_instances(self, i: int, label_map: LabelMap) -> Instances:
+        """What is to be learnt from image ``i``: no crowds, boxes clipped to the image, none without area.
 
-        Returns:
-            labels ``[n]`` int64; boxes_xyxy_px ``[n, 4]`` float32; areas ``[n]`` float32, square pixels, as annotated.
+        Raises:
+            DataError: a category that the label map does not have.
         """
         rows = slice(self.first_box[i], self.first_box[i + 1])
+        height, width = int(self.heights[i]), int(self.widths[i])
         boxes = self.boxes_xywh_px[rows].astype(np.float32)
         boxes[:, 2:] += boxes[:, :2]
-        boxes[:, 0::2] = boxes[:, 0::2].clip(0, self.widths[i])
-        boxes[:, 1::2] = boxes[:, 1::2].clip(0, self.heights[i])
+        boxes[:, 0::2] = boxes[:, 0::2].clip(0, width)
+        boxes[:, 1::2] = boxes[:, 1::2].clip(0, height)
         keep = ~self.is_crowd[rows] & (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-        labels = label_map.labels_of(self.category_ids[rows][keep])
-        return labels, boxes[keep], self.areas[rows][keep].astype(np.float32)
+        return Instances(boxes[keep], label_map.labels_of(self.category_ids[rows][keep]), (height, width))
 
 
-def read_coco_index(annotations: str, images: str, follow_links: bool = False) -> CocoIndex:
-    """Reads a COCO annotation file.
-
-    Args:
-        annotations: path or URI of the JSON.
-        images: folder or URI that the file names are relative to; not looked into here.
-        follow_links: whether links in that folder may lead out of it.
-
-    Raises:
-        DataError: see `read_coco_columns`.
-    """
-    columns = read_coco_columns(annotations)
-    image_order = np.argsort(columns.image_ids, kind="stable")
-    image_ids = columns.image_ids[image_order]
-    image_of = np.searchsorted(image_ids, columns.box_image_ids)
-    box_order = np.argsort(image_of, kind="stable")
-    return CocoIndex(
-        image_ids=image_ids,
-        heights=columns.heights[image_order],
-        widths=columns.widths[image_order],
-        file_names=pa.array(columns.file_names, pa.string()).take(image_order),
-        first_box=np.concatenate([[0], np.bincount(image_of, minlength=len(image_ids)).cumsum()]),
-        boxes_xywh_px=columns.boxes_xywh_px[box_order],
-        category_ids=columns.category_ids[box_order],
-        areas=columns.areas[box_order],
-        is_crowd=columns.is_crowd[box_order],
-        annotation_ids=columns.annotation_ids[box_order],
-        categories=columns.categories,
-        source=annotations,
-        images_root=images,
-        follow_links=follow_links,
-        problems=columns.problems,
-    )
-
-
-def _box_problems(index: CocoIndex) -> dict[str, int]:
+def _box_problems(index: DatasetIndex) -> dict[str, int]:
     counts = np.diff(index.first_box)
     left, top, width, height = index.boxes_xywh_px.T
     image_width, image_height = np.repeat(index.widths, counts), np.repeat(index.heights, counts)
@@ -208,7 +225,7 @@ def _box_problems(index: CocoIndex) -> dict[str, int]:
     }
 
 
-def _fingerprint(index: CocoIndex) -> str:
+def _fingerprint(index: DatasetIndex) -> str:
     digest = hashlib.sha256()
     for name in COLUMN_TYPES:
         column = getattr(index, name)

@@ -21,7 +21,7 @@ from detr_ray.data.errors import DataError
 from detr_ray.data.image_headers import ImageError, ImageHeader, WrongSizeError, read_header
 from detr_ray.data.image_places import MisnamedError
 from detr_ray.data.images import ImageReader
-from detr_ray.data.index import CocoIndex
+from detr_ray.data.index import DatasetIndex
 from detr_ray.locations import LocationError, file_info, join, list_files, parent
 
 _LOCAL_THREADS = 16
@@ -80,7 +80,7 @@ class Inspection:
     broken_off: str = ""
 
 
-def find_missing_storage(index: CocoIndex) -> dict[int, str]:
+def find_missing_storage(index: DatasetIndex) -> dict[int, str]:
     """Finds out whether the folder or the shards that hold the images are there, with one look at a folder.
 
     Returns:
@@ -113,7 +113,7 @@ def find_missing_storage(index: CocoIndex) -> dict[int, str]:
 
 
 def inspect_images(
-    index: CocoIndex,
+    index: DatasetIndex,
     *,
     decode: bool = False,
     only: Sequence[int] | None = None,
@@ -198,7 +198,7 @@ def _note(found: Inspection, name: str, header: ImageHeader) -> None:
 
 
 def _look(
-    index: CocoIndex, reader: ImageReader, kinds: set[tuple[str, str]], i: int, *, decode: bool, has_ends: bool
+    index: DatasetIndex, reader: ImageReader, kinds: set[tuple[str, str]], i: int, *, decode: bool, has_ends: bool
 ) -> ImageHeader | BadImage:
     name, size = reader.name(i), (int(index.heights[i]), int(index.widths[i]))
     try:

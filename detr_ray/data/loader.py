@@ -7,17 +7,18 @@ pipelines move between processes. Knows nothing of the order of batches, of work
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 import pyarrow as pa
 
-from detr_ray.data.augmentation import apply_to_boxes, apply_to_image
 from detr_ray.data.decoding import decode_image, reduction
 from detr_ray.data.image_headers import ImageError
 from detr_ray.data.images import ImageReader
-from detr_ray.data.index import CocoIndex
+from detr_ray.data.index import DatasetIndex
 from detr_ray.data.label_map import LabelMap
-from detr_ray.structures import PaddedBatch, SamplePlan
+from detr_ray.data.sample import Instances, Picture, SamplePlan
+from detr_ray.structures import PaddedBatch
 
 # The columns that a table holds beside the pixels and the messages about bad images: element type, and shape of one
 # image's or one box's part of it.
@@ -47,7 +48,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        index: CocoIndex,
+        index: DatasetIndex,
         label_map: LabelMap,
         reader: ImageReader | None = None,
         reduce: float | None = None,
@@ -88,58 +89,56 @@ class BatchLoader:
     def _begin(self, samples: Sequence[SamplePlan]) -> list[Callable[[], bytes]]:
         if not samples:
             raise ValueError("a batch is made of at least one sample")
-        return self.reader.read_many([sample.index for sample in samples])
+        return self.reader.read_many([image for sample in samples for image in sample.images])
 
     def _assemble(self, samples: Sequence[SamplePlan], reads: Sequence[Callable[[], bytes]]) -> PaddedBatch:
         """The batch of the samples whose images are being read."""
         height, width = (
             -(-max(sample.size[side] for sample in samples) // self.pad_multiple) * self.pad_multiple for side in (0, 1)
         )
-        # As decoders leave pixels and as convolutions take them: a row of an image is copied whole.
+        # Channels last, as decoders leave pixels and as convolutions take them: rows are copied whole.
         pixels = np.empty((len(samples), height, width, 3), np.uint8)
-        labels, boxes, bad_images, bad_image_ids = [], [], [], []
-        for padded, sample, read in zip(pixels, samples, reads, strict=True):
+        loaded, bad_images, bad_image_ids = [], [], []
+        pending = iter(reads)
+        for padded, sample in zip(pixels, samples, strict=True):
+            own_reads = iter(list(islice(pending, len(sample.images))))
+            height, width = sample.size
             try:
-                self._load_image(sample, read, padded)
+                picture = self._load(sample, own_reads)
             except ImageError as error:
                 bad_images.append(str(error))
                 bad_image_ids.append(sample.image_id)
                 padded.fill(0)
-                image_labels, image_boxes = np.zeros(0, np.int64), np.zeros((0, 4), np.float32)
-            else:
-                image_labels, image_boxes = self._load_boxes(sample)
-            labels.append(image_labels)
-            boxes.append(image_boxes)
+                loaded.append(Instances(np.zeros((0, 4), np.float32), np.zeros(0, np.int64), sample.size))
+                continue
+            padded[:height, :width] = picture.pixels.numpy()
+            padded[:height, width:] = 0
+            padded[height:] = 0
+            loaded.append(picture.instances)
         return PaddedBatch(
             images=pixels.transpose(0, 3, 1, 2),
             sizes=np.array([sample.size for sample in samples], np.int32),
-            orig_sizes=np.array([self._stored_size(sample) for sample in samples], np.int32),
+            orig_sizes=np.array([self._stored_size(sample.index) for sample in samples], np.int32),
             image_ids=np.array([sample.image_id for sample in samples], np.int64),
             positions=np.array([sample.position for sample in samples], np.int64),
-            labels=np.concatenate(labels).astype(np.int64, copy=False),
-            boxes_cxcywh=np.concatenate(boxes).astype(np.float32, copy=False),
-            counts=np.array([len(image_labels) for image_labels in labels], np.int64),
+            labels=np.concatenate([instances.labels for instances in loaded]),
+            boxes_cxcywh=np.concatenate([instances.boxes_cxcywh() for instances in loaded]),
+            counts=np.array([len(instances.labels) for instances in loaded], np.int64),
             bad_images=bad_images,
             bad_image_ids=np.array(bad_image_ids, np.int64),
         )
 
-    def _stored_size(self, sample: SamplePlan) -> tuple[int, int]:
-        return int(self.index.heights[sample.index]), int(self.index.widths[sample.index])
+    def _stored_size(self, i: int) -> tuple[int, int]:
+        return int(self.index.heights[i]), int(self.index.widths[i])
 
-    def _load_image(self, sample: SamplePlan, read: Callable[[], bytes], padded: np.ndarray) -> None:
-        """Fills ``padded``, ``[H, W, 3]``: the image at the top left, zeros elsewhere."""
-        stored = self._stored_size(sample)
-        reduced = 1 if self.reduce is None else reduction(stored, sample.resize or sample.size, self.reduce)
-        pixels = decode_image(read(), self.reader.name(sample.index), stored, reduced)
-        height, width = sample.size
-        padded[:height, :width] = apply_to_image(pixels, sample).permute(1, 2, 0).numpy()
-        padded[:height, width:] = 0
-        padded[height:] = 0
-
-    def _load_boxes(self, sample: SamplePlan) -> tuple[np.ndarray, np.ndarray]:
-        labels, boxes_xyxy_px, areas = self.index.training_boxes(sample.index, self.label_map)
-        labels, boxes_cxcywh, _ = apply_to_boxes(boxes_xyxy_px, areas, labels, self._stored_size(sample), sample)
-        return labels, boxes_cxcywh
+    def _load(self, sample: SamplePlan, reads: Iterator[Callable[[], bytes]]) -> Picture:
+        """The picture of a sample, and of its partners within; takes the reads of its images in their order."""
+        stored = self._stored_size(sample.index)
+        reduced = 1 if self.reduce is None else reduction(stored, sample.first_size(stored), self.reduce)
+        pixels = decode_image(next(reads)(), self.reader.name(sample.index), stored, reduced)
+        instances = self.index.training_instances(sample.index, self.label_map)
+        partners = [self._load(partner, reads) for partner in sample.partners]
+        return sample.apply(Picture(pixels.permute(1, 2, 0), instances), partners)
 
 
 def to_table(batch: PaddedBatch) -> pa.Table:

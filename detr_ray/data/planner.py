@@ -1,9 +1,10 @@
 """The training stream, addressed by position: what every sample of every step is, before a pixel is read.
 
-Global batch ``step`` is a pure function of (image sizes, seed, global batch size, augmentation, windows, step). How
-many workers share it, what was asked for before and which process asks makes no difference, so that a run can go on
-anywhere with any number of workers. Random numbers are the raw 64-bit words of PCG64, which numpy keeps the same across
-versions. Knows nothing of boxes, pixels, files or processes.
+Global batch ``step`` is a pure function of (image sizes, seed, global batch size, size policy, windows, step). It is
+the same for any number of workers, in any process, and whatever was planned before, so that a run can go on anywhere
+with any number of workers. Random numbers are the raw 64-bit words of PCG64, which numpy keeps the same in all
+versions.
+Knows nothing of boxes, pixels, files or processes, and of the augmentation what a `SizePolicy` says.
 """
 
 from __future__ import annotations
@@ -14,31 +15,54 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from detr_ray.data.augmentation import DRAWS_PER_SAMPLE, AugmentValues, Draws, draw, resized_sizes, share_draws
 from detr_ray.data.errors import DataError
-from detr_ray.data.grouping import order_by_shape, order_part_by_shape
-from detr_ray.structures import SamplePlan
+from detr_ray.data.grouping import order_by_shape
+from detr_ray.data.sample import SamplePlan, Step, resized_sizes
 
 CACHED_WINDOWS = 4
 
-LARGE_BATCH = 512
-"""Global batches above this are ordered by shape inside when they are asked for: a process that plans for one of many
-workers needs few of them, and ordering all of a window takes longer than anything else in planning it."""
+
+class PlannedSizes(Protocol):
+    """What a size policy decided for the samples of a window."""
+
+    @property
+    def size(self) -> np.ndarray:
+        """``[n, 2]`` int32, final (height, width) of each sample in pixels."""
+        ...
+
+    def steps(self, places: np.ndarray) -> list[tuple[Step, ...]]:
+        """What is done to the samples at these places of the window before they are brought to their final size."""
+        ...
+
+
+class SizePolicy(Protocol):
+    """Decides from random numbers what size each sample gets, and by which steps."""
+
+    @property
+    def draws_per_sample(self) -> int:
+        """Random numbers that one sample takes."""
+        ...
+
+    def draw(self, sizes: np.ndarray, uniform: np.ndarray) -> PlannedSizes:
+        """Decides for the samples of a window.
+
+        Args:
+            sizes: ``[n, 2]`` (height, width) of the stored images in pixels.
+            uniform: ``[n, draws_per_sample]`` in [0, 1).
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Window:
-    """A planned stretch of an epoch: rows of the index, what was drawn for them, and the order they are taken in.
-
-    The order within a large batch is not made yet.
-    """
+    """A planned stretch of an epoch: rows of the index, what was drawn for them, and the order they are taken in."""
 
     rows: np.ndarray
-    draws: Draws
+    draws: PlannedSizes
     order: np.ndarray
 
 
@@ -48,9 +72,9 @@ class Planner:
     An epoch is a permutation of the images, of which the last ``images % global_batch_size`` are left out (others in
     each epoch). Each window of it is grouped into global batches of like shape, which then come in random order.
 
-    Where the images lie in shards, the permutation may be one of shards first: an epoch then takes a few shards at a
-    time, in random order, and shuffles the images of these together. A window is of one such group of shards, but for
-    the images that were too few for a last batch of the group before, which come with it.
+    Where the images lie in shards, an epoch may take a few shards at a time, in random order, and shuffle the images of
+    these together. A window then has images of one such group of shards. Those that are too few for a last batch of the
+    group come with the next group.
     """
 
     def __init__(
@@ -61,7 +85,7 @@ class Planner:
         *,
         seed: int,
         global_batch_size: int,
-        augment: AugmentValues,
+        size_policy: SizePolicy,
         window: int = 4096,
         shard_of: np.ndarray | None = None,
         shards_at_a_time: int | None = None,
@@ -74,13 +98,13 @@ class Planner:
             image_ids: ``[I]``.
             seed: not negative.
             global_batch_size: images of one step, over all workers.
-            augment: what the augmentation draws from.
-            window: most samples that are grouped by shape at a time, cut to whole global batches (at least one) and
-                then such that the windows of an epoch are about equally long. The more batches in a window, the less
-                padding, and the less the workers wait for each other: 64 global batches are a good measure.
+            size_policy: the augmentation, as far as it decides sizes.
+            window: most samples that are grouped by shape at a time, in whole global batches (at least one). The
+                windows of an epoch are about equally long. More batches in a window mean less padding and shorter waits
+                of the workers for each other: 64 are enough.
             shard_of: ``[I]`` number of the file that each image lies in; needed with ``shards_at_a_time`` alone.
-            shards_at_a_time: so many shards are shuffled together; None for all images. Part of what the stream is a
-                function of.
+            shards_at_a_time: so many shards are shuffled together; None for all images. Another value gives another
+                stream.
 
         Raises:
             DataError: there are not enough images for one step.
@@ -94,7 +118,7 @@ class Planner:
         self.image_ids = np.asarray(image_ids, dtype=np.int64)
         self.seed = seed
         self.global_batch_size = global_batch_size
-        self.augment = augment
+        self._size_policy = size_policy
         self.steps_per_epoch = len(image_ids) // global_batch_size
         self._steps_at_most = max(1, window // global_batch_size)
         self._even_bounds = _cut_evenly(0, self.steps_per_epoch, self._steps_at_most)
@@ -123,35 +147,31 @@ class Planner:
 
     def samples(self, step: int, first: int, last: int) -> tuple[SamplePlan, ...]:
         """The samples ``first..last-1`` of one step's global batch."""
-        rows, draws = self._part(step, first, last)
-        start = step * self.global_batch_size + first
-        columns = zip(
-            range(start, start + len(rows)),
-            rows.tolist(),
-            self.image_ids[rows].tolist(),
-            draws.flip.tolist(),
-            draws.resize.tolist(),
-            draws.crop.tolist(),
-            draws.size.tolist(),
-            strict=True,
-        )
+        epoch, step_of_epoch = self.place_of(step)
+        bounds = self.window_bounds(epoch)
+        number = bisect.bisect_right(bounds, step_of_epoch) - 1
+        window = self._window(epoch, number)
+        start = (step_of_epoch - bounds[number]) * self.global_batch_size
+        places = window.order[start + first : start + min(last, self.global_batch_size)]
+        rows = window.rows[places]
+        positions = step * self.global_batch_size + first + np.arange(len(rows))
         return tuple(
-            SamplePlan(
-                position=position,
-                index=index,
-                image_id=image_id,
-                flip=flip,
-                resize=(resize[0], resize[1]) if resize[0] else None,
-                crop=(crop[0], crop[1], crop[2], crop[3]) if resize[0] else None,
-                size=(final[0], final[1]),
+            SamplePlan(position, index, image_id, (size[0], size[1]), steps, seed)
+            for position, index, image_id, size, steps, seed in zip(
+                positions.tolist(),
+                rows.tolist(),
+                self.image_ids[rows].tolist(),
+                window.draws.size[places].tolist(),
+                window.draws.steps(places),
+                sample_seeds(self.seed, positions).tolist(),
+                strict=True,
             )
-            for position, index, image_id, flip, resize, crop, final in columns
         )
 
     def epoch_sizes(self, epoch: int) -> np.ndarray:
         """Final sizes of a whole epoch, ``[steps_per_epoch, global_batch_size, 2]`` int32 (height, width) in pixels."""
         numbers = range(len(self.window_bounds(epoch)) - 1)
-        windows = [self._plan_window(epoch, number, inside=True) for number in numbers]
+        windows = [self._plan_window(epoch, number) for number in numbers]
         sizes = np.concatenate([window.draws.size[window.order] for window in windows])
         return sizes.reshape(self.steps_per_epoch, self.global_batch_size, 2)
 
@@ -194,41 +214,26 @@ class Planner:
         parts = [np.concatenate(group) for group in self._shard_groups(epoch)]
         return np.concatenate([part[_random_order(words, len(part))] for part in parts])
 
-    def _part(self, step: int, first: int, last: int) -> tuple[np.ndarray, Draws]:
-        """Rows and draws of places ``first..last-1`` of one step."""
-        epoch, step_of_epoch = self.place_of(step)
-        bounds = self.window_bounds(epoch)
-        number = bisect.bisect_right(bounds, step_of_epoch) - 1
-        window = self._window(epoch, number)
-        start = (step_of_epoch - bounds[number]) * self.global_batch_size
-        places = window.order[start : start + self.global_batch_size]
-        if self.global_batch_size > LARGE_BATCH:
-            places = places[order_part_by_shape(window.draws.size[places], first, last)]
-        else:
-            places = places[first:last]
-        return window.rows[places], window.draws.take(places)
-
     def _window(self, epoch: int, number: int) -> _Window:
         key = (epoch, number)
         if key in self._windows:
             self._windows.move_to_end(key)
         else:
-            self._windows[key] = self._plan_window(epoch, number, inside=self.global_batch_size <= LARGE_BATCH)
+            self._windows[key] = self._plan_window(epoch, number)
             if len(self._windows) > CACHED_WINDOWS:
                 self._windows.popitem(last=False)
         return self._windows[key]
 
-    def _plan_window(self, epoch: int, number: int, *, inside: bool) -> _Window:
+    def _plan_window(self, epoch: int, number: int) -> _Window:
         size = self.global_batch_size
         first, last = self.window_bounds(epoch)[number : number + 2]
         rows = self._permutation(epoch)[first * size : last * size]
 
         words = self._words(epoch, 1 + number)
-        uniform = _uniform(words.random_raw(len(rows) * DRAWS_PER_SAMPLE)).reshape(-1, DRAWS_PER_SAMPLE)
-        uniform = share_draws(uniform, self.sizes[rows], self.augment.shared_draws)
-        draws = draw(self.sizes[rows], uniform, self.augment)
+        uniform = _uniform(words.random_raw(len(rows) * self._size_policy.draws_per_sample))
+        draws = self._size_policy.draw(self.sizes[rows], uniform.reshape(len(rows), -1))
 
-        batches = order_by_shape(draws.size, size, inside=inside).reshape(-1, size)
+        batches = order_by_shape(draws.size, size).reshape(-1, size)
         return _Window(rows, draws, batches[_random_order(words, len(batches))].ravel())
 
     def _words(self, epoch: int, stream: int) -> np.random.PCG64:
@@ -238,12 +243,32 @@ class Planner:
 
 def _random_order(words: np.random.PCG64, count: int) -> np.ndarray:
     """Puts so many things in random order."""
-    # The numbers' own sort is several times as fast as one that has to say where they were: their last bits say it.
-    bits = np.uint64(count.bit_length())
-    keys = words.random_raw(count) >> bits << bits
-    keys |= np.arange(count, dtype=np.uint64)
-    keys.sort()
-    return (keys & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)
+    # The last bits are left out so that the order is the one that earlier versions drew.
+    return np.argsort(words.random_raw(count) >> np.uint64(count.bit_length()), kind="stable")
+
+
+def sample_seeds(seed: int, positions: np.ndarray) -> np.ndarray:
+    """Seeds for what changes a sample without changing its size: functions of the run's seed and the position alone.
+
+    Args:
+        seed: the run's, below 2**64.
+        positions: ``[n]`` places in the training stream.
+
+    Returns:
+        ``[n]`` uint64, of the generator SplitMix64 (Steele, Lea and Flood 2014).
+    """
+    run = _mix(np.array([seed], np.uint64) * _GAMMA)
+    return _mix(run + (positions.astype(np.uint64) + np.uint64(1)) * _GAMMA)
+
+
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(words: np.ndarray) -> np.ndarray:
+    """Mixes the bits of 64-bit words, one to one."""
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
 
 
 def _cut_evenly(start: int, end: int, most: int) -> tuple[int, ...]:
@@ -320,7 +345,7 @@ def plan_evaluation(
     sizes = resized_sizes(np.stack([heights, widths], axis=1), np.array(size), max_size).astype(np.int64)
     order = np.lexsort((np.arange(len(sizes)), -sizes[:, 1], -sizes[:, 0], -sizes.prod(axis=1)))
     plans = [
-        SamplePlan(position, index, image_id, False, None, None, (final[0], final[1]))
+        SamplePlan(position, index, image_id, (final[0], final[1]))
         for position, (index, image_id, final) in enumerate(
             zip(order.tolist(), np.asarray(image_ids)[order].tolist(), sizes[order].tolist(), strict=True)
         )

@@ -16,7 +16,7 @@ from pyarrow import fs
 from detr_ray.locations import at
 
 NEAR_BYTES = 256 << 10
-"""Parts with so little between them are read together: fetching it takes less time than a request of its own."""
+"""Parts with at most so much between them are read together: a request more would take longer."""
 MOST_BYTES = 16 << 20
 """Parts are not joined beyond this, so that a batch is read by several requests at a time."""
 _MOST_OPEN = 64
@@ -52,7 +52,7 @@ def join_parts(
         files: ``[n]`` file of each part.
         offsets: ``[n]`` first byte.
         lengths: ``[n]`` bytes.
-        near_bytes: most bytes between two parts of one read that nobody asked for.
+        near_bytes: most bytes between two parts that are read together.
         most_bytes: no part is added to a read that would grow beyond this.
     """
     spans: list[Span] = []
@@ -117,5 +117,5 @@ class OpenFiles:
         with self._lock:
             self._open[file] = handle
             while len(self._open) > _MOST_OPEN:
-                # Not closed: another thread may be reading. It goes with its last reader.
+                # Not closed here, since another thread may be reading it: it closes when no thread holds it.
                 self._open.popitem(last=False)

@@ -16,13 +16,12 @@ import torch
 
 from detr_ray.config import Config, ConfigError, DataConfig, flatten
 from detr_ray.data.errors import DataError
-from detr_ray.data.generated import generate_dataset
-from detr_ray.data.index import PROBLEMS, CocoIndex
+from detr_ray.data.formats import open_split
+from detr_ray.data.generated import DrawingParameters, generate_dataset
+from detr_ray.data.index import PROBLEMS, DatasetIndex
 from detr_ray.data.inspection import common_cause, inspect_images, is_other_folder
 from detr_ray.data.label_map import LabelMap
-from detr_ray.data.plausibility import find_misreadings
-from detr_ray.data.splits import open_split
-from detr_ray.data.statistics import count_boxes
+from detr_ray.data.statistics import count_boxes, find_misreadings
 from detr_ray.engine.checkpoints.run_directory import RunDirectory, open_run, read_record
 from detr_ray.engine.reporting.tracking_store import check_tracking, run_tracking_uri
 from detr_ray.engine.stream.planned_data import PlannedData
@@ -84,7 +83,7 @@ class TrainJob:
         return detector
 
 
-def open_data(data: DataConfig, say: Say) -> tuple[CocoIndex, CocoIndex | None]:
+def open_data(data: DataConfig, say: Say) -> tuple[DatasetIndex, DatasetIndex | None]:
     """Opens the training and the validation set, generating them first where the configuration says so.
 
     Raises:
@@ -97,7 +96,7 @@ def open_data(data: DataConfig, say: Say) -> tuple[CocoIndex, CocoIndex | None]:
     return train, val
 
 
-def open_evaluation_data(data: DataConfig, say: Say) -> CocoIndex:
+def open_evaluation_data(data: DataConfig, say: Say) -> DatasetIndex:
     """Opens the validation set alone.
 
     Raises:
@@ -121,7 +120,7 @@ def generate_data(data: DataConfig, say: Say) -> None:
     if not root.exists():
         say(f"drawing {data.generate.num_train} + {data.generate.num_val} images into {root}")
     try:
-        generate_dataset(root, **data.generate.model_dump())
+        generate_dataset(root, DrawingParameters(**data.generate.model_dump()))
     except OSError as error:
         raise DataError(f"data.root: the data set cannot be written into {root}: {error}") from error
 
@@ -133,7 +132,7 @@ def generated_root(data: DataConfig) -> Path:
     return root
 
 
-def _open_split(data: DataConfig, split: str, say: Say) -> CocoIndex:
+def _open_split(data: DataConfig, split: str, say: Say) -> DatasetIndex:
     index = open_split(data.root, data.train if split == "train" else data.val, split, data.follow_links)
     if data.max_images is not None:
         index = index.first(data.max_images)
@@ -150,7 +149,7 @@ def _open_split(data: DataConfig, split: str, say: Say) -> CocoIndex:
     return index
 
 
-def _look_at_images(index: CocoIndex, split: str, skip: bool, say: Say) -> None:
+def _look_at_images(index: DatasetIndex, split: str, skip: bool, say: Say) -> None:
     """Finds now, and not when the workers have started, what is wrong with all images, or many.
 
     A few images are looked at, all over the set: of one that is sorted, the first may be bad and the others not.
@@ -179,7 +178,7 @@ def _look_at_images(index: CocoIndex, split: str, skip: bool, say: Say) -> None:
         say(f"WARNING: {message}; the run ends at the first of them, unless data.on_bad_image=skip")
 
 
-def label_map_for(space: str, train: CocoIndex, val: CocoIndex | None) -> LabelMap:
+def label_map_for(space: str, train: DatasetIndex, val: DatasetIndex | None) -> LabelMap:
     """The labels of a training set in one of the two spaces.
 
     Raises:
@@ -191,7 +190,7 @@ def label_map_for(space: str, train: CocoIndex, val: CocoIndex | None) -> LabelM
     return label_map
 
 
-def has_coco_categories(index: CocoIndex) -> bool:
+def has_coco_categories(index: DatasetIndex) -> bool:
     """Whether all categories of a data set are COCO's, by id and name."""
     try:
         LabelMap.for_space("coco91", index.categories, index.source)
@@ -242,7 +241,7 @@ def prepare_job(config: Config, say: Say) -> TrainJob:
     )
 
 
-def choose_label_space(config: Config, train: CocoIndex, is_official: Callable[[], bool]) -> str:
+def choose_label_space(config: Config, train: DatasetIndex, is_official: Callable[[], bool]) -> str:
     """The space of a run's labels: that which it was begun with, whatever has become of its first weights since.
 
     ``auto`` is COCO's 91 ids where published weights meet data with COCO's categories, contiguous otherwise.

@@ -21,9 +21,10 @@ from ray.data import ExecutionResources
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from detr_ray.data.loader import BatchLoader, from_table, to_table
+from detr_ray.data.sample import SamplePlan
 from detr_ray.engine.stream.batches import WorkerPlan
 from detr_ray.engine.stream.planned_data import PlannedData
-from detr_ray.structures import PaddedBatch, SamplePlan
+from detr_ray.structures import PaddedBatch
 
 # Tasks of one Ray Data execution. Its start costs about half a second, mostly hidden behind the batches that are
 # waiting; its bookkeeping grows with its tasks.

@@ -9,15 +9,12 @@ import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
-from pyarrow import fs
-
 from detr_ray.config import Config, ConfigError
 from detr_ray.data.image_places import name_below, refuse_link_outside
-from detr_ray.engine.preflight.storage import within
+from detr_ray.engine.preflight.storage import first_missing, within
 from detr_ray.locations import (
     delete_file,
     delete_folder,
-    file_info,
     is_uri,
     join,
     list_files,
@@ -73,7 +70,7 @@ class StorageTrial:
             ConfigError: an address that no file system answers to.
             OSError: it can't be written or read back.
         """
-        self._made = self._first_missing()
+        self._made = first_missing(self._storage, _ONCE)
         make_folder(self._storage, _ONCE)
         write_file(self._from_driver, b"driver")
         read_file(self._from_driver, 1)
@@ -107,16 +104,6 @@ class StorageTrial:
 
         with contextlib.suppress(OSError, ConfigError):
             within(seconds, clean)
-
-    def _first_missing(self) -> str | None:
-        """The outermost of the folders on the way to the storage that is not there; None where all are."""
-        missing, folder = None, self._storage
-        while file_info(folder, _ONCE).type == fs.FileType.NotFound:
-            missing, above = folder, parent(folder)
-            if above == folder or (is_uri(folder) and above.count("/") < 3):
-                break
-            folder = above
-        return missing
 
 
 def _readable(location: str) -> bool:

@@ -26,7 +26,7 @@ from tiny import make_dataset
 from detr_ray.__main__ import COMMANDS
 from detr_ray.config import Config
 from detr_ray.data import inspection
-from detr_ray.data.splits import open_split
+from detr_ray.data.formats import open_split
 from detr_ray.tracking import MlflowTracker, Timing
 
 

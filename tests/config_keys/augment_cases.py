@@ -8,11 +8,15 @@ from __future__ import annotations
 import pytest
 from config_keys.registry import Place, shows
 
-from detr_ray.structures import SamplePlan
+from detr_ray.data.sample import Crop, Flip, Resize, SamplePlan
 
 
 def planned(place: Place, augment: str, *more: str) -> list[SamplePlan]:
     return place.samples(f"data.augment={{{augment}}}", *more, steps=12)
+
+
+def crops(samples: list[SamplePlan]) -> list[Crop]:
+    return [step for sample in samples for step in sample.steps if isinstance(step, Crop)]
 
 
 def shorts(samples: list[SamplePlan]) -> set[int]:
@@ -21,7 +25,7 @@ def shorts(samples: list[SamplePlan]) -> set[int]:
 
 @shows("data.augment.flip")
 def flip(place: Place) -> None:
-    shares = [sum(sample.flip for sample in planned(place, f"flip: {p}")) / 48 for p in (0, 0.5, 1)]
+    shares = [sum(Flip(1) in sample.steps for sample in planned(place, f"flip: {p}")) / 48 for p in (0, 0.5, 1)]
     assert shares[0] == 0 and 0.2 < shares[1] < 0.8 and shares[2] == 1
     images = [place.train(f"data.augment.flip={p}", stop_after=1).training[0].images for p in (0, 1)]
     assert (images[0].flip(3) - images[1]).abs().mean() < (images[0] - images[1]).abs().mean()
@@ -41,20 +45,21 @@ def max_size(place: Place) -> None:
 @shows("data.augment.crop")
 def crop(place: Place) -> None:
     rest = "crop_scales: [40], crop_min: 30, crop_max: 40"
-    shares = [sum(s.crop is not None for s in planned(place, f"crop: {p}, {rest}")) / 48 for p in (0, 0.5, 1)]
+    shares = [len(crops(planned(place, f"crop: {p}, {rest}"))) / 48 for p in (0, 0.5, 1)]
     assert shares[0] == 0 and 0.2 < shares[1] < 0.8 and shares[2] == 1
 
 
 @shows("data.augment.crop_scales")
 def crop_scales(place: Place) -> None:
     samples = planned(place, "crop: 1, crop_scales: [44, 55], crop_min: 30, crop_max: 40")
-    assert {min(sample.resize) for sample in samples if sample.resize} == {44, 55}
+    resizes = [step for sample in samples for step in sample.steps if isinstance(step, Resize)]
+    assert {min(step.size) for step in resizes} == {44, 55}
 
 
 @shows("data.augment.crop_min", "data.augment.crop_max")
 def crop_sides(place: Place) -> None:
     samples = planned(place, "crop: 1, crop_scales: [60], crop_min: 33, crop_max: 37")
-    sides = {side for sample in samples if sample.crop for side in sample.crop[2:]}
+    sides = {side for crop in crops(samples) for side in (crop.height, crop.width)}
     assert sides == {33, 34, 35, 36, 37}
 
 

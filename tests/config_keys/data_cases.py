@@ -16,8 +16,8 @@ from tiny import make_dataset
 
 from detr_ray.config import ConfigError
 from detr_ray.data.errors import DataError
+from detr_ray.data.formats import open_split
 from detr_ray.data.packing import pack_split
-from detr_ray.data.splits import open_split
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.stream.batches import LocalBatches
 from detr_ray.structures import PaddedBatch

@@ -12,9 +12,9 @@ from typing import Any
 from observing import Observed, observe, prepare, small_config, without_validation
 
 from detr_ray.config import Config
+from detr_ray.data.sample import SamplePlan
 from detr_ray.engine.job import TrainJob, prepare_job
 from detr_ray.model.detr import Detr
-from detr_ray.structures import SamplePlan
 
 
 @dataclass(frozen=True)

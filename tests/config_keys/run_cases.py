@@ -36,7 +36,7 @@ def seed(place: Place) -> None:
     assert not same_weights(one.build_detector().model, two.build_detector().model)
 
     def stream(number: int) -> list[tuple[int, bool]]:
-        return [(sample.image_id, sample.flip) for sample in place.samples(f"run.seed={number}")]
+        return [(sample.image_id, sample.steps) for sample in place.samples(f"run.seed={number}")]
 
     assert stream(1) == stream(1) != stream(2)
     assert [image for image, _ in stream(1)] != [image for image, _ in stream(2)]

@@ -3,36 +3,28 @@
 from __future__ import annotations
 
 import numpy as np
+from defaults import augmentation
 
-from detr_ray.data.augmentation import AugmentValues, draw
-from detr_ray.data.index import CocoIndex
-from detr_ray.structures import SamplePlan
+from detr_ray.data.augmentation import DetrAugmentation
+from detr_ray.data.index import DatasetIndex
+from detr_ray.data.sample import SamplePlan
 
-SMALL = AugmentValues(scales=(64, 80, 96), max_size=160, crop_scales=(50, 60), crop_min=40, crop_max=60)
+SMALL = augmentation(scales=(64, 80, 96), max_size=160, crop_scales=(50, 60), crop_min=40, crop_max=60)
 
 
-def training_plans(index: CocoIndex, seed: int = 0, values: AugmentValues = SMALL) -> list[SamplePlan]:
+def training_plans(index: DatasetIndex, seed: int = 0, values: DetrAugmentation = SMALL) -> list[SamplePlan]:
     """One plan for each image of the index, in its order."""
     uniform = np.random.default_rng(seed).random((len(index), 8))
-    drawn = draw(np.stack([index.heights, index.widths], axis=1), uniform, values)
-    plans = []
-    for i, crop in enumerate(drawn.crop.tolist()):
-        plans.append(
-            SamplePlan(
-                position=100 + i,
-                index=i,
-                image_id=int(index.image_ids[i]),
-                flip=bool(drawn.flip[i]),
-                resize=tuple(drawn.resize[i].tolist()) if crop[2] else None,
-                crop=tuple(crop) if crop[2] else None,
-                size=tuple(drawn.size[i].tolist()),
-            )
+    drawn = values.draw(np.stack([index.heights, index.widths], axis=1), uniform)
+    return [
+        SamplePlan(100 + i, i, image_id, (size[0], size[1]), steps)
+        for i, (image_id, size, steps) in enumerate(
+            zip(index.image_ids.tolist(), drawn.size.tolist(), drawn.steps(np.arange(len(index))), strict=True)
         )
-    return plans
+    ]
 
 
-def plain_plan(index: CocoIndex, i: int, **changes: object) -> SamplePlan:
+def plain_plan(index: DatasetIndex, i: int, **changes: object) -> SamplePlan:
     """A plan that leaves image ``i`` as it is, but for the changes."""
-    size = (int(index.heights[i]), int(index.widths[i]))
-    values = {"position": i, "index": i, "flip": False, "resize": None, "crop": None, "size": size} | changes
+    values = {"position": i, "index": i, "size": (int(index.heights[i]), int(index.widths[i]))} | changes
     return SamplePlan(image_id=int(index.image_ids[i]), **values)

@@ -14,8 +14,10 @@ import pytest
 from coco_folder import CocoFolder, encoded
 
 from detr_ray.data.errors import DataError
-from detr_ray.data.index import CocoIndex, read_coco_index
-from detr_ray.data.shards import INDEX_NAME, read_shard_index, write_shards
+from detr_ray.data.formats.coco import read_coco_index
+from detr_ray.data.formats.shards import INDEX_NAME, read_shard_index
+from detr_ray.data.index import DatasetIndex
+from detr_ray.data.packing import write_shards
 from detr_ray.evaluation import DetectionTable
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -35,7 +37,7 @@ def content() -> dict:
 
 @pytest.fixture
 def read(tmp_path):
-    def write_and_read(data: dict | bytes) -> CocoIndex:
+    def write_and_read(data: dict | bytes) -> DatasetIndex:
         path = tmp_path / "annotations.json"
         path.write_bytes(data if isinstance(data, bytes) else json.dumps(data).encode())
         with warnings.catch_warnings():

@@ -10,28 +10,29 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from defaults import augmentation
 from PIL import Image
 from torchvision.transforms.v2 import functional as reference
 
-from detr_ray.data.augmentation import (
-    DRAWS_PER_SAMPLE,
-    LONGEST_UNCUT_PX,
-    AugmentValues,
-    Draws,
-    apply_to_boxes,
-    apply_to_image,
-    draw,
-    resized_size,
-    resized_sizes,
-    share_draws,
-)
-from detr_ray.data.index import read_coco_index
+from detr_ray.data.augmentation import LONGEST_UNCUT_PX, DetrAugmentation, Draws, share_draws
+from detr_ray.data.formats.coco import read_coco_index
 from detr_ray.data.label_map import LabelMap
-from detr_ray.structures import SamplePlan
+from detr_ray.data.sample import Crop, Flip, Instances, Picture, Resize, SamplePlan, resized_sizes
+
+DRAWS = DetrAugmentation.draws_per_sample
 
 
 def plan(size, flip=False, resize=None, crop=None) -> SamplePlan:
-    return SamplePlan(position=0, index=0, image_id=1, flip=flip, resize=resize, crop=crop, size=size)
+    steps = [*([Flip(1)] if flip else []), *([Resize(resize), Crop(*crop)] if resize and crop else [])]
+    return SamplePlan(position=0, index=0, image_id=1, size=size, steps=tuple(steps))
+
+
+def applied(image: torch.Tensor, plan: SamplePlan, boxes=(), labels=None) -> tuple[torch.Tensor, Instances]:
+    """``[3, H, W]`` pixels and the objects after a plan."""
+    boxes = np.array(boxes, np.float32).reshape(-1, 4)
+    labels = np.arange(len(boxes)) if labels is None else labels
+    picture = plan.apply(Picture(image.permute(1, 2, 0), Instances(boxes, labels, tuple(image.shape[1:]))))
+    return picture.pixels.permute(2, 0, 1), picture.instances
 
 
 def random_sizes(count: int, seed: int) -> np.ndarray:
@@ -54,7 +55,7 @@ def random_sizes(count: int, seed: int) -> np.ndarray:
     ],
 )
 def test_resized_size(size, short, max_size, expected):
-    assert resized_size(size, short, max_size) == expected
+    assert tuple(resized_sizes(np.array([size]), np.array(short), max_size)[0]) == expected
 
 
 def test_resized_sizes_round_as_python_does():
@@ -75,7 +76,7 @@ def test_resized_sizes_round_as_python_does():
 def drawn() -> tuple[np.ndarray, Draws]:
     rng = np.random.default_rng(3)
     sizes = np.tile([[480, 640], [640, 427], [50, 1000], [1, 1]], (5000, 1))
-    return sizes, draw(sizes, rng.random((len(sizes), DRAWS_PER_SAMPLE)), AugmentValues())
+    return sizes, augmentation().draw(sizes, rng.random((len(sizes), DRAWS)))
 
 
 def test_draws_stay_within_the_rules(drawn):
@@ -95,7 +96,7 @@ def test_draws_stay_within_the_rules(drawn):
     before = np.where(cut[:, None], draws.crop[:, 2:], sizes)
     scales = {tuple(sizes) for sizes in draws.size.tolist()}
     assert len(scales) > 1000
-    possible = np.stack([resized_sizes(before, scale, 1333) for scale in AugmentValues().scales])
+    possible = np.stack([resized_sizes(before, scale, 1333) for scale in augmentation().scales])
     assert (possible == draws.size).all(axis=2).any(axis=0).all()
 
 
@@ -106,10 +107,10 @@ def test_every_value_comes_as_often_as_it_should(drawn):
     assert abs(cut.mean() - 0.5) < 0.02
     squares = draws.size[(sizes == 1).all(axis=1)][:, 0]
     values, counts = np.unique(squares, return_counts=True)
-    assert set(AugmentValues().scales) <= set(values.tolist())
+    assert set(augmentation().scales) <= set(values.tolist())
     wide = draws.size[(sizes == [480, 640]).all(axis=1) & ~cut, 0]
     values, counts = np.unique(wide, return_counts=True)
-    assert values.tolist() == list(AugmentValues().scales)
+    assert values.tolist() == list(augmentation().scales)
     assert counts.min() > 0.7 * counts.mean()
     heights = draws.crop[cut & (sizes == [480, 640]).all(axis=1) & (draws.resize[:, 0] == 400), 2]
     values, counts = np.unique(heights, return_counts=True)
@@ -119,25 +120,25 @@ def test_every_value_comes_as_often_as_it_should(drawn):
 
 def test_probabilities_of_nothing_and_always():
     sizes = random_sizes(500, 1)
-    uniform = np.random.default_rng(2).random((500, DRAWS_PER_SAMPLE))
-    never = draw(sizes, uniform, AugmentValues(flip=0, crop=0))
+    uniform = np.random.default_rng(2).random((500, DRAWS))
+    never = augmentation(flip=0, crop=0).draw(sizes, uniform)
     assert not never.flip.any()
     assert not never.resize.any()
-    always = draw(sizes, uniform, AugmentValues(flip=1, crop=1))
+    always = augmentation(flip=1, crop=1).draw(sizes, uniform)
     assert always.flip.all()
     short_enough = sizes.max(axis=1) / sizes.min(axis=1) < 30
     assert always.resize[short_enough].all()
 
 
 def test_images_that_are_smaller_than_the_least_crop_are_taken_whole():
-    values = AugmentValues(crop=1.0, crop_scales=(100,), crop_min=384, crop_max=600)
-    draws = draw(np.array([[50, 60]]), np.full((1, DRAWS_PER_SAMPLE), 0.99), values)
+    values = augmentation(crop=1.0, crop_scales=(100,), crop_min=384, crop_max=600)
+    draws = values.draw(np.array([[50, 60]]), np.full((1, DRAWS), 0.99))
     assert draws.resize.tolist() == [[100, 120]]
     assert draws.crop.tolist() == [[0, 0, 100, 120]]
 
 
 def test_a_thread_of_an_image_is_not_blown_up():
-    draws = draw(np.array([[1, 5000], [4000, 2]]), np.zeros((2, DRAWS_PER_SAMPLE)), AugmentValues(crop=1.0))
+    draws = augmentation(crop=1.0).draw(np.array([[1, 5000], [4000, 2]]), np.zeros((2, DRAWS)))
     assert not draws.resize.any()
     assert (draws.size.max(axis=1) <= LONGEST_UNCUT_PX).all()
 
@@ -145,7 +146,7 @@ def test_a_thread_of_an_image_is_not_blown_up():
 def test_shared_draws_change_who_draws_but_not_what():
     rng = np.random.default_rng(4)
     sizes = rng.integers(300, 700, (64, 2))
-    uniform = rng.random((64, DRAWS_PER_SAMPLE))
+    uniform = rng.random((64, DRAWS))
     np.testing.assert_array_equal(share_draws(uniform, sizes, 1), uniform)
     shared = share_draws(uniform, sizes, 8)
     np.testing.assert_array_equal(shared[:, [0, 6, 7]], uniform[:, [0, 6, 7]])
@@ -167,45 +168,43 @@ SEED_BOXES = [
     [0.3317, 0.2269, 0.1313, 0.1469],
     [0.3571, 0.0792, 0.1481, 0.1481],
 ]
-SEED_AREAS = [282171.7812, 104435.5469, 116523.6641, 57095.6250, 5263.0371, 3898.9131, 8482.9902, 6992.8281]
 
 
 def test_seed_golden(coco128):
     index = read_coco_index(str(coco128 / "annotations/instances_train2017.json"), str(coco128 / "train2017"))
     row = int(np.flatnonzero(index.image_ids == 9)[0])
-    labels, boxes, areas = index.training_boxes(row, LabelMap.coco91())
-    orig_size = (int(index.heights[row]), int(index.widths[row]))
-    assert orig_size == (480, 640)
-    labels, boxes, areas = apply_to_boxes(boxes, areas, labels, orig_size, plan((736, 981), flip=True))
-    assert labels.tolist() == [51, 51, 56, 51, 55, 55, 55, 55]
-    assert boxes.dtype == areas.dtype == np.float32
-    assert boxes.round(4).tolist() == np.array(SEED_BOXES, np.float32).tolist()
-    assert areas.astype(float).round(4).tolist() == SEED_AREAS
+    stored = index.training_instances(row, LabelMap.coco91())
+    assert stored.size == (480, 640)
+    instances = stored.flip(1).scale((736, 981))
+    assert instances.labels.tolist() == [51, 51, 56, 51, 55, 55, 55, 55]
+    assert instances.boxes_cxcywh().dtype == np.float32
+    assert instances.boxes_cxcywh().round(4).tolist() == np.array(SEED_BOXES, np.float32).tolist()
 
 
-def test_crop_clips_drops_and_measures_anew():
-    boxes = np.array([[10, 10, 30, 30], [0, 0, 10, 10], [5, 20, 15, 60], [40, 0, 50, 20]], np.float32)
-    areas = np.array([123, 50, 70, 90], np.float32)
+def test_a_crop_clips_boxes_and_drops_those_of_which_nothing_is_left():
+    boxes = [[10, 10, 30, 30], [0, 0, 10, 10], [5, 20, 15, 60], [40, 0, 50, 20]]
     steps = plan((80, 60), resize=(100, 50), crop=(20, 20, 40, 30))  # enlarged 2x upright, 1x across
-    labels, boxes_cxcywh, areas = apply_to_boxes(boxes, areas, np.array([1, 2, 3, 4]), (50, 50), steps)
+    _, instances = applied(torch.zeros(3, 50, 50, dtype=torch.uint8), steps, boxes, np.array([1, 2, 3, 4]))
     # Resized: [10 20 30 60] [0 0 10 20] [5 40 15 120] [40 0 50 40]; in the crop only the first and the last are left.
-    assert labels.tolist() == [1, 4]
-    np.testing.assert_allclose(boxes_cxcywh, [[5 / 30, 20 / 40, 10 / 30, 1], [25 / 30, 10 / 40, 10 / 30, 0.5]])
-    np.testing.assert_allclose(areas, [10 * 40 * 4, 10 * 20 * 4])
+    assert instances.labels.tolist() == [1, 4]
+    assert instances.size == (80, 60)
+    np.testing.assert_allclose(
+        instances.boxes_cxcywh(), [[5 / 30, 20 / 40, 10 / 30, 1], [25 / 30, 10 / 40, 10 / 30, 0.5]]
+    )
 
 
-def test_boxes_without_crop_keep_their_annotated_area():
-    boxes = np.array([[0, 0, 10, 20]], np.float32)
-    _, boxes_cxcywh, areas = apply_to_boxes(boxes, np.array([7.0]), np.array([0]), (20, 20), plan((40, 20), flip=True))
-    np.testing.assert_allclose(boxes_cxcywh, [[0.75, 0.5, 0.5, 1]])
-    np.testing.assert_allclose(areas, [14])
+@pytest.mark.parametrize(("axis", "expected"), [(0, [[1, 12, 3, 20]]), (1, [[17, 0, 19, 8]])])
+def test_boxes_are_mirrored_along_either_axis(axis, expected):
+    boxes = np.array([[1, 0, 3, 8]], np.float32)
+    instances = Instances(boxes, np.array([5]), (20, 20))
+    assert instances.flip(axis).boxes_xyxy_px.tolist() == expected
+    assert instances.flip(axis).flip(axis).boxes_xyxy_px.tolist() == boxes.tolist() == [[1, 0, 3, 8]]
 
 
 def test_no_boxes_stay_no_boxes():
-    empty = np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64)
     steps = plan((80, 60), flip=True, resize=(100, 50), crop=(20, 20, 40, 30))
-    labels, boxes, areas = apply_to_boxes(*empty, (50, 50), steps)
-    assert (labels.shape, boxes.shape, areas.shape) == ((0,), (0, 4), (0,))
+    _, instances = applied(torch.zeros(3, 50, 50, dtype=torch.uint8), steps)
+    assert (instances.labels.shape, instances.boxes_cxcywh().shape) == ((0,), (0, 4))
 
 
 def random_steps(rng: random.Random, height: int, width: int) -> SamplePlan:
@@ -231,12 +230,16 @@ def test_pixels_are_those_of_torchvision(layout):
         image = image.contiguous() if layout == "chw" else image
         before = image.clone()
         steps = random_steps(rng, height, width)
-        expected = reference.horizontal_flip(image) if steps.flip else image
-        if steps.resize is not None and steps.crop is not None:
-            expected = reference.resize(expected, list(steps.resize), antialias=True)
-            expected = reference.crop(expected, *steps.crop)
-        expected = reference.resize(expected, list(steps.size), antialias=True)
-        result = apply_to_image(image, steps)
+        expected = image
+        for step in (*steps.steps, Resize(steps.size)):
+            match step:
+                case Flip():
+                    expected = reference.horizontal_flip(expected)
+                case Resize(size):
+                    expected = reference.resize(expected, list(size), antialias=True)
+                case Crop(top, left, height, width):
+                    expected = reference.crop(expected, top, left, height, width)
+        result, _ = applied(image, steps)
         assert result.dtype == torch.uint8
         assert result.shape == (3, *steps.size)
         torch.testing.assert_close(result, expected, rtol=0, atol=0)
@@ -248,7 +251,7 @@ def test_pixels_are_those_of_pillow_within_one_level(size):
     """The published code resizes with Pillow: bilinear with its antialiasing, larger and smaller."""
     rng = np.random.default_rng(size[0])
     pixels = rng.integers(0, 256, (120, 160, 3), dtype=np.uint8)
-    resized = apply_to_image(torch.from_numpy(pixels).permute(2, 0, 1), plan(size)).permute(1, 2, 0).numpy()
+    resized = applied(torch.from_numpy(pixels).permute(2, 0, 1), plan(size))[0].permute(1, 2, 0).numpy()
     expected = np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BILINEAR))
     difference = np.abs(resized.astype(int) - expected)
     assert difference.max() <= 1
@@ -267,9 +270,9 @@ def test_boxes_follow_the_pixels():
         resize = (rng.randint(200, 400), rng.randint(200, 400))
         crop = (rng.randint(0, 40), rng.randint(0, 40), resize[0] - 80, resize[1] - 80)
         steps = plan((300, 350), rng.random() < 0.5, *((resize, crop) if rng.random() < 0.7 else (None, None)))
-        boxes = np.array([[left, top, right, bottom]], np.float32)
-        _, boxes_cxcywh, _ = apply_to_boxes(boxes, np.ones(1), np.zeros(1, np.int64), (height, width), steps)
-        rows, columns = torch.nonzero(apply_to_image(image, steps)[0] > 127, as_tuple=True)
+        pixels, instances = applied(image, steps, [left, top, right, bottom])
+        boxes_cxcywh = instances.boxes_cxcywh()
+        rows, columns = torch.nonzero(pixels[0] > 127, as_tuple=True)
         if not len(boxes_cxcywh):
             assert not len(rows)
             continue

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from defaults import draw_shapes
 from PIL import Image
 from pycocotools.coco import COCO
 
 from detr_ray.data import generated
 from detr_ray.data.errors import DataError
-from detr_ray.data.generated import CLASSES, MARKER, generate_dataset
+from detr_ray.data.generated import CLASSES, MARKER
 
 PARAMETERS = {"num_train": 60, "num_val": 20, "seed": 3, "image_size": (64, 96), "max_objects": 4}
 
@@ -24,7 +25,7 @@ PARAMETERS = {"num_train": 60, "num_val": 20, "seed": 3, "image_size": (64, 96),
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made") / "deep" / "shapes"
-    generate_dataset(folder, **PARAMETERS)
+    draw_shapes(folder, **PARAMETERS)
     return folder
 
 
@@ -55,7 +56,7 @@ def test_pycocotools_reads_it_and_the_images_fit(root: Path, split: str, count: 
 
 
 def test_it_varies(tmp_path: Path) -> None:
-    generate_dataset(tmp_path / "set", num_train=300, num_val=1, seed=0, max_objects=5)
+    draw_shapes(tmp_path / "set", num_train=300, num_val=1, seed=0, max_objects=5)
     coco = open_coco(tmp_path / "set", "train")
     counts = [len(coco.getAnnIds(i)) for i in coco.getImgIds()]
     assert set(counts) == set(range(6))
@@ -69,14 +70,14 @@ def test_it_varies(tmp_path: Path) -> None:
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(root: Path, tmp_path: Path) -> None:
-    generate_dataset(tmp_path / "again", **PARAMETERS)
+    draw_shapes(tmp_path / "again", **PARAMETERS)
     assert digests(tmp_path / "again") == digests(root)
-    generate_dataset(tmp_path / "other", **PARAMETERS | {"seed": 4})
+    draw_shapes(tmp_path / "other", **PARAMETERS | {"seed": 4})
     assert not set(digests(tmp_path / "other").values()) & set(digests(root).values())
 
 
 def test_splits_are_disjoint_and_a_larger_set_begins_with_the_smaller(root: Path, tmp_path: Path) -> None:
-    generate_dataset(tmp_path / "larger", **PARAMETERS | {"num_train": 70})
+    draw_shapes(tmp_path / "larger", **PARAMETERS | {"num_train": 70})
     small, large = digests(root), digests(tmp_path / "larger")
     images = [name for name in small if name.endswith(".jpg")]
     assert {name: large[name] for name in images} == {name: small[name] for name in images}
@@ -91,7 +92,7 @@ def test_boxes_are_tight_around_what_is_drawn(monkeypatch: pytest.MonkeyPatch, t
         return np.full((height, width, 3), 127, np.int16)
 
     monkeypatch.setattr(generated, "_draw_background", flat)
-    generate_dataset(tmp_path / "set", num_train=60, num_val=1, seed=0, max_objects=1, clutter=0, empty_fraction=0)
+    draw_shapes(tmp_path / "set", num_train=60, num_val=1, seed=0, max_objects=1, clutter=0, empty_fraction=0)
     coco = open_coco(tmp_path / "set", "train")
     for image in coco.loadImgs(coco.getImgIds()):
         pixels = np.asarray(Image.open(tmp_path / "set" / "train2017" / image["file_name"])).astype(int)
@@ -105,14 +106,14 @@ def test_boxes_are_tight_around_what_is_drawn(monkeypatch: pytest.MonkeyPatch, t
 
 def test_called_again_it_returns_at_once(root: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
-    generate_dataset(root, **PARAMETERS)
+    draw_shapes(root, **PARAMETERS)
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
 
 
 def test_other_parameters_in_the_same_folder_are_refused_with_what_differs(root: Path) -> None:
     before = digests(root)
     with pytest.raises(DataError, match="num_train is 60, wanted 61; seed is 3, wanted 5") as caught:
-        generate_dataset(root, **PARAMETERS | {"seed": 5, "num_train": 61})
+        draw_shapes(root, **PARAMETERS | {"seed": 5, "num_train": 61})
     assert str(root) in str(caught.value) and "num_val" not in str(caught.value)
     assert digests(root) == before
 
@@ -121,13 +122,13 @@ def test_other_parameters_in_the_same_folder_are_refused_with_what_differs(root:
 def test_a_damaged_marker_is_an_error(tmp_path: Path, content: str) -> None:
     (tmp_path / MARKER).write_text(content)
     with pytest.raises(DataError, match=str(tmp_path)):
-        generate_dataset(tmp_path, **PARAMETERS)
+        draw_shapes(tmp_path, **PARAMETERS)
 
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(DataError, match="not a generated data set"):
-        generate_dataset(tmp_path, **PARAMETERS)
+        draw_shapes(tmp_path, **PARAMETERS)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
@@ -139,10 +140,10 @@ def test_an_interrupted_run_leaves_nothing_and_the_next_one_works(tmp_path: Path
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        generate_dataset(root, **PARAMETERS, progress=interrupt)
+        draw_shapes(root, **PARAMETERS, progress=interrupt)
     assert list(tmp_path.iterdir()) == []
     seen: list[tuple[int, int]] = []
-    generate_dataset(root, **PARAMETERS, progress=lambda done, total: seen.append((done, total)))
+    draw_shapes(root, **PARAMETERS, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(80, 80)]
     assert json.loads((root / MARKER).read_text())["seed"] == 3
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
@@ -150,7 +151,7 @@ def test_an_interrupted_run_leaves_nothing_and_the_next_one_works(tmp_path: Path
 
 def test_two_processes_may_want_the_same_folder_at_once(root: Path, tmp_path: Path) -> None:
     with ThreadPoolExecutor(3) as pool:
-        for done in [pool.submit(generate_dataset, tmp_path / "set", **PARAMETERS) for _ in range(3)]:
+        for done in [pool.submit(draw_shapes, tmp_path / "set", **PARAMETERS) for _ in range(3)]:
             done.result()
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
     assert digests(tmp_path / "set") == digests(root)
@@ -159,7 +160,7 @@ def test_two_processes_may_want_the_same_folder_at_once(root: Path, tmp_path: Pa
 def test_an_empty_folder_and_a_link_to_one_are_filled(root: Path, tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to("disk")
-    generate_dataset(tmp_path / "link", **PARAMETERS)
+    draw_shapes(tmp_path / "link", **PARAMETERS)
     assert digests(tmp_path / "disk") == digests(root)
 
 
@@ -179,5 +180,5 @@ def test_an_empty_folder_and_a_link_to_one_are_filled(root: Path, tmp_path: Path
 )
 def test_parameters_out_of_range_are_named(tmp_path: Path, wrong: dict) -> None:
     with pytest.raises(DataError, match=next(iter(wrong))):
-        generate_dataset(tmp_path / "set", **PARAMETERS | wrong)
+        draw_shapes(tmp_path / "set", **PARAMETERS | wrong)
     assert list(tmp_path.iterdir()) == []

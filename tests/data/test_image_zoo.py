@@ -12,11 +12,12 @@ import pytest
 from coco_folder import CocoFolder
 from PIL import Image, TiffImagePlugin
 
+from detr_ray.data.formats import open_split
+from detr_ray.data.formats.shards import read_shard_index
 from detr_ray.data.image_headers import MOST_PIXELS, ImageError, read_header
 from detr_ray.data.images import decode_image, read_image_size
 from detr_ray.data.inspection import inspect_images
-from detr_ray.data.shards import read_shard_index, write_shards
-from detr_ray.data.splits import open_split
+from detr_ray.data.packing import write_shards
 
 HEIGHT, WIDTH = 30, 44
 NOISE = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)

@@ -17,8 +17,8 @@ import torch
 from PIL import Image, ImageOps
 
 from detr_ray.data.errors import DataError
+from detr_ray.data.formats.coco import read_coco_index
 from detr_ray.data.images import ImageError, ImageReader, decode_image, read_image_size, reduction
-from detr_ray.data.index import read_coco_index
 
 HEIGHT, WIDTH = 37, 53
 

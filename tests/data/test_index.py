@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
+from detr_ray.config import SplitConfig
 from detr_ray.data.errors import DataError
-from detr_ray.data.index import PROBLEMS, CocoIndex, read_coco_index
+from detr_ray.data.formats import open_split
+from detr_ray.data.formats.coco import read_coco_index
+from detr_ray.data.index import PROBLEMS, DatasetIndex
 from detr_ray.data.label_map import LabelMap
-from detr_ray.data.splits import open_split
+from detr_ray.data.packing import write_shards
 
 
 def small_file() -> dict:
@@ -37,7 +40,7 @@ def small_file() -> dict:
 
 @pytest.fixture
 def read(tmp_path):
-    def write_and_read(content) -> CocoIndex:
+    def write_and_read(content) -> DatasetIndex:
         path = tmp_path / "annotations.json"
         path.write_text(content if isinstance(content, str) else json.dumps(content))
         return read_coco_index(str(path), str(tmp_path))
@@ -64,15 +67,13 @@ def test_columns_are_grouped_by_image_and_ordered_by_id(read, tmp_path):
 
 def test_training_boxes_leave_crowds_out(read):
     index = read(small_file())
-    labels, boxes_xyxy_px, areas = index.training_boxes(1, LabelMap.contiguous(index.categories))
-    assert labels.tolist() == [1, 0]
-    assert boxes_xyxy_px.tolist() == [[10, 20, 40, 60], [100, 50, 105, 55]]
-    assert areas.tolist() == [900.5, 25]
-    assert (labels.dtype, boxes_xyxy_px.dtype, areas.dtype) == (np.int64, np.float32, np.float32)
-    labels, boxes_xyxy_px, areas = index.training_boxes(2, LabelMap.contiguous(index.categories))
-    assert labels.shape == (0,)
-    assert boxes_xyxy_px.shape == (0, 4)
-    assert areas.shape == (0,)
+    instances = index.training_instances(1, LabelMap.contiguous(index.categories))
+    assert instances.labels.tolist() == [1, 0]
+    assert instances.boxes_xyxy_px.tolist() == [[10, 20, 40, 60], [100, 50, 105, 55]]
+    assert (instances.labels.dtype, instances.boxes_xyxy_px.dtype) == (np.int64, np.float32)
+    assert instances.size == (index.heights[1], index.widths[1])
+    instances = index.training_instances(2, LabelMap.contiguous(index.categories))
+    assert (instances.labels.shape, instances.boxes_xyxy_px.shape) == ((0,), (0, 4))
 
 
 def test_real_file_says_what_pycocotools_says(coco128):
@@ -113,9 +114,9 @@ def test_quirks_are_put_right_and_counted(read, problem):
     count = 4 if problem == "annotation_ids_renumbered" else 1
     assert index.problems[problem] == count
     assert problem in PROBLEMS
-    _, boxes, got_areas = index.training_boxes(0, LabelMap.contiguous(index.categories))
-    assert boxes.tolist() == boxes_xyxy_px
-    assert got_areas.tolist() == areas
+    instances = index.training_instances(0, LabelMap.contiguous(index.categories))
+    assert instances.boxes_xyxy_px.tolist() == boxes_xyxy_px
+    assert index.areas[: len(areas)].tolist() == areas
     assert len(np.unique(index.annotation_ids)) == len(index.annotation_ids)
 
 
@@ -123,9 +124,10 @@ def test_quirks_are_put_right_and_counted(read, problem):
 def test_keys_that_may_be_absent(read, key):
     content = small_file()
     del content["annotations"][1][key]
-    _, boxes, areas = (index := read(content)).training_boxes(0, LabelMap.contiguous(index.categories))
-    assert boxes.tolist() == [[0, 0, 60, 50]]
-    assert areas.tolist() == [3000]
+    index = read(content)
+    instances = index.training_instances(0, LabelMap.contiguous(index.categories))
+    assert instances.boxes_xyxy_px.tolist() == [[0, 0, 60, 50]]
+    assert index.areas[0] == 3000
     assert sum(index.problems.values()) > 1
 
 
@@ -296,8 +298,42 @@ def test_the_first_images_are_a_data_set_of_their_own(coco128):
     label_map = LabelMap.contiguous(index.categories)
     assert few.image_ids.tolist() == index.image_ids[:8].tolist() and few.fingerprint != index.fingerprint
     for i in range(8):
-        mine, theirs = few.training_boxes(i, label_map), index.training_boxes(i, label_map)
-        assert all(np.array_equal(a, b) for a, b in zip(mine, theirs, strict=True))
+        mine, theirs = few.training_instances(i, label_map), index.training_instances(i, label_map)
+        assert np.array_equal(mine.boxes_xyxy_px, theirs.boxes_xyxy_px) and np.array_equal(mine.labels, theirs.labels)
         assert few.file_name(i) == index.file_name(i)
     assert len(few.category_ids) == few.first_box[-1]
     assert len(index.first(1000)) == len(index)
+
+
+def test_an_index_is_made_of_columns_in_any_order(read, tmp_path):
+    """What a reader of any format has to give, here in reverse order, is the index that COCO's file gives."""
+    index = read(small_file())
+    image_of = np.repeat(index.image_ids, np.diff(index.first_box))
+    # Annotations of an image keep the order they come in.
+    order = np.argsort(-image_of, kind="stable")
+    columns = ("boxes_xywh_px", "category_ids", "areas", "is_crowd", "annotation_ids")
+    made = DatasetIndex.of_annotations(
+        image_ids=index.image_ids[::-1],
+        heights=index.heights[::-1],
+        widths=index.widths[::-1],
+        file_names=index.file_names.to_pylist()[::-1],
+        annotated_ids=image_of[order],
+        **{name: getattr(index, name)[order] for name in columns},
+        categories=index.categories,
+        source="columns",
+        images_root=str(tmp_path),
+    )
+    assert made.fingerprint == index.fingerprint
+
+
+def test_places_choose_the_format(read, tmp_path):
+    index = read(small_file())
+    for i in range(len(index)):
+        path = tmp_path / index.file_name(i)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"bytes are not looked at")
+    write_shards(index, tmp_path / "shards")
+    coco = SplitConfig(annotations=str(tmp_path / "annotations.json"), images=str(tmp_path))
+    opened = open_split(None, coco, "train"), open_split(None, SplitConfig(shards=str(tmp_path / "shards")), "train")
+    assert {one.fingerprint for one in opened} == {index.fingerprint}
+    assert (opened[0].shards is None, opened[1].images_root is None) == (True, True)

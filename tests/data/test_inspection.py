@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from coco_folder import SIZE, CocoFolder, encoded, sound_folder
 
-from detr_ray.data.index import CocoIndex
+from detr_ray.data.formats import open_split
+from detr_ray.data.formats.shards import read_shard_index
+from detr_ray.data.index import DatasetIndex
 from detr_ray.data.inspection import Inspection, find_missing_storage, inspect_images
-from detr_ray.data.shards import read_shard_index, write_shards
-from detr_ray.data.splits import open_split
+from detr_ray.data.packing import write_shards
 
 
 @pytest.fixture
@@ -17,7 +18,7 @@ def folder(tmp_path):
     return CocoFolder(tmp_path / "set")
 
 
-def train_index(folder: CocoFolder) -> CocoIndex:
+def train_index(folder: CocoFolder) -> DatasetIndex:
     return open_split(str(folder.write()), None, "train")
 
 

@@ -6,21 +6,24 @@ import dataclasses
 import json
 import pickle
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
+from defaults import augmentation, draw_shapes
 from PIL import Image
 from samples import plain_plan, training_plans
 
-from detr_ray.data.augmentation import AugmentValues, apply_to_boxes, apply_to_image
 from detr_ray.data.errors import DataError
-from detr_ray.data.generated import generate_dataset
+from detr_ray.data.formats.coco import read_coco_index
 from detr_ray.data.images import ImageReader, decode_image
-from detr_ray.data.index import CocoIndex, read_coco_index
+from detr_ray.data.index import DatasetIndex
 from detr_ray.data.label_map import LabelMap
 from detr_ray.data.loader import BatchLoader, from_table, to_table
+from detr_ray.data.sample import Crop, Flip, Instances, Picture, Resize, SamplePlan
 from detr_ray.structures import PaddedBatch
 
 DTYPES = {
@@ -35,23 +38,23 @@ DTYPES = {
 }
 
 
-def open_index(root: Path) -> CocoIndex:
+def open_index(root: Path) -> DatasetIndex:
     return read_coco_index(str(root / "annotations" / "instances_train2017.json"), str(root / "train2017"))
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "shapes"
-    generate_dataset(folder, num_train=12, num_val=1, seed=0, image_size=(48, 80), empty_fraction=0.2)
+    draw_shapes(folder, num_train=12, num_val=1, seed=0, image_size=(48, 80), empty_fraction=0.2)
     return folder
 
 
 @pytest.fixture(scope="module")
-def index(root: Path) -> CocoIndex:
+def index(root: Path) -> DatasetIndex:
     return open_index(root)
 
 
-def loader_of(index: CocoIndex) -> BatchLoader:
+def loader_of(index: DatasetIndex) -> BatchLoader:
     return BatchLoader(index, LabelMap.contiguous(index.categories))
 
 
@@ -63,26 +66,25 @@ def assert_equal(left: PaddedBatch, right: PaddedBatch) -> None:
     assert left.bad_images == right.bad_images
 
 
-def test_a_batch_is_its_samples_one_by_one_padded_right_and_below(index: CocoIndex) -> None:
+def test_a_batch_is_its_samples_one_by_one_padded_right_and_below(index: DatasetIndex) -> None:
     plans = training_plans(index)
     loader = loader_of(index)
     batch = loader.load(plans)
     assert batch.bad_images == []
     assert {name: getattr(batch, name).dtype for name in DTYPES} == DTYPES
     assert batch.images.shape == (12, 3, max(p.size[0] for p in plans), max(p.size[1] for p in plans))
-    assert any(plan.crop for plan in plans) and any(plan.flip for plan in plans)
+    assert any(len(plan.steps) > 1 for plan in plans) and any(Flip(1) in plan.steps for plan in plans)
     ends = batch.counts.cumsum()
     for i, plan in enumerate(plans):
         stored = (int(index.heights[i]), int(index.widths[i]))
-        pixels = apply_to_image(decode_image(loader.reader.read(i), "x"), plan)
+        pixels = decode_image(loader.reader.read(i), "x").permute(1, 2, 0)
+        picture = plan.apply(Picture(pixels, index.training_instances(i, loader.label_map)))
         height, width = plan.size
-        np.testing.assert_array_equal(batch.images[i, :, :height, :width], pixels.numpy())
+        np.testing.assert_array_equal(batch.images[i, :, :height, :width], picture.pixels.permute(2, 0, 1).numpy())
         assert not batch.images[i, :, height:].any() and not batch.images[i, :, :, width:].any()
-        labels, boxes_xyxy_px, areas = index.training_boxes(i, loader.label_map)
-        labels, boxes, _ = apply_to_boxes(boxes_xyxy_px, areas, labels, stored, plan)
         rows = slice(ends[i] - batch.counts[i], ends[i])
-        np.testing.assert_array_equal(batch.labels[rows], labels)
-        np.testing.assert_array_equal(batch.boxes_cxcywh[rows], boxes)
+        np.testing.assert_array_equal(batch.labels[rows], picture.instances.labels)
+        np.testing.assert_array_equal(batch.boxes_cxcywh[rows], picture.instances.boxes_cxcywh())
         assert tuple(batch.sizes[i]) == plan.size and tuple(batch.orig_sizes[i]) == stored
     assert batch.positions.tolist() == [plan.position for plan in plans]
     assert batch.image_ids.tolist() == index.image_ids.tolist()
@@ -90,7 +92,7 @@ def test_a_batch_is_its_samples_one_by_one_padded_right_and_below(index: CocoInd
     assert 0 in batch.counts
 
 
-def test_pixels_lie_as_convolutions_take_them(index: CocoIndex) -> None:
+def test_pixels_lie_as_convolutions_take_them(index: DatasetIndex) -> None:
     """Also after the way through a table: nobody has to turn them round."""
     batch = loader_of(index).load(training_plans(index)[:3])
     for images in (batch.images, from_table(to_table(batch)).images):
@@ -98,7 +100,7 @@ def test_pixels_lie_as_convolutions_take_them(index: CocoIndex) -> None:
 
 
 @pytest.mark.parametrize("multiple", [16, 64])
-def test_batches_may_have_sides_of_a_multiple(index: CocoIndex, multiple: int) -> None:
+def test_batches_may_have_sides_of_a_multiple(index: DatasetIndex, multiple: int) -> None:
     plans = training_plans(index)[:3]
     plain = loader_of(index).load(plans)
     batch = BatchLoader(index, LabelMap.contiguous(index.categories), pad_multiple=multiple).load(plans)
@@ -109,6 +111,56 @@ def test_batches_may_have_sides_of_a_multiple(index: CocoIndex, multiple: int) -
     assert not batch.images[:, :, height:].any() and not batch.images[:, :, :, width:].any()
     np.testing.assert_array_equal(batch.boxes_cxcywh, plain.boxes_cxcywh)
     np.testing.assert_array_equal(batch.sizes, plain.sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Beside:
+    """A step that puts the pictures of the partners below the first, all of one width."""
+
+    def apply(self, picture: Picture, partners: Sequence[Picture]) -> Picture:
+        boxes, labels, height = [], [], 0
+        for part in (picture, *partners):
+            boxes.append(part.instances.boxes_xyxy_px + np.array([0, height, 0, height], np.float32))
+            labels.append(part.instances.labels)
+            height += part.instances.size[0]
+        pixels = torch.cat([part.pixels for part in (picture, *partners)])
+        return Picture(
+            pixels, Instances(np.concatenate(boxes), np.concatenate(labels), (height, picture.instances.size[1]))
+        )
+
+
+def test_a_sample_may_be_made_of_several_images(index: DatasetIndex) -> None:
+    first, second, third = (plain_plan(index, i, size=(40, 60)) for i in (0, 3, 5))
+    second = dataclasses.replace(second, steps=(Flip(1),))
+    together = dataclasses.replace(first, size=(120, 60), steps=(Resize((40, 60)), Beside()), partners=(second, third))
+    other = plain_plan(index, 1, size=(40, 60))
+    assert together.images == (0, 3, 5)
+    parts, batch = loader_of(index).load([first, second, third]), loader_of(index).load([other, together, other])
+    np.testing.assert_array_equal(batch.images[1], np.concatenate(list(parts.images), axis=1))
+    np.testing.assert_array_equal(batch.images[0], batch.images[2])
+    assert batch.counts.tolist()[1] == parts.counts.sum() and batch.counts[0] == batch.counts[2]
+    mine = slice(batch.counts[0], batch.counts[:2].sum())
+    np.testing.assert_array_equal(batch.labels[mine], parts.labels)
+    moved = parts.boxes_cxcywh / [1, 3, 1, 3] + np.repeat([[0, k / 3, 0, 0] for k in range(3)], parts.counts, axis=0)
+    np.testing.assert_allclose(batch.boxes_cxcywh[mine], moved, atol=1e-6)
+
+
+def test_a_sample_with_an_unusable_partner_is_black_and_the_next_is_not(damaged: Path, index: DatasetIndex) -> None:
+    bad = plain_plan(index, 1, steps=(Beside(),), partners=(plain_plan(index, 0), plain_plan(index, 3)))
+    good = plain_plan(index, 5)
+    batch = loader_of(open_index(damaged)).load([bad, good])
+    assert len(batch.bad_images) == 1 and index.file_name(0) in batch.bad_images[0]
+    assert not batch.images[0].any() and batch.counts[0] == 0
+    alone = loader_of(index).load([good])
+    np.testing.assert_array_equal(batch.images[1][:, : good.size[0], : good.size[1]], alone.images[0])
+
+
+@pytest.mark.parametrize(
+    ("steps", "first"),
+    [((), (60, 80)), ((Flip(1), Resize((50, 70))), (50, 70)), ((Crop(0, 0, 9, 9), Resize((50, 70))), (480, 640))],
+)
+def test_an_image_is_decoded_small_only_where_it_is_resized_first(steps, first) -> None:
+    assert SamplePlan(0, 0, 0, (60, 80), steps).first_size((480, 640)) == first
 
 
 def test_large_photos_may_be_decoded_at_a_fraction_of_their_size(tmp_path: Path) -> None:
@@ -148,7 +200,7 @@ def test_boxes_lie_where_augmentation_puts_the_pixels(tmp_path: Path) -> None:
     }
     (tmp_path / "a.json").write_text(json.dumps(content))
     index = read_coco_index(str(tmp_path / "a.json"), str(tmp_path / "images"))
-    values = AugmentValues(scales=(60, 90, 120), max_size=200, crop_scales=(60, 80), crop_min=30, crop_max=50)
+    values = augmentation(scales=(60, 90, 120), max_size=200, crop_scales=(60, 80), crop_min=30, crop_max=50)
     plans = training_plans(index, values=values)
     batch = loader_of(index).load(plans)
     assert 0 < batch.counts.sum() < count
@@ -163,8 +215,8 @@ def test_boxes_lie_where_augmentation_puts_the_pixels(tmp_path: Path) -> None:
             assert len(xs) == 0
 
 
-def test_an_image_as_stored_comes_out_as_stored(index: CocoIndex, root: Path) -> None:
-    batch = loader_of(index).load([plain_plan(index, 0), plain_plan(index, 0, flip=True)])
+def test_an_image_as_stored_comes_out_as_stored(index: DatasetIndex, root: Path) -> None:
+    batch = loader_of(index).load([plain_plan(index, 0), plain_plan(index, 0, steps=(Flip(1),))])
     stored = np.asarray(Image.open(root / "train2017" / index.file_name(0))).transpose(2, 0, 1)
     np.testing.assert_array_equal(batch.images[0], stored)
     np.testing.assert_array_equal(batch.images[1], stored[:, :, ::-1])
@@ -186,7 +238,7 @@ def damaged(root: Path, tmp_path: Path) -> Path:
     return tmp_path / "damaged"
 
 
-def test_images_that_cannot_be_used_are_black_without_boxes_and_named(damaged: Path, index: CocoIndex) -> None:
+def test_images_that_cannot_be_used_are_black_without_boxes_and_named(damaged: Path, index: DatasetIndex) -> None:
     plans = training_plans(index)
     good, batch = loader_of(index).load(plans), loader_of(open_index(damaged)).load(plans)
     reasons = ["no such file", "is empty", "truncated", "not an image", "the image is 1x1", ""]
@@ -202,25 +254,25 @@ def test_images_that_cannot_be_used_are_black_without_boxes_and_named(damaged: P
     np.testing.assert_array_equal(batch.boxes_cxcywh, good.boxes_cxcywh[np.repeat(np.arange(12) % 2 == 1, good.counts)])
 
 
-def test_a_category_that_the_label_map_lacks_is_an_error_not_a_bad_image(index: CocoIndex) -> None:
+def test_a_category_that_the_label_map_lacks_is_an_error_not_a_bad_image(index: DatasetIndex) -> None:
     loader = BatchLoader(index, LabelMap.contiguous([(99, "unicorn")]))
     with pytest.raises(DataError, match="label map"):
         loader.load(training_plans(index))
 
 
-def test_a_batch_of_nothing_is_an_error(index: CocoIndex) -> None:
+def test_a_batch_of_nothing_is_an_error(index: DatasetIndex) -> None:
     with pytest.raises(ValueError, match="at least one sample"):
         loader_of(index).load([])
 
 
-def test_a_loader_can_be_sent_to_other_processes(index: CocoIndex) -> None:
+def test_a_loader_can_be_sent_to_other_processes(index: DatasetIndex) -> None:
     plans = training_plans(index)[:3]
     loader = loader_of(index)
     expected = loader.load(plans)
     assert_equal(pickle.loads(pickle.dumps(loader)).load(plans), expected)
 
 
-def test_tables_give_the_batch_back_without_copying_pixels(index: CocoIndex) -> None:
+def test_tables_give_the_batch_back_without_copying_pixels(index: DatasetIndex) -> None:
     batch = loader_of(index).load(training_plans(index)[:5])
     table = to_table(batch)
     assert table.num_rows == 1
@@ -230,7 +282,7 @@ def test_tables_give_the_batch_back_without_copying_pixels(index: CocoIndex) -> 
     assert np.shares_memory(back.boxes_cxcywh, batch.boxes_cxcywh)
 
 
-def test_tables_survive_transport_and_slicing(index: CocoIndex) -> None:
+def test_tables_survive_transport_and_slicing(index: DatasetIndex) -> None:
     plans = training_plans(index)
     batches = [loader_of(index).load(plans[k : k + 3]) for k in range(0, 12, 3)]
     sink = pa.BufferOutputStream()
@@ -246,7 +298,7 @@ def test_tables_survive_transport_and_slicing(index: CocoIndex) -> None:
         from_table(received)
 
 
-def test_tables_hold_batches_without_boxes_and_with_bad_images(index: CocoIndex, damaged: Path) -> None:
+def test_tables_hold_batches_without_boxes_and_with_bad_images(index: DatasetIndex, damaged: Path) -> None:
     empty = int(np.flatnonzero(np.diff(index.first_box) == 0)[0])
     without_boxes = loader_of(index).load([plain_plan(index, empty)])
     assert without_boxes.boxes_cxcywh.shape == (0, 4) and without_boxes.labels.shape == (0,)
@@ -257,7 +309,7 @@ def test_tables_hold_batches_without_boxes_and_with_bad_images(index: CocoIndex,
     assert to_table(bad).schema == to_table(without_boxes).schema
 
 
-def test_tables_of_noncontiguous_pixels_are_right_too(index: CocoIndex) -> None:
+def test_tables_of_noncontiguous_pixels_are_right_too(index: DatasetIndex) -> None:
     batch = loader_of(index).load(training_plans(index)[:2])
     turned = np.ascontiguousarray(batch.images.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
     assert_equal(from_table(to_table(dataclasses.replace(batch, images=turned))), batch)

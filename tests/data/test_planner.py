@@ -7,21 +7,22 @@ from itertools import chain
 
 import numpy as np
 import pytest
+from defaults import augmentation
 
-from detr_ray.data.augmentation import AugmentValues
 from detr_ray.data.errors import DataError
-from detr_ray.data.grouping import measure_orders, order_by_shape, order_part_by_shape
-from detr_ray.data.index import CocoIndex, read_coco_index
+from detr_ray.data.formats.coco import read_coco_index
+from detr_ray.data.grouping import order_by_shape
+from detr_ray.data.index import DatasetIndex
 from detr_ray.data.planner import (
-    LARGE_BATCH,
     Planner,
     padding_fraction,
     plan_evaluation,
+    sample_seeds,
     share_bounds,
     split_evaluation,
     split_global_batch,
 )
-from detr_ray.structures import SamplePlan
+from detr_ray.data.sample import Crop, Flip, Resize, SamplePlan
 
 COMMON_SIZES = np.array([[480, 640], [640, 480], [427, 640], [640, 427], [500, 375], [333, 500], [612, 612]])
 
@@ -34,7 +35,7 @@ def make_planner(images=200, seed=42, global_batch_size=8, window=64, sizes_seed
         np.arange(images) * 7 + 1000,
         seed=seed,
         global_batch_size=global_batch_size,
-        augment=AugmentValues(**augment),
+        size_policy=augmentation(**augment),
         window=window,
     )
 
@@ -53,29 +54,29 @@ def micro_batches(planner: Planner, steps: int, workers: int, micro_batch_size=N
 
 
 @pytest.fixture(scope="module")
-def coco128_index(coco128) -> CocoIndex:
+def coco128_index(coco128) -> DatasetIndex:
     return read_coco_index(str(coco128 / "annotations/instances_train2017.json"), str(coco128 / "train2017"))
 
 
-def planner_of(index: CocoIndex, global_batch_size: int, **augment) -> Planner:
+def planner_of(index: DatasetIndex, global_batch_size: int, **augment) -> Planner:
     return Planner(
         index.heights,
         index.widths,
         index.image_ids,
         seed=42,
         global_batch_size=global_batch_size,
-        augment=AugmentValues(**augment),
+        size_policy=augmentation(**augment),
     )
 
 
 def test_stream_is_the_same_for_1_2_and_4_workers(coco128_index):
-    def stream(workers: int) -> list[tuple]:
+    def stream(workers: int) -> list[SamplePlan]:
         planner = planner_of(coco128_index, 16)
         samples = chain.from_iterable(micro_batches(planner, 2 * planner.steps_per_epoch, workers))
-        return [(s.position, s.image_id, s.flip, s.resize, s.crop, s.size) for s in samples]
+        return list(samples)
 
     alone = stream(1)
-    assert [sample[0] for sample in alone] == list(range(256))
+    assert [sample.position for sample in alone] == list(range(256))
     assert stream(2) == alone
     assert stream(4) == alone
 
@@ -115,7 +116,7 @@ def test_epochs_are_permutations_without_the_remainder(images, size, window):
         assert len({s.index for s in samples}) == len(samples) == images // size * size
         assert all(s.image_id == s.index * 7 + 1000 for s in samples)
         left_out.append(set(range(images)) - {s.index for s in samples})
-        orders.append([(s.index, s.flip, s.size) for s in samples])
+        orders.append([(s.index, s.steps, s.size) for s in samples])
     assert {len(rest) for rest in left_out} == {images % size}
     assert orders[0] != orders[1] != orders[2]
     if images % size > 1:
@@ -130,28 +131,77 @@ def test_the_seed_decides():
 def test_stream_stays_what_it_was():
     """A change here breaks the resuming of runs that are under way: say so in the change log."""
     sizes = np.tile(COMMON_SIZES, (7, 1))
-    options = {"seed": 42, "global_batch_size": 3, "augment": AugmentValues(), "window": 24}
+    options = {"seed": 42, "global_batch_size": 3, "size_policy": augmentation(), "window": 24}
     planner = Planner(sizes[:, 0], sizes[:, 1], np.arange(49), **options)
     samples = planner.global_batch(20)
-    assert [(s.position, s.index, s.image_id, s.flip, s.resize, s.crop, s.size) for s in samples] == [
-        (60, 17, 17, True, (899, 600), (166, 54, 432, 500), (768, 888)),
-        (61, 42, 42, False, (600, 800), (6, 109, 419, 585), (736, 1027)),
-        (62, 2, 2, False, None, None, (768, 1151)),
+    assert [(s.position, s.index, s.image_id, s.steps, s.size) for s in samples] == [
+        (60, 17, 17, (Flip(1), Resize((899, 600)), Crop(166, 54, 432, 500)), (768, 888)),
+        (61, 42, 42, (Resize((600, 800)), Crop(6, 109, 419, 585)), (736, 1027)),
+        (62, 2, 2, (), (768, 1151)),
     ]
+
+
+def test_seeds_of_samples_are_splitmix64():
+    """A change here changes what is drawn for the samples of runs that are under way."""
+    # The generator's own sequence, of which a seed of 0 for the run is the beginning.
+    assert sample_seeds(0, np.arange(3)).tolist() == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    seeds = np.concatenate([sample_seeds(seed, np.arange(10_000)) for seed in (0, 1, 42, 2**32 - 1)])
+    assert seeds.dtype == np.uint64 and len(set(seeds.tolist())) == 40_000
+    bits = np.unpackbits(seeds.view(np.uint8)).reshape(-1, 64)
+    assert abs(bits.mean(axis=0) - 0.5).max() < 0.02
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_seeds_are_functions_of_the_runs_seed_and_the_position(workers):
+    planner = make_planner(seed=7)
+    for step in (40, 3):  # in any order, as after a resume
+        parts = [split_global_batch(make_planner(seed=7).global_batch(step), workers, rank) for rank in range(workers)]
+        samples = list(chain(*chain(*parts)))
+        assert [s.seed for s in samples] == sample_seeds(7, np.array([s.position for s in samples])).tolist()
+        assert [s.seed for s in samples] == [s.seed for s in planner.global_batch(step)]
+    other = make_planner(seed=8).global_batch(3)
+    assert not {s.seed for s in other} & {s.seed for s in planner.global_batch(3)}
+
+
+class Squares:
+    """A size policy that has nothing to do with the augmentation: squares, and a step only where they are large."""
+
+    draws_per_sample = 1
+
+    def draw(self, sizes: np.ndarray, uniform: np.ndarray) -> Squares:
+        self.stored, self.size = sizes, np.repeat((uniform * 100).astype(np.int32) + 1, 2, axis=1)
+        return self
+
+    def steps(self, places: np.ndarray) -> list[tuple]:
+        return [(Crop(0, 0, *stored),) if side > 50 else () for stored, side in
+                zip(self.stored[places].tolist(), self.size[places, 0], strict=True)]  # fmt: skip
+
+
+def test_the_planner_takes_any_size_policy():
+    sizes = np.tile(COMMON_SIZES, (6, 1))
+    columns = (sizes[:, 0], sizes[:, 1], np.arange(42))
+    planner = Planner(*columns, seed=1, global_batch_size=6, window=42, size_policy=Squares())
+    samples = list(chain.from_iterable(walk(planner, planner.steps_per_epoch)))
+    assert sorted(s.index for s in samples) == list(range(42))
+    assert len({s.size for s in samples}) > 20 and all(s.size[0] == s.size[1] for s in samples)
+    for sample in samples:
+        assert sample.steps == ((Crop(0, 0, *sizes[sample.index].tolist()),) if sample.size[0] > 50 else ())
 
 
 def test_plans_hold_together():
     planner = make_planner(images=150)
     samples = list(chain.from_iterable(walk(planner, 2 * planner.steps_per_epoch)))
-    assert {s.flip for s in samples} == {False, True}
-    assert 0.3 < np.mean([s.crop is not None for s in samples]) < 0.7
-    for sample in samples:
-        assert (sample.resize is None) == (sample.crop is None)
+    assert {Flip(1) in s.steps for s in samples} == {False, True}
+    kinds = [[step for step in s.steps if step != Flip(1)] for s in samples]
+    assert 0.3 < np.mean([len(steps) > 0 for steps in kinds]) < 0.7
+    for sample, steps in zip(samples, kinds, strict=True):
         assert all(type(value) is int for value in (sample.position, sample.index, sample.image_id, *sample.size))
-        if sample.crop is not None and sample.resize is not None:
-            top, left, height, width = sample.crop
-            assert 0 <= top <= sample.resize[0] - height
-            assert 0 <= left <= sample.resize[1] - width
+        if steps:
+            resize, crop = steps
+            assert isinstance(resize, Resize) and isinstance(crop, Crop)
+            assert 0 <= crop.top <= resize.size[0] - crop.height
+            assert 0 <= crop.left <= resize.size[1] - crop.width
+            assert all(type(value) is int for value in (*resize.size, crop.top, crop.left, crop.height, crop.width))
 
 
 def test_window_of_an_epoch_is_taken_whole():
@@ -201,7 +251,7 @@ def make_sharded_planner(shard_sizes=(30, 17, 44, 25, 9, 31, 28), shards_at_a_ti
     images = len(shard_of)
     sizes = COMMON_SIZES[np.random.default_rng(0).integers(0, len(COMMON_SIZES), images)]
     return Planner(
-        sizes[:, 0], sizes[:, 1], np.arange(images) + 5000, seed=seed, augment=AugmentValues(),
+        sizes[:, 0], sizes[:, 1], np.arange(images) + 5000, seed=seed, size_policy=augmentation(),
         shard_of=shard_of, shards_at_a_time=shards_at_a_time,
         **{"global_batch_size": 6, "window": 4096, **options},
     )  # fmt: skip
@@ -269,7 +319,7 @@ def test_shards_are_part_of_what_the_stream_is_a_function_of():
     assert walk(make_sharded_planner(shards_at_a_time=None), 5) != batches[:5]
     whole = make_sharded_planner(shards_at_a_time=None)
     plain = Planner(
-        whole.sizes[:, 0], whole.sizes[:, 1], whole.image_ids, seed=42, global_batch_size=6, augment=AugmentValues()
+        whole.sizes[:, 0], whole.sizes[:, 1], whole.image_ids, seed=42, global_batch_size=6, size_policy=augmentation()
     )
     assert walk(whole, 40) == walk(plain, 40)
 
@@ -363,50 +413,17 @@ def test_order_by_shape_cuts_like_the_rule_says(group):
     assert areas(order_by_shape(sizes, group)) == areas(halve(np.arange(len(sizes))))
 
 
-@pytest.mark.parametrize("group", [1, 2, 9, 100])
-def test_groups_can_be_ordered_inside_later(group):
-    rng = np.random.default_rng(group)
-    sizes = rng.integers(384, 700, (group * 21, 2)).astype(np.int32)
-    groups = order_by_shape(sizes, group, inside=False).reshape(-1, group)
-    later = np.concatenate([rows[order_by_shape(sizes[rows], group)] for rows in groups])
-    np.testing.assert_array_equal(later, order_by_shape(sizes, group))
-
-
-@pytest.mark.parametrize("count", [1, 7, 256, 257, 2000, 4099])
-@pytest.mark.parametrize("largest", [400, 1333])
-def test_a_part_of_a_group_is_what_the_whole_has_there(count, largest):
-    rng = np.random.default_rng(count)
-    sizes = rng.integers(384, largest, (count, 2)).astype(np.int32)
-    whole = order_by_shape(sizes, count)
-    for first, last in [(0, count), (0, 1), (count // 2, count), *np.sort(rng.integers(0, count, (20, 2))).tolist()]:
-        np.testing.assert_array_equal(order_part_by_shape(sizes, first, last), whole[first:last])
-
-
-@pytest.mark.parametrize("largest", [30, 1333, 32_767, 60_000])
-def test_images_are_ordered_by_each_measure(largest):
-    """Sides on both sides of the limit up to which a faster sort is used; equal measures keep their order."""
-    heights, widths = np.random.default_rng(largest).integers(1, largest, (2, 3000)).astype(np.int32)
-    heights[:4], widths[:4] = (
-        [largest, largest - 1, largest - 1, largest],
-        [largest - 1, largest - 2, largest - 1, largest],
-    )
-    measures = (heights, widths, heights / widths, heights.astype(np.int64) * widths)
-    expected = [np.argsort(measure, kind="stable") for measure in measures]
-    np.testing.assert_array_equal(measure_orders(heights, widths), expected)
-
-
 # ---- sharing a step
 
 
 @pytest.mark.parametrize("shared_draws", [1, 4])
 def test_a_worker_of_many_plans_its_samples_alone(shared_draws):
-    """Large global batches are ordered inside when they are asked for: the stream is the same."""
-    options = {"images": 4000, "global_batch_size": LARGE_BATCH + 138, "window": 4000, "shared_draws": shared_draws}
+    options = {"images": 4000, "global_batch_size": 650, "window": 4000, "shared_draws": shared_draws}
     whole, planner = make_planner(**options), make_planner(**options)
     for step in (0, 7, 3):
         batch = whole.global_batch(step)
         for rank in (0, 64, 129):
-            bounds = share_bounds(LARGE_BATCH + 138, 130, rank, 2)
+            bounds = share_bounds(650, 130, rank, 2)
             mine = [planner.samples(step, first, last) for first, last in bounds]
             assert mine == split_global_batch(batch, 130, rank, 2)
     flat = [[sample.size for sample in batch] for batch in walk(whole, whole.steps_per_epoch)]
@@ -464,7 +481,7 @@ def test_evaluation_sees_every_image_once_without_padding(coco128_index, batch_s
     areas = [batch[0].size[0] * batch[0].size[1] for batch in batches]
     assert areas == sorted(areas, reverse=True)
     first = next(s for s in samples if s.image_id == 9)
-    assert (first.size, first.flip, first.resize, first.crop) == ((800, 1066), False, None, None)
+    assert (first.size, first.steps, first.partners) == ((800, 1066), (), ())
 
 
 def test_evaluation_sizes_do_not_depend_on_the_batch_size(coco128_index):
@@ -496,7 +513,7 @@ def test_more_workers_than_evaluation_batches():
 
 def test_padding_fraction_of_a_known_batch():
     def sample(height: int, width: int) -> SamplePlan:
-        return SamplePlan(0, 0, 0, False, None, None, (height, width))
+        return SamplePlan(0, 0, 0, (height, width))
 
     assert padding_fraction([]) == 0
     assert padding_fraction([[sample(10, 20)], [sample(3, 4), sample(3, 4)]]) == 0

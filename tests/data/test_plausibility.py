@@ -7,23 +7,24 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from defaults import draw_shapes
 
-from detr_ray.data.generated import generate_dataset
-from detr_ray.data.index import CocoIndex, read_coco_index
-from detr_ray.data.plausibility import find_misreadings
+from detr_ray.data.formats.coco import read_coco_index
+from detr_ray.data.index import DatasetIndex
+from detr_ray.data.statistics import find_misreadings
 
 
 @pytest.fixture(scope="module")
-def real(request) -> CocoIndex:
+def real(request) -> DatasetIndex:
     coco128 = request.getfixturevalue("coco128")
     return read_coco_index(str(coco128 / "annotations/instances_train2017.json"), str(coco128 / "train2017"))
 
 
-def with_boxes(index: CocoIndex, boxes_xywh_px: np.ndarray) -> CocoIndex:
+def with_boxes(index: DatasetIndex, boxes_xywh_px: np.ndarray) -> DatasetIndex:
     return replace(index, boxes_xywh_px=boxes_xywh_px)
 
 
-def sides(index: CocoIndex) -> np.ndarray:
+def sides(index: DatasetIndex) -> np.ndarray:
     counts = np.diff(index.first_box)
     width, height = np.repeat(index.widths, counts), np.repeat(index.heights, counts)
     return np.stack([width, height, width, height], axis=1)
@@ -45,7 +46,7 @@ def test_real_annotations_are_plausible(real):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_generated_data_is_plausible(tmp_path, seed):
-    generate_dataset(tmp_path / "data", num_train=60, num_val=10, seed=seed)
+    draw_shapes(tmp_path / "data", num_train=60, num_val=10, seed=seed)
     for split in ("train", "val"):
         path = tmp_path / "data" / "annotations" / f"instances_{split}2017.json"
         assert find_misreadings(read_coco_index(str(path), str(tmp_path))) == []

@@ -12,23 +12,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from defaults import draw_shapes
 from samples import training_plans
 
 from detr_ray.data.errors import DataError
-from detr_ray.data.generated import generate_dataset
+from detr_ray.data.formats.coco import read_coco_index
+from detr_ray.data.formats.shards import read_shard_index
 from detr_ray.data.images import ImageError, ImageReader
-from detr_ray.data.index import COLUMN_TYPES, CocoIndex, read_coco_index
+from detr_ray.data.index import COLUMN_TYPES, DatasetIndex
 from detr_ray.data.label_map import LabelMap
 from detr_ray.data.loader import BatchLoader
-from detr_ray.data.shards import read_shard_index, write_shards
+from detr_ray.data.packing import write_shards
 
 NUM_IMAGES = 150
 
 
 @pytest.fixture(scope="module")
-def index(tmp_path_factory: pytest.TempPathFactory) -> CocoIndex:
+def index(tmp_path_factory: pytest.TempPathFactory) -> DatasetIndex:
     root = tmp_path_factory.mktemp("data") / "shapes"
-    generate_dataset(root, num_train=NUM_IMAGES, num_val=1, seed=0, image_size=(128, 160), min_object_size=12)
+    draw_shapes(root, num_train=NUM_IMAGES, num_val=1, seed=0, image_size=(128, 160), min_object_size=12)
     annotations = root / "annotations" / "instances_train2017.json"
     content = json.loads(annotations.read_text())
     content["annotations"][0]["iscrowd"] = 1
@@ -38,13 +40,13 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> CocoIndex:
 
 
 @pytest.fixture(scope="module")
-def shards(index: CocoIndex, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shards(index: DatasetIndex, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made") / "split=train" / "shards"
     write_shards(index, folder, shard_megabytes=1)
     return folder
 
 
-def test_the_index_is_that_of_the_folder(index: CocoIndex, shards: Path) -> None:
+def test_the_index_is_that_of_the_folder(index: DatasetIndex, shards: Path) -> None:
     back = read_shard_index(str(shards))
     for name in COLUMN_TYPES:
         np.testing.assert_array_equal(getattr(back, name), getattr(index, name), err_msg=name)
@@ -56,7 +58,7 @@ def test_the_index_is_that_of_the_folder(index: CocoIndex, shards: Path) -> None
         assert read_shard_index(other).fingerprint == index.fingerprint
 
 
-def test_one_ranged_read_gives_the_stored_file(index: CocoIndex, shards: Path) -> None:
+def test_one_ranged_read_gives_the_stored_file(index: DatasetIndex, shards: Path) -> None:
     back = read_shard_index(str(shards))
     places = back.shards
     assert places is not None and len(places.files) >= 2
@@ -72,7 +74,7 @@ def test_one_ranged_read_gives_the_stored_file(index: CocoIndex, shards: Path) -
     assert pickle.loads(pickle.dumps(reader)).read(3) == folder_reader.read(3)
 
 
-def test_batches_are_those_of_the_folder(index: CocoIndex, shards: Path) -> None:
+def test_batches_are_those_of_the_folder(index: DatasetIndex, shards: Path) -> None:
     label_map = LabelMap.contiguous(index.categories)
     plans = training_plans(index, seed=2)
     from_folder, from_shards = (BatchLoader(i, label_map) for i in (index, read_shard_index(str(shards))))
@@ -82,7 +84,7 @@ def test_batches_are_those_of_the_folder(index: CocoIndex, shards: Path) -> None
             np.testing.assert_array_equal(getattr(got, name), getattr(expected, name), err_msg=name)
 
 
-def test_shards_are_plain_parquet_that_says_everything(index: CocoIndex, shards: Path) -> None:
+def test_shards_are_plain_parquet_that_says_everything(index: DatasetIndex, shards: Path) -> None:
     files = sorted(shards.glob("shard-*.parquet"))
     table = pa.concat_tables(pq.ParquetFile(file).read() for file in files)
     assert table["image_id"].to_pylist() == index.image_ids.tolist()
@@ -99,14 +101,14 @@ def test_shards_are_plain_parquet_that_says_everything(index: CocoIndex, shards:
     assert about["categories"] == [{"id": i, "name": name} for i, name in index.categories]
 
 
-def test_a_folder_of_shards_may_be_moved(index: CocoIndex, shards: Path, tmp_path: Path) -> None:
+def test_a_folder_of_shards_may_be_moved(index: DatasetIndex, shards: Path, tmp_path: Path) -> None:
     shutil.copytree(shards, tmp_path / "elsewhere")
     reader = ImageReader(read_shard_index(str(tmp_path / "elsewhere")))
     assert reader.read(0) == ImageReader(index).read(0)
     assert str(tmp_path / "elsewhere") in reader.name(0) and index.file_name(0) in reader.name(0)
 
 
-def test_the_same_data_gives_the_same_bytes(index: CocoIndex, shards: Path, tmp_path: Path) -> None:
+def test_the_same_data_gives_the_same_bytes(index: DatasetIndex, shards: Path, tmp_path: Path) -> None:
     progress: list[tuple[int, int]] = []
     write_shards(index, tmp_path / "again", shard_megabytes=1, progress=lambda done, of: progress.append((done, of)))
     digests = [
@@ -131,7 +133,7 @@ def test_images_that_are_equal_empty_or_broken_are_kept_as_they_are(tmp_path: Pa
     assert [reader.read(i) for i in range(len(contents))] == contents
 
 
-def test_a_missing_image_is_named_and_leaves_nothing_behind(index: CocoIndex, tmp_path: Path) -> None:
+def test_a_missing_image_is_named_and_leaves_nothing_behind(index: DatasetIndex, tmp_path: Path) -> None:
     assert index.images_root is not None
     shutil.copytree(index.images_root, tmp_path / "images")
     (tmp_path / "images" / index.file_name(100)).unlink()
@@ -141,7 +143,7 @@ def test_a_missing_image_is_named_and_leaves_nothing_behind(index: CocoIndex, tm
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_an_interrupted_run_leaves_nothing_behind(index: CocoIndex, tmp_path: Path) -> None:
+def test_an_interrupted_run_leaves_nothing_behind(index: DatasetIndex, tmp_path: Path) -> None:
     def interrupt(done: int, total: int) -> None:
         assert [path.name for path in tmp_path.iterdir()] == [".shards.partial"]
         raise KeyboardInterrupt
@@ -151,7 +153,7 @@ def test_an_interrupted_run_leaves_nothing_behind(index: CocoIndex, tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_is_overwritten(index: CocoIndex, tmp_path: Path) -> None:
+def test_nothing_is_overwritten(index: DatasetIndex, tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     with pytest.raises(DataError, match="taken exists already"):
         write_shards(index, tmp_path / "taken")

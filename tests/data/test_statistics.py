@@ -6,16 +6,17 @@ import numpy as np
 import pytest
 from coco_folder import CocoFolder, encoded
 
-from detr_ray.data.index import CocoIndex, read_coco_index
+from detr_ray.data.formats import open_split
+from detr_ray.data.formats.coco import read_coco_index
+from detr_ray.data.index import DatasetIndex
 from detr_ray.data.label_map import LabelMap
-from detr_ray.data.splits import open_split
 from detr_ray.data.statistics import count_boxes
 
 
-def assert_counts_agree(index: CocoIndex) -> None:
+def assert_counts_agree(index: DatasetIndex) -> None:
     label_map = LabelMap.contiguous(index.categories)
     counted = count_boxes(index)
-    labels = [index.training_boxes(i, label_map)[0] for i in range(len(index))]
+    labels = [index.training_instances(i, label_map).labels for i in range(len(index))]
     assert counted.per_image.tolist() == [len(image_labels) for image_labels in labels]
     per_label = np.bincount(np.concatenate(labels), minlength=label_map.num_classes)
     assert counted.per_category == {label_map.category_ids[k]: n for k, n in enumerate(per_label.tolist())}

@@ -20,8 +20,8 @@ from torchvision.models import resnet18
 
 from detr_ray.config import Config
 from detr_ray.config.schema import all_keys
-from detr_ray.data.shards import write_shards
-from detr_ray.data.splits import open_split
+from detr_ray.data.formats import open_split
+from detr_ray.data.packing import write_shards
 from detr_ray.engine.checkpoints.run_directory import is_free
 from detr_ray.engine.checkpoints.store import CheckpointStore
 from detr_ray.engine.job import prepare_job

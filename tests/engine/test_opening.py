@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from coco_folder import CocoFolder, encoded
+from defaults import augmentation
 from tiny import tiny_config
 
 from detr_ray.config import Config, ConfigError
-from detr_ray.data.augmentation import AugmentValues, draw, largest_side
 from detr_ray.data.errors import DataError
 from detr_ray.engine.job import open_data, prepare_job
 from detr_ray.engine.preflight import run_preflight
@@ -211,7 +211,7 @@ def test_sizes_that_they_just_reach_are_fine(small_set: CocoFolder, tmp_path: Pa
 
 
 def test_a_checkpoint_with_learned_positions_is_evaluated_within_reach(small_set: CocoFolder, tmp_path: Path) -> None:
-    from detr_ray.data.splits import open_split
+    from detr_ray.data.formats import open_split
 
     val = open_split(str(small_set.root), None, "val")
     model = learned(small_set, tmp_path, "model.backbone_stride=32").model
@@ -234,14 +234,14 @@ def test_the_reach_is_that_of_the_model() -> None:
 def test_no_draw_exceeds_the_largest_side(seed: int) -> None:
     rng = np.random.default_rng(seed)
     sizes = rng.integers(20, 900, (50, 2))
-    values = AugmentValues(
+    values = augmentation(
         scales=(64, 200), max_size=int(rng.integers(150, 400)), crop_scales=(80, 120), crop_min=30, crop_max=110
     )
-    limit = largest_side(sizes, values)
-    drawn = draw(np.repeat(sizes, 400, axis=0), rng.random((20_000, 8)), values)
+    limit = values.largest_side(sizes)
+    drawn = values.draw(np.repeat(sizes, 400, axis=0), rng.random((20_000, 8)))
     assert drawn.size.max() <= limit
     assert limit <= max(1.2 * drawn.size.max(), values.max_size + 30)
 
 
 def test_the_published_sizes_are_within_reach() -> None:
-    assert largest_side(np.array([[480, 640], [640, 427]]), AugmentValues()) == 1250
+    assert augmentation().largest_side(np.array([[480, 640], [640, 427]])) == 1250

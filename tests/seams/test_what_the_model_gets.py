@@ -16,10 +16,11 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as tv
 
-from detr_ray.data.index import CocoIndex
+from detr_ray.data.index import DatasetIndex
+from detr_ray.data.sample import Crop, Flip, Resize, SamplePlan
 from detr_ray.model.backbones.resnet import ResNetBackbone
 from detr_ray.model.detr import Detr
-from detr_ray.structures import ModelOutput, PixelStatistics, SamplePlan
+from detr_ray.structures import ModelOutput, PixelStatistics
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
@@ -30,7 +31,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_dataset(tmp_path_factory.mktemp("data") / "shapes", num_train=16, num_val=6, image_size=(40, 90))
 
 
-def stored(root: Path, split: str, index: CocoIndex, row: int) -> Tensor:
+def stored(root: Path, split: str, index: DatasetIndex, row: int) -> Tensor:
     (path,) = (root / f"{split}2017").glob(f"*{index.image_ids[row]:012d}.*")
     return decode_image(str(path), ImageReadMode.RGB)
 
@@ -41,11 +42,14 @@ def normalised(pixels: Tensor) -> Tensor:
 
 def augmented(image: Tensor, sample: SamplePlan) -> Tensor:
     """What the plan says, in torchvision's words."""
-    if sample.flip:
-        image = tv.horizontal_flip(image)
-    if sample.crop is not None:
-        assert sample.resize is not None
-        image = tv.crop(tv.resize(image, list(sample.resize)), *sample.crop)
+    for step in sample.steps:
+        match step:
+            case Flip(1):
+                image = tv.horizontal_flip(image)
+            case Resize(size):
+                image = tv.resize(image, list(size))
+            case Crop(top, left, height, width):
+                image = tv.crop(image, top, left, height, width)
     return tv.resize(image, list(sample.size))
 
 
@@ -88,7 +92,7 @@ def test_training_images_are_torchvisions(
         expected = [normalised(augmented(stored(dataset, "train", train, s.index), s)) for s in samples]
         for first in range(0, 4, micro_batch_size):
             assert_padded_batch(next(forwards), expected[first : first + micro_batch_size])
-        shapes |= {(s.flip, s.crop is not None) for s in samples}
+        shapes |= {(Flip(1) in s.steps, any(isinstance(step, Crop) for step in s.steps)) for s in samples}
     assert next(forwards, None) is None and any(f.mask is not None for f in seen.training)
     assert len(shapes) == (4 if augmentation == "all" else 1), "all kinds of samples were there"
 
@@ -154,7 +158,7 @@ def boxes_of(seen: Observed, root: Path, sample: SamplePlan) -> tuple[list[int],
             left, top, width, height = entry["bbox"]
             labels.append(order.index(entry["category_id"]))
             centre = (left + width / 2) / image["width"]
-            boxes.append([1 - centre if sample.flip else centre, (top + height / 2) / image["height"],
+            boxes.append([1 - centre if Flip(1) in sample.steps else centre, (top + height / 2) / image["height"],
                           width / image["width"], height / image["height"]])  # fmt: skip
     return labels, torch.tensor(boxes).reshape(-1, 4)
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from detr_ray.data import shards
-from detr_ray.data.index import CocoIndex
+from detr_ray.data import packing
+from detr_ray.data.index import DatasetIndex
 
 
-def write_small_shards(index: CocoIndex, uri: str, images: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def write_small_shards(index: DatasetIndex, uri: str, images: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Writes shards that are closed after so many images."""
-    read_groups = shards._read_groups
+    read_groups = packing._read_groups
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "_GROUP_IMAGES", images)
+        patch.setattr(packing, "_GROUP_IMAGES", images)
         patch.setattr(
-            shards, "_read_groups", lambda reader, start, end, most, note: read_groups(reader, start, end, 1, note)
+            packing, "_read_groups", lambda reader, start, end, most, note: read_groups(reader, start, end, 1, note)
         )
-        shards.write_shards(index, uri)
+        packing.write_shards(index, uri)

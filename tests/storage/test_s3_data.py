@@ -14,23 +14,24 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from coco_folder import sound_folder
+from defaults import augmentation
 from s3_server import S3Server
 from small_shards import write_small_shards
 
-from detr_ray.data.augmentation import AugmentValues
 from detr_ray.data.errors import DataError
+from detr_ray.data.formats import open_split
+from detr_ray.data.formats.shards import read_shard_index
 from detr_ray.data.images import READS_AT_ONCE, ImageError, ImageReader
-from detr_ray.data.index import CocoIndex
+from detr_ray.data.index import DatasetIndex
 from detr_ray.data.label_map import LabelMap
 from detr_ray.data.loader import BatchLoader
+from detr_ray.data.packing import write_shards
 from detr_ray.data.planner import Planner
 from detr_ray.data.ranges import join_parts
-from detr_ray.data.shards import read_shard_index, write_shards
-from detr_ray.data.splits import open_split
 from detr_ray.prepare import main as prepare
 
 NUM_IMAGES = 40
-AUGMENT = AugmentValues(scales=(48, 64), max_size=96, crop=0.0)
+AUGMENT = augmentation(scales=(48, 64), max_size=96, crop=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -39,19 +40,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def local(folder: Path) -> CocoIndex:
+def local(folder: Path) -> DatasetIndex:
     return open_split(str(folder), None, "train")
 
 
-def planner_of(index: CocoIndex, size: int = 8, shards_at_a_time: int | None = None) -> Planner:
+def planner_of(index: DatasetIndex, size: int = 8, shards_at_a_time: int | None = None) -> Planner:
     shard_of = None if index.shards is None else index.shards.file_of
     return Planner(
-        index.heights, index.widths, index.image_ids, seed=1, global_batch_size=size, augment=AUGMENT,
+        index.heights, index.widths, index.image_ids, seed=1, global_batch_size=size, size_policy=AUGMENT,
         shard_of=shard_of, shards_at_a_time=shards_at_a_time,
     )  # fmt: skip
 
 
-def assert_same_batches(one: CocoIndex, other: CocoIndex) -> None:
+def assert_same_batches(one: DatasetIndex, other: DatasetIndex) -> None:
     loaders = [BatchLoader(index, LabelMap.contiguous(index.categories)) for index in (one, other)]
     planner = planner_of(one)
     for step in range(planner.steps_per_epoch + 1):
@@ -266,13 +267,13 @@ def test_a_missing_or_cut_shard_is_named(local, s3: S3Server):
 
 KILLED = """
 import sys
-import detr_ray.data.shards as shards
-from detr_ray.data.splits import open_split
-shards._GROUP_IMAGES = 1
-read_groups = shards._read_groups
-shards._read_groups = lambda reader, start, end, most, progress: read_groups(reader, start, end, 1, progress)
+import detr_ray.data.packing as packing
+from detr_ray.data.formats import open_split
+packing._GROUP_IMAGES = 1
+read_groups = packing._read_groups
+packing._read_groups = lambda reader, start, end, most, progress: read_groups(reader, start, end, 1, progress)
 index = open_split(sys.argv[1], None, "train")
-shards.write_shards(index, sys.argv[2], progress=lambda *done: print(*done, flush=True))
+packing.write_shards(index, sys.argv[2], progress=lambda *done: print(*done, flush=True))
 """
 
 

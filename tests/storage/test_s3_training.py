@@ -11,8 +11,8 @@ from s3_server import S3Server
 from small_shards import write_small_shards
 from tiny import fit_here, make_dataset, tiny_config
 
-from detr_ray.data.shards import write_shards
-from detr_ray.data.splits import open_split
+from detr_ray.data.formats import open_split
+from detr_ray.data.packing import write_shards
 from detr_ray.detector.artifact import MODEL_FILE
 from detr_ray.engine.checkpoints.store import CheckpointStore
 from detr_ray.engine.loop import FitResult

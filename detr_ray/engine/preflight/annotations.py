@@ -6,12 +6,11 @@ from collections.abc import Callable
 
 from detr_ray.config import Config, ConfigError
 from detr_ray.data.errors import DataError
-from detr_ray.data.generated import generate_dataset
-from detr_ray.data.index import PROBLEMS, CocoIndex
+from detr_ray.data.formats import open_split
+from detr_ray.data.generated import DrawingParameters, generate_dataset
+from detr_ray.data.index import PROBLEMS, DatasetIndex
 from detr_ray.data.label_map import LabelMap
-from detr_ray.data.plausibility import find_misreadings
-from detr_ray.data.splits import open_split
-from detr_ray.data.statistics import BoxStatistics, count_boxes
+from detr_ray.data.statistics import BoxStatistics, count_boxes, find_misreadings
 from detr_ray.engine.errors import CheckpointError
 from detr_ray.engine.job import choose_label_space, generated_root, label_map_for
 from detr_ray.engine.preflight.findings import Level, Report
@@ -44,13 +43,13 @@ def check_generated(config: Config, report: Report) -> bool:
         )  # fmt: skip
         return False
     try:
-        generate_dataset(root, **data.generate.model_dump())
+        generate_dataset(root, DrawingParameters(**data.generate.model_dump()))
     except DataError as error:
         report.add("error", DATA, str(error))
     return True
 
 
-def open_splits(config: Config, report: Report) -> dict[str, CocoIndex]:
+def open_splits(config: Config, report: Report) -> dict[str, DatasetIndex]:
     """Opens the splits that a configuration names, as far as they can be opened."""
     opened = {}
     for split, places in (("train", config.data.train), ("val", config.data.val)):
@@ -80,7 +79,7 @@ def open_splits(config: Config, report: Report) -> dict[str, CocoIndex]:
     return opened
 
 
-def _check_quirks(split: str, index: CocoIndex, report: Report) -> None:
+def _check_quirks(split: str, index: DatasetIndex, report: Report) -> None:
     notes = [f"{count} {PROBLEMS[kind]}" for kind, count in index.problems.items() if kind not in _LOSSES]
     losses = [f"{count} {PROBLEMS[kind]}" for kind, count in index.problems.items() if kind in _LOSSES]
     report.add(
@@ -103,7 +102,7 @@ def _check_quirks(split: str, index: CocoIndex, report: Report) -> None:
 
 
 def check_labels(
-    config: Config, opened: dict[str, CocoIndex], is_official: Callable[[], bool], report: Report
+    config: Config, opened: dict[str, DatasetIndex], is_official: Callable[[], bool], report: Report
 ) -> LabelMap | None:
     """The labels that training would use; None if they cannot be determined.
 
@@ -134,7 +133,7 @@ def check_labels(
     return label_map
 
 
-def check_boxes(config: Config, opened: dict[str, CocoIndex], report: Report) -> dict[str, BoxStatistics]:
+def check_boxes(config: Config, opened: dict[str, DatasetIndex], report: Report) -> dict[str, BoxStatistics]:
     """Holds the boxes of each split against the model's queries, and the classes of both against each other."""
     counted = {split: count_boxes(index) for split, index in opened.items()}
     for split, boxes in counted.items():

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from detr_ray.config import Config
 from detr_ray.data.errors import DataError
-from detr_ray.data.index import CocoIndex
+from detr_ray.data.index import DatasetIndex
 from detr_ray.data.inspection import Inspection, common_cause, find_missing_storage, inspect_images, is_other_folder
 from detr_ray.engine.preflight.findings import Level, Report
 from detr_ray.engine.preflight.storage import TIMEOUT_S, within
@@ -19,7 +19,7 @@ AREA = "images"
 
 
 def check_images(
-    config: Config, split: str, index: CocoIndex, decode: bool, report: Report, say: Callable[[str], None]
+    config: Config, split: str, index: DatasetIndex, decode: bool, report: Report, say: Callable[[str], None]
 ) -> None:
     """Checks every image of a split, or as many as can be reached."""
     report.splits[split] |= {"images_seen": 0, "decoded": decode, "bad_images": []}
@@ -65,7 +65,7 @@ def check_images(
     }
 
 
-def _add_bad(config: Config, split: str, index: CocoIndex, seen: Inspection, report: Report) -> None:
+def _add_bad(config: Config, split: str, index: DatasetIndex, seen: Inspection, report: Report) -> None:
     if seen.broken_off:
         report.add("error", AREA, f"{split}: {seen.broken_off}", "check the storage first")
     if not seen.bad:

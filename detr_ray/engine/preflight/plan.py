@@ -9,14 +9,14 @@ import numpy as np
 import torch
 
 from detr_ray.config import Config, ConfigError
-from detr_ray.data.index import CocoIndex
+from detr_ray.data.index import DatasetIndex
 from detr_ray.data.label_map import LabelMap
 from detr_ray.data.planner import split_global_batch
+from detr_ray.data.sample import SamplePlan
 from detr_ray.engine.precision import slow_precision
 from detr_ray.engine.preflight.findings import Report
 from detr_ray.engine.stream.planned_data import PlannedData
 from detr_ray.engine.stream.positions import refuse_positions_out_of_reach
-from detr_ray.structures import SamplePlan
 
 AREA = "training"
 
@@ -30,7 +30,7 @@ _MOST_ENLARGED = 2.0
 _MOST_PLANNED = 200_000
 
 
-def check_plan(config: Config, opened: dict[str, CocoIndex], label_map: LabelMap | None, report: Report) -> None:
+def check_plan(config: Config, opened: dict[str, DatasetIndex], label_map: LabelMap | None, report: Report) -> None:
     """Lays out the plan of training as far as its length and its shapes go, and its number format."""
     _check_precision(config, report)
     train = opened.get("train")
@@ -109,7 +109,7 @@ def _padded(samples: tuple[SamplePlan, ...]) -> tuple[int, int, int]:
     return len(samples), max(s.size[0] for s in samples), max(s.size[1] for s in samples)
 
 
-def _check_enlargement(train: CocoIndex, samples: np.ndarray, report: Report) -> None:
+def _check_enlargement(train: DatasetIndex, samples: np.ndarray, report: Report) -> None:
     stored = np.minimum(train.heights, train.widths)[samples[:, 0]]
     enlarged = float(np.median(samples[:, 1:].min(axis=1) / stored))
     if enlarged > _MOST_ENLARGED:

@@ -73,7 +73,7 @@ def try_storage(storage: str, patience: Patience = PATIENCE) -> None:
     """
     content = secrets.token_bytes(64)
     location = join(storage, f".check-{secrets.token_hex(4)}")
-    new_folder = _first_missing(storage, patience)
+    new_folder = first_missing(storage, patience)
     try:
         make_folder(storage, patience)
         write(location, lambda stream: stream.write(content), patience)
@@ -86,7 +86,7 @@ def try_storage(storage: str, patience: Patience = PATIENCE) -> None:
             delete_folder(new_folder, patience)
 
 
-def _first_missing(folder: str, patience: Patience) -> str | None:
+def first_missing(folder: str, patience: Patience) -> str | None:
     """The outermost folder above ``folder`` (or itself) that does not exist; None if all exist.
 
     Stops below the bucket: it must exist, and listing it is often not permitted.

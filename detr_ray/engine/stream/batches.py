@@ -9,7 +9,8 @@ from typing import Protocol, TypeVar
 
 from detr_ray.data.loader import BatchLoader
 from detr_ray.data.planner import Planner, share_bounds, split_evaluation
-from detr_ray.structures import PaddedBatch, SamplePlan
+from detr_ray.data.sample import SamplePlan
+from detr_ray.structures import PaddedBatch
 
 A = TypeVar("A")
 B = TypeVar("B")

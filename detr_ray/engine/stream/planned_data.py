@@ -10,17 +10,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from detr_ray.config import Config
-from detr_ray.data.augmentation import AugmentValues
-from detr_ray.data.index import CocoIndex
+from detr_ray.data.augmentation import DetrAugmentation
+from detr_ray.data.index import DatasetIndex
 from detr_ray.data.label_map import LabelMap
 from detr_ray.data.loader import BatchLoader
 from detr_ray.data.planner import Planner, plan_evaluation
+from detr_ray.data.sample import SamplePlan
 from detr_ray.engine.stream.batches import WorkerPlan
-from detr_ray.structures import SamplePlan
 
 # Fewer samples, or fewer batches, to choose from leave batches of unlike shapes.
 MIN_WINDOW = 4096
 MIN_WINDOW_BATCHES = 64
+
+
+def augmentation_of(config: Config) -> DetrAugmentation:
+    """The augmentation that a configuration asks for."""
+    return DetrAugmentation(**config.data.augment.model_dump())
 
 
 @dataclass(frozen=True)
@@ -35,8 +40,8 @@ class PlannedData:
     """
 
     config: Config
-    train: CocoIndex | None
-    val: CocoIndex | None
+    train: DatasetIndex | None
+    val: DatasetIndex | None
     label_map: LabelMap
 
     @property
@@ -67,7 +72,7 @@ class PlannedData:
             image_ids=self.train.image_ids,
             seed=config.run.seed,
             global_batch_size=config.train.global_batch_size,
-            augment=AugmentValues(**config.data.augment.model_dump()),
+            size_policy=augmentation_of(config),
             window=config.data.window or max(MIN_WINDOW, MIN_WINDOW_BATCHES * config.train.global_batch_size),
             shard_of=None if self.train.shards is None else self.train.shards.file_of,
             shards_at_a_time=config.data.shard_window,

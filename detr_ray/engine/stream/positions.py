@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from detr_ray.config import Config, ConfigError, ModelConfig
-from detr_ray.data.augmentation import AugmentValues, largest_side
-from detr_ray.data.index import CocoIndex
+from detr_ray.data.index import DatasetIndex
 from detr_ray.data.planner import plan_evaluation
+from detr_ray.engine.stream.planned_data import augmentation_of
 
 
 def refuse_positions_out_of_reach(
-    config: Config, model: ModelConfig, train: CocoIndex | None, val: CocoIndex | None
+    config: Config, model: ModelConfig, train: DatasetIndex | None, val: DatasetIndex | None
 ) -> None:
     """Refuses sizes of training and of validation images that learned positions have no vectors for.
 
@@ -37,7 +37,7 @@ def refuse_positions_out_of_reach(
     errors = []
     if train is not None:
         sizes = np.stack([train.heights, train.widths], axis=1)
-        longest = largest_side(sizes, AugmentValues(**config.data.augment.model_dump()))
+        longest = augmentation_of(config).largest_side(sizes)
         multiple = config.data.pad_multiple
         longest = -(-longest // multiple) * multiple
         if -(-longest // stride) > LEARNED_LIMIT:

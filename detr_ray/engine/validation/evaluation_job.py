@@ -11,7 +11,7 @@ from pyarrow.fs import FileType
 from torch import Tensor
 
 from detr_ray.config import Config, ConfigError, LossConfig, ModelConfig, flatten
-from detr_ray.data.index import CocoIndex
+from detr_ray.data.index import DatasetIndex
 from detr_ray.data.label_map import COCO_NUM_CLASSES, LabelMap
 from detr_ray.detector import Detector, build_detector, build_skeleton
 from detr_ray.detector.artifact import MODEL_FILE, read_saved_model
@@ -143,7 +143,7 @@ def prepare_evaluation(config: Config, say: Say) -> EvaluationJob:
     return EvaluationJob(PlannedData(config, None, val, label_map), trained.model, trained.loss, state, source, storage)
 
 
-def _unnamed_labels(space: str, num_classes: int | None, val: CocoIndex, source: str) -> LabelMap:
+def _unnamed_labels(space: str, num_classes: int | None, val: DatasetIndex, source: str) -> LabelMap:
     """Labels of weights that do not name their classes; by their number, where ``data.label_space`` leaves it open."""
     rows = COCO_NUM_CLASSES if num_classes is None else num_classes
     if space == "auto":

@@ -19,7 +19,7 @@ from detr_ray.model import DetectionModel
 from detr_ray.structures import PaddedBatch, to_device
 
 if TYPE_CHECKING:
-    from detr_ray.data.index import CocoIndex
+    from detr_ray.data.index import DatasetIndex
     from detr_ray.engine.stream.planned_data import PlannedData
 
 
@@ -42,7 +42,7 @@ class Evaluator:
 
     def __init__(
         self,
-        index: CocoIndex,
+        index: DatasetIndex,
         label_map: LabelMap,
         context: WorkerContext,
         class_loss: ClassLoss,

@@ -1,12 +1,13 @@
-"""Opens one split of a data set, in whichever form it lies."""
+"""The forms in which a data set may lie: each module of this package reads one of them into a `DatasetIndex`."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
 from detr_ray.data.errors import DataError
-from detr_ray.data.index import CocoIndex, read_coco_index
-from detr_ray.data.shards import read_shard_index
+from detr_ray.data.formats.coco import read_coco_index
+from detr_ray.data.formats.shards import read_shard_index
+from detr_ray.data.index import DatasetIndex
 from detr_ray.locations import LocationError, check_address, join
 
 
@@ -18,7 +19,7 @@ class SplitPlaces(Protocol):
     shards: str | None
 
 
-def open_split(root: str | None, places: SplitPlaces | None, split: str, follow_links: bool = False) -> CocoIndex:
+def open_split(root: str | None, places: SplitPlaces | None, split: str, follow_links: bool = False) -> DatasetIndex:
     """Opens a split.
 
     Args:
@@ -38,11 +39,18 @@ def open_split(root: str | None, places: SplitPlaces | None, split: str, follow_
     except LocationError as error:
         raise DataError(f"{split}: {error}") from error
     if places is not None:
-        if places.shards is not None:
-            return read_shard_index(places.shards)
-        assert places.annotations is not None and places.images is not None, "validated with the configuration"
-        return read_coco_index(places.annotations, places.images, follow_links)
+        return _read(places.annotations, places.images, places.shards, follow_links)
     if root is None:
         raise DataError(f"no {split} data is given: set data.root or data.{split}")
     annotations = join(root, "annotations", f"instances_{split}2017.json")
-    return read_coco_index(annotations, join(root, f"{split}2017"), follow_links)
+    return _read(annotations, join(root, f"{split}2017"), None, follow_links)
+
+
+def _read(annotations: str | None, images: str | None, shards: str | None, follow_links: bool) -> DatasetIndex:
+    """Reads a split in the format that its places tell: one case each."""
+    match annotations, images, shards:
+        case _, _, str():
+            return read_shard_index(shards)
+        case str(), str(), None:
+            return read_coco_index(annotations, images, follow_links)
+    raise AssertionError("validated with the configuration")
