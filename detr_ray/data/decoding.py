@@ -3,9 +3,9 @@
 Every readable image becomes ``uint8 [3, H, W]`` RGB, whatever its file format and mode; one that is not readable is an
 `ImageError` that names the file and the reason. (Pixels that are lost in the middle of a JPEG with a valid end are
 filled by the JPEG library without an error.) The EXIF orientation is applied, and EXIF that can't be read is ignored.
-An alpha channel is dropped, as ``convert("RGB")`` of Pillow does. 16-bit images keep the high byte, unless they say that
-they use fewer bits; they are refused where they would be nearly black. Of animations the first frame is taken. Knows
-nothing of boxes, augmentation or batches.
+An alpha channel is dropped, as ``convert("RGB")`` of Pillow does. 16-bit images keep the high byte, unless they say
+that they use fewer bits; they are refused where they would be nearly black. Of animations the first frame is taken.
+Knows nothing of boxes, augmentation or batches.
 """
 
 from __future__ import annotations
@@ -90,24 +90,6 @@ def decode_image(data: bytes, name: str, size: tuple[int, int] | None = None, re
     if pixels is None:
         return _decode_with_pillow(data, name, size)
     return (_turned(pixels, header.orientation) if is_upright else pixels).permute(2, 0, 1)
-
-
-def read_image_size(data: bytes, name: str, size: tuple[int, int] | None = None) -> tuple[int, int]:
-    """Reads an image's size from its header, without decoding a pixel.
-
-    Args:
-        data: the file's content, or the first part of it.
-        name: what to call the image in messages.
-        size: (height, width) that the annotations were made on.
-
-    Returns:
-        (height, width) in pixels of what `decode_image` would return.
-
-    Raises:
-        ImageError: no content, no image header, or another size than ``size``; see `read_header`.
-    """
-    header = read_header(data, name)
-    return header.upright if header.turn(name, size) else header.stored
 
 
 def _jpeg_header(data: bytes, name: str) -> ImageHeader:

@@ -14,7 +14,7 @@ from typing import IO
 
 import numpy as np
 
-from detr_ray.data.decoding import decode_image, read_image_size, reduction
+from detr_ray.data.decoding import decode_image, reduction
 from detr_ray.data.errors import DataError
 from detr_ray.data.image_headers import ImageError, ImageHeader, read_header
 from detr_ray.data.image_places import missing, name_below, refuse_link_outside
@@ -24,7 +24,7 @@ from detr_ray.locations import LocationError, is_remote, join, open_location, re
 from detr_ray.printable import printable
 from detr_ray.retries import AccessDenied, patiently, reason_of
 
-__all__ = ["ImageError", "ImageReader", "decode_image", "read_image_size", "reduction"]
+__all__ = ["ImageError", "ImageReader", "decode_image", "reduction"]
 
 READS_AT_ONCE = 16
 """Remote reads of one process that are under way at the same time."""
@@ -122,11 +122,6 @@ class ImageReader:
             if is_whole or header.is_certain:
                 return header
         return read_header(self.read(i), name)
-
-    def read_size(self, i: int, size: tuple[int, int] | None = None) -> tuple[int, int]:
-        """Size of image ``i`` by its header; see `read_image_size`."""
-        header = self.read_header(i)
-        return header.upright if header.turn(self.name(i), size) else header.stored
 
     def _read(self, i: int, num_bytes: int | None) -> bytes:
         if self._shards is not None:

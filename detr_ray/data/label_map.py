@@ -111,14 +111,6 @@ class LabelMap:
         """(category id, name) of the labels in use."""
         return tuple((i, n) for i, n in zip(self.category_ids, self.names, strict=True) if i is not None)  # type: ignore[misc]
 
-    def label_of(self, category_id: int) -> int:
-        """The label of one category.
-
-        Raises:
-            DataError: the map has no such category.
-        """
-        return int(self.labels_of(np.array([category_id]))[0])
-
     def labels_of(self, category_ids: np.ndarray) -> np.ndarray:
         """Labels (int64) of category ids, same shape.
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import bisect
 import heapq
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import Any, Protocol
@@ -375,12 +375,3 @@ def split_evaluation(
             mine.append(batch)
         heapq.heapreplace(loads, (pixels + sum(plan.size[0] * plan.size[1] for plan in batch), worker))
     return mine
-
-
-def padding_fraction(batches: Iterable[Sequence[SamplePlan]]) -> float:
-    """Share of the pixels of (micro-)batches that is padding, each padded to its largest height and width; 0..1."""
-    padded = filled = 0
-    for batch in batches:
-        padded += len(batch) * max(plan.size[0] for plan in batch) * max(plan.size[1] for plan in batch)
-        filled += sum(plan.size[0] * plan.size[1] for plan in batch)
-    return 1 - filled / padded if padded else 0.0

@@ -1,4 +1,4 @@
-"""Plans for the tests of loading: real draws of the training augmentation, and sizes small enough to be quick."""
+"""Plans for the tests of loading, small enough to be quick, and sizes of images by their headers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import numpy as np
 from defaults import augmentation
 
 from detr_ray.data.augmentation import DetrAugmentation
+from detr_ray.data.image_headers import ImageHeader, read_header
+from detr_ray.data.images import ImageReader
 from detr_ray.data.index import DatasetIndex
 from detr_ray.data.sample import SamplePlan
 
@@ -28,3 +30,17 @@ def plain_plan(index: DatasetIndex, i: int, **changes: object) -> SamplePlan:
     """A plan that leaves image ``i`` as it is, but for the changes."""
     values = {"position": i, "index": i, "size": (int(index.heights[i]), int(index.widths[i]))} | changes
     return SamplePlan(image_id=int(index.image_ids[i]), **values)
+
+
+def read_image_size(data: bytes, name: str, size: tuple[int, int] | None = None) -> tuple[int, int]:
+    """(height, width) of what decoding would give, by the header alone; ``size`` is the annotations'."""
+    return _size(read_header(data, name), name, size)
+
+
+def read_size(reader: ImageReader, i: int, size: tuple[int, int] | None = None) -> tuple[int, int]:
+    """The same for an image of a data set."""
+    return _size(reader.read_header(i), reader.name(i), size)
+
+
+def _size(header: ImageHeader, name: str, size: tuple[int, int] | None) -> tuple[int, int]:
+    return header.upright if header.turn(name, size) else header.stored

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from samples import read_image_size, read_size
 
 from detr_ray.data.errors import DataError
 from detr_ray.data.formats.coco import read_coco_index
-from detr_ray.data.images import ImageError, ImageReader, decode_image, read_image_size, reduction
+from detr_ray.data.images import ImageError, ImageReader, decode_image, reduction
 
 HEIGHT, WIDTH = 37, 53
 
@@ -297,9 +298,9 @@ def test_size_is_read_from_the_header_however_long_that_is(tmp_path: Path, paddi
     data = encode(picture(), "JPEG")
     (tmp_path / "images" / "a.jpg").write_bytes(data[:2] + comment + data[2:])
     reader = folder_reader(tmp_path, ["a.jpg"])
-    assert reader.read_size(0, (HEIGHT, WIDTH)) == reader.read_size(0) == (HEIGHT, WIDTH)
+    assert read_size(reader, 0, (HEIGHT, WIDTH)) == read_size(reader, 0) == (HEIGHT, WIDTH)
     with pytest.raises(ImageError, match=r"a\.jpg: the image is"):
-        reader.read_size(0, (HEIGHT, WIDTH + 1))
+        read_size(reader, 0, (HEIGHT, WIDTH + 1))
 
 
 def test_real_images_have_the_size_that_their_annotations_say(coco128: Path) -> None:
@@ -308,7 +309,7 @@ def test_real_images_have_the_size_that_their_annotations_say(coco128: Path) -> 
     for i in range(0, len(index), 16):
         size = (int(index.heights[i]), int(index.widths[i]))
         assert decode_image(reader.read(i), reader.name(i), size).shape == (3, *size)
-        assert reader.read_size(i, size) == size
+        assert read_size(reader, i, size) == size
 
 
 def coco_paths(coco128: Path) -> tuple[str, str]:

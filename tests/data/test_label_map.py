@@ -21,7 +21,7 @@ def test_contiguous_labels_follow_the_order_of_ids():
     assert label_map.category_ids == (3, 7, 200)
     np.testing.assert_array_equal(label_map.labels_of(np.array([[200, 3], [7, 7]])), [[2, 0], [1, 1]])
     np.testing.assert_array_equal(label_map.category_ids_of(np.array([2, 0, 1])), [200, 3, 7])
-    assert label_map.label_of(7) == 1
+    assert label_map.labels_of(np.array([7])).tolist() == [1]
 
 
 def test_coco91_has_the_label_as_the_category_id():
@@ -42,9 +42,9 @@ def test_names_are_those_of_the_real_file(coco128):
 
 @pytest.mark.parametrize("label_map", [LabelMap.contiguous(CATEGORIES), LabelMap.coco91()])
 def test_survives_json_and_pickle(label_map):
-    label_map.label_of(3)  # fills what is cached
+    label_map.labels_of(np.array([3]))  # fills what is cached
     assert LabelMap.from_dict(json.loads(json.dumps(label_map.to_dict()))) == label_map
-    assert pickle.loads(pickle.dumps(label_map)).label_of(3) == label_map.label_of(3)
+    assert pickle.loads(pickle.dumps(label_map)).labels_of(np.array([3])) == label_map.labels_of(np.array([3]))
 
 
 def test_empty_arrays_stay_empty():

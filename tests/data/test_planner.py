@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterable, Sequence
 from itertools import chain
 
 import numpy as np
@@ -15,7 +16,6 @@ from detr_ray.data.grouping import order_by_shape
 from detr_ray.data.index import DatasetIndex
 from detr_ray.data.planner import (
     Planner,
-    padding_fraction,
     plan_evaluation,
     sample_seeds,
     share_bounds,
@@ -38,6 +38,15 @@ def make_planner(images=200, seed=42, global_batch_size=8, window=64, sizes_seed
         size_policy=augmentation(**augment),
         window=window,
     )
+
+
+def padding_fraction(batches: Iterable[Sequence[SamplePlan]]) -> float:
+    """Share of the pixels of (micro-)batches that is padding, each padded to its largest height and width; 0..1."""
+    padded = filled = 0
+    for batch in batches:
+        padded += len(batch) * max(plan.size[0] for plan in batch) * max(plan.size[1] for plan in batch)
+        filled += sum(plan.size[0] * plan.size[1] for plan in batch)
+    return 1 - filled / padded if padded else 0.0
 
 
 def walk(planner: Planner, steps: int) -> list[tuple[SamplePlan, ...]]:
