@@ -20,12 +20,6 @@ def cxcywh_to_xyxy(boxes_cxcywh: Tensor) -> Tensor:
     return torch.stack((cx - 0.5 * w, cy - 0.5 * h, cx + 0.5 * w, cy + 0.5 * h), dim=-1)
 
 
-def xyxy_to_cxcywh(boxes_xyxy: Tensor) -> Tensor:
-    """Converts ``[..., 4]`` corner boxes to centre/size boxes, in the same unit."""
-    x0, y0, x1, y1 = boxes_xyxy.unbind(-1)
-    return torch.stack(((x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0), dim=-1)
-
-
 def area(boxes_xyxy: Tensor) -> Tensor:
     """Area of ``[..., 4]`` corner boxes; zero for boxes with negative width or height."""
     size = (boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]).clamp(min=0)

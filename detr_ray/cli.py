@@ -73,8 +73,18 @@ def run_command(
         The exit code.
     """
     _escape_unknown_characters()
+    given = sys.argv[1:] if argv is None else argv
     try:
-        return _run(name, description, main, sys.argv[1:] if argv is None else argv, add_arguments, check)
+        parser = _parser(name, description, add_arguments)
+        if "-h" in given or "--help" in given:
+            parser.epilog = f"{_USAGE_NOTE}\n{reference_text()}"
+            return _show(parser.format_help())
+        config, arguments = _read(parser, given)
+        if arguments.print_config:
+            return _show(config.to_yaml())
+        if check is not None:
+            check(config)
+        return main(config, arguments)
     except ConfigError as error:
         return _fail(error.errors, EXIT_UNUSABLE)
     except KeyboardInterrupt:
@@ -104,14 +114,9 @@ def _escape_unknown_characters() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _run(
-    name: str,
-    description: str,
-    main: Callable[[Config, argparse.Namespace], int],
-    argv: Sequence[str],
-    add_arguments: Callable[[argparse.ArgumentParser], object] | None,
-    check: Callable[[Config], object] | None,
-) -> int:
+def _parser(
+    name: str, description: str, add_arguments: Callable[[argparse.ArgumentParser], object] | None
+) -> argparse.ArgumentParser:
     parser = _Parser(
         prog=f"python -m detr_ray.{name}", description=description, formatter_class=_Help, add_help=False,
         allow_abbrev=False, usage="%(prog)s [--config FILE]... [options] [key=value]...",
@@ -121,12 +126,11 @@ def _run(
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     if add_arguments is not None:
         add_arguments(parser)
-    if "-h" in argv or "--help" in argv:
-        parser.epilog = f"{_USAGE_NOTE}\n{reference_text()}"
-        sys.stdout.write(parser.format_help())
-        sys.stdout.flush()
-        return 0
+    return parser
 
+
+def _read(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[Config, argparse.Namespace]:
+    """The configuration and the parsed arguments; raises one `ConfigError` with all faults of both."""
     arguments, rest = parser.parse_known_args([item for item in argv if not _OVERRIDE.match(item)])
     errors = [f"'{item}' is neither an option nor key=value; see --help" for item in rest if "=" not in item]
     # `rest` may also contain section=mapping, or a key without its section: as an override it gets a better error.
@@ -138,13 +142,13 @@ def _run(
         raise ConfigError([*errors, *error.errors]) from None
     if errors:
         raise ConfigError(errors)
-    if arguments.print_config:
-        sys.stdout.write(config.to_yaml())
-        sys.stdout.flush()
-        return 0
-    if check is not None:
-        check(config)
-    return main(config, arguments)
+    return config, arguments
+
+
+def _show(text: str) -> int:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+    return 0
 
 
 def _exit_code(error: Exception) -> int | None:

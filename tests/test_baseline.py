@@ -9,13 +9,13 @@ import pytest
 import torch
 from goldens import golden_state_dict, model_section
 from torch import Tensor
+from torchvision.ops import box_convert
 
 sys.path.append(str(Path(__file__).parents[1]))
 
 from benchmarks.baseline.criterion import PlainCriterion
 from benchmarks.baseline.model import PlainDetr
 from benchmarks.baseline.training import PlainStep
-from detr_ray.boxes import xyxy_to_cxcywh
 from detr_ray.config import LossConfig
 from detr_ray.engine.optimizer import build_optimizer
 from detr_ray.loss import build_criterion
@@ -45,7 +45,7 @@ def batch() -> tuple[Tensor, Tensor, list[Target]]:
     for count in (3, 1):
         corners = torch.rand(count, 2, 2, generator=generator).sort(1).values.flatten(1)
         labels = torch.randint(NUM_CLASSES, (count,), generator=generator)
-        targets.append(Target(labels=labels, boxes=xyxy_to_cxcywh(corners)))
+        targets.append(Target(labels=labels, boxes=box_convert(corners, "xyxy", "cxcywh")))
     return images, mask, targets
 
 
