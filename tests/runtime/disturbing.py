@@ -61,8 +61,12 @@ def train(path: Path, disturb: Disturb | None = None, at: str = "step 20/") -> t
 
 def processes(driver: subprocess.Popen[str], name: str) -> list[psutil.Process]:
     """Processes below a driver that Ray has named after what they do, the newest last."""
-    children = psutil.Process(driver.pid).children(recursive=True)
-    return sorted((p for p in children if name in " ".join(p.cmdline()[:1])), key=lambda p: p.pid)
+    found = []
+    for process in psutil.Process(driver.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended since
+            if name in " ".join(process.cmdline()[:1]):
+                found.append(process)
+    return sorted(found, key=lambda process: process.pid)
 
 
 def at_work(driver: subprocess.Popen[str], name: bytes, within_s: float = 90) -> Iterator[psutil.Process]:
