@@ -90,3 +90,15 @@ def test_tests_of_the_gpu_need_few_packages() -> None:
 def test_files_can_be_read_in_one_sitting() -> None:
     lengths = {path: len(path.read_text().splitlines()) for path in (ROOT / "detr_ray").rglob("*.py")}
     assert {str(path): length for path, length in lengths.items() if length > 400} == {}
+
+
+def test_the_page_on_architecture_names_what_there_is() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    names = re.findall(r"`([^`]+)`", page)
+    folders = [name for name in names if re.fullmatch(r"[a-z_/]+(\.py|/)", name)]
+    classes = [name for name in names if re.fullmatch(r"[A-Z][A-Za-z]+", name)]
+    assert len(folders) > 15 and len(classes) > 20
+    code = "\n".join(path.read_text() for path in (ROOT / "detr_ray").rglob("*.py"))
+    absent = [name for name in folders if not any((base / name).exists() for base in (ROOT / "detr_ray", ROOT))]
+    absent += [name for name in classes if not re.search(rf"^class {name}\b", code, re.MULTILINE)]
+    assert [name for name in absent if name != "__init__.py"] == []
