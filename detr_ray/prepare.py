@@ -59,7 +59,7 @@ def _prepare(config: Config, arguments: argparse.Namespace) -> int:
 
 
 def _generate(config: Config) -> None:
-    """Draws the generated data set, or finds it."""
+    """Draws the generated data set, if it does not exist yet."""
     from detr_ray.data.errors import DataError
     from detr_ray.data.generated import MARKER, DrawingParameters, generate_dataset
     from detr_ray.engine.job import generated_root
@@ -83,7 +83,7 @@ def _generate(config: Config) -> None:
 
 
 def _pack(indexes: dict[str, DatasetIndex], folder: str, shard_megabytes: int) -> None:
-    """Packs the splits that are not packed yet."""
+    """Packs the splits that are not packed yet into shards."""
     from detr_ray.data.errors import DataError
     from detr_ray.data.packing import pack_split, unpacked_splits
     from detr_ray.engine.reporting.pace import Pace

@@ -50,7 +50,7 @@ def check_generated(config: Config, report: Report) -> bool:
 
 
 def open_splits(config: Config, report: Report) -> dict[str, DatasetIndex]:
-    """Opens the splits that a configuration names, as far as they can be opened."""
+    """Opens the configured splits. A split that cannot be opened is reported and left out."""
     opened = {}
     for split, places in (("train", config.data.train), ("val", config.data.val)):
         if config.data.root is None and places is None:
@@ -134,7 +134,7 @@ def check_labels(
 
 
 def check_boxes(config: Config, opened: dict[str, DatasetIndex], report: Report) -> dict[str, BoxStatistics]:
-    """Holds the boxes of each split against the model's queries, and the classes of both against each other."""
+    """Compares the numbers of boxes with the model's queries, and the classes of both splits with each other."""
     counted = {split: count_boxes(index) for split, index in opened.items()}
     for split, boxes in counted.items():
         _check_counts(config, split, boxes, report)

@@ -1,4 +1,4 @@
-"""Files that a command writes when its work is done; that they can be written is made sure of before it begins."""
+"""Output files of a command: checked before its work starts, written after its end."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from detr_ray.retries import reason_of
 
 
 def check_outputs(locations: Mapping[str, str]) -> None:
-    """Makes the folders of files that are written later, and tries to write there.
+    """Creates the folders of output files, and checks that the files can be written.
 
     Args:
-        locations: the option or key that names a file -> path or URI.
+        locations: option or key -> path or URI of its file.
 
     Raises:
-        ConfigError: some of them cannot be written, or are the same file.
+        ConfigError: some files cannot be written, or two options name the same file.
     """
     errors = []
     taken: dict[str, str] = {}
@@ -37,7 +37,7 @@ def check_outputs(locations: Mapping[str, str]) -> None:
 
 
 def write_output(location: str, content: bytes) -> None:
-    """Writes a file whole or not at all, with its folders; into a device or a pipe, as it comes.
+    """Writes a file atomically, and creates its folders. Devices and pipes are written directly.
 
     Raises:
         OSError: it could not be written.
@@ -48,14 +48,14 @@ def write_output(location: str, content: bytes) -> None:
     elif path.exists() and not path.is_file():
         path.write_bytes(content)
     else:
-        write_bytes(str(path.resolve()), content)  # through a link, and not in its place
+        write_bytes(str(path.resolve()), content)  # the target of a link, not the link itself
 
 
 def _try(location: str) -> str:
-    """Tries to write beside a file, and to open it where it is there; its place."""
+    """Checks that a file can be opened and that a file beside it can be written. Returns its resolved location."""
     path = local_path(location)
     if path is None:
-        open_location(location)  # an address that nothing answers to
+        open_location(location)  # fails for an address without a supported file system
         from detr_ray.engine.preflight.storage import try_storage  # imports the model
 
         try_storage(parent(location))
@@ -71,7 +71,7 @@ def _try(location: str) -> str:
         raise NotADirectoryError(f"{path.parent} cannot be made a folder: there is a file of that name") from None
     if path.exists():
         path.open("ab").close()
-    beside = Path(f"{path}.{secrets.token_hex(4)}.tmp")  # as long as the name that it is written under
+    beside = Path(f"{path}.{secrets.token_hex(4)}.tmp")  # as long as the temporary name used when writing
     try:
         beside.open("xb").close()
     finally:

@@ -31,7 +31,7 @@ _MOST_PLANNED = 200_000
 
 
 def check_plan(config: Config, opened: dict[str, DatasetIndex], label_map: LabelMap | None, report: Report) -> None:
-    """Lays out the plan of training as far as its length and its shapes go, and its number format."""
+    """Checks length, batch shapes and number format of the training."""
     _check_precision(config, report)
     train = opened.get("train")
     if train is None:
