@@ -150,7 +150,10 @@ def prepare(config: Config, say: Callable[[str], None] = lambda line: None) -> O
         return asked == observed.stop_after
 
     context = _NotingContext(
-        observed.phases, say=observed.lines.append, should_stop=should_stop, on_report=observed.reports.append
+        observed.phases,
+        say=observed.lines.append,
+        should_stop=should_stop,
+        on_report=lambda evaluated: observed.reports.append(dict(evaluated.metrics)),
     )
     batches = LocalBatches(job.data.plan(1, 0), *job.data.loaders())
     observed.loop = TrainingLoop(job, context, batches, observed.tracker)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from detr_ray.config import ConfigError
+from detr_ray.runtime.ray_internals import Internal
 
 ROOT = Path(__file__).parents[1]
 
@@ -85,6 +91,45 @@ def test_tests_of_the_gpu_need_few_packages() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"\b4 passed", done.stdout), done.stdout
+
+
+def imported(source: str) -> set[str]:
+    """Dotted names of what a source file imports, at its top or later."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def is_rays_own(name: str) -> bool:
+    parts = name.split(".")
+    return parts[0] == "ray" and (
+        any(part.startswith("_") for part in parts)
+        or name.startswith(("ray.core", "ray.autoscaler", "ray.experimental"))
+    )
+
+
+def test_one_module_alone_imports_what_ray_does_not_promise() -> None:
+    assert (
+        is_rays_own("ray.train.v2._internal.x") and is_rays_own("ray._private") and not is_rays_own("ray.train.v2.api")
+    )
+    found = {path.name: imported(path.read_text()) for path in (ROOT / "detr_ray").rglob("*.py")}
+    private = {name: own for name, names in found.items() if (own := [one for one in names if is_rays_own(one)])}
+    assert private == {}, "say in runtime/ray_internals.py what it is for, and import it from there"
+
+
+def test_another_ray_is_refused_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from detr_ray.runtime import ray_internals
+
+    ray_internals.refuse_other_ray()
+    gone = (Internal("ray.train.v2._internal.gone", "Gone"), Internal("ray", "init", ("a_parameter_that_is_gone",)))
+    monkeypatch.setattr(ray_internals, "INTERNALS", (*ray_internals.INTERNALS, *gone))
+    with pytest.raises(ConfigError) as refused:
+        ray_internals.refuse_other_ray()
+    assert "(ray.train.v2._internal.gone.Gone, ray.init); install ray==2.60.*" in str(refused.value)
 
 
 def test_files_can_be_read_in_one_sitting() -> None:

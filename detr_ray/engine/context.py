@@ -13,6 +13,8 @@ from typing import Any, Literal, Protocol, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
+from detr_ray.engine.hooks import Evaluated
+
 T = TypeVar("T")
 
 LeaveReason = Literal["asked", "preempted", "resized"]
@@ -85,8 +87,8 @@ class WorkerContext(Protocol):
         """
         ...
 
-    def report(self, metrics: dict[str, float]) -> None:
-        """Tells whoever started the workers how far they are; every worker must call it equally often."""
+    def report(self, evaluated: Evaluated) -> None:
+        """Tells the program that started the workers what an evaluation gave; every worker must call it."""
         ...
 
     def say(self, line: str) -> None:
@@ -109,7 +111,7 @@ class LocalContext:
         device: where the model lives; the CPU by default.
         say: shows a line of progress.
         should_stop: asked once a step.
-        on_report: receives the metrics of each evaluation.
+        on_report: told of each evaluation.
     """
 
     rank = 0
@@ -120,7 +122,7 @@ class LocalContext:
         device: torch.device | str = "cpu",
         say: Callable[[str], None] = lambda line: None,
         should_stop: Callable[[], bool] = lambda: False,
-        on_report: Callable[[dict[str, float]], Any] = lambda metrics: None,
+        on_report: Callable[[Evaluated], Any] = lambda evaluated: None,
     ) -> None:
         self.device = torch.device(device)
         self._say = say
@@ -151,9 +153,9 @@ class LocalContext:
         """The item itself."""
         return item
 
-    def report(self, metrics: dict[str, float]) -> None:
-        """Hands the metrics on."""
-        self._on_report(metrics)
+    def report(self, evaluated: Evaluated) -> None:
+        """Hands it on."""
+        self._on_report(evaluated)
 
     def say(self, line: str) -> None:
         """Hands the line on."""

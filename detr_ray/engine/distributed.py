@@ -14,6 +14,7 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from detr_ray.engine.context import LeaveReason, Phase
+from detr_ray.engine.hooks import Evaluated
 
 T = TypeVar("T")
 
@@ -125,7 +126,7 @@ class DistributedContext:
             dist.broadcast(values.reshape(-1).view(torch.uint8), src=0)
         return torch.empty_strided(shape, stride, dtype=dtype).copy_(values) if tensor is None else tensor
 
-    def report(self, metrics: dict[str, float]) -> None:
+    def report(self, evaluated: Evaluated) -> None:
         """Nobody to report to."""
 
     def say(self, line: str) -> None:

@@ -47,6 +47,7 @@ class TrainJob:
         initial_weights: model state to start from; None for the random one that the seed gives.
         code_version: git commit of the working folder, for the records; empty where there is none.
         tracking_uri: MLflow store of its records. Decided here: on other machines the environment may name another.
+        parent_run: id of the MLflow run whose child the run's own is; None for no parent.
     """
 
     data: PlannedData
@@ -54,6 +55,7 @@ class TrainJob:
     initial_weights: dict[str, torch.Tensor] | None
     code_version: str
     tracking_uri: str
+    parent_run: str | None = None
 
     @property
     def config(self) -> Config:

@@ -24,6 +24,7 @@ from detr_ray.engine.reporting.tracking_store import run_tracking_uri
 from detr_ray.runtime import node_probe
 from detr_ray.runtime.node_probe import Answer, Questions, code_facts, probe_node, reason_of
 from detr_ray.runtime.ray_address import unreachable_address
+from detr_ray.runtime.ray_internals import autoscaler_adds_nodes
 from detr_ray.runtime.resources import Node, plan_workers, usable_nodes
 from detr_ray.runtime.session import ray_session
 from detr_ray.runtime.shared_places import StorageTrial, refuse_lost_storage, sample_files, tracking_on_disk
@@ -125,7 +126,7 @@ def _check_workers(config: Config, report: Report) -> None:
     asked = f"{least}" if least == most else f"{least} to {most}"
     if not missing:
         report.add("ok", AREA, f"there is room for {asked} {kind} worker{'' if most == 1 else 's'}")
-    elif request.autoscaler is not None:
+    elif autoscaler_adds_nodes():
         report.add("ok", AREA, missing)
     else:
         advice = f"training waits up to train.start_timeout_s={config.train.start_timeout_s} for it"

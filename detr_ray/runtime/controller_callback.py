@@ -7,10 +7,14 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
-from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
 from detr_ray.runtime.heartbeat import ControllerHeartbeat
+from detr_ray.runtime.ray_internals import (
+    ControllerCallback,
+    WorkerGroupCallback,
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+)
 
 LEAVE_WITHIN_S = 300.0
 _MOST_TEXT = 300

@@ -18,12 +18,12 @@ import pyarrow as pa
 import ray
 import torch
 from ray.data import ExecutionResources
-from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from detr_ray.data.loader import BatchLoader, from_table, to_table
 from detr_ray.data.sample import SamplePlan
 from detr_ray.engine.stream.batches import WorkerPlan
 from detr_ray.engine.stream.planned_data import PlannedData
+from detr_ray.runtime.ray_internals import ExecutionCallback
 from detr_ray.structures import PaddedBatch
 
 # Tasks of one Ray Data execution. Its start costs about half a second, mostly hidden behind the batches that are
@@ -114,13 +114,14 @@ class RayBatches:
         data_ref: the same in the object store.
         world_size: number of training workers.
         rank: this worker.
+        tasks: most data tasks at the same time.
     """
 
-    def __init__(self, data: PlannedData, data_ref: ray.ObjectRef, world_size: int, rank: int) -> None:
+    def __init__(self, data: PlannedData, data_ref: ray.ObjectRef, world_size: int, rank: int, tasks: int) -> None:
         self._data_ref = data_ref
         self._world_size = world_size
         self._rank = rank
-        self._tasks = data.config.data.tasks_per_worker
+        self._tasks = tasks
         self._prefetch = data.config.data.prefetch_batches
         self._plan = data.plan(world_size, rank)
 

@@ -10,11 +10,13 @@ import os
 import threading
 import time
 import uuid
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.actor import ActorHandle
 
+from detr_ray.engine.hooks import Evaluated
 from detr_ray.runtime.job_status import MOST_LINES, ControllerStatus, Lines, Member, WorkerStatus, packed
 from detr_ray.runtime.ray_internals import node_is_taken_away
 
@@ -25,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 # Groups of hundreds beat more slowly, so that the job's status has a few hundred a second to take.
 BEAT_S = 1.0
+
+# More evaluations do not end between two looks of the driver at the job's status.
+MOST_EVALUATED = 16
 BEATS_PER_S = 200
 LEAST_PAUSE_S = 0.2
 ANSWER_WITHIN_S = 10.0
@@ -136,8 +141,14 @@ class WorkerHeartbeat(_Heartbeat):
         self._status = status
         self._self = (attempt, rank, world_size, ray.util.get_node_ip_address(), os.getpid())
         self._doing: tuple[Phase, int, float] = ("starting", 0, time.monotonic())
+        self._evaluated: deque[Evaluated] = deque(maxlen=MOST_EVALUATED)
         self.leave_reason: LeaveReason | None = None
         self._thread.start()
+
+    def report(self, evaluated: Evaluated) -> None:
+        """Tells the driver of an evaluation, with the next heartbeat, which comes at once."""
+        self._evaluated.append(evaluated)
+        self._woken.set()
 
     def enter(self, phase: Phase, step: int) -> None:
         """Notes what the worker does from now on."""
@@ -145,7 +156,7 @@ class WorkerHeartbeat(_Heartbeat):
 
     def _send(self, lines: Lines) -> None:
         phase, step, since = self._doing
-        doing = WorkerStatus(*self._self, phase, step, time.monotonic() - since)
+        doing = WorkerStatus(*self._self, phase, step, time.monotonic() - since, evaluated=tuple(self._evaluated))
         asked: LeaveReason | None = ray.get(self._status.worker_beat.remote(doing, lines), timeout=ANSWER_WITHIN_S)
         self.leave_reason = asked or ("preempted" if node_is_taken_away() else None)
 

@@ -17,6 +17,8 @@ import ray
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from detr_ray.engine.hooks import Evaluated
+
 if TYPE_CHECKING:  # the actor's process needs no torch, whose import takes seconds
     from detr_ray.engine.context import LeaveReason, Phase
 
@@ -48,6 +50,7 @@ class WorkerStatus:
         seconds: for how long.
         silent_s: for how long nothing has been heard of the worker; a process that hangs as a whole says nothing.
         heard: whether anything has been heard of it at all.
+        evaluated: its last evaluations, oldest first; of rank 0 alone.
     """
 
     attempt: int
@@ -60,6 +63,7 @@ class WorkerStatus:
     seconds: float
     silent_s: float = 0.0
     heard: bool = True
+    evaluated: tuple[Evaluated, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -142,12 +146,14 @@ class Snapshot:
         workers: the workers of the group that runs, by rank, up to now.
         controller: Ray Train's controller; None while nothing has been heard of it.
         age_s: for how long the actor has been there: what it has not heard, it has not heard for so long.
+        evaluated: the last evaluations, some of which were in earlier snapshots.
     """
 
     lines: Lines
     workers: dict[int, WorkerStatus]
     controller: ControllerStatus | None
     age_s: float
+    evaluated: tuple[Evaluated, ...] = ()
 
     @property
     def running(self) -> bool:
@@ -170,12 +176,14 @@ class JobStatus:
         self._lines: list[str] = []
         self._lines_before = 0
         self._taken: dict[str, int] = {}
+        self._evaluated: tuple[Evaluated, ...] = ()
 
     def worker_beat(self, status: WorkerStatus, lines: Lines) -> LeaveReason | None:
         """A worker's heartbeat; answers why it is to leave."""
         if not self._is_current(status.attempt):
             return None
         self._take(lines)
+        self._evaluated = status.evaluated or self._evaluated
         self._workers[status.node, status.process] = status, time.monotonic()
         return self._leave()
 
@@ -223,6 +231,7 @@ class JobStatus:
             self._current_workers(now),
             None if controller is None else _up_to_now(*controller, now),
             now - self._began,
+            self._evaluated,
         )
 
     def members(self) -> dict[int, Member]:

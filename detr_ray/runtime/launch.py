@@ -1,7 +1,9 @@
 """Launching a job: the one place where workers are started.
 
-`fit` is what the commands, the searches and the tests call. With ``train.launcher=local`` it runs the same loop in this
-process, without Ray.
+`fit` prepares a training run and runs it. A program that wants to stop the run, or to be told of its evaluations, does
+the same in two steps: `prepare_job`, which refuses bad input in seconds, and `run_job`, which takes hooks. Both work in
+any thread, in a notebook, in an actor of Ray, and use the Ray that is there. With ``train.launcher=local`` the same
+loop runs in this process, without Ray.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from ray.train.torch import TorchConfig
 from detr_ray.config import Config, ConfigError
 from detr_ray.engine.context import LocalContext
 from detr_ray.engine.errors import RunFailed
+from detr_ray.engine.hooks import Budget, JobHooks
 from detr_ray.engine.job import Say, TrainJob, prepare_job, run_summary
 from detr_ray.engine.reporting.records import open_tracker
 from detr_ray.engine.reporting.result import FitResult
@@ -27,10 +30,10 @@ from detr_ray.runtime.cluster_check import preflight_nodes
 from detr_ray.runtime.controller_callback import StatusCallback, describe_failure
 from detr_ray.runtime.host_process import host_process_as_before
 from detr_ray.runtime.ray_address import cluster_address
-from detr_ray.runtime.ray_internals import start_data_actors
-from detr_ray.runtime.resources import WorkerRequest, plan_workers, usable_nodes
-from detr_ray.runtime.session import TRAIN_ENVIRONMENT, session_of
-from detr_ray.runtime.stop_signals import StopSignals, stop_signals
+from detr_ray.runtime.ray_internals import refuse_other_ray, start_data_actors
+from detr_ray.runtime.resources import WorkerRequest, plan_workers
+from detr_ray.runtime.session import TRAIN_ENVIRONMENT, is_own_ray, session_of
+from detr_ray.runtime.stop_signals import StoppedBeforeWork, StopSignals, stop_signals
 from detr_ray.runtime.supervision import StatusKeeper, Supervisor
 from detr_ray.runtime.trainer import Attempt, ControllerLost, Trainer, threads_given
 from detr_ray.tracking import Status
@@ -65,16 +68,42 @@ def fit(config: Config, say: Say = lambda line: None) -> FitResult:
         DataError: the data is not usable.
         RunFailed: the run began and cannot go on.
     """
-    job = prepare_job(config, say)
+    return run_job(prepare_job(config, say), say=say)
+
+
+@host_process_as_before()
+def run_job(job: TrainJob, hooks: JobHooks = JobHooks(), say: Say = lambda line: None) -> FitResult:  # noqa: B008
+    """Runs a prepared job to its end, or until it is to stop.
+
+    The process that calls it is afterwards as it was before; see `host_process_as_before`.
+
+    Args:
+        job: what `prepare_job` gave.
+        hooks: what the job asks and tells the program that calls this.
+        say: shows the user a line of progress.
+
+    Returns:
+        How the run ended.
+
+    Raises:
+        ConfigError: the machine, the cluster or the budget has no room for the workers; another process trains the run.
+        RunFailed: the run began and cannot go on.
+        KeyboardInterrupt: a signal stopped it before a worker had begun.
+    """
+    config = job.config
+    job = dataclasses.replace(job, parent_run=hooks.parent_run)
     say(run_summary(job))
     say(f"to go on with it after an interruption: the same command with run.name={job.run.name}")
     try:
         with job.run.locked(say):
             if config.train.launcher == "local":
-                return _fit_here(job, say)
+                return _fit_here(job, hooks, say)
             with session_of(config):
                 preflight_nodes(config, job.run.path, say)
-                return _run_workers(job, job.run.path, job.run.path, say)
+                return _run_workers(job, job.run.path, job.run.path, hooks, say)
+    except StoppedBeforeWork:
+        latest = job.run.checkpoints.latest()
+        return FitResult(job.run.name, job.run.path, "stopped", 0 if latest is None else latest.step)
     except KeyboardInterrupt:
         say(f"stopped; the same command with run.name={job.run.name} goes on from the last checkpoint")
         raise
@@ -103,14 +132,14 @@ def run_prepared_evaluation(job: EvaluationJob, say: Say) -> EvaluationResult:
     config = job.data.config
     if config.train.launcher == "local":
         batches = LocalBatches(job.data.plan(1, 0), *job.data.loaders())
-        result = run_evaluation(job, LocalContext(_local_device(config), say=say), batches)
+        result = run_evaluation(job, LocalContext(_local_device(config, Budget()), say=say), batches)
         assert result is not None, "one worker is rank 0"
         return result
     with session_of(config):
-        return _run_workers(job, job.storage, None, say)
+        return _run_workers(job, job.storage, None, JobHooks(), say)
 
 
-def _fit_here(job: TrainJob, say: Say) -> FitResult:
+def _fit_here(job: TrainJob, hooks: JobHooks, say: Say) -> FitResult:
     """The loop in this process."""
     from detr_ray.engine.loop import TrainingLoop
 
@@ -118,8 +147,9 @@ def _fit_here(job: TrainJob, say: Say) -> FitResult:
     tracker = open_tracker(job)
     status: Status = "FAILED"
     try:
-        with stop_signals() as signals:
-            context = LocalContext(_local_device(job.config), say=say, should_stop=signals.asked)
+        with stop_signals(hooks.should_stop) as signals:
+            device = _local_device(job.config, hooks.budget)
+            context = LocalContext(device, say, signals.asked, hooks.on_evaluation)
             result = TrainingLoop(job, context, batches, tracker).run()
         status = "KILLED" if result.status == "stopped" else "FINISHED"
         return result
@@ -127,27 +157,32 @@ def _fit_here(job: TrainJob, say: Say) -> FitResult:
         tracker.finish(status)
 
 
-def _local_device(config: Config) -> str:
-    use_gpu = torch.cuda.is_available() if config.train.use_gpu is None else config.train.use_gpu
+def _local_device(config: Config, budget: Budget) -> str:
+    if budget.cpus is not None:
+        torch.set_num_threads(max(1, min(budget.cpus, torch.get_num_threads())))
+    there = torch.cuda.is_available() and budget.gpus != 0
+    use_gpu = there if config.train.use_gpu is None else config.train.use_gpu
     if use_gpu and not torch.cuda.is_available():
         raise ConfigError("train.use_gpu: true, but torch finds no GPU on this machine")
     return "cuda" if use_gpu else "cpu"
 
 
-def _run_workers(job: TrainJob | EvaluationJob, path: str, run_path: str | None, say: Say) -> Any:
+def _run_workers(job: TrainJob | EvaluationJob, path: str, run_path: str | None, hooks: JobHooks, say: Say) -> Any:
     """Has training workers do a job, and gives back what rank 0 returned.
 
     Args:
         job: what to do.
         path: folder or URI for what Ray Train keeps.
         run_path: the run that the job writes; None if it writes none.
+        hooks: what the job asks and tells the program that runs it.
         say: shows the user a line.
     """
-    request = plan_workers(job.data.config)
+    refuse_other_ray()
+    request = plan_workers(job.data.config, hooks.budget)
     status = StatusKeeper(run_path, say)
     try:
-        with stop_signals() as signals:
-            supervisor = Supervisor(status, job.data.config.train, request.missing, signals, say)
+        with stop_signals(hooks.should_stop) as signals:
+            supervisor = Supervisor(status, job.data.config.train, request.missing, signals, hooks.on_evaluation, say)
             return _run_attempts(_Trainers(job, path, request, status), supervisor, signals, say)
     finally:
         status.end()
@@ -175,7 +210,7 @@ def _run_attempts(trainers: _Trainers, supervisor: Supervisor, signals: StopSign
         if lost is not None:
             if signals.asked():
                 say(f"{lost}; it was to stop anyway")
-                raise KeyboardInterrupt
+                signals.interrupt()
             if not supervisor.count_failure(lost):
                 limit = supervisor.max_failures
                 raise RunFailed(f"{lost}, and no restart is left (train.max_failures={limit})")
@@ -226,6 +261,7 @@ class _Trainers:
             "weights": [] if job.initial_weights is None else [ray.put(job.initial_weights)],
             "status": self._status,
             "threads": threads_given(),
+            "tasks": request.tasks_per_worker,
         }
         self._environment = dict(TRAIN_ENVIRONMENT)
         if request.min_workers < request.max_workers:
@@ -244,7 +280,7 @@ class _Trainers:
         return Trainer(
             _run_worker,
             environment=self._environment,
-            one_machine=len(usable_nodes()) == 1,
+            own_ray=is_own_ray(),
             keep_state=cluster_address() is not None and "RAY_TRAIN_ENABLE_STATE_TRACKING" not in os.environ,
             train_loop_config=self._parts | {"attempt": number},
             torch_config=TorchConfig(backend, timeout_s=train.stall_timeout_s + COLLECTIVES_WAIT_LONGER_S),

@@ -1,59 +1,172 @@
-"""What is used of Ray 2.60 that Ray does not promise: each with what it is for, and what happens without it.
+"""What is used of Ray 2.60 that Ray does not promise: each with what it is for, and what would happen without it.
 
-Three modules derive classes from internal ones and import them themselves: ``controller_callback`` (Ray Train's
-callbacks of the controller and the worker group; without them the driver would not know what the controller does),
-``trainer`` (how the trainer starts its controller) and ``datasets`` (Ray Data's callback of an execution; without it
-scheduling takes the interpreter from training). ``autoscaler`` reads what autoscalers were started with.
+No other module imports it from Ray. `refuse_other_ray` looks, when a job starts, whether all of it is there and has the
+shape that is used. Everything is imported when it is first used: a data task needs a fraction of it.
 """
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import json
+import time
+from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.actor import ActorHandle
+
+from detr_ray.config import ConfigError
+
+MADE_FOR = "2.60"
+
+
+@dataclass(frozen=True)
+class Internal:
+    """Something of Ray's that is not public.
+
+    Attributes:
+        module: where it is.
+        name: its name there.
+        uses: attributes of a class or an object, or parameters of a function, that are used.
+    """
+
+    module: str
+    name: str
+    uses: tuple[str, ...] = ()
+
+
+_TRAIN = "ray.train.v2._internal"
+
+INTERNALS = (
+    # Hooks of Ray Train's controller and of its workers; without them the driver would not know what these do.
+    Internal(
+        f"{_TRAIN}.execution.callback",
+        "ControllerCallback",
+        (
+            "after_controller_start",
+            "after_controller_state_update",
+            "before_controller_execute_resize_decision",
+        ),
+    ),
+    Internal(f"{_TRAIN}.execution.callback", "WorkerGroupCallback", ("after_worker_group_training_start",)),
+    # Failures, told apart; without them a wait for resources would count as one, and a lost node had no name.
+    Internal(f"{_TRAIN}.exceptions", "WorkerGroupStartupTimeoutError"),
+    Internal(f"{_TRAIN}.exceptions", "WorkerHealthCheckFailedError"),
+    # The controller, made by us to have its handle and its environment; without it one that hangs could not be ended.
+    Internal(f"{_TRAIN}.execution.controller", "TrainController", ("run", "get_result", "abort")),
+    Internal(f"{_TRAIN}.constants", "get_env_vars_to_propagate"),
+    Internal("ray.train.torch", "TorchTrainer", ("_create_default_callbacks", "_initialize_and_run_controller")),
+    # Callbacks that the trainer leaves out or adds; without them idle processes run, workers change their folder, and
+    # the dashboard knows nothing of the run.
+    Internal(f"{_TRAIN}.callbacks", "WorkingDirectorySetupCallback"),
+    Internal(f"{_TRAIN}.callbacks.datasets", "DatasetsCallback"),
+    Internal(f"{_TRAIN}.callbacks.state_manager", "StateManagerCallback", ("datasets",)),
+    # Gives back the workers' places when a driver that shares a Ray with others is killed; without it they stay taken.
+    Internal(
+        f"{_TRAIN}.callbacks.placement_group_callback", "PlacementGroupCleanerCallback", ("after_controller_start",)
+    ),
+    Internal(
+        f"{_TRAIN}.execution.controller.placement_group_cleaner",
+        "PlacementGroupCleaner",
+        ("start_monitoring", "_cleanup_placement_group"),
+    ),
+    Internal(f"{_TRAIN}.execution.controller.placement_group_cleaner", "is_actor_alive", ("actor_id", "timeout")),
+    # Tells a worker that its node drains. The public way, `ray.train.get_preemption_info`, is a barrier over all
+    # workers. Without it workers would not leave with a checkpoint before their node goes.
+    Internal(f"{_TRAIN}.execution.context", "get_train_context"),
+    # Hook of Ray Data's scheduling loop; without it the loop takes the interpreter from training.
+    Internal("ray.data._internal.execution.execution_callback", "ExecutionCallback", ("on_execution_step",)),
+    # Two actors that Ray Data has in each cluster; see `start_data_actors`.
+    Internal("ray.data._internal.stats", "get_or_create_stats_actor"),
+    Internal(
+        "ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator",
+        "get_or_create_autoscaling_coordinator",
+    ),
+    # The cluster's state; see the functions below.
+    Internal(
+        "ray._private.state",
+        "state",
+        ("get_draining_nodes", "available_resources_per_node", "actor_table", "_connect_and_get_accessor"),
+    ),
+    Internal("ray.core.generated.gcs_pb2", "PlacementGroupTableData", ("FromString", "PlacementGroupState")),
+    # Whether an autoscaler is at work; see `autoscaler_adds_nodes`.
+    Internal("ray.autoscaler.v2.utils", "is_autoscaler_v2", ("fetch_from_server",)),
+    Internal("ray._private.ray_constants", "DEBUG_AUTOSCALING_STATUS"),
+    Internal("ray.experimental.internal_kv", "_internal_kv_get"),
+)
+_MODULES = {internal.name: internal.module for internal in INTERNALS}
+
+
+def __getattr__(name: str) -> Any:
+    """One of `INTERNALS`, imported now."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def refuse_other_ray() -> None:
+    """Looks whether all of it is there.
+
+    Raises:
+        ConfigError: something is missing, or has lost what is used of it.
+    """
+    missing = [f"{internal.module}.{internal.name}" for internal in INTERNALS if not _is_there(internal)]
+    if missing:
+        raise ConfigError(
+            f"Ray {ray.__version__} is not the one that this version was made for, {MADE_FOR}: it has other internals "
+            f"({', '.join(missing)}); install ray=={MADE_FOR}.*"
+        )
+
+
+def _is_there(internal: Internal) -> bool:
+    try:
+        found = getattr(importlib.import_module(internal.module), internal.name)
+    except (ImportError, AttributeError):
+        return False
+    parameters: Any = {}
+    if inspect.isfunction(found) or internal.name == "StateManagerCallback":
+        parameters = inspect.signature(found).parameters
+    return all(name in parameters or hasattr(found, name) for name in internal.uses)
+
+
+def runs_inside_ray() -> bool:
+    """Whether this process runs a task or an actor of Ray. The public questions log a warning in other processes."""
+    return ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE
 
 
 def node_is_taken_away() -> bool:
-    """Whether Ray Train has told this worker that a node of its group drains.
-
-    The public way to ask, `ray.train.get_preemption_info`, is a barrier over all workers. Without it workers would not
-    leave with a checkpoint before their node goes.
-    """
-    from ray.train.v2._internal.execution.context import get_train_context
-
-    preemption: Any = get_train_context().preemption_context
+    """Whether Ray Train has told this worker that a node of its group drains."""
+    preemption: Any = __getattr__("get_train_context")().preemption_context
     return preemption.preemption_info is not None
 
 
 def draining_nodes() -> set[str]:
     """Ids of the nodes that are about to leave. Without it room would be counted that is gone when it is used."""
-    from ray._private.state import state
-
-    return set(state.get_draining_nodes())
+    return set(__getattr__("state").get_draining_nodes())
 
 
 def free_resources() -> dict[str, dict[str, float]]:
-    """Node id -> what nothing uses of its resources; public is only their sum over all nodes."""
-    from ray._private.state import state
-
-    return state.available_resources_per_node()
+    """Node id -> what nothing uses of its resources. Public is only their sum over all nodes."""
+    return __getattr__("state").available_resources_per_node()
 
 
-def placement_groups_of(creator: ActorHandle) -> dict[bytes, str]:
+def actor_is_alive(actor_id: str, timeout: float = 0.0) -> bool:
+    """Whether an actor lives. The public State API asks the dashboard, which not every Ray has."""
+    return __getattr__("state").actor_table(actor_id).get("State") not in (None, "DEAD")
+
+
+def placement_groups_of(actor_id: str) -> dict[bytes, str]:
     """The placement groups that an actor has made and that are not removed: id -> state.
 
     Public are only placement groups without their creator. A group outlives the actor that made it: without this, the
     workers' places would stay taken when Ray Train's controller has died.
     """
-    from ray._private.state import state
-    from ray.core.generated import gcs_pb2
-
+    table = __getattr__("PlacementGroupTableData")
     found = {}
-    for record in state._connect_and_get_accessor().get_placement_group_table():
-        group = gcs_pb2.PlacementGroupTableData.FromString(record)
-        name = gcs_pb2.PlacementGroupTableData.PlacementGroupState.Name(group.state)
-        if group.creator_actor_id == creator._actor_id.binary() and name != "REMOVED":
+    for record in __getattr__("state")._connect_and_get_accessor().get_placement_group_table():
+        group = table.FromString(record)
+        name = table.PlacementGroupState.Name(group.state)
+        if group.creator_actor_id.hex() == actor_id and name != "REMOVED":
             found[group.placement_group_id] = name
     return found
 
@@ -65,16 +178,30 @@ def remove_placement_group(group_id: bytes) -> None:
     remove_placement_group(PlacementGroup(ray.PlacementGroupID(group_id)))
 
 
+def autoscaler_adds_nodes(within_s: float = 0.0) -> bool:
+    """Whether the cluster has an autoscaler. Without it, requests that only new nodes have room for could not wait.
+
+    Ray's monitor writes a report every five seconds, which `ray status` shows. Where nobody scales, it calls the type
+    of each node ``node_`` and its id. The newer autoscaler writes none; its nodes have their type as a label.
+
+    Args:
+        within_s: how long the first report is waited for, in a cluster that has just been started.
+    """
+    if __getattr__("is_autoscaler_v2")(fetch_from_server=True):
+        return any(node["Labels"].get("ray.io/node-group") for node in ray.nodes() if node["Alive"])
+    read, key = __getattr__("_internal_kv_get"), __getattr__("DEBUG_AUTOSCALING_STATUS")
+    give_up = time.monotonic() + within_s
+    while not (report := read(key)) and time.monotonic() < give_up:
+        time.sleep(0.2)
+    found = json.loads(report).get("autoscaler_report") if report else None
+    return any(not name.startswith("node_") for name in (found or {}).get("active_nodes") or {})
+
+
 def start_data_actors() -> None:
     """Starts the two actors that Ray Data has in each cluster, if they are not there.
 
-    They outlive the job, on the node of who asks for them first: on a training node they would keep the autoscaler from
-    ever taking that node away. Nothing waits for either without a limit.
+    They outlive the job, on the node of the process that first needs them. On a training node they would keep the
+    autoscaler from ever taking that node away. Nothing waits for either without a limit.
     """
-    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
-        get_or_create_autoscaling_coordinator,
-    )
-    from ray.data._internal.stats import get_or_create_stats_actor
-
-    get_or_create_stats_actor()
-    get_or_create_autoscaling_coordinator()
+    __getattr__("get_or_create_stats_actor")()
+    __getattr__("get_or_create_autoscaling_coordinator")()

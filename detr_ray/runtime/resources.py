@@ -1,7 +1,8 @@
-"""How many workers a run gets: what it asks for, held against what the cluster has and what its autoscaler can add.
+"""How many workers a run gets: what it asks for, held against what the cluster has.
 
-A worker runs on one node, so room is counted node by node: two nodes with a GPU and two with the custom resource are
-room for none that needs both.
+A request that is larger than the cluster is refused, unless an autoscaler may add nodes: then it waits for them, up to
+``train.start_timeout_s``. A worker runs on one node, so room is counted node by node: two nodes with a GPU and two with
+the custom resource are room for none that needs both.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import ray
 import ray.train
 
 from detr_ray.config import Config, ConfigError
-from detr_ray.runtime.autoscaler import Autoscaler, find_autoscaler
-from detr_ray.runtime.ray_internals import draining_nodes, free_resources
+from detr_ray.engine.hooks import Budget
+from detr_ray.runtime.ray_internals import autoscaler_adds_nodes, draining_nodes, free_resources
 
 _MOST_NODES_NAMED = 8
+REPORTS_WITHIN_S = 6.0
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,14 @@ class WorkerRequest:
         max_workers: it never takes more.
         use_gpu: whether each takes a GPU.
         resources_per_worker: what each takes, of one node.
-        autoscaler: what may add nodes for them.
+        tasks_per_worker: most data tasks of each worker at the same time.
     """
 
     min_workers: int
     max_workers: int
     use_gpu: bool
     resources_per_worker: dict[str, float]
-    autoscaler: Autoscaler | None = None
+    tasks_per_worker: int = 1
 
     def scaling_config(self, resize_check_s: float) -> ray.train.ScalingConfig:
         """The request in Ray Train's words.
@@ -79,12 +81,9 @@ class WorkerRequest:
             f"room for {room} of {_count(self.min_workers, 'worker')} now, which {_need(self.min_workers)} "
             f"{self.needs(self.min_workers)}; free: {self._list(nodes)}"
         )
-        added = self._addable()
-        if added:
-            return f"{line}; {added}"
         if self.room(node.total for node in nodes) >= self.min_workers:
             return f"{line}; what runs or is being started, also by this job, holds the rest"
-        return line
+        return f"{line}; the autoscaler may add nodes" if autoscaler_adds_nodes() else line
 
     def needs(self, workers: int) -> str:
         """What a number of workers takes, with what their data tasks need beside them."""
@@ -93,29 +92,23 @@ class WorkerRequest:
         return f"{', '.join(parts)} and {more} for data tasks"
 
     def refuse_impossible(self) -> None:
-        """Holds the least number of workers against all that there is and could be.
+        """Holds the least number of workers against all that there is.
 
         Raises:
-            ConfigError: there can never be room for them.
+            ConfigError: there is no room for them, and no autoscaler that could make some.
         """
         nodes = usable_nodes()
         room = self.room(node.total for node in nodes)
-        if room >= self.min_workers or (self.autoscaler is not None and self.autoscaler.node_types is None):
-            return
-        most = self.room([*(node.total for node in nodes), *self._additions()])
-        if most >= self.min_workers:
+        if room >= self.min_workers or autoscaler_adds_nodes(REPORTS_WITHIN_S):
             return
         message = (
             f"train.num_workers: {_count(self.min_workers, 'worker')} {_need(self.min_workers)} "
             f"{self.needs(self.min_workers)}; the cluster has {self._sum(nodes)} "
             f"({_count(len(nodes), 'node')}: {self._list(nodes, 'total')})"
         )
-        if len(nodes) > 1 or most:
+        if len(nodes) > 1 or room:
             each = ", ".join(_amount(amount, name) for name, amount in self.resources_per_worker.items())
             message += f", which is room for {room} (each takes {each} of one node)"
-        if self.autoscaler is not None:
-            added = self._addable()
-            message += f"; {added}, which would be room for {most}" if added else "; the autoscaler cannot add to it"
         raise ConfigError(f"{message}; ask for fewer workers, or add nodes")
 
     def room(self, nodes: Iterable[Mapping[str, float]]) -> int:
@@ -127,30 +120,6 @@ class WorkerRequest:
         if cpus < 1:
             return 0
         return min(workers, int((cpus - 1) // bundle["CPU"])) if "CPU" in bundle else workers
-
-    def _additions(self) -> list[Mapping[str, float]]:
-        """The resources of each node that the autoscaler could add, those first that hold the most workers."""
-        if self.autoscaler is None:
-            return []
-        enough = self.max_workers + 1  # more of one type are of no use
-        nodes = [kind.resources for kind in self.autoscaler.addable() for _ in range(min(kind.most, enough))]
-        nodes.sort(key=lambda one: -min(one.get(name, 0) // need for name, need in self.resources_per_worker.items()))
-        return nodes[: self.autoscaler.nodes_left()]
-
-    def _addable(self) -> str:
-        """What the autoscaler can add, in words."""
-        if self.autoscaler is None:
-            return ""
-        if self.autoscaler.node_types is None:
-            return "what the autoscaler can add is not known here"
-        kinds, left = self.autoscaler.addable(), self.autoscaler.nodes_left()
-        if not kinds or left == 0:
-            return ""
-        names = ", ".join(f"{_count(kind.most, 'node')} {kind.name} ({self._shape(kind.resources)})" for kind in kinds)
-        limit = (
-            f", {_count(left, 'node')} in all" if left is not None and left < sum(kind.most for kind in kinds) else ""
-        )
-        return f"the autoscaler can add {names}{limit}"
 
     def _names(self) -> list[str]:
         return [*self.resources_per_worker, *([] if "CPU" in self.resources_per_worker else ["CPU"])]
@@ -174,19 +143,33 @@ class WorkerRequest:
         return ", ".join(f"{count} with {shape}" for shape, count in Counter(shapes).most_common())
 
 
-def plan_workers(config: Config) -> WorkerRequest:
+def plan_workers(config: Config, budget: Budget = Budget()) -> WorkerRequest:  # noqa: B008 - it is frozen
     """Workers for a run, from its configuration and the cluster that this process is connected to.
 
+    Args:
+        config: the configuration.
+        budget: the most that the run may take.
+
     Raises:
-        ConfigError: there can never be room for them, or some would have no image.
+        ConfigError: there is no room for them, they exceed the budget, or some would have no image.
     """
-    nodes, autoscaler = usable_nodes(), find_autoscaler()
-    use_gpu = _use_gpu(config, nodes, autoscaler)
+    nodes = usable_nodes()
+    use_gpu = _use_gpu(config, nodes, budget)
     bundle = {"GPU" if use_gpu else "CPU": 1.0}
     if config.train.worker_resource is not None:
         bundle[config.train.worker_resource] = 1.0
-    least, most = config.train.worker_range or _count_workers(use_gpu, bundle, nodes, autoscaler)
-    request = WorkerRequest(least, most, use_gpu, bundle, autoscaler)
+    asked = budget.worker_range or config.train.worker_range
+    least, most = asked or _count_workers(use_gpu, bundle, nodes)
+    affordable = _affordable_workers(use_gpu, budget)
+    if affordable is not None:
+        if least > affordable and (asked or affordable < 1):
+            raise ConfigError(
+                f"train.num_workers: {_count(least, 'worker')} would take more than this run's budget of "
+                f"{_amount(budget.gpus or 0, 'GPU') if use_gpu else _amount(budget.cpus or 0, 'CPU')}, which is "
+                f"enough for {affordable}"
+            )
+        least, most = min(least, affordable), min(most, affordable)
+    request = WorkerRequest(least, most, use_gpu, bundle, _data_tasks(config, budget, use_gpu, most))
     request.refuse_impossible()
     if least > config.train.global_batch_size:
         raise ConfigError(
@@ -213,32 +196,41 @@ def usable_nodes() -> list[Node]:
     ]
 
 
-def _use_gpu(config: Config, nodes: list[Node], autoscaler: Autoscaler | None) -> bool:
+def _use_gpu(config: Config, nodes: list[Node], budget: Budget) -> bool:
     there = any(node.total.get("GPU", 0) >= 1 for node in nodes)
-    kinds = autoscaler.node_types if autoscaler is not None else ()
-    could_be = kinds is not None and any(kind.resources.get("GPU", 0) >= 1 and kind.most > 0 for kind in kinds)
     if config.train.use_gpu is None:
-        return there or could_be
-    if config.train.use_gpu and not there and not could_be and kinds is not None:
+        return there and budget.gpus != 0
+    if config.train.use_gpu and not there and not autoscaler_adds_nodes(REPORTS_WITHIN_S):
         raise ConfigError("train.use_gpu: true, but the cluster has no GPU (set train.use_gpu=false to train on CPUs)")
     return config.train.use_gpu
 
 
-def _count_workers(
-    use_gpu: bool, bundle: dict[str, float], nodes: list[Node], autoscaler: Autoscaler | None
-) -> tuple[int, int]:
+def _count_workers(use_gpu: bool, bundle: dict[str, float], nodes: list[Node]) -> tuple[int, int]:
     """Workers where the configuration leaves it to the cluster."""
     if not use_gpu:
         return 1, 1
     room = WorkerRequest(1, 1, use_gpu, bundle).room(node.total for node in nodes)
-    if room == 0 and autoscaler is None:
-        return 1, 1  # and refused
-    if room == 0:
+    if room == 0 and autoscaler_adds_nodes(REPORTS_WITHIN_S):
         raise ConfigError(
             "train.num_workers: no GPU worker has room in the cluster now, so one for each GPU would be none; say how "
             "many the autoscaler is to make room for, as train.num_workers=4 or [1, 4]"
         )
-    return room, room
+    return max(room, 1), max(room, 1)  # one that has no room is refused
+
+
+def _affordable_workers(use_gpu: bool, budget: Budget) -> int | None:
+    """How many workers a budget is enough for; None for any number."""
+    if use_gpu:
+        return budget.gpus
+    return None if budget.cpus is None else max(0, budget.cpus - 1)
+
+
+def _data_tasks(config: Config, budget: Budget, use_gpu: bool, workers: int) -> int:
+    """Data tasks of one worker at the same time: what the configuration says, or less to stay in the budget."""
+    if budget.cpus is None:
+        return config.data.tasks_per_worker
+    left = budget.cpus - (0 if use_gpu else workers)
+    return max(1, min(config.data.tasks_per_worker, left // max(workers, 1)))
 
 
 def _count(number: int, noun: str) -> str:

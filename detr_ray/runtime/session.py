@@ -20,6 +20,7 @@ from detr_ray.runtime.ray_address import (
     unreachable_address,
     unreachable_error,
 )
+from detr_ray.runtime.ray_internals import runs_inside_ray
 
 TRAIN_ENVIRONMENT = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2"}
 """How often Ray Train's controller looks at its workers, and whether nodes go. Its controller and its workers get it,
@@ -28,7 +29,9 @@ where the user's own environment does not say otherwise; this process's environm
 # Of all processes of a Ray of our own. Ray runs tasks in a process that is there only if its environment is the same:
 # what Ray Train sets for its controller and its workers is set for everything, so that data tasks find those that were
 # warmed. One machine is not taken away in parts: nobody needs to watch for that.
+_OWN_MARK = "DETR_RAY_OWN_RAY"
 _OWN_ENVIRONMENT = {
+    _OWN_MARK: "1",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
 }
@@ -37,6 +40,15 @@ _OWN_DEFAULTS = TRAIN_ENVIRONMENT | {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 # Ray would end a process that has had nothing to do for a second, and start another one, with seconds of imports, for
 # the next data task. The processes that it starts beforehand lack the environment above.
 _OWN_SETTINGS = {"idle_worker_killing_time_threshold_ms": 24 * 3600 * 1000, "prestart_worker_first_driver": False}
+
+
+def is_own_ray() -> bool:
+    """Whether the Ray in use was started by this process, for its own work alone.
+
+    A Ray that is found, by an actor or a notebook for instance, is shared with others and goes on after this job.
+    """
+    environment = ray.get_runtime_context().runtime_env.get("env_vars") or {}
+    return _OWN_MARK in environment and not runs_inside_ray()
 
 
 def session_of(config: Config) -> contextlib.AbstractContextManager[None]:

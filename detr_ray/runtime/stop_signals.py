@@ -6,35 +6,61 @@ import contextlib
 import signal
 import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+from detr_ray.runtime.ray_internals import runs_inside_ray
+
+
+class StoppedBeforeWork(Exception):  # noqa: N818 - it names what happened
+    """The program that runs the job has stopped it before a worker had begun."""
 
 
 class StopSignals:
-    """What Ctrl-C and termination have asked for so far; see `stop_signals`."""
+    """Whether a job is to stop: because of Ctrl-C or termination, or because the program that runs it says so.
 
-    def __init__(self) -> None:
-        self._asked = threading.Event()
+    Args:
+        should_stop: asks that program; once it has said yes, it is not asked again.
+    """
+
+    def __init__(self, should_stop: Callable[[], bool] = lambda: False) -> None:
+        self._signalled = threading.Event()
+        self._should_stop = should_stop
+        self._told = False
 
     def asked(self) -> bool:
         """Whether the job is to stop after its step."""
-        return self._asked.is_set()
+        self._told = self._told or self._should_stop()
+        return self._told or self._signalled.is_set()
+
+    def interrupt(self) -> NoReturn:
+        """Ends a job that is to stop, and has no step to stop after.
+
+        Raises:
+            KeyboardInterrupt: it was a signal.
+            StoppedBeforeWork: it was the program that runs the job.
+        """
+        raise KeyboardInterrupt if self._signalled.is_set() else StoppedBeforeWork
 
     def receive(self, number: int, frame: types.FrameType | None) -> None:
-        """The first one asks; the second one does not wait any longer."""
-        if self._asked.is_set():
+        """The first signal asks to stop; the second one ends the job at once."""
+        if self._signalled.is_set():
             raise KeyboardInterrupt
-        self._asked.set()
+        self._signalled.set()
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[StopSignals]:
+def stop_signals(should_stop: Callable[[], bool] = lambda: False) -> Iterator[StopSignals]:
     """Turns the first Ctrl-C or termination into a request to stop after the step, with a checkpoint.
 
-    What the process did about these signals before, it does again afterwards. Outside of the main thread, where signals
-    cannot be received, nobody asks.
+    Afterwards the process handles these signals as before. Signals stay as they are outside of the main thread, where
+    Python does not let them be handled, and in tasks and actors of Ray, which has its own use for them.
+
+    Args:
+        should_stop: another source of such a request.
     """
-    signals = StopSignals()
-    if threading.current_thread() is not threading.main_thread():
+    signals = StopSignals(should_stop)
+    if threading.current_thread() is not threading.main_thread() or runs_inside_ray():
         yield signals
         return
     before = {number: signal.signal(number, signals.receive) for number in (signal.SIGINT, signal.SIGTERM)}

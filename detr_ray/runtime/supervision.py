@@ -17,6 +17,7 @@ import ray
 from detr_ray.config import ConfigError, TrainConfig
 from detr_ray.engine.context import LeaveReason, Phase
 from detr_ray.engine.errors import RunFailed
+from detr_ray.engine.hooks import Evaluated
 from detr_ray.engine.job import Say
 from detr_ray.engine.reporting.progress import duration
 from detr_ray.runtime.heartbeat import AwakeClock
@@ -116,7 +117,8 @@ class Supervisor:
         status: the job's status.
         limits: the ``train`` section, for its time limits.
         missing: says what the workers need and what there is.
-        signals: what the user asks for.
+        signals: whether the job is to stop.
+        on_evaluation: told of each evaluation, once for each step.
         say: shows the user a line.
 
     Attributes:
@@ -125,12 +127,20 @@ class Supervisor:
     """
 
     def __init__(
-        self, status: StatusKeeper, limits: TrainConfig, missing: Callable[[], str], signals: StopSignals, say: Say
+        self,
+        status: StatusKeeper,
+        limits: TrainConfig,
+        missing: Callable[[], str],
+        signals: StopSignals,
+        on_evaluation: Callable[[Evaluated], None],
+        say: Say,
     ) -> None:
         self._status = status
         self._limits = limits
         self._missing = missing
         self._signals = signals
+        self._on_evaluation = on_evaluation
+        self._evaluated: set[int] = set()
         self._say = say
         self._told_to_leave = False
         self._processes: set[tuple[str, int]] = set()
@@ -148,7 +158,8 @@ class Supervisor:
             Why its controller had to be ended; None where the attempt ended by itself.
 
         Raises:
-            KeyboardInterrupt: asked to stop, and no worker is there that could write a checkpoint.
+            KeyboardInterrupt: asked to stop by a signal, and no worker is there that could write a checkpoint.
+            StoppedBeforeWork: the same, asked by the program that runs the job.
             RunFailed: the workers' resources did not come in time.
         """
         watch = _Watch(self._limits, number)
@@ -198,6 +209,10 @@ class Supervisor:
             return None
         for line in snapshot.lines.texts:
             self._say(line)
+        for evaluated in snapshot.evaluated:
+            if evaluated.step not in self._evaluated:
+                self._evaluated.add(evaluated.step)
+                self._on_evaluation(evaluated)
         for failure in watch.new_failures(snapshot):
             self.count_failure(failure)
         return snapshot
@@ -217,7 +232,7 @@ class Supervisor:
         leaving = snapshot.running and self._told_to_leave
         if not begun and not unknown and not leaving:
             self._say("stopped before the workers had begun")
-            raise KeyboardInterrupt
+            self._signals.interrupt()
         if not self._told_to_leave:
             self._told_to_leave = True
             self._say("stopping after this step, with a checkpoint (again: at once, without)")

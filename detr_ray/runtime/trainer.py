@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterable
@@ -14,18 +15,24 @@ import ray
 import ray.train
 from ray.actor import ActorHandle
 from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.callbacks import WorkingDirectorySetupCallback
-from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.callbacks.state_manager import StateManagerCallback
-from ray.train.v2._internal.constants import get_env_vars_to_propagate
-from ray.train.v2._internal.execution.controller import TrainController
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from detr_ray.engine.errors import RunFailed
 from detr_ray.runtime.job_status import Member, unpacked
 from detr_ray.runtime.ray_address import cluster_address
-from detr_ray.runtime.ray_internals import placement_groups_of, remove_placement_group
+from detr_ray.runtime.ray_internals import (
+    DatasetsCallback,
+    PlacementGroupCleaner,
+    PlacementGroupCleanerCallback,
+    StateManagerCallback,
+    TrainController,
+    WorkingDirectorySetupCallback,
+    actor_is_alive,
+    get_env_vars_to_propagate,
+    placement_groups_of,
+    remove_placement_group,
+    runs_inside_ray,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -36,36 +43,37 @@ ENDED_WITHIN_S = 30.0
 class Trainer(TorchTrainer):  # type: ignore[misc]
     """Ray Train's trainer, with its controller at hand.
 
-    Internal of Ray 2.60: both methods, and the classes of callbacks. Without the first one, processes run that have
-    nothing to do, and workers change their working directory. Without the second one, a controller that hangs before it
-    has said anything could not be ended, and its environment would have to be this process's.
+    Both methods are internal, see `ray_internals`. Without the first one, processes run that have nothing to do, and
+    workers change their working directory. Without the second one, a controller that hangs before it has said anything
+    could not be ended, and its environment would have to be this process's.
 
     Args:
         environment: what the controller and the workers find set, where this process's environment does not say
             otherwise.
-        one_machine: whether all is on this machine: no data set goes through Ray Train, and there is nobody to give
-            workers' places back to when the driver has ended.
+        own_ray: whether Ray was started for this job alone. Then callbacks are left out that are of use where a
+            Ray is shared: it ends with this process, and nothing else waits for the places of the workers.
         keep_state: whether Ray Train keeps the run's state for the dashboard.
         arguments: see ``TorchTrainer``.
     """
 
     def __init__(
-        self, *arguments: Any, environment: dict[str, str], one_machine: bool, keep_state: bool, **named: Any
+        self, *arguments: Any, environment: dict[str, str], own_ray: bool, keep_state: bool, **named: Any
     ) -> None:
         super().__init__(*arguments, **named)
         self._environment = environment
-        self._one_machine = one_machine
+        self._own_ray = own_ray
         self._keep_state = keep_state
         self.controller: ActorHandle | None = None
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()
         idle: tuple[type, ...] = (WorkingDirectorySetupCallback,)
-        if self._one_machine:
+        if self._own_ray:
             idle = (*idle, DatasetsCallback, PlacementGroupCleanerCallback)
         if self._keep_state and not any(isinstance(callback, StateManagerCallback) for callback in callbacks):
             callbacks.append(StateManagerCallback(datasets=self.datasets))
-        return [callback for callback in callbacks if not isinstance(callback, idle)]
+        callbacks = [callback for callback in callbacks if not isinstance(callback, idle)]
+        return [CleanerCallback() if isinstance(one, PlacementGroupCleanerCallback) else one for one in callbacks]
 
     def _initialize_and_run_controller(self, **controller: Any) -> Any:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -74,6 +82,32 @@ class Trainer(TorchTrainer):  # type: ignore[misc]
         self.controller = ray.remote(**options)(TrainController).remote(**controller)
         ray.get(self.controller.run.remote())
         return ray.get(self.controller.get_result.remote())
+
+
+class Cleaner(PlacementGroupCleaner):  # type: ignore[misc]
+    """The actor that frees the workers' places when the controller has died, also without Ray's dashboard.
+
+    Ray Train's own asks the dashboard whether the controller lives, and frees places only once workers have begun.
+    """
+
+    def start_monitoring(self) -> Any:
+        """Begins to watch the controller."""
+        sys.modules[PlacementGroupCleaner.__module__].is_actor_alive = actor_is_alive  # type: ignore[attr-defined]
+        return super().start_monitoring()
+
+    def _cleanup_placement_group(self, placement_group: Any) -> None:
+        for group in placement_groups_of(self._controller_actor_id):
+            remove_placement_group(group)
+
+
+class CleanerCallback(PlacementGroupCleanerCallback):  # type: ignore[misc]
+    """Has the controller start `Cleaner` in place of Ray Train's own actor."""
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Starts it."""
+        module: Any = sys.modules[PlacementGroupCleanerCallback.__module__]
+        module.PlacementGroupCleaner = Cleaner
+        super().after_controller_start(train_run_context)
 
 
 def controller_environment(defaults: dict[str, str]) -> dict[str, str]:
@@ -131,7 +165,7 @@ class Attempt:
     def has_place(self) -> bool:
         """Whether a place is reserved for its workers."""
         controller = self._trainer.controller
-        return controller is not None and "CREATED" in placement_groups_of(controller).values()
+        return controller is not None and "CREATED" in placement_groups_of(_id_of(controller)).values()
 
     def abort(self) -> None:
         """Asks the controller to end with its workers, and sees to it that it does."""
@@ -162,13 +196,17 @@ class Attempt:
         for worker in workers:
             ray.kill(unpacked(worker.actor))
         give_up = time.monotonic() + ENDED_WITHIN_S
-        while (groups := placement_groups_of(controller)) and time.monotonic() < give_up:
+        while (groups := placement_groups_of(_id_of(controller))) and time.monotonic() < give_up:
             for group in groups:
                 remove_placement_group(group)
             time.sleep(0.2)
 
 
+def _id_of(actor: ActorHandle) -> str:
+    return actor._actor_id.hex()
+
+
 def threads_given() -> int | None:
-    """Torch threads that the user allows on this machine; in jobs on a cluster Ray sets the variable by itself."""
+    """Torch threads that the user allows on this machine; in jobs and actors Ray sets the variable by itself."""
     given = os.environ.get("OMP_NUM_THREADS", "")
-    return int(given) if given.isdigit() and cluster_address() is None else None
+    return int(given) if given.isdigit() and cluster_address() is None and not runs_inside_ray() else None

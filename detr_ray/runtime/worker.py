@@ -18,6 +18,7 @@ from ray.actor import ActorHandle
 from detr_ray.engine.context import LeaveReason, Phase
 from detr_ray.engine.distributed import DistributedContext
 from detr_ray.engine.errors import RunFailed
+from detr_ray.engine.hooks import Evaluated
 from detr_ray.engine.job import TrainJob
 from detr_ray.engine.loop import TrainingLoop
 from detr_ray.engine.reporting.records import open_tracker
@@ -47,9 +48,11 @@ class RayContext(DistributedContext):
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             torch.set_num_threads(threads or max(1, cores // context.get_local_world_size()))
 
-    def report(self, metrics: dict[str, float]) -> None:
-        """Reports to Ray Train; a barrier over all workers."""
-        ray.train.report(metrics)
+    def report(self, evaluated: Evaluated) -> None:
+        """Reports to Ray Train, a barrier over all workers; rank 0 tells the driver, too."""
+        if self.rank == 0:
+            self._heartbeat.report(evaluated)
+        ray.train.report(dict(evaluated.metrics))
 
     def say(self, line: str) -> None:
         """Sends a line to the driver; a driver that is away is no reason to stop."""
@@ -94,7 +97,8 @@ def run_worker(config: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         config: ``job`` (without data), ``data`` and ``weights`` as lists of an object reference (Ray resolves bare
-            ones), the actor ``status`` and the number of the ``attempt``, and ``threads`` of torch, or None.
+            ones), the actor ``status`` and the number of the ``attempt``, ``threads`` of torch, or None, and how many
+            data ``tasks`` the worker may have at the same time.
 
     Returns:
         ``{"result": what the work gave}``, or ``{"failed": message}`` where all workers agree that the job can't go on:
@@ -102,7 +106,7 @@ def run_worker(config: dict[str, Any]) -> dict[str, Any]:
     """
     job: TrainJob | EvaluationJob = _whole_job(config)
     context = RayContext(config["status"], config["attempt"], config["threads"])
-    batches = RayBatches(job.data, config["data"][0], context.world_size, context.rank)
+    batches = RayBatches(job.data, config["data"][0], context.world_size, context.rank, config["tasks"])
     try:
         with context.at_work():
             if isinstance(job, TrainJob):

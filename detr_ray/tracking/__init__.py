@@ -5,6 +5,7 @@ Other packages use the ``Tracker`` protocol. Only this package imports MLflow, a
 
 from __future__ import annotations
 
+from detr_ray.tracking.mlflow_run import PARENT_TAG
 from detr_ray.tracking.mlflow_tracker import MlflowTracker, holds_records, recorded_uri, send_pending
 from detr_ray.tracking.sender import Timing
 from detr_ray.tracking.sent_state import Pending
@@ -12,6 +13,7 @@ from detr_ray.tracking.store import default_tracking_uri, public_uri, tracking_u
 from detr_ray.tracking.tracker import MemoryTracker, NullTracker, Scalar, Status, Tracker
 
 __all__ = [
+    "PARENT_TAG",
     "MemoryTracker",
     "MlflowTracker",
     "NullTracker",

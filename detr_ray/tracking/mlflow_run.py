@@ -22,6 +22,8 @@ from detr_ray.tracking.whole_files import create_database_whole, write_whole
 logger = logging.getLogger(__name__)
 
 UID_TAG = "detr_ray.run_uid"
+PARENT_TAG = "mlflow.parentRunId"
+"""The tag that MLflow knows a run's parent by."""
 _PROBE_TAG = "detr_ray.probe"
 _SETTINGS_NAME = "run.json"
 _BATCH = {"metrics": 1000, "params": 100, "tags": 100}

@@ -38,7 +38,7 @@ class Witness(LocalContext):
 
     def __init__(self, go_on_at: str = "") -> None:
         self.reports: list[dict[str, float]] = []
-        super().__init__(say=self._heard, on_report=self.reports.append)
+        super().__init__(say=self._heard, on_report=lambda evaluated: self.reports.append(dict(evaluated.metrics)))
         self.go_on_at = go_on_at
         self.go_on: Path | None = None
         self.lines: list[str] = []

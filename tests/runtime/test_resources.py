@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -16,7 +15,6 @@ from tiny import TINY
 
 from detr_ray.check import main
 from detr_ray.config import Config, ConfigError, load_config
-from detr_ray.runtime.autoscaler import Autoscaler, NodeType, parse_autoscaler
 from detr_ray.runtime.resources import WorkerRequest, plan_workers
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
@@ -79,42 +77,6 @@ def test_room_is_counted_node_by_node() -> None:
     assert halves.room([{"CPU": 2}, {"CPU": 1}]) == 2, "one CPU of the three is for data tasks"
 
 
-def test_what_an_autoscaler_may_make_is_read_from_its_configuration() -> None:
-    kinds = {
-        "head": {"resources": {"CPU": 4}, "max_workers": 0},
-        "gpu": {"resources": {"CPU": 8, "GPU": 1}, "max_workers": 6},
-        "cpu": {"resources": {"CPU": 16}},
-    }
-    found = parse_autoscaler({"available_node_types": kinds, "head_node_type": "head", "max_workers": 10})
-    assert found == Autoscaler(
-        (NodeType("gpu", {"CPU": 8, "GPU": 1}, 6), NodeType("cpu", {"CPU": 16}, 10)), most_nodes=10
-    )
-    assert parse_autoscaler(None) is None
-    assert parse_autoscaler("cannot be read") == Autoscaler(None), "there is one, and nobody knows what it can do"
-    kinds["gpu"] = {"resources": {}, "max_workers": 6}  # type: ignore[dict-item]
-    assert parse_autoscaler({"available_node_types": kinds, "head_node_type": "head"}) == Autoscaler(None)
-
-
-def test_kuberays_record_of_a_cluster_is_read_as_its_autoscaler_does() -> None:
-    from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
-
-    def group(name: str, cpus: str, **more: Any) -> dict[str, Any]:
-        pod = {"spec": {"containers": [{"name": "ray", "resources": {"limits": {"cpu": cpus, "memory": "8Gi"}}}]}}
-        return {"groupName": name, "rayStartParams": {}, "template": pod, **more}
-
-    record = {
-        "metadata": {"name": "detr", "namespace": "default"},
-        "spec": {
-            "headGroupSpec": group("head", "2"),
-            "workerGroupSpecs": [group("workers", "4", replicas=0, minReplicas=0, maxReplicas=5)],
-        },
-    }
-    found = parse_autoscaler(_derive_autoscaling_config_from_ray_cr(record))
-    assert found is not None and found.node_types is not None
-    (workers,) = found.node_types
-    assert (workers.name, workers.most, workers.resources["CPU"]) == ("workers", 5, 4)
-
-
 @pytest.fixture
 def folder() -> Iterator[Path]:
     folder = Path(f"/tmp/dr-room-{os.getpid()}")
@@ -146,7 +108,7 @@ def test_nodes_of_several_kinds_and_one_that_leaves(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_the_autoscaler_can_add_counts(folder: Path) -> None:
+def test_a_request_larger_than_the_cluster_waits_for_an_autoscaler(folder: Path) -> None:
     with LocalCluster(folder / "c") as cluster:
         cluster.up(ClusterSpec(autoscale=(0, 3), cpus_per_node=2))
         driver = Driver(cluster.client_environment(), folder, folder / "config.yaml")
@@ -155,10 +117,10 @@ def test_what_the_autoscaler_can_add_counts(folder: Path) -> None:
             assert accepted["said"] == [
                 "5 to 5",
                 "room for 0 of 5 workers now, which need 5 CPUs and one more for data tasks; free: head 0 CPUs; "
-                "the autoscaler can add 3 nodes cpu_worker (2 CPUs)",
+                "the autoscaler may add nodes",
             ]
-            refused = driver("plan", "train.num_workers=6")["error"]
-            assert "the autoscaler can add 3 nodes cpu_worker (2 CPUs), which would be room for 5" in refused
-            assert refused.startswith("train.num_workers: 6 workers need 6 CPUs and one more for data tasks; ")
+            gpus = driver("plan", "train.num_workers=2", "train.use_gpu=true")
+            assert gpus["said"][0] == "2 to 2", gpus
+            assert "no GPU worker has room in the cluster now" in driver("plan", "train.use_gpu=true")["error"]
         finally:
             driver.close()

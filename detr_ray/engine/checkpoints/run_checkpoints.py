@@ -108,6 +108,10 @@ class RunCheckpoints:
         """The checkpoints that must still be evaluated, oldest first; the same on every worker."""
         return self._context.broadcast([info for _, info in sorted(self._known.items()) if info.unscored])
 
+    def path_of(self, step: int) -> str | None:
+        """Rank 0: the folder of the checkpoint of a step; None where there is none, and on other ranks."""
+        return self._known[step].path if step in self._known else None
+
     def save(
         self,
         step: int,

@@ -10,7 +10,7 @@ import torch
 from detr_ray import __version__
 from detr_ray.config import flatten
 from detr_ray.engine.reporting.tracking_store import local_storage, tracking_folder
-from detr_ray.tracking import MlflowTracker, NullTracker, Tracker
+from detr_ray.tracking import PARENT_TAG, MlflowTracker, NullTracker, Tracker
 
 if TYPE_CHECKING:
     from detr_ray.engine.job import TrainJob
@@ -49,5 +49,6 @@ def open_tracker(job: TrainJob) -> Tracker:
             "run.path": job.run.path,
         }
         | ({} if data.val is None else {"data.val.fingerprint": data.val.fingerprint})
+        | ({} if job.parent_run is None else {PARENT_TAG: job.parent_run})
     )
     return tracker

@@ -20,6 +20,7 @@ from detr_ray.engine.checkpoints.run_checkpoints import Inessential, RunCheckpoi
 from detr_ray.engine.checkpoints.training_state import TrainingState
 from detr_ray.engine.context import LeaveReason, WorkerContext
 from detr_ray.engine.errors import CheckpointError
+from detr_ray.engine.hooks import Evaluated
 from detr_ray.engine.reporting.progress import evaluation_line
 from detr_ray.engine.validation.scoring import BackgroundScoring, Scored
 
@@ -143,7 +144,8 @@ class Validation:
     def _learn(self, found: Scored | None) -> None:
         if found is not None and found.metrics:
             self.metrics = found.metrics
-            self._context.report(found.metrics)
+            path = self._checkpoints.path_of(found.step)
+            self._context.report(Evaluated(found.step, found.metrics, path))
 
     def _note(self, scored: Scored) -> None:
         """Rank 0's records of an evaluation."""

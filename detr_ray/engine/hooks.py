@@ -1,0 +1,63 @@
+"""How a training run that is started by a program reports to it, and is told what to do.
+
+Everything has a default: a run without hooks trains to its end and takes what its configuration says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Evaluated:
+    """What an evaluation in the course of training gave.
+
+    Attributes:
+        step: optimizer steps that the weights had taken.
+        metrics: its numbers, by name (``val/AP``, ...).
+        checkpoint: folder of the checkpoint with these weights, which stays as long as ``train.keep_last`` and being
+            the best keep it; None where there is none, and on other ranks than 0.
+    """
+
+    step: int
+    metrics: Mapping[str, float]
+    checkpoint: str | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Budget:
+    """The most that a run may take of the cluster; None stands for no limit.
+
+    Attributes:
+        workers: the number of training workers, or the least and the most, in place of ``train.num_workers``.
+        cpus: CPUs of its workers and data tasks together. Each CPU worker takes one, and one is for data tasks.
+        gpus: GPUs; 0 trains on CPUs unless the configuration asks for GPUs.
+    """
+
+    workers: int | tuple[int, int] | None = None
+    cpus: int | None = None
+    gpus: int | None = None
+
+    @property
+    def worker_range(self) -> tuple[int, int] | None:
+        """The least and the most workers."""
+        return (self.workers, self.workers) if isinstance(self.workers, int) else self.workers
+
+
+@dataclasses.dataclass(frozen=True)
+class JobHooks:
+    """What a run asks and tells the program that started it. All of it is called in that program's process.
+
+    Attributes:
+        should_stop: asked after each step (``train.launcher=local``) or twice a second (on Ray). Once it says yes, the
+            run stops after its step, with a checkpoint, and its result says ``stopped``.
+        on_evaluation: told of each evaluation, once for each step. An error that it raises ends the run.
+        parent_run: id of an MLflow run in the same experiment, whose child the run's own MLflow run becomes.
+        budget: what the run may take of the cluster.
+    """
+
+    should_stop: Callable[[], bool] = lambda: False
+    on_evaluation: Callable[[Evaluated], None] = lambda evaluated: None
+    parent_run: str | None = None
+    budget: Budget = Budget()
