@@ -49,6 +49,11 @@ class RunConfig(Section):
     """Folder or URI for checkpoints and all other files of the run."""
     seed: Seed = 42
     """Seed of the first weights, the sample order, the augmentation and dropout."""
+    fork_from: Text | None = None
+    """Folder or URI of another run (its latest checkpoint) or of a checkpoint in one: this run begins there, with that
+    run's weights, moments, step and place in the stream, and with learning rates and loss weights of its own. `optim`,
+    `loss` and `train.epochs` may differ, beside what may change when a run goes on. Once this run has a checkpoint, the
+    other one is not needed any more."""
 
 
 class ModelConfig(Section):

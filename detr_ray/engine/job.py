@@ -22,6 +22,8 @@ from detr_ray.data.index import PROBLEMS, DatasetIndex
 from detr_ray.data.inspection import common_cause, inspect_images, is_other_folder
 from detr_ray.data.label_map import LabelMap
 from detr_ray.data.statistics import count_boxes, find_misreadings
+from detr_ray.engine.checkpoints.fork import Fork, find_fork
+from detr_ray.engine.checkpoints.info import CheckpointInfo
 from detr_ray.engine.checkpoints.run_directory import RunDirectory, open_run, read_record
 from detr_ray.engine.reporting.tracking_store import check_tracking, run_tracking_uri
 from detr_ray.engine.stream.planned_data import PlannedData
@@ -47,6 +49,7 @@ class TrainJob:
         initial_weights: model state to start from; None for the random one that the seed gives.
         code_version: git commit of the working folder, for the records; empty where there is none.
         tracking_uri: MLflow store of its records. Decided here: on other machines the environment may name another.
+        fork: checkpoint of another run that the run begins at; None where it begins anew, or has one of its own.
         parent_run: id of the MLflow run whose child the run's own is; None for no parent.
     """
 
@@ -55,6 +58,7 @@ class TrainJob:
     initial_weights: dict[str, torch.Tensor] | None
     code_version: str
     tracking_uri: str
+    fork: CheckpointInfo | None = None
     parent_run: str | None = None
 
     @property
@@ -71,8 +75,8 @@ class TrainJob:
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        steps = self.config.train.epochs * self.steps_per_epoch
-        return steps if self.config.train.max_steps is None else min(steps, self.config.train.max_steps)
+        assert self.data.train is not None
+        return total_steps(self.config, len(self.data.train))
 
     def build_detector(self) -> Detector:
         """The model with its first weights, the same on every worker, and its loss."""
@@ -225,25 +229,45 @@ def prepare_job(config: Config, say: Say) -> TrainJob:
             f"{train.source} has {len(train)} images, fewer than one global batch; "
             f"set train.global_batch_size (now {config.train.global_batch_size}) to {len(train)} or less"
         )
-    space = choose_label_space(config, train, lambda: _is_official(config.model.init_from))
+    fork = find_fork(config, read_record(config.run.name, config.run.storage))
+    space = choose_label_space(config, train, lambda: _is_official(config.model.init_from), fork)
     label_map = label_map_for(space, train, val)
+    data = PlannedData(config, train, val, label_map)
     refuse_positions_out_of_reach(config, config.model, train, val)
     fingerprints = {"train": train.fingerprint} | ({} if val is None else {"val": val.fingerprint})
+    if fork is not None:
+        fork.refuse_misfit(config, fingerprints, total_steps(config, len(train)))
     check_tracking(config, say)
-    run = open_run(config.run.name, config.run.storage, flatten(config), fingerprints, config.to_yaml(), space, say)
+    run = open_run(
+        config.run.name, config.run.storage, flatten(config), fingerprints, config.to_yaml(), space,
+        None if fork is None else fork.checkpoint.path, say,
+    )  # fmt: skip
     weights = None
     try:
         is_first_start = run.checkpoints.latest() is None
     except OSError as error:
         raise ConfigError(f"run.storage: the checkpoints of {run.path} cannot be listed: {reason_of(error)}") from error
-    if is_first_start:
+    if is_first_start and fork is None:
         weights = _initial_weights(config, label_map, say)
     return TrainJob(
-        PlannedData(config, train, val, label_map), run, weights, code_version(Path.cwd()), run_tracking_uri(config)
+        data,
+        run,
+        weights,
+        code_version(Path.cwd()),
+        run_tracking_uri(config),
+        None if fork is None else fork.checkpoint,
     )
 
 
-def choose_label_space(config: Config, train: DatasetIndex, is_official: Callable[[], bool]) -> str:
+def total_steps(config: Config, num_images: int) -> int:
+    """Optimizer steps of a whole run."""
+    steps = config.train.epochs * (num_images // config.train.global_batch_size)
+    return steps if config.train.max_steps is None else min(steps, config.train.max_steps)
+
+
+def choose_label_space(
+    config: Config, train: DatasetIndex, is_official: Callable[[], bool], fork: Fork | None = None
+) -> str:
     """The space of a run's labels: that which it was begun with, whatever has become of its first weights since.
 
     ``auto`` is COCO's 91 ids where published weights meet data with COCO's categories, contiguous otherwise.
@@ -252,10 +276,11 @@ def choose_label_space(config: Config, train: DatasetIndex, is_official: Callabl
         config: the configuration.
         train: the training set.
         is_official: whether the first weights are published ones; asked where it matters.
+        fork: where the run begins, if that is in another run.
     """
     if config.data.label_space != "auto":
         return config.data.label_space
-    record = read_record(config.run.name, config.run.storage)
+    record = read_record(config.run.name, config.run.storage) or (None if fork is None else fork.record)
     if record is not None and record.get("label_space") is not None:
         return record["label_space"]
     if not has_coco_categories(train):

@@ -46,3 +46,15 @@ def seed(place: Place) -> None:
     with pytest.raises(ConfigError):
         place.train("run.name=a", "run.seed=1", stop_after=1)
         place.train("run.name=a", "run.seed=2")
+
+
+@shows("run.fork_from")
+def fork_from(place: Place) -> None:
+    """The run begins at another one's checkpoint, and trains from there."""
+    donor = place.train("run.name=donor", stop_after=3)
+    fork = place.train("run.name=fork", f"run.fork_from={place.folder}/runs/donor", "optim.lr=0.01")
+    assert fork.result is not None and fork.result.status == "finished"
+    assert len(donor.updates) == 3 and len(fork.updates) == fork.result.step - 3
+    after = dict(donor.loop.model.named_parameters())
+    assert all(bool((value == after[name]).all()) for name, value in fork.updates[0].weights.items())
+    assert fork.updates[0].rates[0] == 0.01

@@ -159,7 +159,8 @@ CASES = {
         ("data.on_bad_image", "data.max_bad_images"), ("data.on_bad_image=skip", "data.max_bad_images=0")
     ),
     "first weights": Case(
-        ("model.init_from", "model.backbone_weights"), ("model.init_from=/gone.pt", "model.backbone_weights=/gone.pt")
+        ("model.init_from", "model.backbone_weights", "run.fork_from"),
+        ("model.init_from=/gone.pt", "model.backbone_weights=/gone.pt", "run.fork_from=/gone"),
     ),
     "micro-batches": Case(("train.micro_batch_size",), ("train.micro_batch_size=2",), (nearly_same_weights,)),
     "no channels last": Case(("train.channels_last",), ("train.channels_last=false",), (nearly_same_weights,)),

@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ FREE_KEYS = (
 )
 
 # The source of the first weights, which is not needed any more when there is a checkpoint.
-FREE_WITH_CHECKPOINT = ("model.init_from", "model.backbone_weights")
+FREE_WITH_CHECKPOINT = ("model.init_from", "model.backbone_weights", "run.fork_from")
 
 Say = Callable[[str], None]
 
@@ -120,7 +120,7 @@ class RunDirectory:
             ConfigError: another process has locked the run, or the storage cannot be used.
         """
         with contextlib.ExitStack() as stack:
-            with _storage_errors(self.path):
+            with storage_errors(self.path):
                 stack.enter_context(held(self.path, self.name, say))
             yield
 
@@ -149,8 +149,8 @@ def read_record(name: str | None, storage: str) -> dict[str, Any] | None:
     if name is None:
         return None
     path = join(absolute_storage(storage), name)
-    with _storage_errors(path):
-        return _read_record(join(path, RECORD))
+    with storage_errors(path):
+        return record_at(join(path, RECORD))
 
 
 def open_run(
@@ -160,6 +160,7 @@ def open_run(
     fingerprints: Mapping[str, str],
     config_yaml: str,
     label_space: str | None = None,
+    forked_from: str | None = None,
     say: Say = lambda line: None,
 ) -> RunDirectory:
     """Opens a run for training: a new run, or an existing run whose record agrees with configuration and data.
@@ -171,6 +172,7 @@ def open_run(
         fingerprints: split -> fingerprint of its data.
         config_yaml: the same configuration as YAML; stored with the run for information.
         label_space: see ``data.label_space``.
+        forked_from: checkpoint of another run that the run begins at; None for none.
         say: shows the user a line.
 
     Raises:
@@ -180,13 +182,14 @@ def open_run(
     name = name or unique_name("run")
     path = join(root, name)
     comparable = json.loads(json.dumps({key: value for key, value in flat_config.items() if key != "run.name"}))
-    with _storage_errors(path):
-        stored = _read_record(join(path, RECORD))
+    with storage_errors(path):
+        stored = record_at(join(path, RECORD))
         if stored is None:
             content = {
                 "run_id": uuid.uuid4().hex,
                 "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 "label_space": label_space,
+                "forked_from": forked_from,
                 "fingerprints": dict(fingerprints),
                 "config": comparable,
             }
@@ -226,9 +229,9 @@ def _begin(path: str, name: str, content: Mapping[str, Any], say: Say) -> dict[s
     folder = local_path(path)
     if folder is not None:
         make_folder(path)
-        return None if _create(folder / RECORD, data) else _read_record(location)
+        return None if _create(folder / RECORD, data) else record_at(location)
     with claimed(path, name, "beginning", say):
-        stored = _read_record(location)
+        stored = record_at(location)
         if stored is None:
             write_bytes(location, data)
         return stored
@@ -258,15 +261,15 @@ def _create(path: Path, data: bytes) -> bool:
 
 
 @contextlib.contextmanager
-def _storage_errors(path: str) -> Iterator[None]:
-    """Turns storage errors into `ConfigError`."""
+def storage_errors(path: str, key: str = "run.storage") -> Iterator[None]:
+    """Turns storage errors into `ConfigError`, which names the key of the configuration that gives the path."""
     try:
         yield
     except OSError as error:
-        raise ConfigError(f"run.storage: {path} cannot be used: {reason_of(error)}") from error
+        raise ConfigError(f"{key}: {path} cannot be used: {reason_of(error)}") from error
 
 
-def _read_record(location: str) -> dict[str, Any] | None:
+def record_at(location: str) -> dict[str, Any] | None:
     """The record of a run; None if there is no run."""
     try:
         record = json.loads(read_bytes(location))
@@ -279,6 +282,12 @@ def _read_record(location: str) -> dict[str, Any] | None:
     return record
 
 
+def begun_with(record: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """Key -> its value when a run was begun. A key that came later had its default then."""
+    defaults = json.loads(json.dumps(flatten(Config())))
+    return {key: record["config"].get(key, defaults.get(key)) for key in keys}
+
+
 def _differences(run: RunDirectory, stored: Mapping[str, Any], config: Mapping[str, Any], say: Say) -> list[str]:
     """One line for each key whose change prevents resuming.
 
@@ -286,8 +295,7 @@ def _differences(run: RunDirectory, stored: Mapping[str, Any], config: Mapping[s
     warning is shown.
     """
     begun = stored["config"]
-    defaults = json.loads(json.dumps(flatten(Config())))
-    before = {key: begun.get(key, defaults.get(key)) for key in config}
+    before = begun_with(stored, config)
     changed = sorted(
         key for key, now in config.items() if before[key] != now and not is_free(key, has_checkpoint=False)
     )

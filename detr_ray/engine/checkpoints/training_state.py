@@ -79,7 +79,10 @@ class TrainingState:
         return {MODEL_FILE: model_file, TRAINING_FILE: training}
 
     def restore(self, checkpoints: RunCheckpoints) -> dict[str, Any]:
-        """Loads the newest complete checkpoint. Rank 0 reads it, checks its hashes and sends it to the other ranks.
+        """Loads the newest complete checkpoint, or the one of another run that this run begins at (`TrainJob.fork`).
+
+        Rank 0 reads it, checks its hashes and sends it to the other ranks. Learning rates, weight decay and loss
+        weights are not restored: they are those of the configuration.
 
         Returns:
             The rest of the training state, for `restore_step`; empty if there is no checkpoint.
@@ -95,7 +98,9 @@ class TrainingState:
             raise RunFailed(problem, agreed=True)
         if info is None:
             return {}
-        checkpoints.going_on_from(info, found)
+        forked = self._job.fork is not None and info.path == self._job.fork.path
+        if not forked:
+            checkpoints.going_on_from(info, found)
         try:
             # One part after another, so that a worker holds only one of them in addition to its own state.
             self.model.load_state_dict(self._context.broadcast(model_file.pop("model", None)))
@@ -113,7 +118,8 @@ class TrainingState:
         self.step = info.step
         self.bad_image_ids = set(training.get("bad_image_ids", ()))  # earlier releases stored only a number
         if first:
-            self._context.say(f"going on from step {self.step} (epoch {self.step / self._job.steps_per_epoch:.2f})")
+            epoch = f"step {self.step} (epoch {self.step / self._job.steps_per_epoch:.2f})"
+            self._context.say(f"beginning at {epoch} of {info.path}" if forked else f"going on from {epoch}")
         return training
 
     def restore_step(self, train_step: TrainStep, training: dict[str, Any]) -> None:
@@ -144,9 +150,20 @@ class TrainingState:
                     return info, store.load(info, MODEL_FILE), store.load(info, TRAINING_FILE), ""
                 except CheckpointError as error:
                     self._context.say(f"WARNING: {error}; trying the one before it")
+            if not found and self._job.fork is not None:
+                return self._forked(store, self._job.fork)
         except OSError as error:
             return None, {}, {}, f"run.storage: the checkpoints cannot be read now, so nothing is trained: {error}"
         problem = ""
         if found:
             problem = f"none of the checkpoints in {store.root} can be read; remove them all to begin the run anew"
         return None, {}, {}, problem
+
+    def _forked(
+        self, store: CheckpointStore, fork: CheckpointInfo
+    ) -> tuple[CheckpointInfo | None, dict[str, Any], dict[str, Any], str]:
+        """Rank 0: the checkpoint of another run, as `_newest_readable` gives one of this run."""
+        try:
+            return fork, store.load(fork, MODEL_FILE), store.load(fork, TRAINING_FILE), ""
+        except (CheckpointError, OSError) as error:
+            return None, {}, {}, f"run.fork_from: the run cannot begin at {fork.path}: {error}"

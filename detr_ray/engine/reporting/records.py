@@ -49,6 +49,7 @@ def open_tracker(job: TrainJob) -> Tracker:
             "run.path": job.run.path,
         }
         | ({} if data.val is None else {"data.val.fingerprint": data.val.fingerprint})
+        | ({} if job.fork is None else {"run.forked_from": job.fork.path})
         | ({} if job.parent_run is None else {PARENT_TAG: job.parent_run})
     )
     return tracker
