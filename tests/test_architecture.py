@@ -127,6 +127,9 @@ def test_another_ray_is_refused_in_a_line(monkeypatch: pytest.MonkeyPatch) -> No
     ray_internals.refuse_other_ray()
     gone = (Internal("ray.train.v2._internal.gone", "Gone"), Internal("ray", "init", ("a_parameter_that_is_gone",)))
     monkeypatch.setattr(ray_internals, "INTERNALS", (*ray_internals.INTERNALS, *gone))
+    monkeypatch.setitem(ray_internals._MODULES, "Gone", gone[0].module)
+    with pytest.raises(ConfigError, match=r"install ray==2\.60\."):
+        ray_internals.Gone  # noqa: B018 - as an import of it would
     with pytest.raises(ConfigError) as refused:
         ray_internals.refuse_other_ray()
     assert "(ray.train.v2._internal.gone.Gone, ray.init); install ray==2.60.*" in str(refused.value)

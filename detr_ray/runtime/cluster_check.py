@@ -1,7 +1,7 @@
-"""Whether a run could use this cluster: enough room, nodes of one mind, and places that every node reaches.
+"""Whether a run could use this cluster: enough room, the same versions everywhere, files that every node reaches.
 
-`check_cluster` is the check command's look at it, `preflight_nodes` the shorter one in the first seconds of training.
-Whatever hangs, both are done within half a minute.
+`check_cluster` is for the check command, `preflight_nodes` a shorter check in the first seconds of training. Both end
+within half a minute, whatever hangs.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ from detr_ray.engine.preflight.storage import within
 from detr_ray.engine.reporting.tracking_store import run_tracking_uri
 from detr_ray.runtime import node_probe
 from detr_ray.runtime.node_probe import Answer, Questions, code_facts, probe_node, reason_of
-from detr_ray.runtime.ray_address import unreachable_address
 from detr_ray.runtime.ray_internals import autoscaler_adds_nodes
 from detr_ray.runtime.resources import Node, plan_workers, usable_nodes
-from detr_ray.runtime.session import ray_session
+from detr_ray.runtime.session import ray_session, unreachable_address
 from detr_ray.runtime.shared_places import StorageTrial, refuse_lost_storage, sample_files, tracking_on_disk
 from detr_ray.tracking.store import sqlite_path
 
@@ -141,14 +140,14 @@ class _Silence:
 
 
 def _check_nodes(config: Config, storage: str, report: Report, started: float, lenient: Level) -> None:
-    """Asks every node everything at once, and says what differs or fails where.
+    """Runs a probe on every node at the same time, and reports what differs or fails where.
 
     Args:
         config: the configuration.
         storage: absolute folder or URI.
         report: gets the findings.
         started: when the whole check began.
-        lenient: how bad is what training survives: a node that is silent, a tracking store that is away.
+        lenient: the level of what training survives: a node without an answer, a tracking store that is away.
     """
     nodes = usable_nodes()
     trial = StorageTrial(storage, [node.node_id for node in nodes])

@@ -57,8 +57,8 @@ def _plan(ref: ray.ObjectRef, world_size: int, rank: int) -> WorkerPlan:
 class ScheduleCalmly(ExecutionCallback):  # type: ignore[misc]
     """Has Ray Data's scheduling loop pause after each round.
 
-    The loop runs in the training process. While its output waits to be taken it goes round without pause, and holds the
-    interpreter for most of the time: training steps then take several times as long.
+    The loop runs in the training process. Without a pause it would hold the interpreter most of the time while batches
+    are waiting, and training steps would take several times as long.
     """
 
     PAUSE_S = 0.01

@@ -1,6 +1,6 @@
-"""Heartbeats: a thread in each worker, and in Ray Train's controller, that keeps the job's status up to date.
+"""Heartbeats: a thread in each worker and in Ray Train's controller that sends its state to the job's status.
 
-A heartbeat that does not arrive is no reason to stop: it is sent again, with what has changed meanwhile.
+A heartbeat that does not arrive does no harm: the next one has the complete state again.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ BEATS_PER_S = 200
 LEAST_PAUSE_S = 0.2
 ANSWER_WITHIN_S = 10.0
 
-# A worker that has not reached the job's status for this long has lost its driver, which could go on with it. A status
-# that does not answer is replaced by the driver sooner, in half a minute.
+# A worker that cannot reach the job's status for this long has lost its driver. While the driver lives, it replaces a
+# status that does not answer within half a minute.
 ORPHANED_S = 120.0
 
 
 class AwakeClock:
     """Seconds since it was last set to zero, of those in which this process could run.
 
-    A process that was stopped for an hour, and runs again, has not waited for an hour.
+    The time in which the process was stopped (SIGSTOP, a suspended machine) does not count.
 
     Args:
         most_s: most seconds that can have passed between two looks at the clock.
@@ -127,7 +127,7 @@ class _Heartbeat:
 
 
 class WorkerHeartbeat(_Heartbeat):
-    """A worker's: says what it does, hears why it is to leave. It goes on until the process ends.
+    """A worker's heartbeat: sends what it does, and receives the reason to leave. It runs until the process ends.
 
     Args:
         status: keeps the job's status.
@@ -168,7 +168,7 @@ class WorkerHeartbeat(_Heartbeat):
 
 
 class ControllerHeartbeat(_Heartbeat):
-    """The controller's: says its state and its workers, hears whether they have left.
+    """The controller's heartbeat: sends its state and its workers, and receives whether they have left.
 
     Args:
         status: keeps the job's status.

@@ -1,9 +1,9 @@
 """The status of a job: what its workers and Ray Train's controller do, and why the workers are to leave.
 
-One small actor beside the driver keeps it. Workers and the controller send it a heartbeat once a second, each a full
-account of themselves; the driver asks for all of it twice a second, and says with each question what it knows. So the
-actor has nothing that is not told again: its process may die, or be ended because it hangs, and a second after it was
-started anew it knows the same. Only lines of progress that it held at that moment are lost.
+A small actor on the driver's node keeps it. Workers and the controller send it their complete state once a second (a
+heartbeat). The driver reads everything twice a second, and sends its own state with each question. So the actor can be
+replaced at any time: a second after it was started again, it has the same content. Only lines of progress that it held
+at that moment are lost.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MOST_LINES = 10_000
 # Ray Train's states in which no worker runs, and some are to.
 _WITHOUT_WORKERS = ("INITIALIZING", "SCHEDULING", "RESTARTING", "RESCHEDULING")
 
-# What is kept of a process of which nothing has been heard, and which nobody names as a worker any more.
+# How long the state of a process is kept after its last heartbeat, if the controller does not list it as a worker.
 _FORGOTTEN_S = 60.0
 
 Process = tuple[str, int]
@@ -48,8 +48,8 @@ class WorkerStatus:
         phase: what it does.
         step: at which optimizer step.
         seconds: for how long.
-        silent_s: for how long nothing has been heard of the worker; a process that hangs as a whole says nothing.
-        heard: whether anything has been heard of it at all.
+        silent_s: seconds since its last heartbeat; a frozen process sends none.
+        heard: whether there has been any heartbeat of it.
         evaluated: its last evaluations, oldest first; of rank 0 alone.
     """
 
@@ -96,7 +96,7 @@ class ControllerStatus:
         group: number of the group of workers that runs now; another one after each start.
         group_s: seconds since the group began to train.
         leave: why the workers are to leave, if the controller says so.
-        silent_s: for how long nothing has been heard of it.
+        silent_s: seconds since its last heartbeat.
     """
 
     attempt: int
@@ -144,8 +144,8 @@ class Snapshot:
     Attributes:
         lines: lines of progress that were not seen yet.
         workers: the workers of the group that runs, by rank, up to now.
-        controller: Ray Train's controller; None while nothing has been heard of it.
-        age_s: for how long the actor has been there: what it has not heard, it has not heard for so long.
+        controller: Ray Train's controller; None before its first heartbeat.
+        age_s: seconds since the actor was started; no silence that it reports can be longer.
         evaluated: the last evaluations, some of which were in earlier snapshots.
     """
 
@@ -216,7 +216,7 @@ class JobStatus:
         """The driver's question.
 
         Args:
-            attempt: the start of Ray Train that counts; what earlier ones left behind is no longer listened to.
+            attempt: the current start of Ray Train; heartbeats of earlier ones are ignored from now on.
             asked: why the workers are to leave, if the driver says so.
             seen: the lines that it has: their source, and the number of the line after the last one.
         """
@@ -239,7 +239,7 @@ class JobStatus:
         return self._members if self._controller is not None and self._controller[0].group == self._group else {}
 
     def _is_current(self, attempt: int) -> bool:
-        """Takes notice of a new attempt; whether this is the newest one."""
+        """Forgets the attempt before if this is a newer one; returns whether it is the newest."""
         if attempt > self._attempt:
             self._attempt = attempt
             self._controller, self._members, self._group, self._workers = None, {}, -1, {}
@@ -251,13 +251,13 @@ class JobStatus:
         return None if self._controller is None else self._controller[0].leave
 
     def _take(self, lines: Lines) -> None:
-        """Keeps the lines that were not taken yet: a heartbeat whose answer was late comes again."""
+        """Keeps the lines that are new. A heartbeat is sent again if its answer was late, so some may not be."""
         new = lines.texts[max(0, self._taken.get(lines.source, lines.first) - lines.first) :]
         self._lines += new[: max(0, MOST_LINES - len(self._lines))]
         self._taken[lines.source] = max(lines.end, self._taken.get(lines.source, 0))
 
     def _current_workers(self, now: float) -> dict[int, WorkerStatus]:
-        """The workers of the controller's group; all that are heard of where the controller is not."""
+        """The workers of the controller's group; all workers with a heartbeat if the controller has none."""
         if self._controller is None:
             by_age = sorted(self._workers.values(), key=lambda item: item[1])
             return {status.rank: _worker_up_to_now(status, at, now) for status, at in by_age}

@@ -27,15 +27,12 @@ from detr_ray.engine.reporting.records import open_tracker
 from detr_ray.engine.reporting.result import FitResult
 from detr_ray.engine.stream.batches import LocalBatches
 from detr_ray.runtime.cluster_check import preflight_nodes
-from detr_ray.runtime.controller_callback import StatusCallback, describe_failure
-from detr_ray.runtime.host_process import host_process_as_before
-from detr_ray.runtime.ray_address import cluster_address
+from detr_ray.runtime.host_process import StoppedBeforeWork, StopSignals, host_process_as_before, stop_signals
 from detr_ray.runtime.ray_internals import refuse_other_ray, start_data_actors
 from detr_ray.runtime.resources import WorkerRequest, plan_workers
-from detr_ray.runtime.session import TRAIN_ENVIRONMENT, is_own_ray, session_of
-from detr_ray.runtime.stop_signals import StoppedBeforeWork, StopSignals, stop_signals
+from detr_ray.runtime.session import TRAIN_ENVIRONMENT, cluster_address, is_own_ray, session_of
 from detr_ray.runtime.supervision import StatusKeeper, Supervisor
-from detr_ray.runtime.trainer import Attempt, ControllerLost, Trainer, threads_given
+from detr_ray.runtime.trainer import Attempt, ControllerLost, StatusCallback, Trainer, describe_failure, threads_given
 from detr_ray.tracking import Status
 
 if TYPE_CHECKING:

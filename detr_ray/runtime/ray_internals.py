@@ -101,7 +101,11 @@ def __getattr__(name: str) -> Any:
     """One of `INTERNALS`, imported now."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULES[name]), name)
+    try:
+        return getattr(importlib.import_module(_MODULES[name]), name)
+    except (ImportError, AttributeError):
+        refuse_other_ray()
+        raise
 
 
 def refuse_other_ray() -> None:

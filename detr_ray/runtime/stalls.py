@@ -1,4 +1,4 @@
-"""Which process the others wait for: told from the status of a job alone."""
+"""Which process hangs, decided from the status of a job alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from detr_ray.engine.reporting.progress import duration
 from detr_ray.runtime.job_status import ControllerStatus, WorkerStatus
 
 STARTING_S = 120.0
-"""A process that starts imports for seconds, on a busy machine for a minute, before anything can be heard of it."""
+"""A process imports for seconds, on a busy machine for a minute, before its first heartbeat."""
 
 LEAVING_S = 900.0
 """Records are sent before a worker's process has ended; that has limits of its own."""
@@ -22,11 +22,10 @@ _PHASES = get_args(Phase)
 
 
 def hanging_workers(workers: Mapping[int, WorkerStatus], limit_s: float) -> list[WorkerStatus]:
-    """The workers that the others wait for, if it has been too long.
+    """The workers that hang.
 
-    One of which nothing is heard is found by that. Otherwise, at any time most workers of a group with one that hangs
-    wait for it in a sum or an exchange of gradients. The one that hangs is furthest behind; several are where they are
-    equally far.
+    A worker without heartbeats for too long hangs. Otherwise, when a worker hangs, the others wait for it in a sum or an
+    exchange of gradients. So those hang that are furthest behind in their work, if they have been there for too long.
 
     Args:
         workers: all of the group, by rank.
@@ -51,8 +50,8 @@ def _limit(worker: WorkerStatus, limit_s: float) -> float:
 
 
 def hanging_controller(controller: ControllerStatus, limit_s: float) -> str | None:
-    """Why a controller that has been heard of is one that hangs; None where it works."""
-    # While workers run, its loop comes round twice a second. Other states wait for something and have their own limits.
+    """Why a controller counts as hanging, from its last heartbeat; None if it works."""
+    # While workers run, its loop runs twice a second. In other states it waits, with limits of its own.
     stands_still = controller.state in ("RUNNING", "PREEMPTING") and controller.idle_s > limit_s
     if controller.silent_s > limit_s or (stands_still and controller.silent_s > controller.idle_s / 2):
         return f"nothing heard of it for {duration(controller.silent_s)}, last {controller.state}"

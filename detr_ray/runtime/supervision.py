@@ -1,9 +1,8 @@
-"""The driver's watch over a job: shows progress, passes on the wish to stop, ends processes that hang.
+"""The driver's supervision of a job: shows progress, passes on requests to stop, ends processes that hang.
 
-Every wait has an end, whichever single process stands still: the job's status is replaced when it does not answer; a
-controller of which nothing is heard is ended, and the trainer started again; then the workers are looked at, one of
-which may only seem to hang because it waits for the controller. Ray's own servers are not watched: Ray notices
-their loss by itself.
+Whichever single process hangs, the job goes on. A status that does not answer is replaced. A controller without
+heartbeats is ended, and the trainer is started again. Only if the controller works are workers examined, since a worker
+may seem to hang while it waits for the controller. Ray's own servers are not supervised: Ray detects their loss itself.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from detr_ray.engine.hooks import Evaluated
 from detr_ray.engine.job import Say
 from detr_ray.engine.reporting.progress import duration
 from detr_ray.runtime.heartbeat import AwakeClock
+from detr_ray.runtime.host_process import StopSignals
 from detr_ray.runtime.job_status import Member, Snapshot, WorkerStatus, open_job_status, unpacked
 from detr_ray.runtime.stalls import STARTING_S, describe, hanging_controller, hanging_workers, places
-from detr_ray.runtime.stop_signals import StopSignals
 from detr_ray.runtime.trainer import Attempt
 
 logger = logging.getLogger(__name__)
@@ -32,12 +31,12 @@ POLL_S = 0.5
 WAITING_NOTE_S = 30.0
 EARLIER_JOB_ENDS_S = 20.0
 
-# The job's status answers in milliseconds. One unanswered question may mean that this process itself was stopped.
+# The job's status answers in milliseconds. A single missed answer may only mean that this process was stopped.
 ANSWER_WITHIN_S = 5.0
 SILENT_S = 12.0
 UNANSWERED_S = 600.0
 
-# From the end of a worker to the controller's notice of it; it looks twice a second.
+# The controller checks its workers twice a second; after this time it must have noticed that one has ended.
 NOTICED_WITHIN_S = 60.0
 
 
@@ -72,10 +71,10 @@ class StatusKeeper:
                 time.sleep(1)
 
     def ask(self, attempt: int, leave: LeaveReason | None) -> Snapshot | None:
-        """The job's status now; None while it is not to be had.
+        """The job's status now; None if it does not answer.
 
         Raises:
-            RunFailed: it has not been to be had for long.
+            RunFailed: it has not answered for too long.
         """
         try:
             snapshot: Snapshot = ray.get(self.actor.ask.remote(attempt, leave, self._seen), timeout=ANSWER_WITHIN_S)
@@ -97,7 +96,7 @@ class StatusKeeper:
         return None
 
     def members(self) -> dict[int, Member]:
-        """The workers with their handles; none while they are not to be had."""
+        """The workers with their handles; none if the status does not answer."""
         try:
             found: dict[int, Member] = ray.get(self.actor.members.remote(), timeout=ANSWER_WITHIN_S)
         except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError) as error:
@@ -227,7 +226,7 @@ class Supervisor:
 
     def _stop(self, watch: _Watch, snapshot: Snapshot) -> None:
         begun = any(worker.heard for worker in snapshot.workers.values())
-        # Where the status was just started anew, it has not heard of anyone yet.
+        # A status that was just started again has no heartbeats yet.
         unknown = snapshot.controller is None and watch.has_heard_controller
         leaving = snapshot.running and self._told_to_leave
         if not begun and not unknown and not leaving:
@@ -280,7 +279,7 @@ class _Watch:
         attempt: number of the attempt.
 
     Attributes:
-        has_heard_controller: whether its controller has been heard of.
+        has_heard_controller: whether there has been a heartbeat of its controller.
     """
 
     def __init__(self, limits: TrainConfig, attempt: int) -> None:
@@ -330,9 +329,9 @@ class _Watch:
         return None
 
     def hanging_workers(self, snapshot: Snapshot) -> list[WorkerStatus]:
-        """The workers to be ended: those that the others wait for, seen twice in a row."""
+        """The workers to be ended: those found to hang twice in a row."""
         controller, limit_s = snapshot.controller, float(self._limits.stall_timeout_s)
-        # The others wait for those that were ended, until Ray Train ends them too.
+        # After some workers were ended, the others wait until Ray Train ends them too.
         waits = self._ended is not None
         # A worker may wait for a controller that hangs and has not been found yet.
         if waits or controller is None or controller.silent_s > limit_s / 2:

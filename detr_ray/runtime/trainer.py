@@ -1,4 +1,4 @@
-"""One start of Ray Train: its controller, the thread that waits for it, and how both are ended."""
+"""One start of Ray Train: its controller with our callbacks, the thread that waits for it, and how both are ended."""
 
 from __future__ import annotations
 
@@ -18,14 +18,18 @@ from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from detr_ray.engine.errors import RunFailed
+from detr_ray.runtime.heartbeat import ControllerHeartbeat
 from detr_ray.runtime.job_status import Member, unpacked
-from detr_ray.runtime.ray_address import cluster_address
 from detr_ray.runtime.ray_internals import (
+    ControllerCallback,
     DatasetsCallback,
     PlacementGroupCleaner,
     PlacementGroupCleanerCallback,
     StateManagerCallback,
     TrainController,
+    WorkerGroupCallback,
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
     WorkingDirectorySetupCallback,
     actor_is_alive,
     get_env_vars_to_propagate,
@@ -33,11 +37,14 @@ from detr_ray.runtime.ray_internals import (
     remove_placement_group,
     runs_inside_ray,
 )
+from detr_ray.runtime.session import cluster_address
 
 logger = logging.getLogger(__name__)
 
 ABORT_WITHIN_S = 10.0
 ENDED_WITHIN_S = 30.0
+LEAVE_WITHIN_S = 300.0
+_MOST_TEXT = 300
 
 
 class Trainer(TorchTrainer):  # type: ignore[misc]
@@ -48,8 +55,7 @@ class Trainer(TorchTrainer):  # type: ignore[misc]
     could not be ended, and its environment would have to be this process's.
 
     Args:
-        environment: what the controller and the workers find set, where this process's environment does not say
-            otherwise.
+        environment: environment variables of the controller and the workers; this process's own take precedence.
         own_ray: whether Ray was started for this job alone. Then callbacks are left out that are of use where a
             Ray is shared: it ends with this process, and nothing else waits for the places of the workers.
         keep_state: whether Ray Train keeps the run's state for the dashboard.
@@ -168,7 +174,7 @@ class Attempt:
         return controller is not None and "CREATED" in placement_groups_of(_id_of(controller)).values()
 
     def abort(self) -> None:
-        """Asks the controller to end with its workers, and sees to it that it does."""
+        """Asks the controller to end with its workers, then ends it and frees the workers' places."""
         controller = self._trainer.controller
         if controller is not None:
             # It ends by exiting, which a caller gets as an error; one that hangs gives no answer at all.
@@ -177,10 +183,13 @@ class Attempt:
         self.end([])
 
     def end(self, workers: Iterable[Member]) -> None:
-        """Ends the controller, whatever it does, and all that it has started; frees the workers' places.
+        """Ends the controller and its workers by force, and frees the workers' places.
+
+        Args:
+            workers: of the controller.
 
         Raises:
-            RunFailed: Ray does not do it.
+            RunFailed: Ray does not end the controller.
         """
         give_up = time.monotonic() + ENDED_WITHIN_S
         while self._trainer.controller is None and time.monotonic() < give_up and not self.wait(0.1):
@@ -210,3 +219,85 @@ def threads_given() -> int | None:
     """Torch threads that the user allows on this machine; in jobs and actors Ray sets the variable by itself."""
     given = os.environ.get("OMP_NUM_THREADS", "")
     return int(given) if given.isdigit() and cluster_address() is None and not runs_inside_ray() else None
+
+
+class StatusCallback(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
+    """Runs in the controller's process.
+
+    Ray Train changes the number of workers by ending them and starting others. Before it does, this has them take their
+    step to its end and write a checkpoint, so that nothing is computed twice.
+
+    Args:
+        status: keeps the job's status.
+        attempt: which start of Ray Train it is.
+    """
+
+    def __init__(self, status: ActorHandle, attempt: int) -> None:
+        self._status = status
+        self._attempt = attempt
+        self._heartbeat: ControllerHeartbeat | None = None
+        self._resizes = False
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Begins the heartbeat."""
+        self._heartbeat = ControllerHeartbeat(self._status, self._attempt)
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        """Notes the state, and what failed where that is its reason. Each turn of the controller's loop comes here."""
+        assert self._heartbeat is not None, "the controller has started"
+        state = current_state._state_type.name
+        self._resizes = previous_state._state_type.name == "RESIZING"
+        error = None
+        if state in ("RESTARTING", "RESCHEDULING") and state != previous_state._state_type.name:
+            error = current_state.training_failed_error
+            if isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError):
+                error = None  # it goes on waiting for resources, and the driver says so
+        self._heartbeat.enter(state, "" if error is None else describe_failure(error))
+
+    def after_worker_group_training_start(self, worker_group: Any) -> None:
+        """Notes the workers."""
+        assert self._heartbeat is not None, "the controller has started"
+        self._heartbeat.begin_group(
+            {
+                worker.distributed_context.world_rank: (worker.metadata.node_ip, worker.metadata.pid, worker.actor)
+                for worker in worker_group.get_workers()
+            }
+        )
+
+    def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
+        """Asks running workers to leave, and waits until they have."""
+        if not self._resizes or self._heartbeat is None:
+            return
+        self._heartbeat.say(f"starting the workers again, {resize_decision.num_workers} of them")
+        self._heartbeat.ask_to_leave("resized")
+        give_up = time.monotonic() + LEAVE_WITHIN_S
+        while not self._heartbeat.everyone_left and time.monotonic() < give_up:
+            time.sleep(0.2)
+        self._heartbeat.ask_to_leave(None)
+        self._heartbeat.flush()  # those that are started next are to stay
+
+
+def describe_failure(error: Exception) -> str:
+    """What a failure of Ray Train's means to a user: each worker's own error, those of the others' victims left out."""
+    failures: dict[int, Exception] = getattr(error, "worker_failures", None) or {}
+    if not failures:
+        return _cause(getattr(error, "controller_failure", None) or error)
+    culprits = {rank: failure for rank, failure in failures.items() if not _lost_another(failure)}
+    return "; ".join(f"rank {rank}: {_cause(failure)}" for rank, failure in sorted((culprits or failures).items()))
+
+
+def _lost_another(error: Exception) -> bool:
+    """Whether a worker only failed because its connection to another one broke."""
+    return any(sign in str(error) for sign in ("onnection reset by peer", "onnection closed by peer"))
+
+
+def _cause(error: Exception) -> str:
+    if isinstance(error, WorkerHealthCheckFailedError):
+        error = error.health_check_failure
+    text = " ".join(str(error).strip().split("\n")[0].split())
+    text = text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}..."
+    if isinstance(error, ray.exceptions.RayActorError):
+        return "its node was lost" if "node has died" in str(error) or error.preempted else f"its process died ({text})"
+    if _lost_another(error):
+        return f"it lost another worker ({text})"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from detr_ray.config import ConfigError
-from detr_ray.runtime.ray_address import cluster_address, own_temporary_folder, unreachable_address
+from detr_ray.runtime.session import cluster_address, own_temporary_folder, unreachable_address
 
 TINY_RUN = ["data.root=nowhere", "model.backbone_weights=none", "model.backbone_norm=batch", "tracking.enabled=false"]
 
