@@ -114,14 +114,16 @@ class RayBatches:
         data_ref: the same in the object store.
         world_size: number of training workers.
         rank: this worker.
-        tasks: most data tasks at the same time.
+        tasks: most data tasks at the same time; None for ``data.tasks_per_worker``.
     """
 
-    def __init__(self, data: PlannedData, data_ref: ray.ObjectRef, world_size: int, rank: int, tasks: int) -> None:
+    def __init__(
+        self, data: PlannedData, data_ref: ray.ObjectRef, world_size: int, rank: int, tasks: int | None = None
+    ) -> None:
         self._data_ref = data_ref
         self._world_size = world_size
         self._rank = rank
-        self._tasks = tasks
+        self._tasks = tasks or data.config.data.tasks_per_worker
         self._prefetch = data.config.data.prefetch_batches
         self._plan = data.plan(world_size, rank)
 

@@ -24,8 +24,8 @@ _PHASES = get_args(Phase)
 def hanging_workers(workers: Mapping[int, WorkerStatus], limit_s: float) -> list[WorkerStatus]:
     """The workers that hang.
 
-    A worker without heartbeats for too long hangs. Otherwise, when a worker hangs, the others wait for it in a sum or an
-    exchange of gradients. So those hang that are furthest behind in their work, if they have been there for too long.
+    A worker without heartbeats for too long hangs. Otherwise, when a worker hangs, the others wait for it in a sum or
+    an exchange of gradients. So those hang that are furthest behind in their work, if they stay there for too long.
 
     Args:
         workers: all of the group, by rank.

@@ -25,6 +25,7 @@ MODULES = (
     "detr_ray/engine/job.py",
     "detr_ray/engine/checkpoints/store.py",
     "detr_ray/engine/checkpoints/run_directory.py",
+    "detr_ray/engine/checkpoints/fork.py",
     "detr_ray/engine/reporting/records.py",
     "detr_ray/engine/reporting/tracking_store.py",
     "detr_ray/structures.py",
