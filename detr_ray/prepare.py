@@ -85,7 +85,7 @@ def _generate(config: Config) -> None:
 def _pack(indexes: dict[str, DatasetIndex], folder: str, shard_megabytes: int) -> None:
     """Packs the splits that are not packed yet into shards."""
     from detr_ray.data.errors import DataError
-    from detr_ray.data.packing import pack_split, unpacked_splits
+    from detr_ray.data.packing import unpacked_splits, write_shards
     from detr_ray.engine.reporting.pace import Pace
     from detr_ray.locations import join
     from detr_ray.retries import reason_of
@@ -105,7 +105,7 @@ def _pack(indexes: dict[str, DatasetIndex], folder: str, shard_megabytes: int) -
         def progress(done: int, total: int, num_bytes: int, pace: Pace = pace) -> None:
             pace(done, total, f"{num_bytes / 1e6:.0f} MB")
 
-        num_bytes, num_shards = pack_split(index, place, shard_megabytes=shard_megabytes, progress=progress)
+        num_bytes, num_shards = write_shards(index, place, shard_megabytes=shard_megabytes, progress=progress)
         rate = len(index) / (time.perf_counter() - started)
         shards = "1 shard" if num_shards == 1 else f"{num_shards} shards"
         size = f"{num_bytes / 1e6:.1f} MB"

@@ -199,6 +199,7 @@ def test_text_in_a_file_must_be_text(write):
         (["data.train.annotations=b"], "data.train.images: is missing: annotations are given, so it must be too"),
         (["data.train={}"], "data.train.annotations: is missing: give annotations and images, or shards"),
         (["data.generate={}"], "data.root: is missing: it is the folder that data.generate writes into"),
+        (["data.root=a", "data.generate.num_train=1000001"], "data.generate.num_train: must be at most 1000000"),
         (["data.root=a", "data.generate.image_size=[64, 16]"], "data.generate.image_size: must be two sizes from 32"),
         (["data.root=a", "data.generate.min_object_size=40"], "data.generate.min_object_size: must be from 4 to half"),
         (["data.augment.max_size=700"], "data.augment.scales: must not exceed data.augment.max_size (700) (got [480,"),

@@ -19,7 +19,6 @@ from defaults import draw_shapes
 from detr_ray.config import load_config
 from detr_ray.data.formats import open_split
 from detr_ray.data.images import ImageReader
-from detr_ray.data.packing import CountingReader
 from detr_ray.engine.reporting.pace import Pace
 from detr_ray.prepare import main
 
@@ -230,14 +229,6 @@ def test_packing_needs_data(prepare, tmp_path):
 
 
 # Progress
-
-
-def test_bytes_are_counted_however_many_threads_read(tmp_path):
-    index = open_split(str(sound_folder(tmp_path)), None, "train")
-    reader = CountingReader(index)
-    sizes = [len(reader.read(i)) for i in range(len(index))]
-    reader.read(0)
-    assert reader.num_bytes == sum(sizes)
 
 
 def test_progress_is_said_at_intervals():

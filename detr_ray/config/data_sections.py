@@ -76,9 +76,9 @@ class AugmentConfig(Section):
 class GenerateConfig(Section):
     """Generated data: drawn shapes on cluttered backgrounds, in COCO format. For a first run without a download."""
 
-    num_train: Count = 4000
+    num_train: Annotated[Count, Field(le=1_000_000)] = 4000
     """Training images."""
-    num_val: Count = 200
+    num_val: Annotated[Count, Field(le=1_000_000)] = 200
     """Validation images. None of them is a training image."""
     seed: Seed = 0
     """Seed of the drawn images."""

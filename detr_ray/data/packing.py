@@ -48,24 +48,7 @@ from detr_ray.retries import reason_of
 _GROUP_IMAGES = 64
 _READ_THREADS = 8
 
-
-class CountingReader(ImageReader):
-    """An image reader that knows how much it has read, also when several threads use it."""
-
-    def __init__(self, index: DatasetIndex) -> None:
-        super().__init__(index)
-        self._lengths = np.zeros(len(index), np.int64)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the images read so far."""
-        return int(self._lengths.sum())
-
-    def read(self, i: int) -> bytes:
-        """See `ImageReader.read`."""
-        data = super().read(i)
-        self._lengths[i] = len(data)
-        return data
+Progress = Callable[[int, int, int], None]
 
 
 def unpacked_splits(indexes: Mapping[str, DatasetIndex], folder: str) -> list[str]:
@@ -107,50 +90,13 @@ def _is_packed(index: DatasetIndex, folder: str) -> bool:
     return True
 
 
-def pack_split(
-    index: DatasetIndex,
-    folder: str,
-    *,
-    shard_megabytes: int,
-    progress: Callable[[int, int, int], None] | None = None,
-) -> tuple[int, int]:
-    """Writes the shards of one split.
-
-    Args:
-        index: the split.
-        folder: folder to make, or its URI.
-        shard_megabytes: a shard is closed once its images have so many MB.
-        progress: called with (images done, images in all, bytes of images read) from time to time.
-
-    Returns:
-        Bytes of images, and number of shards.
-
-    Raises:
-        DataError: see `write_shards`; or the folder cannot be written.
-    """
-    reader = CountingReader(index)
-
-    def note(done: int, total: int) -> None:
-        if progress is not None:
-            progress(done, total, reader.num_bytes)
-
-    try:
-        write_shards(index, folder, reader, shard_megabytes=shard_megabytes, progress=note)
-    except OSError as error:
-        raise DataError(f"{folder} cannot be written: {reason_of(error)}") from error
-    written = read_shard_index(folder)
-    assert written.shards is not None, "an index of shards says where they are"
-    return reader.num_bytes, len(written.shards.files)
-
-
 def write_shards(
     index: DatasetIndex,
     out_dir: str | Path,
-    reader: ImageReader | None = None,
     *,
     shard_megabytes: int = 256,
-    progress: Callable[[int, int], None] | None = None,
-) -> None:
+    progress: Progress | None = None,
+) -> tuple[int, int]:
     """Writes a data set as Parquet shards, whole or not at all.
 
     On a disk, the files are made in ``.NAME.partial`` beside ``out_dir`` and get their name when everything is written
@@ -160,21 +106,28 @@ def write_shards(
     Args:
         index: the data set.
         out_dir: folder to make, or its URI.
-        reader: reads its images; the index's own by default.
         shard_megabytes: a shard is closed once its images have so many MB.
-        progress: called with (images written, images in all) after each row group.
+        progress: called with (images written, images in all, bytes of images written) after each row group.
+
+    Returns:
+        Bytes of images, and number of shards.
 
     Raises:
-        DataError: ``out_dir`` exists, is being written already, or holds something else; an image is missing.
-        OSError: it cannot be written.
+        DataError: ``out_dir`` exists, is being written already, holds something else or cannot be written; an image is
+            missing.
     """
     if shard_megabytes < 1:
         raise DataError(f"shard_megabytes={shard_megabytes}: has to be at least 1")
-    reader = reader or ImageReader(index)
     folder = local_path(str(out_dir))
-    if folder is None:
-        _write_remote(index, reader, resolve(str(out_dir)), shard_megabytes * 10**6, progress)
-        return
+    try:
+        if folder is None:
+            return _write_remote(index, resolve(str(out_dir)), shard_megabytes * 10**6, progress)
+        return _write_local(index, folder, shard_megabytes * 10**6, progress)
+    except OSError as error:
+        raise DataError(f"{out_dir} cannot be written: {reason_of(error)}") from error
+
+
+def _write_local(index: DatasetIndex, folder: Path, shard_bytes: int, progress: Progress | None) -> tuple[int, int]:
     if folder.exists():
         raise DataError(f"{folder} exists already: delete it or give another folder")
     partial = folder.parent / f".{folder.name}.partial"
@@ -187,8 +140,9 @@ def write_shards(
             "delete that folder and start again"
         ) from error
     try:
-        _write_all(index, reader, partial, shard_megabytes * 10**6, progress, finished=lambda path: None)
+        written = _write_all(index, partial, shard_bytes, progress, finished=lambda path: None)
         partial.rename(folder)
+        return written
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -198,21 +152,15 @@ def is_unfinished(names: Collection[str]) -> bool:
     return all(SHARD_NAME.fullmatch(name) for name in names)
 
 
-def _write_remote(
-    index: DatasetIndex,
-    reader: ImageReader,
-    folder: str,
-    shard_bytes: int,
-    progress: Callable[[int, int], None] | None,
-) -> None:
+def _write_remote(index: DatasetIndex, folder: str, shard_bytes: int, progress: Progress | None) -> tuple[int, int]:
     """Writes shards to where there are no folders to rename: the index, which is written last, makes them whole."""
     before = list_names(folder)
     if not is_unfinished(before):
         raise DataError(f"{folder} exists already ({few(before)}): delete it or give another folder")
-    written: list[str] = []
+    uploaded: list[str] = []
 
     def take_away(path: Path) -> None:
-        written.append(path.name)
+        uploaded.append(path.name)
         upload(path, join(folder, path.name))
         path.unlink()
 
@@ -220,25 +168,33 @@ def _write_remote(
         make_folder(folder)
         # One shard at a time lies on this machine.
         with tempfile.TemporaryDirectory(prefix="shards-") as scratch:
-            _write_all(index, reader, Path(scratch), shard_bytes, progress, finished=take_away)
+            written = _write_all(index, Path(scratch), shard_bytes, progress, finished=take_away)
     except BaseException:
         with contextlib.suppress(OSError):
-            for name in written[::-1]:
+            for name in uploaded[::-1]:
                 delete_file(join(folder, name))
         raise
-    for name in set(before) - set(written):
+    for name in set(before) - set(uploaded):
         delete_file(join(folder, name))
+    return written
 
 
 def _write_all(
     index: DatasetIndex,
-    reader: ImageReader,
     folder: Path,
     shard_bytes: int,
-    progress: Callable[[int, int], None] | None,
+    progress: Progress | None,
     finished: Callable[[Path], None],
-) -> None:
+) -> tuple[int, int]:
     """Writes the shards and then their index into an empty folder; ``finished`` gets each, and may take it away."""
+    reader, num_bytes = ImageReader(index), 0
+
+    def note(done: int, new_bytes: int) -> None:
+        nonlocal num_bytes
+        num_bytes += new_bytes
+        if progress is not None:
+            progress(done, len(index), num_bytes)
+
     about: dict[str, Any] = {
         "format": FORMAT,
         "categories": [{"id": category_id, "name": name} for category_id, name in index.categories],
@@ -248,7 +204,7 @@ def _write_all(
     places: list[tuple[int, int, int]] = []
     while len(places) < len(index):
         name = f"shard-{len(names):05d}.parquet"
-        groups = _read_groups(reader, len(places), len(index), shard_bytes, progress)
+        groups = _read_groups(reader, len(places), len(index), shard_bytes, note)
         _write_shard(folder / name, rows.replace_schema_metadata(_metadata(about)), groups)
         places += [(len(names), offset, length) for offset, length in _find_images(folder / name)]
         names.append(name)
@@ -262,6 +218,7 @@ def _write_all(
     if read_shard_index(str(folder)).fingerprint != index.fingerprint:
         raise RuntimeError("the index of the shards that were written differs from the data set's")
     finished(folder / INDEX_NAME)
+    return num_bytes, len(names)
 
 
 def _metadata(about: dict[str, Any]) -> dict[bytes, bytes]:
@@ -285,18 +242,21 @@ def _rows(index: DatasetIndex) -> pa.Table:
 
 
 def _read_groups(
-    reader: ImageReader, start: int, end: int, most_bytes: int, progress: Callable[[int, int], None] | None
+    reader: ImageReader, start: int, end: int, most_bytes: int, note: Callable[[int, int], None]
 ) -> Iterator[tuple[int, list[bytes]]]:
-    """Stored images from ``start`` on, in groups of (first image, their bytes), until they have ``most_bytes``."""
+    """Stored images from ``start`` on, in groups of (first image, their bytes), until they have ``most_bytes``.
+
+    After each group, ``note`` gets the number of images done and the bytes of the group.
+    """
     num_bytes = 0
     with ThreadPoolExecutor(READS_AT_ONCE if reader.is_remote else _READ_THREADS) as pool:
         while start < end and num_bytes < most_bytes:
             images = list(pool.map(reader.read, range(start, min(start + _GROUP_IMAGES, end))))
             yield start, images
             start += len(images)
-            num_bytes += sum(len(image) for image in images)
-            if progress is not None:
-                progress(start, end)
+            group_bytes = sum(map(len, images))
+            num_bytes += group_bytes
+            note(start, group_bytes)
 
 
 def _write_shard(path: Path, rows: pa.Table, groups: Iterable[tuple[int, list[bytes]]]) -> None:

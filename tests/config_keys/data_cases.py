@@ -17,7 +17,7 @@ from tiny import make_dataset
 from detr_ray.config import ConfigError
 from detr_ray.data.errors import DataError
 from detr_ray.data.formats import open_split
-from detr_ray.data.packing import pack_split
+from detr_ray.data.packing import write_shards
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.stream.batches import LocalBatches
 from detr_ray.structures import PaddedBatch
@@ -67,7 +67,7 @@ def annotations_and_images(place: Place) -> None:
 @shows("data.train.shards", "data.val.shards")
 def shards(place: Place) -> None:
     for split in ("train", "val"):
-        pack_split(open_split(str(place.data), None, split), str(place.folder / split), shard_megabytes=1)
+        write_shards(open_split(str(place.data), None, split), str(place.folder / split), shard_megabytes=1)
     keys = ["data.root=null", *(f"data.{split}.shards={place.folder}/{split}" for split in ("train", "val"))]
     packed, plain = place.job(*keys), place.job()
     for mine, theirs in ((packed.data.train, plain.data.train), (packed.data.val, plain.data.val)):

@@ -162,23 +162,3 @@ def test_an_empty_folder_and_a_link_to_one_are_filled(root: Path, tmp_path: Path
     (tmp_path / "link").symlink_to("disk")
     draw_shapes(tmp_path / "link", **PARAMETERS)
     assert digests(tmp_path / "disk") == digests(root)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"num_train": 0},
-        {"num_val": 0},
-        {"seed": -1},
-        {"image_size": (96, 64)},
-        {"image_size": (8, 64)},
-        {"max_objects": 0},
-        {"min_object_size": 40},
-        {"empty_fraction": 1.0},
-        {"clutter": 1.5},
-    ],
-)
-def test_parameters_out_of_range_are_named(tmp_path: Path, wrong: dict) -> None:
-    with pytest.raises(DataError, match=next(iter(wrong))):
-        draw_shapes(tmp_path / "set", **PARAMETERS | wrong)
-    assert list(tmp_path.iterdir()) == []

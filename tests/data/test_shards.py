@@ -109,14 +109,19 @@ def test_a_folder_of_shards_may_be_moved(index: DatasetIndex, shards: Path, tmp_
 
 
 def test_the_same_data_gives_the_same_bytes(index: DatasetIndex, shards: Path, tmp_path: Path) -> None:
-    progress: list[tuple[int, int]] = []
-    write_shards(index, tmp_path / "again", shard_megabytes=1, progress=lambda done, of: progress.append((done, of)))
+    progress: list[tuple[int, int, int]] = []
+    num_bytes, num_shards = write_shards(
+        index, tmp_path / "again", shard_megabytes=1, progress=lambda *done: progress.append(done)
+    )
+    reader = ImageReader(index)
+    ends = np.cumsum([len(reader.read(i)) for i in range(NUM_IMAGES)]).tolist()
+    assert (num_bytes, num_shards) == (ends[-1], len(list(shards.iterdir())) - 1)
     digests = [
         {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
         for folder in (shards, tmp_path / "again")
     ]
     assert digests[0] == digests[1]
-    assert progress == [(64, NUM_IMAGES), (128, NUM_IMAGES), (NUM_IMAGES, NUM_IMAGES)]
+    assert progress == [(done, NUM_IMAGES, ends[done - 1]) for done in (64, 128, NUM_IMAGES)]
 
 
 def test_images_that_are_equal_empty_or_broken_are_kept_as_they_are(tmp_path: Path) -> None:
@@ -144,7 +149,7 @@ def test_a_missing_image_is_named_and_leaves_nothing_behind(index: DatasetIndex,
 
 
 def test_an_interrupted_run_leaves_nothing_behind(index: DatasetIndex, tmp_path: Path) -> None:
-    def interrupt(done: int, total: int) -> None:
+    def interrupt(*done: int) -> None:
         assert [path.name for path in tmp_path.iterdir()] == [".shards.partial"]
         raise KeyboardInterrupt
 
