@@ -120,7 +120,7 @@ def read_header(data: bytes, name: str, *, is_whole: bool = True) -> ImageHeader
         frame = jpeg_frame(data) if data.startswith(JPEG_START) else None
         if frame is None or isinstance(error, ImageError | MemoryError):
             raise damaged(name, error) from error
-        # JPEGs have a decoder of their own, which takes some that Pillow does not.
+        # JPEGs are decoded by torchvision, which takes some that Pillow does not.
         return ImageHeader("JPEG", "unknown", frame.size, is_certain=False)
 
 
@@ -321,8 +321,8 @@ def _without_range(name: str, pixels: str) -> ImageError:
 class _PillowFilter:
     """One entry in Python's list of warning filters, there while any thread is inside of Pillow.
 
-    Changing the list by `warnings.catch_warnings` in several threads would leave it changed, and by `filterwarnings`
-    would have other warnings shown again that were shown before.
+    `warnings.catch_warnings` would leave the list changed when several threads use it, and `filterwarnings` would have
+    other warnings shown a second time.
     """
 
     def __init__(self) -> None:
@@ -348,6 +348,6 @@ _FILTER = _PillowFilter()
 
 @contextlib.contextmanager
 def quiet_pillow() -> Iterator[None]:
-    """Keeps back what Pillow warns of: all of it is refused, handled or harmless here, and it names no image."""
+    """Hides Pillow's warnings: they name no image, and all that they warn of is refused, handled or harmless here."""
     with _FILTER:
         yield

@@ -27,7 +27,7 @@ from detr_ray.locations import LocationError, file_info, join, list_files, paren
 _LOCAL_THREADS = 16
 _REMOTE_THREADS = 64
 _GROUP_IMAGES = 1024
-# Storage that fails again and again is away; each failure may take as long as the storage's time limit.
+# Storage that fails so often is not there; each failure may take as long as the storage's time limit.
 _MOST_STORAGE_FAILURES = 50
 _SAME_RATIO = 0.02
 _LAST_BYTES = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
@@ -204,7 +204,7 @@ def _look(
     try:
         header = read_header(whole := reader.read(i), name) if decode else reader.read_header(i)
         kind = (header.format, header.mode)
-        # Whether a decoder for a kind of image is there shows when it is used.
+        # That a decoder for a kind of image is missing is only noticed when it is used.
         if decode:
             decode_image(whole, name, size)
         elif not header.is_certain or kind not in kinds or (has_ends and _seems_cut_off(reader, i, header)):

@@ -33,7 +33,7 @@ class WorkerPlan:
 
     Args:
         planner: plan of the training stream; None where nothing is trained.
-        evaluation: gives all batches of the validation set; asked when they are needed, which may be never.
+        evaluation: gives all batches of the validation set; called when they are first needed.
         world_size: number of workers.
         rank: this worker.
         micro_batch_size: most images of one forward pass; None for no limit.

@@ -1,6 +1,6 @@
 """The data of a job with its plan: all that a process needs to make any batch of any worker.
 
-Light on purpose: data tasks import it, and neither the model nor the loss.
+Imports neither the model nor the loss, which data tasks do not need.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from detr_ray.data.planner import Planner, plan_evaluation
 from detr_ray.data.sample import SamplePlan
 from detr_ray.engine.stream.batches import WorkerPlan
 
-# Fewer samples, or fewer batches, to choose from leave batches of unlike shapes.
+# With fewer samples or batches to choose from, images of unlike shapes share batches.
 MIN_WINDOW = 4096
 MIN_WINDOW_BATCHES = 64
 
@@ -46,7 +46,7 @@ class PlannedData:
 
     @property
     def measured_on(self) -> dict[str, Any]:
-        """What scores of these data mean: only those with equal values are compared. Plain JSON values."""
+        """What scores depend on beside the model, as JSON values: only scores with equal values are compared."""
         if self.val is None:
             return {}
         evaluation = self.config.eval
@@ -58,7 +58,7 @@ class PlannedData:
         }
 
     def plan(self, world_size: int, rank: int) -> WorkerPlan:
-        """One worker's part of the plan; those of one process share what they plan."""
+        """One worker's part of the plan. All parts that one process asks for use one planner."""
         planner = None if self.train is None else self._planner
         return WorkerPlan(planner, lambda: self._evaluation, world_size, rank, self.config.train.micro_batch_size)
 
