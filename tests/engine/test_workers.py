@@ -116,6 +116,16 @@ def test_the_gradient_is_that_of_one_worker(
         assert float((gradient - expected).norm() / expected.norm()) < bound
 
 
+def test_workers_agree_where_the_backbone_is_frozen(config_file: Path, alone: dict[str, Any], tmp_path: Path) -> None:
+    frozen = "optim.lr_backbone=0"
+    one = run_workers(config_file, 1, tmp_path / "one.pt", frozen, steps=2)
+    two = run_workers(config_file, 2, tmp_path / "two.pt", frozen, steps=2)
+    assert one["gradients"][0].numel() < alone["gradients"][0].numel(), "the backbone has none"
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    for gradient, expected in zip(two["gradients"], one["gradients"], strict=True):
+        assert float((gradient - expected).norm() / expected.norm()) < 1e-5
+
+
 def test_a_step_that_is_not_finite_on_one_worker_is_left_out_on_all(config_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     start_workers(config_file, 2, out, "train.on_nonfinite=skip", steps=3, poisoned="1")
