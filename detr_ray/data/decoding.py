@@ -10,12 +10,8 @@ Knows nothing of boxes, augmentation or batches.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import io
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -38,9 +34,6 @@ from detr_ray.data.image_headers import (
     refuse_early,
     significant_bits,
 )
-
-_RGB = 3
-"""torchvision's ``ImageReadMode.RGB``."""
 
 
 def reduction(stored: tuple[int, int], wanted: tuple[int, int], margin: float) -> int:
@@ -100,32 +93,14 @@ def _jpeg_header(data: bytes, name: str) -> ImageHeader:
     return ImageHeader("JPEG", "", frame.size)
 
 
-@functools.cache
-def _jpeg_decoder() -> Callable[[Tensor, int, bool], Tensor]:
-    """The JPEG decoder of torchvision.
-
-    Its library is loaded on its own where that is possible: importing torchvision takes a second, which every data
-    process would pay before its first image.
-    """
-    spec = importlib.util.find_spec("torchvision")
-    if spec is not None and spec.origin is not None:
-        for library in sorted(Path(spec.origin).parent.glob("image*.so")):
-            try:
-                torch.ops.load_library(str(library))
-            except OSError:
-                continue
-            if hasattr(torch.ops.image, "decode_jpeg"):
-                return torch.ops.image.decode_jpeg
-    import torchvision.io  # noqa: F401  (registers the operator)
-
-    return torch.ops.image.decode_jpeg
-
-
 def _decode_jpeg(data: bytes, name: str) -> Tensor | None:
     """The pixels as stored, ``[H, W, 3]``; None for a JPEG of a kind that this decoder does not know."""
+    from torchvision.io import ImageReadMode  # a second, which readers of other images do without
+
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     try:
-        return _jpeg_decoder()(encoded, _RGB, False).permute(1, 2, 0)
+        # torchvision.io.decode_jpeg is this operator, and warns at each call that it will move to another package.
+        return torch.ops.image.decode_jpeg(encoded, ImageReadMode.RGB.value, False).permute(1, 2, 0)
     except RuntimeError as error:
         # Pillow is tried only for kinds of JPEG that this decoder does not know: Pillow also accepts damaged ones.
         if "support" not in str(error):

@@ -171,7 +171,9 @@ MOST_WARMED = 8
 
 @ray.remote(num_cpus=1)  # type: ignore[untyped-decorator]
 def _warm() -> int:
-    import detr_ray.runtime.datasets  # noqa: F401 - the import is the work
+    import torchvision.io  # noqa: F401 - the imports are the work
+
+    import detr_ray.runtime.datasets  # noqa: F401
 
     return os.getpid()
 
