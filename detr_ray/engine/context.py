@@ -44,7 +44,8 @@ Phase = Literal[
     "update",
     "leaving",
 ]
-"""What a worker may be doing, in the order of one step's number: who is behind in it is whom the others wait for."""
+"""What a worker may be doing, in the order within one step. Of workers at one step, the others wait for the one that is
+furthest behind in this order."""
 
 
 class WorkerContext(Protocol):

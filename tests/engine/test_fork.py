@@ -13,10 +13,11 @@ from recorded import final_weights
 from tiny import fit_here, make_dataset
 
 from detr_ray.config import Config, ConfigError
+from detr_ray.engine.checkpoints.fork import find_fork
 from detr_ray.engine.checkpoints.store import CheckpointStore
 from detr_ray.engine.context import LocalContext
 from detr_ray.engine.errors import RunFailed
-from detr_ray.engine.job import prepare_job
+from detr_ray.engine.job import choose_label_space, prepare_job
 from detr_ray.engine.loop import TrainingLoop
 from detr_ray.engine.stream.batches import LocalBatches
 from detr_ray.tracking import MemoryTracker
@@ -128,6 +129,18 @@ def test_a_fork_that_goes_on_needs_the_other_run_no_more(dataset: Path, donors: 
     finished = fit_here(fork(dataset, tmp_path, donor))
     assert (finished.status, finished.step) == ("finished", STEPS)
     assert same(final_weights(tmp_path / "fork", STEPS), final_weights(donors / "whole", STEPS))
+
+
+def test_labels_are_those_of_the_other_run(dataset: Path, donors: Path, tmp_path: Path) -> None:
+    donor = shutil.copytree(donors / "stopped", tmp_path / "donor")
+    record = json.loads((donor / "run.json").read_text())
+    (donor / "run.json").write_text(json.dumps(record | {"label_space": "coco91"}))
+    config = fork(dataset, tmp_path, donor)
+    found = find_fork(config, None)
+    train = prepare_job(fork(dataset, tmp_path / "other", donors / "stopped"), lambda line: None).data.train
+    assert found is not None and train is not None
+    assert choose_label_space(config, train, lambda: False, found) == "coco91"
+    assert choose_label_space(config, train, lambda: True, None) == "contiguous"
 
 
 def test_a_checkpoint_that_is_damaged_ends_the_run(dataset: Path, donors: Path, tmp_path: Path) -> None:

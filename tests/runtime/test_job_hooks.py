@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import ray
+import torch
 from tiny import make_dataset, tiny_config
 
 from detr_ray.config import Config, ConfigError
@@ -20,6 +21,7 @@ from detr_ray.engine.job import prepare_job
 from detr_ray.engine.reporting.result import FitResult
 from detr_ray.runtime.launch import run_job
 from detr_ray.runtime.resources import plan_workers
+from detr_ray.runtime.session import is_own_ray
 from detr_ray.tracking import tracking_uri
 
 STEPS_AN_EPOCH = 5
@@ -96,6 +98,15 @@ def test_an_error_of_a_hook_ends_the_run(dataset: Path, tmp_path: Path) -> None:
         run(tiny_config(dataset, tmp_path, *LONG), JobHooks(on_evaluation=fail))
 
 
+def test_a_run_in_this_process_keeps_its_budget(dataset: Path, tmp_path: Path) -> None:
+    before, during = torch.get_num_threads(), set()
+    torch.set_num_threads(2)
+    hooks = JobHooks(on_evaluation=lambda evaluated: during.add(torch.get_num_threads()), budget=Budget(cpus=1))
+    run(tiny_config(dataset, tmp_path, "train.epochs=1"), hooks)
+    assert during == {1} and torch.get_num_threads() == 2
+    torch.set_num_threads(before)
+
+
 def test_a_run_is_the_child_of_its_parent(dataset: Path, tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
@@ -144,6 +155,7 @@ class Trial:
         import signal
 
         from detr_ray.config import load_config
+        from detr_ray.runtime.session import is_own_ray
 
         before = signal.getsignal(signal.SIGTERM)
         told: list[int] = []
@@ -156,6 +168,7 @@ class Trial:
         job = prepare_job(load_config([config], overrides), print)
         result = run_job(job, JobHooks(on_evaluation=on_evaluation))
         assert set(handlers) == {before}, "signals are Ray's"
+        assert not is_own_ray(), "it is the driver's"
         return result.status, told, result.step
 
 
@@ -164,16 +177,19 @@ def free_cpus() -> float:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(250)
 @pytest.mark.usefixtures("shared_ray")
-def test_an_actor_trains_and_leaves_nothing_behind_when_it_is_killed(dataset: Path, tmp_path: Path) -> None:
+def test_an_actor_trains_forks_and_leaves_nothing_behind_when_it_is_killed(dataset: Path, tmp_path: Path) -> None:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
     config = tmp_path / "config.yaml"
     config.write_text(tiny_config(dataset, tmp_path, *ON_RAY).to_yaml())
+    assert is_own_ray()
     every_cpu = ray.cluster_resources()["CPU"]
     trial = ray.remote(num_cpus=0)(Trial).remote()
     whole = trial.fit.remote(str(config), ["train.epochs=2", "run.name=whole"])
     assert ray.get(whole, timeout=200) == ("finished", [5, 10], 10)
+    forked = trial.fit.remote(str(config), ["train.epochs=3", "run.name=forked", f"run.fork_from={tmp_path}/whole"])
+    assert ray.get(forked, timeout=200) == ("finished", [15], 15)
     trial.fit.remote(str(config), ["train.epochs=500", "run.name=killed", "train.checkpoint_every_steps=1"])
     checkpoints = tmp_path / "killed" / "checkpoints"
     wait_for(lambda: len(list(checkpoints.glob("step_*"))) > 0, 120)
