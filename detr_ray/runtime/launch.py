@@ -95,7 +95,7 @@ def run_job(job: TrainJob, hooks: JobHooks = JobHooks(), say: Say = lambda line:
         with job.run.locked(say):
             if config.train.launcher == "local":
                 return _fit_here(job, hooks, say)
-            with session_of(config):
+            with session_of(config, hooks.budget):
                 preflight_nodes(config, job.run.path, say)
                 return _run_workers(job, job.run.path, job.run.path, hooks, say)
     except StoppedBeforeWork:

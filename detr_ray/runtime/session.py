@@ -17,6 +17,7 @@ import ray
 
 from detr_ray.config import Config, ConfigError
 from detr_ray.credentials import without_credentials
+from detr_ray.engine.hooks import Budget
 from detr_ray.locations import local_path
 from detr_ray.runtime.host_process import host_process_as_before
 from detr_ray.runtime.ray_internals import runs_inside_ray
@@ -52,9 +53,9 @@ def is_own_ray() -> bool:
     return _OWN_MARK in environment and not runs_inside_ray()
 
 
-def session_of(config: Config) -> contextlib.AbstractContextManager[None]:
-    """The Ray that a job of this configuration runs on; see `ray_session`."""
-    most = config.train.worker_range[1] if config.train.worker_range else 1
+def session_of(config: Config, budget: Budget = Budget()) -> contextlib.AbstractContextManager[None]:  # noqa: B008
+    """The Ray that a job of this configuration and budget runs on; see `ray_session`."""
+    _, most = budget.worker_range or config.train.worker_range or (1, 1)
     return ray_session(most, config.data.tasks_per_worker, config.train.use_gpu, config.train.worker_resource)
 
 
