@@ -112,7 +112,9 @@ def test_a_run_is_the_child_of_its_parent(dataset: Path, tmp_path: Path) -> None
 
     config = tiny_config(dataset, tmp_path, "train.epochs=1", "tracking.enabled=true", "tracking.experiment=search")
     client = MlflowClient(tracking_uri(None, tmp_path))
-    parent = client.create_run(client.create_experiment("search")).info.run_id
+    parent = client.create_run(
+        client.create_experiment("search", artifact_location=str(tmp_path / "artifacts"))
+    ).info.run_id
     run(config, JobHooks(parent_run=parent))
     (child,) = client.search_runs(
         [client.get_experiment_by_name("search").experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'"
