@@ -35,8 +35,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _prepare(config: Config, arguments: argparse.Namespace) -> int:
+    from detr_ray.addresses import check_address, resolve
     from detr_ray.engine.job import open_data
-    from detr_ray.locations import check_address, resolve
 
     if arguments.shard_megabytes < 1:
         raise ConfigError(f"--shard-megabytes: must be at least 1 (got {arguments.shard_megabytes})")
@@ -84,10 +84,10 @@ def _generate(config: Config) -> None:
 
 def _pack(indexes: dict[str, DatasetIndex], folder: str, shard_megabytes: int) -> None:
     """Packs the splits that are not packed yet into shards."""
+    from detr_ray.addresses import join
     from detr_ray.data.errors import DataError
     from detr_ray.data.packing import unpacked_splits, write_shards
     from detr_ray.engine.reporting.pace import Pace
-    from detr_ray.locations import join
     from detr_ray.retries import reason_of
 
     try:
@@ -120,7 +120,7 @@ def train_command(config: Config, config_files: Sequence[str], folder: str) -> s
         config_files: its files. Keys that were given on the command line are not repeated.
         folder: contains the folders ``train`` and ``val`` with the shards.
     """
-    from detr_ray.locations import join
+    from detr_ray.addresses import join
 
     data = config.data
     places = {"root": data.root, "generate": data.generate, "train": data.train, "val": data.val}

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
+from detr_ray.addresses import is_uri
 from detr_ray.data.image_headers import ImageError
-from detr_ray.locations import is_uri
 from detr_ray.printable import printable
 
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")

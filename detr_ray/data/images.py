@@ -14,13 +14,14 @@ from typing import IO
 
 import numpy as np
 
+from detr_ray.addresses import LocationError, is_remote, join, resolve
 from detr_ray.data.decoding import decode_image, reduction
 from detr_ray.data.errors import DataError
 from detr_ray.data.image_headers import ImageError, ImageHeader, read_header
 from detr_ray.data.image_places import missing, name_below, refuse_link_outside
 from detr_ray.data.index import DatasetIndex
 from detr_ray.data.ranges import OpenFiles, Span, join_parts
-from detr_ray.locations import LocationError, is_remote, join, open_location, resolve
+from detr_ray.locations import open_location
 from detr_ray.printable import printable
 from detr_ray.retries import AccessDenied, patiently, reason_of
 

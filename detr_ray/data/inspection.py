@@ -16,13 +16,14 @@ from functools import partial
 import numpy as np
 from pyarrow import fs
 
+from detr_ray.addresses import LocationError, join, parent
 from detr_ray.data.decoding import decode_image
 from detr_ray.data.errors import DataError
 from detr_ray.data.image_headers import ImageError, ImageHeader, WrongSizeError, read_header
 from detr_ray.data.image_places import MisnamedError
 from detr_ray.data.images import ImageReader
 from detr_ray.data.index import DatasetIndex
-from detr_ray.locations import LocationError, file_info, join, list_files, parent
+from detr_ray.locations import file_info, list_files
 
 _LOCAL_THREADS = 16
 _REMOTE_THREADS = 64

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow.fs import FileType
 
+from detr_ray.addresses import join, local_path, resolve
 from detr_ray.data.errors import DataError, few
 from detr_ray.data.formats.shards import (
     ANNOTATION_COLUMNS,
@@ -32,16 +33,7 @@ from detr_ray.data.formats.shards import (
 from detr_ray.data.images import READS_AT_ONCE, ImageReader
 from detr_ray.data.index import DatasetIndex
 from detr_ray.data.inspection import find_missing_storage
-from detr_ray.locations import (
-    delete_file,
-    file_info,
-    join,
-    list_names,
-    local_path,
-    make_folder,
-    resolve,
-    upload,
-)
+from detr_ray.locations import delete_file, file_info, list_names, make_folder, upload
 from detr_ray.retries import reason_of
 
 # Images that are read, held in memory and written at once: one row group.

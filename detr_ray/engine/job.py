@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from detr_ray.addresses import local_path
 from detr_ray.config import Config, ConfigError, DataConfig, flatten
 from detr_ray.data.errors import DataError
 from detr_ray.data.formats import open_split
@@ -28,7 +29,6 @@ from detr_ray.engine.checkpoints.run_directory import RunDirectory, open_run, re
 from detr_ray.engine.reporting.tracking_store import check_tracking, run_tracking_uri
 from detr_ray.engine.stream.planned_data import PlannedData
 from detr_ray.engine.stream.positions import refuse_positions_out_of_reach
-from detr_ray.locations import local_path
 from detr_ray.retries import reason_of
 
 if TYPE_CHECKING:  # a driver builds neither, and torchvision's models alone take a second to import

@@ -24,8 +24,8 @@ import pyarrow as pa
 import safetensors.torch
 import torch
 
-from detr_ray.addresses import is_uri, local_path
-from detr_ray.locations import LocationError, read_buffer
+from detr_ray.addresses import LocationError, is_uri, local_path
+from detr_ray.locations import read_buffer
 from detr_ray.model.state_dicts import OWN_FORMAT, WeightsError, find_states, shorten_names
 from detr_ray.retries import reason_of
 

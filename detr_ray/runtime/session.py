@@ -15,10 +15,10 @@ from pathlib import Path
 
 import ray
 
+from detr_ray.addresses import local_path
 from detr_ray.config import Config, ConfigError
 from detr_ray.credentials import without_credentials
 from detr_ray.engine.hooks import Budget
-from detr_ray.locations import local_path
 from detr_ray.runtime.host_process import host_process_as_before
 from detr_ray.runtime.ray_internals import runs_inside_ray
 

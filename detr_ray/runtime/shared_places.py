@@ -9,19 +9,11 @@ import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
+from detr_ray.addresses import is_uri, join, parent, resolve
 from detr_ray.config import Config, ConfigError
 from detr_ray.data.image_places import name_below, refuse_link_outside
 from detr_ray.engine.preflight.storage import first_missing, within
-from detr_ray.locations import (
-    delete_file,
-    delete_folder,
-    is_uri,
-    join,
-    list_files,
-    make_folder,
-    parent,
-    resolve,
-)
+from detr_ray.locations import delete_file, delete_folder, list_files, make_folder
 from detr_ray.printable import printable
 from detr_ray.retries import Patience
 from detr_ray.runtime.node_probe import read_file, reason_of, write_file

@@ -12,28 +12,30 @@ import pytest
 from s3_server import FAULTS, S3Server
 
 from detr_ray import locations
-from detr_ray.addresses import with_suffix
-from detr_ray.config import ConfigError
-from detr_ray.locations import (
+from detr_ray.addresses import (
     LocationError,
     check_address,
+    is_object_store,
+    is_remote,
+    join,
+    local_path,
+    name_of,
+    parent,
+    resolve,
+    with_suffix,
+)
+from detr_ray.config import ConfigError
+from detr_ray.locations import (
     delete_file,
     delete_folder,
     download,
     file_info,
-    is_object_store,
-    is_remote,
-    join,
     list_files,
     list_names,
-    local_path,
     make_folder,
-    name_of,
     open_location,
-    parent,
     read_buffer,
     read_bytes,
-    resolve,
     upload,
     write_bytes,
 )

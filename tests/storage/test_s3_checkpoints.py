@@ -14,6 +14,7 @@ import torch
 from coco_folder import sound_folder
 from s3_server import S3Server
 
+from detr_ray.addresses import LocationError
 from detr_ray.check import main as check
 from detr_ray.config import ConfigError
 from detr_ray.engine.checkpoints.run_directory import open_run
@@ -21,7 +22,6 @@ from detr_ray.engine.checkpoints.store import CheckpointStore
 from detr_ray.engine.errors import CheckpointError
 from detr_ray.engine.preflight.storage import try_storage, within
 from detr_ray.engine.validation.evaluation_job import find_checkpoint
-from detr_ray.locations import LocationError
 from detr_ray.model.weights import WeightsError, read_checkpoint
 from detr_ray.retries import AccessDenied, NoSuchObject, StorageError
 

@@ -11,9 +11,10 @@ import pytest
 from s3_server import S3Server
 from tiny import make_dataset, tiny_config
 
+from detr_ray.addresses import join
 from detr_ray.detector.artifact import MODEL_FILE
 from detr_ray.engine.reporting.tracking_store import local_storage
-from detr_ray.locations import join, read_bytes
+from detr_ray.locations import read_bytes
 from detr_ray.runtime.launch import fit
 from detr_ray.tracking import MlflowTracker
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from detr_ray.addresses import LocationError, check_address, join
 from detr_ray.data.errors import DataError
 from detr_ray.data.formats.coco import read_coco_index
 from detr_ray.data.formats.shards import read_shard_index
 from detr_ray.data.index import DatasetIndex
-from detr_ray.locations import LocationError, check_address, join
 
 
 class SplitPlaces(Protocol):

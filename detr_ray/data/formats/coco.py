@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from detr_ray.addresses import LocationError, is_remote
 from detr_ray.data.errors import DataError, few
 from detr_ray.data.formats.json_records import Record, Records, parse_json, read_categories
 from detr_ray.data.index import MOST_PIXELS_A_SIDE, DatasetIndex
-from detr_ray.locations import LocationError, is_remote, read_bytes
+from detr_ray.locations import read_bytes
 from detr_ray.retries import reason_of
 
 

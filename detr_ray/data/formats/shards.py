@@ -22,10 +22,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from detr_ray.addresses import LocationError, join, parent, resolve
 from detr_ray.data.errors import DataError, few, shown
 from detr_ray.data.formats.json_records import Records, parse_json, read_categories
 from detr_ray.data.index import MOST_PIXELS_A_SIDE, DatasetIndex, ShardPlaces
-from detr_ray.locations import LocationError, join, parent, read_buffer, resolve
+from detr_ray.locations import read_buffer
 from detr_ray.retries import reason_of
 
 INDEX_NAME = "index.parquet"

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from detr_ray.addresses import join, parent, resolve
 from detr_ray.config import Config, ConfigError, flatten
 from detr_ray.engine.checkpoints.info import CheckpointInfo
 from detr_ray.engine.checkpoints.run_directory import (
@@ -21,7 +22,6 @@ from detr_ray.engine.checkpoints.run_directory import (
     storage_errors,
 )
 from detr_ray.engine.checkpoints.store import CheckpointStore
-from detr_ray.locations import join, parent, resolve
 
 # What a fork may change, beside what may change when a run goes on: none of it is part of the model, of the optimizer's
 # state or of the stream.

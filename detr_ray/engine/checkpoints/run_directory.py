@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from detr_ray.addresses import check_address, join, local_path, resolve
 from detr_ray.config import Config, ConfigError, flatten
 from detr_ray.engine.checkpoints.run_lock import claimed, held
 from detr_ray.engine.checkpoints.store import CheckpointStore
-from detr_ray.locations import check_address, join, local_path, make_folder, read_bytes, resolve, sync, write_bytes
+from detr_ray.locations import make_folder, read_bytes, sync, write_bytes
 from detr_ray.retries import reason_of
 
 RECORD = "run.json"

@@ -24,8 +24,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from detr_ray.addresses import join, local_path
 from detr_ray.config import ConfigError
-from detr_ray.locations import delete_file, join, list_names, local_path, read_bytes, write_bytes
+from detr_ray.locations import delete_file, list_names, read_bytes, write_bytes
 from detr_ray.retries import reason_of
 
 logger = logging.getLogger(__name__)

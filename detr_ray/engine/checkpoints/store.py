@@ -18,18 +18,17 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import torch
 
+from detr_ray.addresses import join, resolve
 from detr_ray.engine.checkpoints.info import CheckpointInfo, best_of, highest, scored
 from detr_ray.engine.errors import CheckpointError
 from detr_ray.locations import (
     StoredFile,
     delete_file,
     delete_folder,
-    join,
     list_files,
     make_folder,
     read_buffer,
     read_bytes,
-    resolve,
     write,
     write_bytes,
 )

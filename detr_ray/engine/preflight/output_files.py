@@ -7,8 +7,9 @@ import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
+from detr_ray.addresses import LocationError, local_path, parent
 from detr_ray.config import ConfigError
-from detr_ray.locations import LocationError, local_path, open_location, parent, write_bytes
+from detr_ray.locations import open_location, write_bytes
 from detr_ray.retries import reason_of
 
 

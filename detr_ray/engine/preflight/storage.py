@@ -11,25 +11,13 @@ from typing import TypeVar
 
 from pyarrow.fs import FileType
 
+from detr_ray.addresses import LocationError, is_remote, join, local_path, parent
 from detr_ray.config import Config
 from detr_ray.detector import build_skeleton
 from detr_ray.engine.checkpoints.run_directory import absolute_storage
 from detr_ray.engine.optimizer import freeze_groups, group_rates
 from detr_ray.engine.preflight.findings import Report
-from detr_ray.locations import (
-    LocationError,
-    delete_file,
-    delete_folder,
-    file_info,
-    is_remote,
-    join,
-    list_files,
-    local_path,
-    make_folder,
-    parent,
-    read_bytes,
-    write,
-)
+from detr_ray.locations import delete_file, delete_folder, file_info, list_files, make_folder, read_bytes, write
 from detr_ray.retries import Patience, reason_of
 
 AREA = "storage"

@@ -8,9 +8,9 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from detr_ray.addresses import local_path
 from detr_ray.config import Config, ConfigError
 from detr_ray.engine.checkpoints.run_directory import RunDirectory, absolute_storage
-from detr_ray.locations import local_path
 from detr_ray.tracking import tracking_uri
 from detr_ray.tracking.reachability import UnreachableError, UnusableError, try_store
 

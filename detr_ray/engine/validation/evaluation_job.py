@@ -10,6 +10,7 @@ import torch
 from pyarrow.fs import FileType
 from torch import Tensor
 
+from detr_ray.addresses import join
 from detr_ray.config import Config, ConfigError, LossConfig, ModelConfig, flatten
 from detr_ray.data.index import DatasetIndex
 from detr_ray.data.label_map import COCO_NUM_CLASSES, LabelMap
@@ -27,7 +28,7 @@ from detr_ray.engine.stream.positions import refuse_positions_out_of_reach
 from detr_ray.engine.validation.evaluation_config import DECISIVE, evaluation_config
 from detr_ray.engine.validation.evaluator import build_evaluator
 from detr_ray.evaluation import CocoMetrics, DetectionTable
-from detr_ray.locations import file_info, join
+from detr_ray.locations import file_info
 from detr_ray.model.weights import PUBLISHED_ROWS, WeightsError, shorten_names, whole_state
 from detr_ray.retries import reason_of
 
