@@ -15,7 +15,8 @@ from torch import Tensor
 
 from benchmarks.baseline.criterion import PlainCriterion
 from benchmarks.harness import Row, alternate
-from detr_ray.loss import HungarianMatcher, SetCriterion
+from detr_ray.config import LossConfig
+from detr_ray.loss import build_criterion
 from detr_ray.structures import LayerOutput, ModelOutput, Target
 
 QUERIES, CLASSES, LAYERS = 100, 91, 6
@@ -54,7 +55,7 @@ def run() -> list[Row]:
     rows = []
     for images, boxes in ((8, 20), (2, 8)):
         case = draw_case(images, boxes)
-        ours = scored(SetCriterion(CLASSES, HungarianMatcher()), *case)
+        ours = scored(build_criterion(LossConfig(), CLASSES), *case)
         plain = scored(PlainCriterion(CLASSES), *case)
         assert abs(ours() - plain()) < 1e-4 * abs(plain()), "both must give the same loss"
         times = alternate({"ours": ours, "plain": plain}, rounds=60, warmup=5)
