@@ -63,8 +63,7 @@ def _generate(config: Config) -> None:
     from detr_ray.data.errors import DataError
     from detr_ray.data.generated import MARKER, DrawingParameters, generate_dataset
     from detr_ray.engine.job import generated_root
-    from detr_ray.engine.reporting.pace import Pace
-    from detr_ray.engine.reporting.progress import duration
+    from detr_ray.engine.reporting.progress import Pace, duration
 
     data = config.data
     assert data.generate is not None
@@ -87,7 +86,7 @@ def _pack(indexes: dict[str, DatasetIndex], folder: str, shard_megabytes: int) -
     from detr_ray.addresses import join
     from detr_ray.data.errors import DataError
     from detr_ray.data.packing import unpacked_splits, write_shards
-    from detr_ray.engine.reporting.pace import Pace
+    from detr_ray.engine.reporting.progress import Pace
     from detr_ray.retries import reason_of
 
     try:

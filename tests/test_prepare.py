@@ -19,7 +19,7 @@ from defaults import draw_shapes
 from detr_ray.config import load_config
 from detr_ray.data.formats import open_split
 from detr_ray.data.images import ImageReader
-from detr_ray.engine.reporting.pace import Pace
+from detr_ray.engine.reporting.progress import Pace
 from detr_ray.prepare import main
 
 ROOT = Path(__file__).parents[1]

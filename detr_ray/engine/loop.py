@@ -16,10 +16,9 @@ from detr_ray.detector.artifact import MODEL_FILE
 from detr_ray.engine.checkpoints.run_checkpoints import BRIEFLY, ONCE, PATIENTLY, Inessential, RunCheckpoints
 from detr_ray.engine.checkpoints.training_state import TrainingState
 from detr_ray.engine.context import LeaveReason, WorkerContext
+from detr_ray.engine.cpu import HeldMemory, warn_of_slow_precision
 from detr_ray.engine.errors import RunFailed
-from detr_ray.engine.memory import HeldMemory
 from detr_ray.engine.optimizer import learning_rate_factor, set_learning_rate
-from detr_ray.engine.precision import warn_of_slow_precision
 from detr_ray.engine.reporting.meters import Meters
 from detr_ray.engine.reporting.progress import duration, step_line
 from detr_ray.engine.reporting.result import FitResult

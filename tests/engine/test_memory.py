@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from tiny import fit_here, make_dataset, tiny_config
 
-from detr_ray.engine import memory
-from detr_ray.engine.memory import HeldMemory
+from detr_ray.engine import cpu
+from detr_ray.engine.cpu import HeldMemory
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is not glibc's")
 
@@ -24,7 +24,7 @@ def resident():
 
 GAPS = f"""{RESIDENT}
 import json
-from detr_ray.engine.memory import give_back_freed_memory
+from detr_ray.engine.cpu import give_back_freed_memory
 blocks = [bytearray(100_000) for _ in range(4000)]
 full = resident()
 kept = blocks[::50]
@@ -71,9 +71,9 @@ def test_what_is_free_between_blocks_in_use_is_given_back() -> None:
 
 def test_it_gives_back_only_what_is_much_more_than_a_step_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     given = []
-    monkeypatch.setattr(memory, "give_back_freed_memory", lambda: given.append(1))
+    monkeypatch.setattr(cpu, "give_back_freed_memory", lambda: given.append(1))
     held, needs = HeldMemory(), [1000, 1100, 1249, 1251, 1150, 1400, 1438, 1500, 1000]
-    monkeypatch.setattr(memory, "resident_bytes", lambda: needs.pop(0))
+    monkeypatch.setattr(cpu, "resident_bytes", lambda: needs.pop(0))
     # 1,000 bound the first steps; the step after giving back needed 1,150, which bounds those after it.
     assert [held.after_step() for _ in range(9)] == [False, False, False, True, False, False, True, False, False]
 

@@ -18,7 +18,7 @@ import torch
 from tiny import fit_here, make_dataset, tiny_config
 
 from detr_ray.config import Config
-from detr_ray.engine.precision import slow_precision
+from detr_ray.engine.cpu import slow_precision
 from detr_ray.model import build_model
 from detr_ray.tracking import MemoryTracker
 

@@ -12,8 +12,7 @@ from detr_ray.data.index import DatasetIndex
 from detr_ray.data.inspection import Inspection, common_cause, find_missing_storage, inspect_images, is_other_folder
 from detr_ray.engine.preflight.findings import Level, Report
 from detr_ray.engine.preflight.storage import TIMEOUT_S, within
-from detr_ray.engine.reporting.pace import Pace
-from detr_ray.engine.reporting.progress import duration
+from detr_ray.engine.reporting.progress import Pace, duration
 
 AREA = "images"
 

@@ -13,7 +13,7 @@ from detr_ray.data.index import DatasetIndex
 from detr_ray.data.label_map import LabelMap
 from detr_ray.data.planner import split_global_batch
 from detr_ray.data.sample import SamplePlan
-from detr_ray.engine.precision import slow_precision
+from detr_ray.engine.cpu import slow_precision
 from detr_ray.engine.preflight.findings import Report
 from detr_ray.engine.stream.planned_data import PlannedData
 from detr_ray.engine.stream.positions import refuse_positions_out_of_reach

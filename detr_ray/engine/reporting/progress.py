@@ -1,11 +1,14 @@
-"""Lines of progress that read well on a terminal and in a log."""
+"""Lines of progress that read well on a terminal and in a log: of steps, of evaluations, of work over many images."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 
 EVALUATION_LINE = ("AP", "AP50", "AP75", "AR100")
+INTERVAL_S = 5.0
+"""Least time between two lines about work over many images."""
 
 
 def duration(seconds: float) -> str:
@@ -43,3 +46,31 @@ def evaluation_line(metrics: Mapping[str, float], epoch: float, is_best: bool) -
     found = "  ".join(numbers) or "no annotated boxes, no scores"
     line = f"epoch {epoch:6.2f}  evaluated in {duration(metrics['val/seconds'])}: {found}"
     return line + ("  (best so far)" if is_best else "")
+
+
+class Pace:
+    """Says how far a piece of work is, not more often than a person wants to read it.
+
+    Args:
+        what: what the line starts with.
+        say: shows the user a line.
+        interval_s: least time between two lines.
+    """
+
+    def __init__(self, what: str, say: Callable[[str], None], interval_s: float = INTERVAL_S) -> None:
+        self._what = what
+        self._say = say
+        self._interval_s = interval_s
+        self._started = self._said = time.perf_counter()
+
+    def __call__(self, done: int, total: int, more: str = "") -> None:
+        """Notes that so many images are done; says it, with ``more`` to say, if it is time."""
+        now = time.perf_counter()
+        if now - self._said < self._interval_s or not done:
+            return
+        self._said = now
+        rate = done / (now - self._started)
+        left = duration((total - done) / rate)
+        self._say(
+            f"{self._what} {done} of {total} images, {rate:.0f} images/s, {more + ', ' if more else ''}left {left}"
+        )

@@ -19,9 +19,9 @@ from detr_ray.detector.artifact import MODEL_FILE, read_saved_model
 from detr_ray.engine.checkpoints.run_directory import absolute_storage
 from detr_ray.engine.checkpoints.store import CheckpointStore
 from detr_ray.engine.context import WorkerContext
+from detr_ray.engine.cpu import warn_of_slow_precision
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.job import Say, open_evaluation_data
-from detr_ray.engine.precision import warn_of_slow_precision
 from detr_ray.engine.stream.batches import BatchSource
 from detr_ray.engine.stream.planned_data import PlannedData
 from detr_ray.engine.stream.positions import refuse_positions_out_of_reach
