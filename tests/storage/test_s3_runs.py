@@ -52,7 +52,8 @@ def claims(s3: S3Server, storage: str) -> list[str]:
 
 
 HOLD = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN if "ignoring" in sys.argv else signal.default_int_handler)
 from detr_ray.engine.checkpoints import run_lock
 from detr_ray.engine.checkpoints.run_directory import open_run
 run_lock.BEAT_S = 0.2
@@ -66,12 +67,12 @@ with open_run("mine", sys.argv[1], {"optim.lr": 1.0}, {"train": "abc"}, "").lock
 
 
 @pytest.fixture
-def hold(storage: str, s3: S3Server) -> Iterator[Callable[[], subprocess.Popen[str]]]:
+def hold(storage: str, s3: S3Server) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     started: list[subprocess.Popen[str]] = []
 
-    def start() -> subprocess.Popen[str]:
+    def start(*more: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, "-c", HOLD, storage], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [sys.executable, "-c", HOLD, storage, *more], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env={**os.environ, **s3.environment},
         )  # fmt: skip
         started.append(process)
@@ -167,6 +168,12 @@ def test_a_process_that_wrote_its_claim_once_more_stops_since_another_one_has_th
     process = hold()
     put_claim_of_another_machine(s3, storage)
     assert until_told_to_stop(process) == "told to stop\n"
+
+
+def test_a_process_that_ignores_sigint_as_a_shells_background_processes_do_is_stopped_too(storage, s3: S3Server, hold):
+    process = hold("ignoring")
+    put_claim_of_another_machine(s3, storage)
+    assert process.wait(timeout=60) == -signal.SIGTERM
 
 
 def test_a_role_that_may_not_delete_can_start_again(storage, s3: S3Server, monkeypatch, quick):

@@ -137,8 +137,8 @@ def absolute_storage(storage: str) -> str:
 
 
 def unique_name(prefix: str) -> str:
-    """A new name: the time, and four random characters."""
-    return f"{prefix}-{datetime.datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    """A new name: the time, and random characters, enough for hundreds of runs that start in the same second."""
+    return f"{prefix}-{datetime.datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
 
 
 def read_record(name: str | None, storage: str) -> dict[str, Any] | None:

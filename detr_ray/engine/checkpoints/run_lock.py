@@ -292,7 +292,9 @@ def _beat(claims: _Claims, ended: threading.Event, lost: threading.Event) -> Non
             if claims.was_replaced() and not ended.is_set():
                 lost.set()
                 logger.error("this process did not move for %.0f s, and another one goes on with its run", STALE_S)
-                os.kill(os.getpid(), signal.SIGINT)
+                # A shell's background processes ignore SIGINT, unless something has set a handler.
+                is_ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+                os.kill(os.getpid(), signal.SIGTERM if is_ignored else signal.SIGINT)
                 return
             claims.write_own(claims.own.state)
         except OSError as error:
