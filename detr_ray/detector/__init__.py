@@ -8,13 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from detr_ray.config import LossConfig, ModelConfig
 from detr_ray.detector.postprocess import postprocess
 from detr_ray.loss import SetCriterion, build_criterion
 from detr_ray.model import DetectionModel, build_model
-from detr_ray.structures import Detections, LayerOutput
 
 __all__ = ["Detector", "build_detector", "build_skeleton", "postprocess"]
 
@@ -30,10 +28,6 @@ class Detector:
 
     model: DetectionModel
     criterion: SetCriterion
-
-    def detections(self, outputs: LayerOutput, sizes: Tensor) -> list[Detections]:
-        """Detections in an output of the model; see `postprocess`."""
-        return postprocess(outputs, sizes, self.criterion.class_loss)
 
 
 def build_detector(model: ModelConfig, loss: LossConfig, num_classes: int) -> Detector:
