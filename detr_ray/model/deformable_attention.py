@@ -1,0 +1,313 @@
+"""Multi-scale deformable attention (Zhu et al. 2020, section 4.1) in plain torch.
+
+Every query reads a few points of each feature map, at places and with weights that it computes itself. Reading the
+points is written twice: `sample_bag` is the fast one, `sample_grid` the one that exporters understand and that can be
+differentiated twice. Knows sequences of cells with the sizes of their maps; knows nothing of images or layers.
+
+Letters: ``B`` images, ``S`` cells of all maps one after the other, ``Q`` queries, ``M`` heads, ``D`` channels of a
+head, ``L`` maps, ``P`` points that a head reads in each map.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MapSizes = Sequence[tuple[int, int]]
+"""Height and width in cells of each feature map. Plain numbers: reading them from a tensor would wait for the device.
+"""
+
+Sampler = Callable[[Tensor, MapSizes, Tensor, Tensor], Tensor]
+"""``(value [B, S, M, D], sizes, locations [B, Q, M, L, P, 2], weights [B, Q, M, L, P]) -> [B, Q, M * D]``.
+
+Locations are (x, y) in 0..1 of a map; the centre of its first cell is half a cell from 0. Between four cells values are
+interpolated; outside of a map they are zero.
+"""
+
+_GATHERED = 1 << 14
+"""Rows that the backward pass of `sample_bag` gathers at a time on a CPU: 2 MB at 32 channels, which stay in the cache.
+"""
+_GATHERED_ON_GPU = 1 << 21
+
+
+def sample_grid(value: Tensor, sizes: MapSizes, locations: Tensor, weights: Tensor) -> Tensor:
+    """Reads the points map by map with ``grid_sample``; see `Sampler`.
+
+    Only one map's samples exist at a time in the forward pass. Slower than `sample_bag`, but made of operators that
+    exporters know, and twice differentiable. ``grid_sample`` wants values and places of one type, so that values of
+    half precision are read in the places' precision.
+    """
+    batch, _, heads, channels = value.shape
+    queries = locations.shape[1]
+    by_cell = value.to(locations.dtype)
+    grids = (2 * locations - 1).transpose(1, 2).flatten(0, 1)
+    by_head = weights.transpose(1, 2).flatten(0, 1)
+    read = by_cell.new_zeros(batch * heads, channels, queries)
+    for level, cells in enumerate(by_cell.split([height * width for height, width in sizes], dim=1)):
+        maps = cells.permute(0, 2, 3, 1).reshape(batch * heads, channels, *sizes[level])
+        samples = F.grid_sample(maps, grids[:, :, level], align_corners=False)
+        read = read + torch.einsum("ncqp,nqp->ncq", samples, by_head[:, :, level])
+    return read.view(batch, heads * channels, queries).transpose(1, 2).to(value.dtype)
+
+
+def sample_bag(value: Tensor, sizes: MapSizes, locations: Tensor, weights: Tensor) -> Tensor:
+    """Reads the points of all maps at once, as weighted sums of cells; see `Sampler`.
+
+    A head's answer to a query is a weighted sum of ``4 * L * P`` cells: one ``embedding_bag``, which multiplies and
+    adds while it reads. For the backward pass only the arguments are kept. Cannot be differentiated twice.
+    """
+    bordered = _with_borders(value, sizes)
+    read: Tensor = _WeightedCells.apply(bordered, locations, weights, tuple(sizes))
+    return read
+
+
+def _with_borders(value: Tensor, sizes: MapSizes) -> Tensor:
+    """The cells with zeros around each map, so that points outside need no case of their own.
+
+    A map's cell ``(y, x)``, both from -1 on, is at ``start + (y + 1) * (width + 1) + x + 1``: one column of zeros
+    serves as the right border of a row and as the left border of the next one.
+
+    Returns:
+        ``[B, sum of (height + 2) * (width + 1) + 1, M, D]``.
+    """
+    batch, _, heads, channels = value.shape
+    parts = []
+    for (height, width), cells in zip(sizes, value.split([h * w for h, w in sizes], dim=1), strict=True):
+        rows = F.pad(cells.view(batch, height, width, heads * channels), (0, 0, 1, 0, 1, 1)).flatten(1, 2)
+        parts += [rows, rows.new_zeros(batch, 1, heads * channels)]
+    return torch.cat(parts, dim=1).view(batch, -1, heads, channels)
+
+
+class _Layout(NamedTuple):
+    """Numbers about the bordered maps, on a device.
+
+    Attributes:
+        extent: ``[L, 1, 2]`` width and height in cells.
+        stride: ``[L, 1]`` int32, cells from a row to the next.
+        start: ``[L, 1]`` int32, place of each map's cell (0, 0).
+        corners: ``[L, 1, 4]`` int32, what has to be added to the upper left cell's place to reach the four cells.
+    """
+
+    extent: Tensor
+    stride: Tensor
+    start: Tensor
+    corners: Tensor
+
+
+def _layout(sizes: MapSizes, device: torch.device, dtype: torch.dtype) -> _Layout:
+    """The layout for maps of these sizes; made once, since a copy to a GPU waits for it.
+
+    A compiler's stand-ins for tensors must not be kept.
+    """
+    make = _new_layout.__wrapped__ if torch.compiler.is_compiling() else _new_layout
+    return make(tuple(sizes), device, dtype)
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)  # tensors of that mode could not be used in training later
+def _new_layout(sizes: tuple[tuple[int, int], ...], device: torch.device, dtype: torch.dtype) -> _Layout:
+    starts, first = [], 0
+    for height, width in sizes:
+        starts.append(first + width + 2)
+        first += (height + 2) * (width + 1) + 1
+    corners = [[[0, 1, width + 1, width + 2]] for _, width in sizes]
+    return _Layout(
+        extent=torch.tensor([[[width, height]] for height, width in sizes], dtype=dtype, device=device),
+        stride=torch.tensor([[width + 1] for _, width in sizes], dtype=torch.int32, device=device),
+        start=torch.tensor([[start] for start in starts], dtype=torch.int32, device=device),
+        corners=torch.tensor(corners, dtype=torch.int32, device=device),
+    )
+
+
+class _Cells(NamedTuple):
+    """The four cells around each point.
+
+    Attributes:
+        rows: ``[B * Q * M, L * P * 4]`` int32, rows of the flattened bordered cells ``[B * S' * M, D]``.
+        fractions: ``[B, Q, M, L, P, 2]``, where the point lies between the upper left cell (0) and the others (1).
+        is_near: bool of the same shape, whether the point is within one cell of the map along that axis.
+    """
+
+    rows: Tensor
+    fractions: Tensor
+    is_near: Tensor
+
+
+def _cells_around(locations: Tensor, num_cells: int, layout: _Layout) -> _Cells:
+    """Finds the cells; ``num_cells`` is the number of bordered cells of an image."""
+    batch, _, heads = locations.shape[:3]
+    device = locations.device
+    places = locations * layout.extent - 0.5
+    # Farther away than the border everything is zero, as it is on the border.
+    near = places.maximum(places.new_full((), -1.0)).minimum(layout.extent)
+    corner = near.floor().minimum(layout.extent - 1)
+    x, y = corner.to(torch.int32).unbind(-1)
+    first = torch.arange(batch, dtype=torch.int32, device=device).view(-1, 1, 1, 1, 1) * num_cells + layout.start
+    upper_left = (y * layout.stride + x + first)[..., None] + layout.corners
+    rows = upper_left * heads + torch.arange(heads, dtype=torch.int32, device=device).view(-1, 1, 1, 1)
+    return _Cells(rows.flatten(3).flatten(0, 2), near - corner, near == places)
+
+
+def _bilinear(fractions: Tensor) -> Tensor:
+    """Shares of the four cells, ``[..., 4]``: upper left, upper right, lower left, lower right."""
+    x, y = fractions.unbind(-1)
+    both = x * y
+    return torch.stack((1 - x - y + both, x - both, y - both, both), dim=-1)
+
+
+class _WeightedCells(torch.autograd.Function):
+    """Weighted sums of the cells around points, with a backward pass that keeps nothing but its arguments."""
+
+    @staticmethod
+    def forward(ctx: Any, bordered: Tensor, locations: Tensor, weights: Tensor, sizes: Any) -> Tensor:
+        ctx.save_for_backward(bordered, locations, weights)
+        ctx.sizes = sizes
+        batch, num_cells, heads, channels = bordered.shape
+        cells = _cells_around(locations, num_cells, _layout(sizes, locations.device, locations.dtype))
+        shares = (_bilinear(cells.fractions) * weights[..., None]).view(cells.rows.shape)
+        read = F.embedding_bag(
+            cells.rows, bordered.reshape(-1, channels), mode="sum", per_sample_weights=shares.to(bordered.dtype)
+        )
+        return read.view(batch, -1, heads * channels)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        bordered, locations, weights = ctx.saved_tensors
+        channels = bordered.shape[-1]
+        layout = _layout(ctx.sizes, locations.device, locations.dtype)
+        cells = _cells_around(locations, bordered.shape[1], layout)
+        by_bag = gradient.reshape(-1, channels)
+        bilinear = _bilinear(cells.fractions)
+
+        of_bordered = None
+        if ctx.needs_input_grad[0]:
+            shares = (bilinear * weights[..., None]).view(cells.rows.shape)
+            of_bordered = _scattered(cells.rows, shares.to(by_bag.dtype), by_bag, bordered[..., 0].numel())
+            of_bordered = of_bordered.view(bordered.shape)
+
+        of_shares = _products(bordered.view(-1, channels), cells.rows, by_bag).to(weights.dtype).view(bilinear.shape)
+        of_weights = (of_shares * bilinear).sum(-1)
+        x, y = cells.fractions.unbind(-1)
+        upper_left, upper_right, lower_left, lower_right = of_shares.unbind(-1)
+        upper, lower = upper_right - upper_left, lower_right - lower_left
+        of_x = upper + y * (lower - upper)
+        of_y = lower_left - upper_left + x * (lower - upper)
+        of_places = torch.stack((of_x, of_y), dim=-1).mul_(weights[..., None])
+        return of_bordered, of_places.mul_(cells.is_near).mul_(layout.extent), of_weights, None
+
+
+def _products(table: Tensor, rows: Tensor, vectors: Tensor) -> Tensor:
+    """Inner products of ``vectors [N, D]`` with the rows ``[N, K]`` of ``table [R, D]``, as ``[N, K]``.
+
+    In pieces: all gathered rows together would be as large as what the forward pass avoids.
+    """
+    products = vectors.new_empty(rows.shape)
+    step = max(1, (_GATHERED_ON_GPU if table.is_cuda else _GATHERED) // rows.shape[1])
+    for some, vector, out in zip(rows.split(step), vectors.split(step), products.split(step), strict=True):
+        gathered = table.index_select(0, some.flatten()).view(*some.shape, -1)
+        torch.sum(gathered.mul_(vector[:, None]), dim=-1, out=out)
+    return products
+
+
+def _scattered(rows: Tensor, shares: Tensor, vectors: Tensor, num_rows: int) -> Tensor:
+    """Adds ``shares [N, K]`` times ``vectors [N, D]`` to the rows ``[N, K]`` of a table of zeros ``[num_rows, D]``.
+
+    The entries are sorted by row, so that each row is one weighted sum: deterministic, and on CPUs twice as fast as
+    adding them one after the other.
+    """
+    ordered, order = rows.flatten().sort(stable=True)
+    ends = torch.searchsorted(ordered, torch.arange(num_rows, dtype=ordered.dtype, device=rows.device))
+    return F.embedding_bag(
+        order // rows.shape[1], vectors, ends, mode="sum", per_sample_weights=shares.flatten()[order]
+    )
+
+
+class DeformableAttention(nn.Module):
+    """Attention of queries to a few points around their reference points, in several feature maps.
+
+    Args:
+        dim: length of the vectors; a multiple of ``num_heads``.
+        num_heads: heads, each with points of its own.
+        num_levels: feature maps.
+        num_points: points that each head reads in each map.
+
+    Attributes:
+        sampler: how points are read: `sample_bag` or `sample_grid`.
+    """
+
+    def __init__(self, dim: int, num_heads: int, num_levels: int, num_points: int) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"hidden_dim must be a multiple of num_heads: {dim} is none of {num_heads}")
+        self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
+        self.sampler: Sampler = sample_bag
+        points = num_heads * num_levels * num_points
+        self.sampling_offsets = nn.Linear(dim, 2 * points)
+        self.attention_weights = nn.Linear(dim, points)
+        self.value_proj = nn.Linear(dim, dim)
+        self.output_proj = nn.Linear(dim, dim)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """At first all points have the same weight, and each head's lie on a ray of its own, one cell apart."""
+        for layer in (self.sampling_offsets, self.attention_weights):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        angles = torch.arange(self.num_heads, dtype=torch.float32) * (2 * math.pi / self.num_heads)
+        rays = torch.stack((angles.cos(), angles.sin()), dim=-1)
+        rays = rays / rays.abs().amax(-1, keepdim=True)  # onto the border of a square
+        distances = torch.arange(1, self.num_points + 1, dtype=torch.float32)
+        bias = rays[:, None, None] * distances[:, None]
+        self.sampling_offsets.bias.copy_(bias.expand(-1, self.num_levels, -1, -1).flatten())
+        for layer in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(
+        self, query: Tensor, references: Tensor, memory: Tensor, sizes: MapSizes, padding: Tensor | None
+    ) -> Tensor:
+        """Reads the memory around the references.
+
+        Under autocast the places of the points and their weights are computed in the parameters' own precision: in bf16
+        a place on a large map would be wrong by whole cells.
+
+        Args:
+            query: ``[B, Q, dim]``.
+            references: ``[B, Q, L, 2]`` (x, y) in 0..1 of each padded map, or ``[B, Q, L, 4]`` (x, y, w, h): then
+                points are placed in units of the box instead of cells.
+            memory: ``[B, S, dim]``, the cells of all maps.
+            sizes: height and width of each map.
+            padding: ``[B, S]`` bool, True on cells that count as zero; None where nothing is padded.
+
+        Returns:
+            ``[B, Q, dim]``.
+        """
+        batch, queries, _ = query.shape
+        value = self.value_proj(memory)
+        if padding is not None:
+            value = value.masked_fill(padding[..., None], 0.0)
+        value = value.view(batch, value.shape[1], self.num_heads, -1)
+        points = (batch, queries, self.num_heads, self.num_levels, self.num_points)
+        with torch.autocast(query.device.type, enabled=False):
+            exact = query.to(self.sampling_offsets.weight.dtype)
+            offsets = self.sampling_offsets(exact).view(*points, 2)
+            weights = self.attention_weights(exact).view(*points[:3], -1).softmax(-1).view(points)
+            locations = self._locations(references.to(exact.dtype), offsets, sizes)
+            read = self.sampler(value, sizes, locations, weights)
+        out: Tensor = self.output_proj(read)
+        return out
+
+    def _locations(self, references: Tensor, offsets: Tensor, sizes: MapSizes) -> Tensor:
+        """Places of the points, ``[B, Q, M, L, P, 2]``."""
+        centres = references[:, :, None, :, None, :2]
+        if references.shape[-1] == 2:
+            return centres + offsets / _layout(sizes, offsets.device, offsets.dtype).extent
+        return centres + offsets * (references[:, :, None, :, None, 2:] * (0.5 / self.num_points))
