@@ -71,9 +71,10 @@ class PaddedBatch:
         labels: ``[M]`` int64, of all images, concatenated.
         boxes_cxcywh: ``[M, 4]`` float32 in 0..1 of the unpadded image.
         counts: ``[B]`` int64, boxes of each image; sums to M.
-        bad_images: one line for each image that could not be read ("file: reason"). The batch contains a black image
-            without boxes in its place, so that the planned shapes do not change.
-        bad_image_ids: int64, the ids of these images.
+        bad_images: one line for each image that could not be read ("file: reason"). A sample that it belongs to is
+            black and has no boxes, so that the planned shapes do not change.
+        bad_image_ids: int64, the ids of these images. An image that was read as another sample's partner has its own id
+            here, which need not be in ``image_ids``.
     """
 
     images: np.ndarray

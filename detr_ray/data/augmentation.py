@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from detr_ray.data.sample import Crop, Flip, Resize, Step, resized_sizes
+from detr_ray.data.sample import Crop, Flip, Partner, Resize, Step, resized_sizes
 
 _DECIDING_SIZE = slice(1, 6)
 """Of a sample's random numbers, those that decide its final size."""
@@ -51,6 +51,10 @@ class Draws:
                 steps += [Resize((height, width)), Crop(*crop)]
             samples.append(tuple(steps))
         return samples
+
+    def partners(self, places: np.ndarray) -> list[tuple[Partner, ...]]:
+        """None: each sample is one image."""
+        return [()] * len(places)
 
 
 @dataclass(frozen=True, slots=True)

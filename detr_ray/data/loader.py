@@ -63,8 +63,8 @@ class BatchLoader:
     def load(self, samples: Sequence[SamplePlan]) -> PaddedBatch:
         """Reads, decodes, augments and pads the samples of one micro-batch, in their order.
 
-        An image that cannot be used becomes a black one of the planned size without boxes, and a line in
-        ``bad_images``.
+        A sample becomes a black image of the planned size without boxes if one of its images cannot be used. Each image
+        that cannot be used gets a line in ``bad_images``, under its own id.
 
         Raises:
             ValueError: no samples.
@@ -98,16 +98,18 @@ class BatchLoader:
         )
         # Channels last, as decoders leave pixels and as convolutions take them: rows are copied whole.
         pixels = np.empty((len(samples), height, width, 3), np.uint8)
-        loaded, bad_images, bad_image_ids = [], [], []
+        loaded: list[Instances] = []
+        bad_images: list[str] = []
+        bad_image_ids: list[int] = []
         pending = iter(reads)
         for padded, sample in zip(pixels, samples, strict=True):
             own_reads = iter(list(islice(pending, len(sample.images))))
             height, width = sample.size
-            try:
-                picture = self._load(sample, own_reads)
-            except ImageError as error:
-                bad_images.append(str(error))
-                bad_image_ids.append(sample.image_id)
+            bad: dict[int, str] = {}
+            picture = self._load(sample, own_reads, bad)
+            if picture is None:
+                bad_images += bad.values()
+                bad_image_ids += bad
                 padded.fill(0)
                 loaded.append(Instances(np.zeros((0, 4), np.float32), np.zeros(0, np.int64), sample.size))
                 continue
@@ -131,14 +133,30 @@ class BatchLoader:
     def _stored_size(self, i: int) -> tuple[int, int]:
         return int(self.index.heights[i]), int(self.index.widths[i])
 
-    def _load(self, sample: SamplePlan, reads: Iterator[Callable[[], bytes]]) -> Picture:
-        """The picture of a sample, and of its partners within; takes the reads of its images in their order."""
+    def _load(self, sample: SamplePlan, reads: Iterator[Callable[[], bytes]], bad: dict[int, str]) -> Picture | None:
+        """The picture of a sample, and of its partners within.
+
+        Args:
+            sample: the plan.
+            reads: give the bytes of its images, in their order; all of them are used up.
+            bad: gets the images that cannot be used: what is wrong, by image id.
+
+        Returns:
+            The picture; None if any of its images cannot be used.
+        """
         stored = self._stored_size(sample.index)
         reduced = 1 if self.reduce is None else reduction(stored, sample.first_size(stored), self.reduce)
-        pixels = decode_image(next(reads)(), self.reader.name(sample.index), stored, reduced)
+        pixels = None
+        try:
+            pixels = decode_image(next(reads)(), self.reader.name(sample.index), stored, reduced)
+        except ImageError as error:
+            bad[sample.image_id] = str(error)
+        partners = [self._load(partner, reads, bad) for partner in sample.partners]
+        usable = [partner for partner in partners if partner is not None]
+        if pixels is None or len(usable) < len(partners):
+            return None
         instances = self.index.training_instances(sample.index, self.label_map)
-        partners = [self._load(partner, reads) for partner in sample.partners]
-        return sample.apply(Picture(pixels.permute(1, 2, 0), instances), partners)
+        return sample.apply(Picture(pixels.permute(1, 2, 0), instances), usable)
 
 
 def to_table(batch: PaddedBatch) -> pa.Table:

@@ -21,7 +21,7 @@ import numpy as np
 
 from detr_ray.data.errors import DataError
 from detr_ray.data.grouping import order_by_shape
-from detr_ray.data.sample import SamplePlan, Step, resized_sizes
+from detr_ray.data.sample import Partner, SamplePlan, Step, resized_sizes
 
 CACHED_WINDOWS = 4
 
@@ -38,9 +38,13 @@ class PlannedSizes(Protocol):
         """What is done to the samples at these places of the window before they are brought to their final size."""
         ...
 
+    def partners(self, places: np.ndarray) -> list[tuple[Partner, ...]]:
+        """The other images of the window that the samples at these places are made of, in the order steps get them."""
+        ...
+
 
 class SizePolicy(Protocol):
-    """Decides from random numbers what size each sample gets, and by which steps."""
+    """Decides from random numbers what size each sample gets, by which steps, and with which partners."""
 
     @property
     def draws_per_sample(self) -> int:
@@ -49,6 +53,9 @@ class SizePolicy(Protocol):
 
     def draw(self, sizes: np.ndarray, uniform: np.ndarray) -> PlannedSizes:
         """Decides for the samples of a window.
+
+        It sees the whole window, so it can choose the partners of a sample among the others by their sizes. A window
+        has at least one global batch, but no more images than that for certain.
 
         Args:
             sizes: ``[n, 2]`` (height, width) of the stored images in pixels.
@@ -156,16 +163,32 @@ class Planner:
         rows = window.rows[places]
         positions = step * self.global_batch_size + first + np.arange(len(rows))
         return tuple(
-            SamplePlan(position, index, image_id, (size[0], size[1]), steps, seed)
-            for position, index, image_id, size, steps, seed in zip(
+            SamplePlan(
+                position, index, image_id, (size[0], size[1]), steps, seed,
+                self._plan_partners(window, partners, position, seed) if partners else (),
+            )
+            for position, index, image_id, size, steps, seed, partners in zip(
                 positions.tolist(),
                 rows.tolist(),
                 self.image_ids[rows].tolist(),
                 window.draws.size[places].tolist(),
                 window.draws.steps(places),
                 sample_seeds(self.seed, positions).tolist(),
+                window.draws.partners(places),
                 strict=True,
             )
+        )  # fmt: skip
+
+    def _plan_partners(
+        self, window: _Window, partners: tuple[Partner, ...], position: int, seed: int
+    ) -> tuple[SamplePlan, ...]:
+        """Plans of one sample's partners, each with a seed of its own."""
+        rows = window.rows[[partner.place for partner in partners]]
+        seeds = sample_seeds(seed, np.arange(len(partners))).tolist()
+        columns = zip(partners, rows.tolist(), self.image_ids[rows].tolist(), seeds, strict=True)
+        return tuple(
+            SamplePlan(position, row, image_id, partner.size, partner.steps, own_seed)
+            for partner, row, image_id, own_seed in columns
         )
 
     def epoch_sizes(self, epoch: int) -> np.ndarray:

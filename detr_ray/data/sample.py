@@ -139,12 +139,27 @@ class Crop:
 
 
 @dataclass(frozen=True, slots=True)
+class Partner:
+    """Another image of a planner's window that a sample is made of, beside its own; a size policy chooses it.
+
+    Attributes:
+        place: its row of what the policy was given for the window.
+        size: (height, width) in pixels that it is brought to before it is put together with the others.
+        steps: what is done to it before, in this order.
+    """
+
+    place: int
+    size: tuple[int, int]
+    steps: tuple[Step, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class SamplePlan:
     """What happens to one image on its way into a batch; decided before a pixel is read.
 
     Attributes:
         position: place in the training stream (``step * global_batch_size + slot``); in validation, the place in the
-            validation order.
+            validation order. A partner has the position of its sample.
         index: row of the data set's index.
         image_id: the annotations' id of the image.
         size: final (height, width) in pixels: the picture is brought to it after all steps.
