@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from detr_ray.printable import shortened
-from detr_ray.tracking.store import artifact_location, public_uri, sqlite_path, sqlite_uri
-from detr_ray.tracking.whole_files import create_database_whole, write_whole
+from detr_ray.tracking.mlflow_client import UID_TAG, made_experiment, open_client, run_of_uid
+from detr_ray.tracking.store import public_uri
+from detr_ray.tracking.whole_files import write_whole
 
 logger = logging.getLogger(__name__)
 
-UID_TAG = "detr_ray.run_uid"
 PARENT_TAG = "mlflow.parentRunId"
 """The tag that MLflow knows a run's parent by."""
 _PROBE_TAG = "detr_ray.probe"
@@ -30,16 +29,6 @@ _BATCH = {"metrics": 1000, "params": 100, "tags": 100}
 _LONGEST_PARAM = 500
 _LONGEST_TAG = 5000
 _REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}
-_ENVIRONMENT = {
-    # The sender repeats failed calls. MLflow's own retries would block a call for minutes and log every attempt.
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
-    # No output of MLflow's own in a training job, and no connection to the internet.
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-}
 
 
 class RunGoneError(Exception):
@@ -134,6 +123,10 @@ class MlflowRun:
 
     Attributes:
         run_id: MLflow's id.
+        status: MLflow's status when it was opened.
+        ended_ms: when it ended (milliseconds since 1970) as MLflow said when it was opened; None: it never did.
+        is_deleted: whether it was deleted when it was opened.
+        last_metric_ms: time of its newest metric when it was opened, in milliseconds since 1970; None: it has none.
         refused: number of values that MLflow rejected.
         suspicious: whether to search a failed batch for the value that makes the store fail. The sender sets this after
             several failures: for a value that they cannot store, some stores return a general error instead of a
@@ -145,7 +138,12 @@ class MlflowRun:
         self.run_id = run_id
         self.refused = 0
         self.suspicious = False
-        data = client.get_run(run_id).data
+        run = client.get_run(run_id)
+        data = run.data
+        self.status: str = run.info.status
+        self.ended_ms: int | None = run.info.end_time
+        self.is_deleted: bool = run.info.lifecycle_stage == "deleted"
+        self.last_metric_ms: int | None = max((metric.timestamp for metric in data.to_proto().metrics), default=None)
         self._params: dict[str, str] = dict(data.params)
         self._tags: dict[str, str] = dict(data.tags)
         last_steps = {metric.key: metric.step for metric in data.to_proto().metrics}
@@ -169,18 +167,11 @@ class MlflowRun:
         Raises:
             Exception: Any error of MLflow where the store cannot be reached; opening may be tried again.
         """
-        for name, value in _ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        from mlflow import MlflowClient  # takes two seconds, here in the sender's thread
-
-        database = sqlite_path(settings.tracking_uri)
-        if database is not None:
-            create_database_whole(database, lambda draft: _make_tables(MlflowClient(sqlite_uri(draft))))
-        client = MlflowClient(settings.tracking_uri)
+        client = open_client(settings.tracking_uri)
         run_id = known_run_id if known_run_id and _run_exists(client, known_run_id) else None
         if run_id is None:
-            experiment_id = _experiment_id(client, settings)
-            run_id = _run_of_uid(client, experiment_id, settings.run_uid)
+            experiment_id = made_experiment(client, settings.tracking_uri, settings.experiment)
+            run_id = run_of_uid(client, experiment_id, settings.run_uid)
         if run_id is None:
             tags = {UID_TAG: settings.run_uid}
             created = client.create_run(experiment_id, start_time=started_ms, tags=tags, run_name=settings.run_name)
@@ -215,6 +206,12 @@ class MlflowRun:
         new = {name: value for name, value in values.items() if self._tags.get(name) != value}
         self._log("tags", [RunTag(name, value) for name, value in new.items()])
         self._tags.update(new)
+
+    def delete_tags(self, names: Iterable[str]) -> None:
+        """Deletes those of the tags that the run has."""
+        for name in [name for name in names if name in self._tags]:
+            self._call(lambda name=name: self._client.delete_tag(self.run_id, name))  # type: ignore[misc]
+            del self._tags[name]
 
     def set_running(self) -> None:
         """Marks the run as running, also if it had ended."""
@@ -299,10 +296,6 @@ def _reason(error: Exception) -> str:
     return shortened((str(error).splitlines() or [""])[0], 300)
 
 
-def _make_tables(client: Any) -> None:
-    client.search_experiments(max_results=1)  # the first query makes MLflow create the tables
-
-
 def _run_exists(client: Any, run_id: str) -> bool:
     from mlflow.exceptions import MlflowException
 
@@ -313,34 +306,6 @@ def _run_exists(client: Any, run_id: str) -> bool:
             return False
         raise
     return True
-
-
-def _experiment_id(client: Any, settings: RunSettings) -> str:
-    from mlflow.exceptions import MlflowException
-
-    experiment = client.get_experiment_by_name(settings.experiment)
-    if experiment is None:
-        try:
-            location = artifact_location(settings.tracking_uri)
-            return client.create_experiment(settings.experiment, artifact_location=location)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-            experiment = client.get_experiment_by_name(settings.experiment)  # another run has just created it
-    if experiment.lifecycle_stage == "deleted":
-        client.restore_experiment(experiment.experiment_id)
-        logger.warning("MLflow experiment %r was deleted: restored, because this run writes to it", settings.experiment)
-    return experiment.experiment_id
-
-
-def _run_of_uid(client: Any, experiment_id: str, run_uid: str) -> str | None:
-    from mlflow.entities import ViewType
-
-    query = f"tags.`{UID_TAG}` = '{run_uid}'"
-    runs = client.search_runs(
-        [experiment_id], query, run_view_type=ViewType.ALL, max_results=1, order_by=["attributes.start_time ASC"]
-    )
-    return runs[0].info.run_id if runs else None
 
 
 def _restore(client: Any, run_id: str) -> None:

@@ -74,6 +74,11 @@ class MlflowTracker:
         """MLflow's id of the run; None until MLflow was reached."""
         return self._sender.run_id
 
+    @property
+    def last_error(self) -> str:
+        """Why the last attempt to send failed; empty if it succeeded."""
+        return self._sender.last_error
+
     def pending(self) -> Pending:
         """What has not reached MLflow."""
         return self._sender.pending()

@@ -263,7 +263,7 @@ class Sender:
         failed.retry_at = time.monotonic() + self._timing.pause(failed.failures)
         failed.tried_at_end = self._urgent.is_set()
         if failed.failures == 1:
-            logger.warning("artifact %r could not be stored and will be tried again (%s)", target, _reason(error))
+            logger.warning("artifact %r could not be stored and will be tried again (%s)", target, error_text(error))
 
     def _leave_out(self, reason: str, target: str, error: Exception) -> None:
         self._state.left_out[reason] += 1
@@ -273,7 +273,7 @@ class Sender:
 
     def _failed(self, error: Exception) -> None:
         self._failures += 1
-        self._last_error = _reason(error)
+        self._last_error = error_text(error)
         if self._failures == _FAILURES_UNTIL_WARNING:
             message = "MLflow at %s does not accept records (%s); they are kept in %s and sent when it does"
             logger.warning(message, public_uri(self._settings.tracking_uri), self._last_error, self._folder)
@@ -285,7 +285,8 @@ class Sender:
         self._last_error = ""
 
 
-def _reason(error: Exception) -> str:
+def error_text(error: Exception) -> str:
+    """An error on one line, without passwords: the operating system's error if MLflow wrapped one."""
     cause = _root_cause(error)
     first_line = (str(cause).splitlines() or [""])[0]
     return shortened(without_credentials(f"{type(cause).__name__}: {first_line}"), 300)
