@@ -20,6 +20,7 @@ from detr_ray.config.sections import (
     TrackingConfig,
     TrainConfig,
 )
+from detr_ray.config.tune_sections import TuneConfig
 
 __all__ = [
     "AugmentConfig",
@@ -36,6 +37,7 @@ __all__ = [
     "SplitConfig",
     "TrackingConfig",
     "TrainConfig",
+    "TuneConfig",
     "config_from_dict",
     "diff",
     "flatten",

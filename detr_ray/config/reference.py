@@ -37,7 +37,9 @@ def reference_text() -> str:
         else:
             head = f"{key.path}  ({key.kind}{'' if key.is_section else f'; default {_default(key)}'})"
             lines += textwrap.wrap(head, WIDTH, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
-            lines += textwrap.wrap(key.meaning, WIDTH, initial_indent="      ", subsequent_indent="      ")
+            lines += textwrap.wrap(
+                key.meaning, WIDTH, initial_indent="      ", subsequent_indent="      ", break_on_hyphens=False
+            )
     return "\n".join(lines[1:])
 
 

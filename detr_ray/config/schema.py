@@ -101,6 +101,8 @@ def _kind(annotation: Any, metadata: Any = ()) -> str:
         if arguments[-1] is Ellipsis:
             return f"list of {_kind(arguments[0])}"
         return f"list of {len(arguments)}: {_kind(arguments[0])}"
+    if origin is dict:
+        return "mapping"
     if annotation in (int, float):
         return ("whole number" if annotation is int else "number") + _range(metadata)
     if isinstance(annotation, type):

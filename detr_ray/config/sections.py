@@ -20,6 +20,7 @@ from detr_ray.config.fields import (
     Count,
     CountOrRange,
     CountOrZero,
+    Name,
     NonNegative,
     Positive,
     Schedule,
@@ -31,6 +32,7 @@ from detr_ray.config.fields import (
     Weight,
     Whole,
 )
+from detr_ray.config.tune_sections import TuneConfig
 from detr_ray.config.yaml_format import format_yaml
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ else:
 class RunConfig(Section):
     """Name of the run, where it is kept, and its seed."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] | None = None
+    name: Name | None = None
     """Name of the run, of letters, digits, `.`, `_` and `-`. An existing run of this name is resumed if its
     configuration agrees. null: a new, unique name."""
     storage: Text = "runs"
@@ -319,6 +321,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     tracking: TrackingConfig = TrackingConfig()
+    tune: TuneConfig = TuneConfig()
 
     def rules(self) -> Iterator[Violation]:
         """The warm-up must end before the run."""

@@ -18,7 +18,7 @@ from recorded import final_weights
 from tiny import fit_here, make_dataset, tiny_config
 from torchvision.models import resnet18
 
-from detr_ray.config import Config
+from detr_ray.config import Config, TuneConfig
 from detr_ray.config.schema import all_keys
 from detr_ray.data.formats import open_split
 from detr_ray.data.packing import write_shards
@@ -197,6 +197,10 @@ CASES = {
     "records": Case(
         ("tracking.enabled", "tracking.uri", "tracking.experiment"),
         ("tracking={enabled: true, uri: 'sqlite:///$copy/other.db', experiment: other}",),
+    ),
+    "a search": Case(
+        tuple(f"tune.{name}" for name in TuneConfig.model_fields),
+        ("tune={name: s, space: {optim.lr: {uniform: [0, 1]}}, trials: 3, scheduler: asha, seed: 7}",),
     ),
     "launcher": Case(
         ("train.launcher",), ("train.launcher=ray", "train.num_workers=1"), (same_weights,),

@@ -60,6 +60,7 @@ FREE_KEYS = (
     "train.max_steps",
     "eval.",
     "tracking.",
+    "tune.",
 )
 
 # The source of the first weights, which is not needed any more when there is a checkpoint.

@@ -1,0 +1,196 @@
+"""The checks of a search before anything starts: its settings against each other, and the space against the keys."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from detr_ray.config import Config, ConfigError, TuneConfig
+from detr_ray.config.messages import shown
+from detr_ray.search.distributions import Distribution, is_number
+from detr_ray.search.reading import POPULATIONS
+from detr_ray.search.searchable import is_changeable
+
+if TYPE_CHECKING:
+    from detr_ray.search.space import SearchSpace
+
+METRICS = tuple(
+    f"val/{name}" for name in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+)
+"""What every validation reports, beside ``val/AP/<category>``."""
+
+# Constraints that refuse all of so many draws leave next to nothing to search.
+DRAWS_TRIED = 200
+
+
+def check_search(config: Config, space: SearchSpace, *, is_whole: bool) -> tuple[list[str], list[str]]:
+    """Checks a search.
+
+    Args:
+        config: the base configuration.
+        space: what could be read of the space.
+        is_whole: whether all of it could be read; if not, what needs all of it is not checked.
+
+    Returns:
+        One line for each error, and one for each warning.
+    """
+    errors = [*_settings(config), *_searcher(config.tune, space, is_whole), *_population(config, space)]
+    try:
+        config.check_training()
+    except ConfigError as error:
+        return [*errors, *error.errors], []  # each trial would be refused for the same
+    refused, warnings = _refused_values(config, space)
+    errors += refused
+    if is_whole and not errors and not _has_room(space):
+        errors.append(
+            f"tune.constraints: none of {DRAWS_TRIED} random combinations fulfils all of them; widen the ranges or "
+            "remove a constraint"
+        )
+    return errors, warnings
+
+
+def _settings(config: Config) -> Iterator[str]:
+    """The scheduler's epochs, and the metric."""
+    tune, epochs, every = config.tune, config.train.epochs, config.eval.every_epochs
+    known = tune.metric in METRICS or (tune.metric.startswith("val/AP/") and len(tune.metric) > len("val/AP/"))
+    if not known:
+        yield (
+            f"tune.metric: {tune.metric} is never reported; there are {', '.join(METRICS)}, and val/AP/NAME for a "
+            "category"
+        )
+    elif config.data.root is None and config.data.val is None and config.data.train is not None:
+        yield f"tune.metric: {tune.metric} needs validation images: set data.val"
+    if tune.scheduler == "none":
+        return
+    if every == 0:
+        yield f"eval.every_epochs: must not be 0 with tune.scheduler={tune.scheduler}, which compares running trials"
+    if tune.scheduler in POPULATIONS:
+        if tune.perturb_every_epochs >= epochs:
+            yield (
+                f"tune.perturb_every_epochs: must be less than train.epochs ({epochs}), or nothing ever changes "
+                f"(got {tune.perturb_every_epochs})"
+            )
+        if every and tune.perturb_every_epochs % every:
+            yield (
+                f"tune.perturb_every_epochs: must be a multiple of eval.every_epochs ({every}): trials are compared by "
+                f"their validation (got {tune.perturb_every_epochs})"
+            )
+        if tune.trials < 2:
+            yield f"tune.trials: must be at least 2 with tune.scheduler={tune.scheduler}: trials copy each other"
+    elif tune.grace_epochs > epochs:
+        yield f"tune.grace_epochs: must not exceed train.epochs ({epochs}) (got {tune.grace_epochs})"
+    if any(name in config.tune.space for name in ("train.epochs",)):
+        yield (
+            f"tune.space: train.epochs: cannot be searched with tune.scheduler={tune.scheduler}, which compares trials "
+            "after the same number of epochs"
+        )
+
+
+def _searcher(tune: TuneConfig, space: SearchSpace, is_whole: bool) -> Iterator[str]:
+    grids = [name for name, found in space.parameters.items() if found.kind == "grid"]
+    others = [name for name in space.parameters if name not in grids]
+    if tune.searcher == "grid":
+        if others:
+            yield f"tune.searcher: grid needs grids alone, but {', '.join(others)} would be drawn; use grid or random"
+        elif is_whole and tune.trials < (points := len(space.grid_points())):
+            yield f"tune.trials: the grid has {points} points; set tune.trials={points} (got {tune.trials})"
+    elif grids:
+        yield f"tune.searcher: {', '.join(grids)} is a grid, which needs tune.searcher=grid; or write choice"
+    if tune.searcher == "tpe":
+        if tune.scheduler in POPULATIONS:
+            yield f"tune.searcher: must be random or grid with tune.scheduler={tune.scheduler}, which chooses itself"
+        if importlib.util.find_spec("optuna") is None:
+            yield "tune.searcher: tpe needs the package optuna: pip install 'detr_ray[tune]'"
+    if tune.scheduler == "pb2" and importlib.util.find_spec("sklearn") is None:
+        yield "tune.scheduler: pb2 needs the package scikit-learn: pip install scikit-learn"
+
+
+def _population(config: Config, space: SearchSpace) -> Iterator[str]:
+    """Whether what a population changes can change while a trial trains."""
+    scheduler = config.tune.scheduler
+    if scheduler not in POPULATIONS:
+        return
+    if not space.mutated and space.parameters and not config.tune.mutate:
+        yield f"tune.mutate: names nothing, so tune.scheduler={scheduler} would change nothing"
+    remedy = "name in tune.mutate only what can: " + ", ".join(f"{key}" for key in ("optim.lr", "optim.lr_backbone"))
+    for name in space.mutated:
+        for key in space.keys_that_follow_from((name,)):
+            subject = key if key == name else f"{key} (through {name})"
+            if not is_changeable(key):
+                yield f"tune.space: {subject} cannot change while a trial trains; {remedy} and loss weights"
+            elif name.startswith(f"{key}."):
+                yield (
+                    f"tune.space: {name} is a part of a schedule, which cannot change while a trial trains; search "
+                    f"{key} as a number, or leave {name} out of tune.mutate"
+                )
+        distribution = space.parameters[name]
+        if not distribution.is_numeric:
+            yield f"tune.space: {name} has values that are no numbers, and cannot change while a trial trains"
+        elif scheduler == "pb2" and distribution.kind not in ("uniform", "loguniform"):
+            yield f"tune.space: {name}: pb2 needs uniform or loguniform, not {distribution.kind}"
+        elif name == "optim.lr_backbone" and any(value == 0 for value in distribution.ends()):
+            yield "tune.space: optim.lr_backbone must not become 0 while a trial trains: 0 freezes the backbone"
+
+
+def _refused_values(config: Config, space: SearchSpace) -> tuple[list[str], list[str]]:
+    """Errors for parameters whose values are all refused, and warnings for those with some."""
+    middle = {name: distribution.middle() for name, distribution in space.parameters.items()}
+    errors, warnings = [], []
+    for name, distribution in space.parameters.items():
+        ends = distribution.ends()
+        faults = [_refusal(config, space, {**middle, name: value}, name) for value in ends]
+        refused = [(value, fault) for value, fault in zip(ends, faults, strict=True) if fault is not None]
+        lines = [f"tune.space: {name}: {shown(value)} is refused: {fault}" for value, fault in refused]
+        if len(refused) == len(ends):
+            errors += [f"{line}{_hint(distribution, line)}" for line in lines]
+        else:
+            warnings += lines
+    return errors, warnings
+
+
+def _refusal(config: Config, space: SearchSpace, drawn: Mapping[str, Any], name: str) -> str | None:
+    """Why the configuration refuses a value: alone, and also together with values from the middle of all others.
+
+    Args:
+        config: the base configuration.
+        space: the space.
+        drawn: the value, and the others'.
+        name: of the parameter.
+    """
+    from detr_ray.search.space import with_values
+
+    try:
+        resolved = space.resolve(drawn)
+    except ConfigError as error:
+        return "; ".join(error.errors)
+    own = space.keys_that_follow_from((name,))
+    reasons = []
+    for keys in ({key: resolved[key] for key in own}, resolved):
+        try:
+            with_values(config, keys)
+        except ConfigError as error:
+            reasons.append("; ".join(error.errors))
+        else:
+            return None
+    return reasons[0]
+
+
+def _hint(distribution: Distribution, line: str) -> str:
+    is_whole = all(is_number(end) and float(end).is_integer() for end in distribution.ends())
+    return "; use randint" if "whole number" in line and distribution.kind == "uniform" and is_whole else ""
+
+
+def _has_room(space: SearchSpace) -> bool:
+    """Whether the constraints leave something to search."""
+    if not space.constraints:
+        return True
+    rng = random.Random(0)
+    for _ in range(DRAWS_TRIED):
+        try:
+            if not space.broken_constraints(space.draw(rng)):
+                return True
+        except ConfigError:
+            continue  # an expression that cannot be computed for these values
+    return False

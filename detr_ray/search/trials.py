@@ -1,0 +1,132 @@
+"""The trials of a search, as they are kept in its folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from pyarrow import fs
+
+from detr_ray.addresses import join
+from detr_ray.locations import file_info, read_bytes, write_bytes
+
+TRIALS_FILE = "trials.json"
+
+State = Literal["waiting", "running", "finished", "stopped early", "failed", "refused", "stopped"]
+STATES: tuple[str, ...] = get_args(State)
+
+_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One training of a search.
+
+    Attributes:
+        name: ``t000``, ``t001``, ... in the order of creation.
+        values: parameter -> what was drawn for it.
+        state: ``waiting``, ``running``; ``finished`` (trained to the end), ``stopped early`` (by the scheduler),
+            ``failed``, ``refused`` (the configuration or a constraint refuses the values), ``stopped`` (by the user or
+            by the time budget; can go on).
+        problem: why it failed or was refused; empty otherwise.
+        epoch: epochs trained.
+        step: optimizer steps taken.
+        value: the metric of the last validation.
+        best: the best so far.
+        best_epoch: when that was.
+        history: (epoch, step, metric) of each validation.
+        seconds: time that it trained, over all attempts.
+        run_path: folder or URI of its current run.
+        attempts: number of starts.
+        generation: number of exploits that it went through; its run is ``<name>-g<generation>`` from the first on.
+    """
+
+    name: str
+    values: Mapping[str, Any] = field(default_factory=dict)
+    state: State = "waiting"
+    problem: str = ""
+    epoch: float = 0.0
+    step: int = 0
+    value: float | None = None
+    best: float | None = None
+    best_epoch: float | None = None
+    history: tuple[tuple[float, int, float], ...] = ()
+    seconds: float = 0.0
+    run_path: str | None = None
+    attempts: int = 0
+    generation: int = 0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it will not go on, also not when the search is resumed."""
+        return self.state in ("finished", "stopped early", "failed", "refused")
+
+    def measured(self, epoch: float, step: int, value: float, mode: Literal["max", "min"]) -> Trial:
+        """The trial after a validation.
+
+        Args:
+            epoch: epochs trained.
+            step: optimizer steps taken. Later measurements are dropped: the trial went back to a checkpoint.
+            value: the metric.
+            mode: whether more or less is better.
+        """
+        history = (*(entry for entry in self.history if entry[1] < step), (epoch, step, value))
+        choose = max if mode == "max" else min
+        best = choose(history, key=lambda entry: entry[2])
+        return dataclasses.replace(
+            self, epoch=epoch, step=step, value=value, best=best[2], best_epoch=best[0], history=history
+        )
+
+
+def trial_name(number: int) -> str:
+    """Name of the trial that is created as number ``number``, from 0."""
+    return f"t{number:03d}"
+
+
+def best_trial(trials: Iterable[Trial], mode: Literal["max", "min"]) -> Trial | None:
+    """The trial with the best value; the earlier one of two that are equal. None where nothing was measured."""
+    measured = [trial for trial in trials if trial.best is not None]
+    choose = max if mode == "max" else min
+    return choose(measured, key=lambda trial: trial.best or 0.0) if measured else None
+
+
+def write_trials(folder: str, trials: Iterable[Trial]) -> None:
+    """Writes all trials into the folder of a search, atomically.
+
+    Args:
+        folder: folder or URI.
+        trials: all of them.
+    """
+    content = {"version": _VERSION, "trials": [dataclasses.asdict(trial) for trial in trials]}
+    write_bytes(join(folder, TRIALS_FILE), json.dumps(content, indent=1, allow_nan=False).encode())
+
+
+def read_trials(folder: str) -> list[Trial]:
+    """The trials of a search, in the order of creation; none if none were written yet.
+
+    Args:
+        folder: folder or URI.
+
+    Raises:
+        ValueError: the file is damaged or of another version.
+    """
+    place = join(folder, TRIALS_FILE)
+    if file_info(place).type == fs.FileType.NotFound:
+        return []
+    try:
+        content = json.loads(read_bytes(place))
+        if content["version"] != _VERSION:
+            raise ValueError(f"version {content['version']}, and this program reads version {_VERSION}")
+        return [_trial(entry) for entry in content["trials"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{place}: cannot be read as trials: {error}") from error
+
+
+def _trial(entry: Mapping[str, Any]) -> Trial:
+    if entry["state"] not in STATES:
+        raise ValueError(f"unknown state {entry['state']!r}")
+    history = tuple((epoch, step, value) for epoch, step, value in entry["history"])
+    return Trial(**{**entry, "history": history})

@@ -1,0 +1,110 @@
+"""Keys of the section `tune`, seen in the trials that a search would make, and in how trials of a population change."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from config_keys.registry import Place, shows
+
+from detr_ray.config import Config, ConfigError
+from detr_ray.search import SearchSpace
+
+RATE = "tune.space={optim.lr: {loguniform: [1e-5, 1e-3]}}"
+GRID = ("tune.space={optim.lr: {grid: [1e-4, 1e-3]}, loss.ce: {grid: [1, 2]}}", "tune.searcher=grid")
+
+
+def proposed(config: Config) -> list[dict[str, Any]]:
+    return SearchSpace.from_config(config).proposals(config.tune)
+
+
+def refused(config: Config) -> str:
+    with pytest.raises(ConfigError) as caught:
+        SearchSpace.from_config(config)
+    return str(caught.value)
+
+
+@shows("tune.space")
+def space(place: Place) -> None:
+    """A trial is the base with drawn values; a variable enters through expressions only."""
+    config = place.config(
+        "tune.space={optim.lr: {loguniform: [1e-5, 1e-3]}, factor: {choice: [0.5]}, "
+        "optim.lr_backbone: {expression: optim.lr * factor}}"
+    )
+    found = SearchSpace.from_config(config)
+    trial = found.trial_config(config, found.draw(random.Random(1)))
+    assert 1e-5 <= trial.optim.lr <= 1e-3 and trial.optim.lr != config.optim.lr
+    assert trial.optim.lr_backbone == trial.optim.lr * 0.5
+    assert trial.tune == Config().tune and trial.model == config.model
+
+
+@shows("tune.constraints")
+def constraints(place: Place) -> None:
+    config = place.config(RATE, "tune.constraints=['optim.lr < 1e-4']")
+    found = SearchSpace.from_config(config)
+    assert found.trial_config(config, {"optim.lr": 2e-5}).optim.lr == 2e-5
+    with pytest.raises(ConfigError, match=r"'optim\.lr < 1e-4' does not hold"):
+        found.trial_config(config, {"optim.lr": 5e-4})
+
+
+@shows("tune.trials", "tune.seed")
+def random_trials(place: Place) -> None:
+    five, again, other = (proposed(place.config(RATE, "tune.trials=5", f"tune.seed={seed}")) for seed in (1, 1, 2))
+    assert len(five) == 5 and five == again != other
+    assert "set tune.trials=4" in refused(place.config(*GRID, "tune.trials=3"))
+
+
+@shows("tune.searcher")
+def searcher(place: Place) -> None:
+    points = proposed(place.config(*GRID))
+    assert [tuple(point.values()) for point in points] == [(1e-4, 1), (1e-4, 2), (1e-3, 1), (1e-3, 2)]
+    assert "needs tune.searcher=grid" in refused(place.config(GRID[0]))
+
+
+@shows("tune.metric")
+def metric(place: Place) -> None:
+    SearchSpace.from_config(place.config(RATE, "tune.metric=val/APs"))
+    assert "val/loss is never reported" in refused(place.config(RATE, "tune.metric=val/loss"))
+
+
+@shows("tune.grace_epochs")
+def grace_epochs(place: Place) -> None:
+    SearchSpace.from_config(place.config(RATE, "tune.scheduler=asha", "train.epochs=2", "tune.grace_epochs=2"))
+    said = refused(place.config(RATE, "tune.scheduler=asha", "train.epochs=2", "tune.grace_epochs=3"))
+    assert "must not exceed train.epochs (2)" in said
+
+
+@shows("tune.perturb_every_epochs")
+def perturb_every_epochs(place: Place) -> None:
+    SearchSpace.from_config(place.config(RATE, "tune.scheduler=pbt", "train.epochs=4", "tune.perturb_every_epochs=2"))
+    said = refused(place.config(RATE, "tune.scheduler=pbt", "train.epochs=4", "tune.perturb_every_epochs=4"))
+    assert "must be less than train.epochs (4)" in said
+
+
+BOTH = "tune.space={optim.lr: {uniform: [1e-5, 1e-3]}, loss.giou: {uniform: [1, 8]}}"
+
+
+@shows("tune.scheduler", "tune.mutate")
+def mutated(place: Place) -> None:
+    """A population changes values while trials train; the others do not."""
+    many = "train.epochs=4"
+    assert SearchSpace.from_config(place.config(BOTH, many, "tune.scheduler=asha")).mutated == ()
+    assert SearchSpace.from_config(place.config(BOTH, many, "tune.scheduler=pbt")).mutated == ("optim.lr", "loss.giou")
+    config = place.config(BOTH, many, "tune.scheduler=pbt", "tune.mutate=[loss.giou]", "tune.resample_probability=0")
+    before = {"optim.lr": 1e-4, "loss.giou": 4.0}
+    after = SearchSpace.from_config(config).perturb(before, random.Random(0), config.tune)
+    assert after["optim.lr"] == 1e-4 and after["loss.giou"] != 4.0
+
+
+@shows("tune.perturb_factors", "tune.resample_probability")
+def perturbation(place: Place) -> None:
+    def changed(*overrides: str) -> set[float]:
+        config = place.config(BOTH, "train.epochs=4", "tune.scheduler=pbt", *overrides)
+        found, rng = SearchSpace.from_config(config), random.Random(3)
+        before = {"optim.lr": 1e-4, "loss.giou": 4.0}
+        return {found.perturb(before, rng, config.tune)["loss.giou"] for _ in range(40)}
+
+    assert changed("tune.resample_probability=0") == {3.2, 5.0}
+    assert changed("tune.resample_probability=0", "tune.perturb_factors=[0.5, 1.5]") == {2.0, 6.0}
+    assert len(changed("tune.resample_probability=1")) == 40
