@@ -40,7 +40,7 @@ class ChildState:
         state: ``stopped early`` by the scheduler, ``stopped`` by the user or at the end of the time; ``refused``: the
             configuration does not allow the values, so that no training began.
         run_uid: the run's uid, by which its MLflow run is found; None: no training run was ever made.
-        problem: why it failed, was refused or was stopped.
+        problem: why it failed, was refused or was stopped; empty: there is nothing to say.
         values: name -> value of the parameters that were searched.
         is_best: whether it is the best run of the search.
         generation: counts the runs of a trial in a population, from 0.
@@ -50,7 +50,7 @@ class ChildState:
     trial: str
     state: RunState
     run_uid: str | None
-    problem: str | None = None
+    problem: str = ""
     values: Mapping[str, Any] = field(default_factory=dict)
     is_best: bool = False
     generation: int = 0
@@ -157,7 +157,7 @@ def _write(run: MlflowRun, parent_id: str, child: ChildState) -> None:
         "trial.state": child.state,
         "trial.generation": str(child.generation),
     }
-    if child.problem is not None:
+    if child.problem:
         tags[_PROBLEM_TAG] = child.problem
     if child.is_best:
         tags[BEST_TAG] = "true"

@@ -53,4 +53,7 @@ MODULES = (
     "detr_ray/prepare.py",
     "detr_ray/cli.py",
     "detr_ray/viz/detections.py",
+    "detr_ray/viz/search_axes.py",
+    "detr_ray/viz/search_figure.py",
+    "detr_ray/viz/search_pictures.py",
 )

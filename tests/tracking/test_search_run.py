@@ -140,7 +140,7 @@ def test_each_child_shows_what_became_of_it(open_search: OpenSearch, open_tracke
         assert run.data.tags[PARENT_TAG] == parent
         assert run.data.params == {"space/optim.lr": "0.0003", "space/loss.giou.points.1.1": "2"}
         expected = {"trial.name": child.trial, "trial.state": child.state, "trial.generation": "0"}
-        expected |= {} if child.problem is None else {"trial.problem": child.problem}
+        expected |= {} if not child.problem else {"trial.problem": child.problem}
         assert trial_tags(run) == expected | ({"search.best": "true"} if child.is_best else {})
         assert run.info.start_time <= run.info.end_time
     (last,) = client_of(store_uri).get_metric_history(runs["t002"].info.run_id, "val/AP")
@@ -180,7 +180,7 @@ def test_the_best_tag_moves_and_problems_go_away(
     def best() -> list[str]:
         return [name for name, run in runs_of(store_uri).items() if run.data.tags.get("search.best") == "true"]
 
-    def show(best_trial: str | None, problem: str | None = None) -> None:
+    def show(best_trial: str | None, problem: str = "") -> None:
         children = [
             ChildState(name, "running", f"uid-{name}", problem, is_best=name == best_trial) for name in ("t000", "t001")
         ]
@@ -210,7 +210,7 @@ def test_generations_of_a_trial_are_children_of_the_search(
     search = open_search()
     children = [
         ChildState("t000", "stopped early", "uid-t000", "went on from t001 at step 40", {"optim.lr": 1e-4}),
-        ChildState("t000", "finished", "uid-t000-g1", None, {"optim.lr": 2e-4}, is_best=True, generation=1),
+        ChildState("t000", "finished", "uid-t000-g1", "", {"optim.lr": 2e-4}, is_best=True, generation=1),
     ]
     assert search.close("FINISHED", children)
     runs = runs_of(store_uri)
