@@ -168,7 +168,7 @@ def test_help_lists_every_key_with_its_meaning(capsys):
     for key in all_keys():
         assert key.path in text
         assert key.meaning in squeezed
-    assert "optim.lr (number more than 0; default 0.0001)" in squeezed
+    assert "optim.lr (number more than 0 or schedule; default 0.0001)" in squeezed
     assert "model.backbone_stride (32 or 16 or 8; default 32)" in squeezed
     assert max(map(len, text.splitlines())) <= 100
 
@@ -251,6 +251,7 @@ def test_unknown_command_names_the_nearest(capsys):
 def test_command_is_dispatched_with_its_arguments(name, capsys):
     assert entry.main([name, "train.epochs=0", "optim.lr=x"]) == 2
     assert capsys.readouterr().err == (
-        "error: optim.lr: must be a number (got x, from command line)\n"
+        "error: optim.lr: must be a number or a schedule such as {points: [[epoch, value], ...], "
+        "interpolation: linear} (got x, from command line)\n"
         "error: train.epochs: must be at least 1 (got 0, from command line)\n"
     )

@@ -149,8 +149,11 @@ def test_override_values(override, key, value):
         ("train.epochs=null", "train.epochs: must be a whole number (got null, from command line)"),
         ("train.epochs=010", "train.epochs: must be a whole number (got '010', from command line)"),
         ("optim.lr=0", "optim.lr: must be more than 0 (got 0, from command line)"),
-        ("optim.lr=true", "optim.lr: must be a number (got true, from command line)"),
-        ("optim.lr=fast", "optim.lr: must be a number (got fast, from command line)"),
+        ("optim.clip_max_norm=true", "optim.clip_max_norm: must be a number (got true, from command line)"),
+        ("optim.clip_max_norm=fast", "optim.clip_max_norm: must be a number (got fast, from command line)"),
+        ("optim.lr=true", "optim.lr: must be a number or a schedule such as {points: [[epoch, value], ...], interpol"),
+        ("optim.lr={points: [[0, 0], [9, 0]]}", "optim.lr: must not be 0 at all epochs (got"),
+        ("optim.lr_backbone={points: [[0, 0], [9, 1]]}", "optim.lr_backbone: must be 0 at all points, which freezes"),
         ("optim.lr=.nan", "optim.lr: must be a finite number (got .nan, from command line)"),
         ("optim.lr=inf", "optim.lr: must be a finite number (got inf, from command line)"),
         ("optim.lr=-.inf", "optim.lr: must be a finite number (got -.inf, from command line)"),
@@ -380,6 +383,13 @@ def test_weights_are_numbers_or_schedules(write):
     assert load_config(path, ["loss.ce=2"]).loss.ce == 2.0
 
 
+def test_rates_are_numbers_or_schedules():
+    config = load_config(None, ["optim.lr={points: [[0, 1e-3], [4, 0]]}", "optim.lr_backbone={points: [[0, 1e-5]]}"])
+    assert config.optim.lr == Schedule(points=((0, 1e-3), (4, 0)))
+    assert config.optim.lr_backbone.at(7) == 1e-5
+    assert load_config(None, ["optim.lr_backbone={points: [[0, 0], [3, 0]]}"]).optim.lr_backbone == 0.0, "frozen"
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
@@ -437,7 +447,7 @@ def test_yaml_loads_again_equal(config, write):
 def test_from_dict_names_the_source_in_errors():
     with pytest.raises(ConfigError, match=r"unknown key 'optim\.speed'.*from a checkpoint"):
         config_from_dict({"optim": {"speed": 1}}, "a checkpoint")
-    with pytest.raises(ConfigError, match=r"optim\.lr: must be a number \(got .*object.*, from a checkpoint\)"):
+    with pytest.raises(ConfigError, match=r"optim\.lr: must be a number .*\(got .*object.*, from a checkpoint\)"):
         config_from_dict({"optim": {"lr": object()}}, "a checkpoint")
 
 

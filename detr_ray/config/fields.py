@@ -82,7 +82,7 @@ Counts = Annotated[tuple[Count, ...], NonEmpty]
 
 
 class Schedule(Section):
-    """A weight that changes over the epochs."""
+    """A weight or a learning rate that changes over the epochs."""
 
     points: Annotated[tuple[tuple[NonNegative, NonNegative], ...], NonEmpty]
     """``[epoch, value]`` pairs with ascending epochs. The first value also holds before, the last value also after."""
@@ -96,22 +96,40 @@ class Schedule(Section):
             yield Violation(("points",), "must have ascending epochs")
 
     def at(self, epoch: float) -> float:
-        """The weight at an epoch; 2.5 is the middle of the third epoch."""
+        """The value at an epoch; 2.5 is the middle of the third epoch."""
         return Curve(self.points, self.interpolation).at(epoch)
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether it is 0 at all epochs."""
+        return not any(value for _, value in self.points)
 
 
 NUMBER_BRANCH, SCHEDULE_BRANCH = "<number>", "<schedule>"
-"""Names of a weight's two forms in the locations of pydantic's errors. The brackets distinguish them from keys."""
+"""Names of the two forms of a weight or a rate in the locations of pydantic's errors. The brackets distinguish them
+from keys."""
 
 
-def _weight_branch(value: Any) -> str:
+def _schedule_branch(value: Any) -> str:
     return SCHEDULE_BRANCH if isinstance(value, Mapping | Schedule) else NUMBER_BRANCH
 
 
 # The discriminator selects the form before validation, so that a faulty value gets the errors of one form only.
 Weight = Annotated[
     Annotated[NonNegative, Tag(NUMBER_BRANCH)] | Annotated[Schedule, Tag(SCHEDULE_BRANCH)],
-    Discriminator(_weight_branch),
+    Discriminator(_schedule_branch),
+]
+
+
+def _zero_as_number(value: float | Schedule) -> float | Schedule:
+    return 0.0 if isinstance(value, Schedule) and value.is_zero else value
+
+
+# A rate that is 0 at all epochs is the number 0, so that what is frozen can be told from the value alone.
+RateOrZero = Annotated[Weight, AfterValidator(_zero_as_number)]
+Rate = Annotated[
+    Annotated[Positive, Tag(NUMBER_BRANCH)] | Annotated[Schedule, Tag(SCHEDULE_BRANCH)],
+    Discriminator(_schedule_branch),
 ]
 
 

@@ -23,6 +23,8 @@ from detr_ray.config.fields import (
     Name,
     NonNegative,
     Positive,
+    Rate,
+    RateOrZero,
     Schedule,
     Section,
     Seed,
@@ -147,19 +149,19 @@ class LossConfig(Section):
 
 
 def _is_always_zero(weight: float | Schedule) -> bool:
-    values = [value for _, value in weight.points] if isinstance(weight, Schedule) else [weight]
-    return not any(values)
+    return weight.is_zero if isinstance(weight, Schedule) else weight == 0
 
 
 class OptimConfig(Section):
-    """AdamW and its learning rate. Schedules are stated in epochs."""
+    """AdamW and its learning rates. Schedules are stated in epochs."""
 
-    lr: Positive = 1e-4
-    """Learning rate of everything but the backbone."""
-    lr_backbone: NonNegative = 1e-5
-    """Learning rate of the backbone. 0 freezes it, as in the original: its weights (including learned position
-    embeddings) and its batch norm statistics do not change, the optimizer keeps no state for it, and its gradients do
-    not count in the gradient norm."""
+    lr: Rate = 1e-4
+    """Learning rate of everything but the backbone: a number, or a schedule over epochs such as
+    `{points: [[0, 1e-4], [50, 1e-5]], interpolation: cosine}`, which `optim.schedule` is applied to as to a number."""
+    lr_backbone: RateOrZero = 1e-5
+    """Learning rate of the backbone, in the same forms. 0 freezes it, as in the original: its weights (including
+    learned position embeddings) and its batch norm statistics do not change, the optimizer keeps no state for it, and
+    its gradients do not count in the gradient norm."""
     weight_decay: NonNegative = 1e-4
     """Weight decay."""
     clip_max_norm: NonNegative = 0.1
@@ -182,7 +184,11 @@ class OptimConfig(Section):
     0.9997."""
 
     def rules(self) -> Iterator[Violation]:
-        """Milestones must ascend, and multistep needs some."""
+        """Rates must not be 0, except for a backbone that never trains; milestones must ascend."""
+        if isinstance(self.lr, Schedule) and self.lr.is_zero:
+            yield Violation(("lr",), "must not be 0 at all epochs")
+        if isinstance(self.lr_backbone, Schedule) and any(value == 0 for _, value in self.lr_backbone.points):
+            yield Violation(("lr_backbone",), "must be 0 at all points, which freezes the backbone, or at none")
         if any(later <= earlier for earlier, later in pairwise(self.milestones)):
             yield Violation(("milestones",), "must ascend")
         if self.schedule == "multistep" and not self.milestones:

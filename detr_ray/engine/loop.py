@@ -18,7 +18,7 @@ from detr_ray.engine.checkpoints.training_state import TrainingState
 from detr_ray.engine.context import LeaveReason, WorkerContext
 from detr_ray.engine.cpu import HeldMemory, warn_of_slow_precision
 from detr_ray.engine.errors import RunFailed
-from detr_ray.engine.optimizer import learning_rate_factor, set_learning_rate
+from detr_ray.engine.optimizer import LearningRates
 from detr_ray.engine.reporting.meters import Meters
 from detr_ray.engine.reporting.progress import duration, step_line
 from detr_ray.engine.reporting.result import FitResult
@@ -60,15 +60,7 @@ class TrainingLoop:
         context.enter("starting", 0)
         self.state = TrainingState(job, context)
         self.model, self.criterion, self.optimizer = self.state.model, self.state.criterion, self.state.optimizer
-        self._lr_factor = learning_rate_factor(
-            config.optim.schedule,
-            epochs=config.train.epochs,
-            step_epochs=config.optim.step_epochs,
-            milestones=config.optim.milestones,
-            gamma=config.optim.gamma,
-            warmup_epochs=config.optim.warmup_epochs,
-            min_lr_factor=config.optim.min_lr_factor,
-        )
+        self._rates = LearningRates.of(self.model, config.optim, config.train.epochs)
         # Before the model is wrapped: wrapping compares it between workers.
         training = self.state.restore(self.checkpoints)
         self._train_step = TrainStep(
@@ -122,7 +114,7 @@ class TrainingLoop:
         for micro_batches in self.batches.train_batches(self.step, self.job.total_steps):
             self._train_step.times.data_wait += time.perf_counter() - waiting_since
             epoch = self.step / self.job.steps_per_epoch
-            set_learning_rate(self.optimizer, self._lr_factor.at(epoch))
+            self._rates.set(self.optimizer, epoch)
             self.criterion.at_epoch(epoch)
             outcome = self._train_step(self.step, micro_batches)
             self._after_step(outcome)

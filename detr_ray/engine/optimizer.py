@@ -1,33 +1,37 @@
-"""AdamW over the model's parameter groups, and its learning rate as a pure function of the epoch."""
+"""AdamW over the model's parameter groups, and its learning rates as pure functions of the epoch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from detr_ray.model.detection_model import DetectionModel
-from detr_ray.schedules import Curve, Product, constant
+from detr_ray.schedules import Curve, Product, Scheduled, constant, value_at
 
 if TYPE_CHECKING:
     from detr_ray.config import OptimConfig
 
 
-def group_rates(model: DetectionModel, optim: OptimConfig) -> dict[str, float]:
-    """The configured learning rate of each of the model's parameter groups."""
+Rate = float | Scheduled
+
+
+def group_rates(model: DetectionModel, optim: OptimConfig) -> dict[str, Rate]:
+    """The configured learning rate of each of the model's parameter groups: a number or a schedule."""
     return {group: getattr(optim, group) for group in model.parameter_groups()}
 
 
-def freeze_groups(model: DetectionModel, rates: Mapping[str, float]) -> None:
+def freeze_groups(model: DetectionModel, rates: Mapping[str, Rate]) -> None:
     """Keeps groups whose rate is 0 as they are: without gradients, so in no optimizer, no norm and no backward pass.
 
     The model keeps a backbone without gradients in evaluation mode, so that its statistics stay too.
 
     Args:
         model: the model; says which groups it has.
-        rates: learning rate of each group.
+        rates: learning rate of each group. A schedule freezes nothing.
     """
     for group, names in model.parameter_groups().items():
         if rates[group] == 0:
@@ -35,10 +39,10 @@ def freeze_groups(model: DetectionModel, rates: Mapping[str, float]) -> None:
                 model.get_parameter(name).requires_grad_(False)
 
 
-def build_optimizer(model: DetectionModel, rates: Mapping[str, float], *, weight_decay: float) -> torch.optim.AdamW:
+def build_optimizer(model: DetectionModel, rates: Mapping[str, Rate], *, weight_decay: float) -> torch.optim.AdamW:
     """AdamW over what trains, in the model's parameter groups.
 
-    Each group keeps its full rate under ``initial_lr`` (``set_learning_rate`` scales it) and its name under ``rate``.
+    Each group keeps its name under ``rate``, and its full rate at the start under ``initial_lr``.
 
     Args:
         model: the model; says which groups it has.
@@ -48,7 +52,8 @@ def build_optimizer(model: DetectionModel, rates: Mapping[str, float], *, weight
     groups: list[dict[str, object]] = []
     for group, names in model.parameter_groups().items():
         parameters = [parameter for parameter in map(model.get_parameter, names) if parameter.requires_grad]
-        groups.append({"params": parameters, "lr": rates[group], "initial_lr": rates[group], "rate": group})
+        rate = value_at(rates[group], 0.0)
+        groups.append({"params": parameters, "lr": rate, "initial_lr": rate, "rate": group})
     return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
 
 
@@ -147,7 +152,40 @@ def learning_rate_factor(
     return Product((warmup, decay))
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Sets each group's rate to its full rate times a factor."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * factor
+@dataclass(frozen=True, slots=True)
+class LearningRates:
+    """The learning rate of each parameter group at each epoch.
+
+    Attributes:
+        full: group -> its rate, a number or a schedule.
+        factor: what all of them are multiplied with.
+    """
+
+    full: Mapping[str, Rate]
+    factor: Scheduled
+
+    @classmethod
+    def of(cls, model: DetectionModel, optim: OptimConfig, epochs: float) -> LearningRates:
+        """The rates of a run.
+
+        Args:
+            model: says which groups it has.
+            optim: rates and schedule.
+            epochs: length of the run.
+        """
+        factor = learning_rate_factor(
+            optim.schedule,
+            epochs=epochs,
+            step_epochs=optim.step_epochs,
+            milestones=optim.milestones,
+            gamma=optim.gamma,
+            warmup_epochs=optim.warmup_epochs,
+            min_lr_factor=optim.min_lr_factor,
+        )
+        return cls(group_rates(model, optim), factor)
+
+    def set(self, optimizer: torch.optim.Optimizer, epoch: float) -> None:
+        """Gives each group its rate at an epoch."""
+        factor = self.factor.at(epoch)
+        for group in optimizer.param_groups:
+            group["lr"] = value_at(self.full[group["rate"]], epoch) * factor

@@ -26,6 +26,10 @@ def learning_rates(place: Place) -> None:
     head = max(value for name, value in moved.items() if not name.startswith("backbone."))
     backbone = max(value for name, value in moved.items() if name.startswith("backbone."))
     assert head == pytest.approx(3e-3, rel=0.01) and backbone == pytest.approx(7e-4, rel=0.01)
+    scheduled = place.train("optim.lr={points: [[0, 4e-3], [1, 2e-3]]}", "optim.lr_backbone={points: [[0.5, 1e-3]]}")
+    assert [update.rates[0] for update in scheduled.updates] == pytest.approx([4e-3, 3.5e-3, 3e-3, 2.5e-3])
+    assert {update.rates[-1] for update in scheduled.updates} == {1e-3}
+    assert scheduled.metric("optim/lr") == [update.rates[0] for update in scheduled.updates]
 
 
 @shows("optim.weight_decay")

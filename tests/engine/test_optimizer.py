@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,15 +11,18 @@ import pytest
 import torch
 from torch import nn
 
+from detr_ray.config import Schedule
 from detr_ray.engine.optimizer import (
+    LearningRates,
+    Rate,
     build_optimizer,
     clipped_update,
     freeze_groups,
     learning_rate_factor,
     restore_optimizer,
-    set_learning_rate,
 )
 from detr_ray.model import build_model
+from detr_ray.schedules import Curve, constant
 
 
 def factor(schedule: str, epochs: float = 10, **changes: Any) -> Any:
@@ -96,8 +100,23 @@ def test_the_backbone_has_a_rate_of_its_own() -> None:
     assert not any(name.startswith("backbone.") for name in head)
     assert len(head) + len(backbone) == sum(p.requires_grad for p in model.parameters())
     assert not any(".conv1." in name and "layer" not in name for name in backbone), "the stem does not train"
-    set_learning_rate(optimizer, 0.5)
+    LearningRates({"lr": 1e-4, "lr_backbone": 1e-5}, constant(0.5)).set(optimizer, 3.0)
     assert [group["lr"] for group in optimizer.param_groups] == [5e-5, 5e-6]
+
+
+def test_a_rate_may_be_a_schedule_which_the_factor_multiplies() -> None:
+    model = small_detector()
+    rates: dict[str, Rate] = {"lr": Schedule(points=((1, 4e-4), (3, 2e-4))), "lr_backbone": 1e-5}
+    freeze_groups(model, rates)
+    optimizer = build_optimizer(model, rates, weight_decay=0)
+    assert [group["initial_lr"] for group in optimizer.param_groups] == [4e-4, 1e-5]
+    torch.save(optimizer.state_dict(), file := io.BytesIO())
+    file.seek(0)
+    torch.load(file, weights_only=True)  # a checkpoint holds numbers, not schedules
+    found = LearningRates(rates, Curve(((0.0, 1.0), (4.0, 0.5))))
+    for epoch, expected in ((0.0, [4e-4, 1e-5]), (2.0, [2.25e-4, 0.75e-5]), (4.0, [1e-4, 0.5e-5])):
+        found.set(optimizer, epoch)
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(expected)
 
 
 def small_network() -> nn.Module:

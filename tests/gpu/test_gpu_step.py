@@ -12,8 +12,9 @@ from drawn import deviation, draw_batch, draw_step
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from detr_ray.engine.optimizer import set_learning_rate
+from detr_ray.engine.optimizer import LearningRates
 from detr_ray.engine.step import StepOutcome, TrainStep
+from detr_ray.schedules import constant
 from detr_ray.structures import IMAGENET_PIXELS, HostCopy, to_device
 
 STEPS = 3
@@ -64,7 +65,7 @@ def test_steps_are_those_of_the_cpu(placed: tuple[torch.device, str], on_cpu) ->
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_batch_is_learnt(gpu: torch.device, precision: str) -> None:
     step = draw_step(gpu, precision)
-    set_learning_rate(step.optimizer, 10)
+    LearningRates({"lr": 1e-3, "lr_backbone": 1e-4}, constant(1.0)).set(step.optimizer, 0.0)
     losses = [step(number, [draw_batch()]).losses["loss"].item() for number in range(12)]
     step.settle()
     assert np.isfinite(losses).all() and losses[-1] < 0.9 * losses[0]

@@ -1,0 +1,56 @@
+"""The schedule that a trial of a population lived through, as a configuration that replays it in one training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from detr_ray.config.yaml_format import format_yaml
+from detr_ray.search.distributions import is_number
+from detr_ray.search.searchable import is_changeable
+
+Lived = Sequence[tuple[int, Mapping[str, Any]]]
+
+
+def lived_schedule(lived: Lived, steps_per_epoch: int, header: str = "") -> str:
+    """Text of a ``schedule.yaml`` with the same values at the same steps.
+
+    A training looks values up at ``step / steps_per_epoch``. The points are the same quotients, written in full, so
+    that each value holds from its step on, to the bit.
+
+    Args:
+        lived: (first step, key -> value) of each part of the trial's life, from its oldest ancestor on. A key that a
+            part does not name keeps its value.
+        steps_per_epoch: optimizer steps of one epoch.
+        header: lines that become a comment at the top.
+
+    Returns:
+        YAML with one schedule a key. A key whose value never changed is written as a number.
+
+    Raises:
+        ValueError: the life does not begin at step 0, steps do not ascend, or a key cannot change while training.
+    """
+    steps = [step for step, _ in lived]
+    if not steps or steps[0] != 0:
+        raise ValueError(f"a life begins at step 0, not at {steps[:1]}")
+    if any(later <= earlier for earlier, later in pairwise(steps)):
+        raise ValueError(f"the steps must ascend, got {steps}")
+    points: dict[str, list[list[float]]] = {}
+    for step, values in lived:
+        for key, value in values.items():
+            if not is_changeable(key) or not is_number(value):
+                raise ValueError(f"{key}={value!r} cannot change while a trial trains")
+            if key not in points and step:
+                raise ValueError(f"{key} has no value before step {step}")
+            known = points.setdefault(key, [])
+            if not known or known[-1][1] != value:
+                known.append([step / steps_per_epoch, float(value)])
+    sections: dict[str, dict[str, Any]] = {}
+    for key, found in points.items():
+        section, _, name = key.partition(".")
+        is_fixed = len(found) == 1
+        value = found[0][1] if is_fixed else {"points": found, "interpolation": "constant"}
+        sections.setdefault(section, {})[name] = value
+    comment = "".join(f"# {line}".rstrip() + "\n" for line in header.splitlines())
+    return comment + format_yaml(sections)
