@@ -22,7 +22,7 @@ from detr_ray.engine.checkpoints.store import CheckpointInfo, CheckpointStore
 from detr_ray.engine.context import LocalContext
 from detr_ray.engine.job import TrainJob, prepare_job
 from detr_ray.engine.loop import TrainingLoop
-from detr_ray.engine.reporting.result import FitResult
+from detr_ray.engine.reporting.progress import FitResult
 from detr_ray.engine.stream.batches import LocalBatches
 from detr_ray.loss import SetCriterion
 from detr_ray.model import DetectionModel

@@ -21,7 +21,7 @@ from tiny import TINY, fit_here, make_dataset, tiny_config
 
 from detr_ray import evaluate as command
 from detr_ray.config import load_config
-from detr_ray.engine.reporting.result import FitResult
+from detr_ray.engine.reporting.progress import FitResult
 from detr_ray.model import build_model
 
 

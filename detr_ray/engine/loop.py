@@ -19,10 +19,8 @@ from detr_ray.engine.context import LeaveReason, WorkerContext
 from detr_ray.engine.cpu import HeldMemory, warn_of_slow_precision
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.optimizer import LearningRates
-from detr_ray.engine.reporting.meters import Meters
-from detr_ray.engine.reporting.progress import duration, step_line
-from detr_ray.engine.reporting.result import FitResult
-from detr_ray.engine.reporting.stream_record import StreamRecord
+from detr_ray.engine.reporting.meters import Meters, StreamRecord
+from detr_ray.engine.reporting.progress import FitResult, duration, step_line
 from detr_ray.engine.step import StepOutcome, StepTimes, TrainStep
 from detr_ray.engine.validation.in_training import Validation
 

@@ -23,8 +23,8 @@ from detr_ray.engine.context import LocalContext
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.hooks import Budget, JobHooks
 from detr_ray.engine.job import Say, TrainJob, prepare_job, run_summary
+from detr_ray.engine.reporting.progress import FitResult
 from detr_ray.engine.reporting.records import open_tracker
-from detr_ray.engine.reporting.result import FitResult
 from detr_ray.engine.stream.batches import LocalBatches
 from detr_ray.runtime.cluster_check import preflight_nodes
 from detr_ray.runtime.host_process import StoppedBeforeWork, StopSignals, host_process_as_before, stop_signals

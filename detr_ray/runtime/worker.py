@@ -21,8 +21,8 @@ from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.hooks import Evaluated
 from detr_ray.engine.job import TrainJob
 from detr_ray.engine.loop import TrainingLoop
+from detr_ray.engine.reporting.progress import FitResult
 from detr_ray.engine.reporting.records import open_tracker
-from detr_ray.engine.reporting.result import FitResult
 from detr_ray.engine.validation.evaluation_job import EvaluationJob, run_evaluation
 from detr_ray.runtime.datasets import RayBatches
 from detr_ray.runtime.heartbeat import WorkerHeartbeat

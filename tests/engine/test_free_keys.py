@@ -25,7 +25,7 @@ from detr_ray.data.packing import write_shards
 from detr_ray.engine.checkpoints.run_directory import is_free
 from detr_ray.engine.checkpoints.store import CheckpointStore
 from detr_ray.engine.job import prepare_job
-from detr_ray.engine.reporting.result import FitResult
+from detr_ray.engine.reporting.progress import FitResult
 from detr_ray.tracking import MemoryTracker
 
 STOPPED_AT, STEPS = 3, 8

@@ -8,7 +8,7 @@ from drawn import DrawnJob, deviation
 
 from detr_ray.engine.context import LocalContext
 from detr_ray.engine.loop import TrainingLoop
-from detr_ray.engine.reporting.result import FitResult
+from detr_ray.engine.reporting.progress import FitResult
 
 
 class Metrics:

@@ -13,7 +13,7 @@ MODULES = (
     "detr_ray/engine/step.py",
     "detr_ray/engine/reporting/meters.py",
     "detr_ray/engine/optimizer.py",
-    "detr_ray/engine/ema.py",
+    "detr_ray/engine/averages.py",
     "detr_ray/engine/checkpoints/training_state.py",
     "detr_ray/engine/validation/in_training.py",
     "detr_ray/engine/checkpoints/run_checkpoints.py",

@@ -18,7 +18,7 @@ from tiny import make_dataset, tiny_config
 from detr_ray.config import Config, ConfigError
 from detr_ray.engine.hooks import Budget, Evaluated, JobHooks
 from detr_ray.engine.job import prepare_job
-from detr_ray.engine.reporting.result import FitResult
+from detr_ray.engine.reporting.progress import FitResult
 from detr_ray.runtime.launch import run_job
 from detr_ray.runtime.resources import plan_workers
 from detr_ray.runtime.session import is_own_ray

@@ -17,7 +17,7 @@ from detr_ray.engine.checkpoints.store import CheckpointStore
 from detr_ray.engine.context import LocalContext, Phase
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.job import TrainJob, prepare_job
-from detr_ray.engine.reporting.result import FitResult
+from detr_ray.engine.reporting.progress import FitResult
 from detr_ray.engine.stream.batches import LocalBatches
 from detr_ray.tracking import MemoryTracker, Tracker
 

@@ -11,17 +11,25 @@ from collections.abc import Callable, Iterator
 
 from detr_ray.config import Config
 from detr_ray.data.label_map import COCO_NUM_CLASSES
-from detr_ray.engine.preflight import first_weights, pictures, plan, storage
-from detr_ray.engine.preflight.annotations import (
+from detr_ray.engine.preflight.data import (
     DATA,
+    IMAGES,
     LABELS,
     check_boxes,
     check_generated,
+    check_images,
     check_labels,
     open_splits,
 )
 from detr_ray.engine.preflight.findings import Finding, Report
-from detr_ray.engine.preflight.first_weights import starts_from_official_weights
+from detr_ray.engine.preflight.storage import STORAGE, check_storage
+from detr_ray.engine.preflight.training import (
+    TRAINING,
+    WEIGHTS,
+    check_plan,
+    check_weights,
+    starts_from_official_weights,
+)
 from detr_ray.engine.reporting.tracking_store import run_tracking_uri
 from detr_ray.tracking.reachability import UnreachableError, UnusableError, try_store
 
@@ -50,18 +58,18 @@ def run_preflight(
         with section(LABELS, report, say):
             label_map = check_labels(config, opened, lambda: starts_from_official_weights(config), report)
             check_boxes(config, opened, report)
-        with section(plan.AREA, report, say):
-            plan.check_plan(config, opened, label_map, report)
-    with section(first_weights.AREA, report, say):
-        first_weights.check_weights(config, label_map, report)
-    with section(storage.AREA, report, say):
-        storage.check_storage(config, label_map.num_classes if label_map else COCO_NUM_CLASSES, report)
+        with section(TRAINING, report, say):
+            check_plan(config, opened, label_map, report)
+    with section(WEIGHTS, report, say):
+        check_weights(config, label_map, report)
+    with section(STORAGE, report, say):
+        check_storage(config, label_map.num_classes if label_map else COCO_NUM_CLASSES, report)
     with section("tracking", report, say):
         _check_tracking(config, report)
     if opened:
-        with section(pictures.AREA, report, say):
+        with section(IMAGES, report, say):
             for split, index in opened.items():
-                pictures.check_images(config, split, index, decode, report, say)
+                check_images(config, split, index, decode, report, say)
     return report
 
 

@@ -1,26 +1,37 @@
-"""Preflight of the storage for checkpoints: it can be written and read, and is large enough."""
+"""Preflight of what is written: the storage for checkpoints, its free space, and the output files of a command."""
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
 from pyarrow.fs import FileType
 
 from detr_ray.addresses import LocationError, is_remote, join, local_path, parent
-from detr_ray.config import Config
+from detr_ray.config import Config, ConfigError
 from detr_ray.detector import build_skeleton
 from detr_ray.engine.checkpoints.run_directory import absolute_storage
 from detr_ray.engine.optimizer import freeze_groups, group_rates
 from detr_ray.engine.preflight.findings import Report
-from detr_ray.locations import delete_file, delete_folder, file_info, list_files, make_folder, read_bytes, write
+from detr_ray.locations import (
+    delete_file,
+    delete_folder,
+    file_info,
+    list_files,
+    make_folder,
+    open_location,
+    read_bytes,
+    write,
+    write_bytes,
+)
 from detr_ray.retries import Patience, reason_of
 
-AREA = "storage"
+STORAGE = "storage"
 TIMEOUT_S = 10.0
 """How long a storage may take to write, read and delete a small file."""
 
@@ -37,15 +48,15 @@ def check_storage(config: Config, num_classes: int, report: Report) -> None:
     try:
         storage = absolute_storage(config.run.storage)
     except LocationError as error:  # its message contains no credentials
-        report.add("error", AREA, f"run.storage: {error}")
+        report.add("error", STORAGE, f"run.storage: {error}")
         return
     try:
         within(TIMEOUT_S, lambda: try_storage(storage))
     except (LocationError, OSError) as error:
         message = f"run.storage: {storage} cannot be used: {reason_of(error)}"
-        report.add("error", AREA, message, "choose another run.storage, or mend this one")
+        report.add("error", STORAGE, message, "choose another run.storage, or mend this one")
         return
-    report.add("ok", AREA, f"run.storage: {storage} can be written and read")
+    report.add("ok", STORAGE, f"run.storage: {storage} can be written and read")
     if (folder := local_path(storage)) is not None:
         _check_space(config, folder, num_classes, report)
 
@@ -136,8 +147,74 @@ def _check_space(config: Config, storage: Path, num_classes: int, report: Report
         f"(train.keep_last={config.train.keep_last}, the best, and one that is being written)"
     )
     if free < needed:
-        report.add("error", AREA, message, "make room, or set run.storage or train.keep_last")
+        report.add("error", STORAGE, message, "make room, or set run.storage or train.keep_last")
     elif free < 2 * needed:
-        report.add("warning", AREA, message, "other files may fill the disk before the run ends")
+        report.add("warning", STORAGE, message, "other files may fill the disk before the run ends")
     else:
-        report.add("ok", AREA, message)
+        report.add("ok", STORAGE, message)
+
+
+def check_outputs(locations: Mapping[str, str]) -> None:
+    """Creates the folders of output files, and checks that the files can be written.
+
+    Args:
+        locations: option or key -> path or URI of its file.
+
+    Raises:
+        ConfigError: some files cannot be written, or two options name the same file.
+    """
+    errors = []
+    taken: dict[str, str] = {}
+    for option, location in locations.items():
+        try:
+            place = _try(location)
+        except (OSError, LocationError) as error:
+            errors.append(f"{option}: {location} cannot be written: {reason_of(error)}")
+            continue
+        if place in taken:
+            errors.append(f"{option}: {location} is the file of {taken[place]} too; name another one")
+        taken[place] = option
+    if errors:
+        raise ConfigError(errors)
+
+
+def write_output(location: str, content: bytes) -> None:
+    """Writes a file atomically, and creates its folders. Devices and pipes are written directly.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    path = local_path(location)
+    if path is None:
+        write_bytes(location, content)
+    elif path.exists() and not path.is_file():
+        path.write_bytes(content)
+    else:
+        write_bytes(str(path.resolve()), content)  # the target of a link, not the link itself
+
+
+def _try(location: str) -> str:
+    """Checks that a file can be opened and that a file beside it can be written. Returns its resolved location."""
+    path = local_path(location)
+    if path is None:
+        open_location(location)  # fails for an address without a supported file system
+        try_storage(parent(location))
+        return location
+    path = path.resolve()
+    if path.is_dir() or location.endswith("/"):
+        raise IsADirectoryError("it is a folder; name a file in it")
+    if path.exists() and not path.is_file():
+        return str(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise NotADirectoryError(f"{path.parent} cannot be made a folder: there is a file of that name") from None
+    if path.exists():
+        path.open("ab").close()
+    beside = Path(f"{path}.{secrets.token_hex(4)}.tmp")  # as long as the temporary name used when writing
+    try:
+        beside.open("xb").close()
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+    return str(path)

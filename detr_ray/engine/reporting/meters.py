@@ -1,14 +1,18 @@
-"""Means of what the steps of one logging interval gave, over all workers."""
+"""What is recorded of the steps: their means over a logging interval, and which images each worker saw."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from detr_ray.engine.checkpoints.run_checkpoints import Inessential
 from detr_ray.engine.context import WorkerContext
 from detr_ray.engine.step import StepOutcome, StepTimes
 from detr_ray.loss import ERROR_NAMES
@@ -116,3 +120,39 @@ class Meters:
                 sorted(name for name in found if name in ERROR_NAMES or not name.startswith(ERROR_NAMES))
             )
         return self._loss_names
+
+
+class StreamRecord:
+    """One worker's part of the record.
+
+    Args:
+        folder: the run's folder; None where nothing is recorded.
+        context: this worker's group.
+        inessential: guards all writing but the first: a disk that fails later costs lines of the record.
+    """
+
+    def __init__(self, folder: Path | None, context: WorkerContext, inessential: Inessential) -> None:
+        self._path = None if folder is None else folder / "stream" / f"rank-{context.rank:05d}.jsonl"
+        self._world_size = context.world_size
+        self._inessential = inessential
+        self._begun = False
+
+    def add(self, step: int, outcome: StepOutcome) -> None:
+        """Writes one step.
+
+        Raises:
+            OSError: not even the first one of this process can be written.
+        """
+        if self._path is None:
+            return
+        line = {
+            "step": step,
+            "world_size": self._world_size,
+            "positions": outcome.positions,
+            "image_ids": outcome.image_ids,
+        }
+        with self._inessential("the stream cannot be recorded") if self._begun else contextlib.nullcontext():
+            self._path.parent.mkdir(exist_ok=True)
+            with self._path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        self._begun = True

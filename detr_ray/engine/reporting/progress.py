@@ -1,10 +1,19 @@
-"""Lines of progress that read well on a terminal and in a log: of steps, of evaluations, of work over many images."""
+"""What a run tells the user: lines of progress, and at its end its result.
+
+Imports neither the loop nor the model, which a program that only passes this on does not need.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from detr_ray.engine.context import LeaveReason
+
 
 EVALUATION_LINE = ("AP", "AP50", "AP75", "AR100")
 INTERVAL_S = 5.0
@@ -74,3 +83,32 @@ class Pace:
         self._say(
             f"{self._what} {done} of {total} images, {rate:.0f} images/s, {more + ', ' if more else ''}left {left}"
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class FitResult:
+    """How a run ended.
+
+    Attributes:
+        run_name: its name.
+        run_path: where it keeps its checkpoints.
+        status: ``finished``; ``stopped`` on request, to be gone on with; ``nothing to do``: it was finished before.
+        step: optimizer steps taken since the beginning of the run.
+        metrics: what the last evaluation gave.
+        best_metrics: what the best checkpoint's evaluation gave.
+        best_checkpoint: its folder.
+        table: the 12 COCO numbers of the last evaluation, for people.
+        train_s: seconds this process spent in the loop, evaluations included.
+        leave: why it stopped before its end.
+    """
+
+    run_name: str
+    run_path: str
+    status: Literal["finished", "stopped", "nothing to do"]
+    step: int
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    best_metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    best_checkpoint: str | None = None
+    table: str = ""
+    train_s: float = 0.0
+    leave: LeaveReason | None = None

@@ -1,8 +1,13 @@
-"""Evaluating a checkpoint on its own: from a configuration to the 12 numbers."""
+"""Evaluating a checkpoint on its own: from a configuration to the 12 numbers.
+
+A run validated its weights at image sizes of its own; with other sizes the same weights have other scores, which may be
+close to 0. So the settings that decide the result come from the checkpoint, unless the user gives them.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +16,7 @@ from pyarrow.fs import FileType
 from torch import Tensor
 
 from detr_ray.addresses import join
-from detr_ray.config import Config, ConfigError, LossConfig, ModelConfig, flatten
+from detr_ray.config import Config, ConfigError, LossConfig, ModelConfig, flatten, with_defaults
 from detr_ray.data.index import DatasetIndex
 from detr_ray.data.label_map import COCO_NUM_CLASSES, LabelMap
 from detr_ray.detector import Detector, build_detector, build_skeleton
@@ -25,12 +30,88 @@ from detr_ray.engine.job import Say, open_evaluation_data
 from detr_ray.engine.stream.batches import BatchSource
 from detr_ray.engine.stream.planned_data import PlannedData
 from detr_ray.engine.stream.positions import refuse_positions_out_of_reach
-from detr_ray.engine.validation.evaluation_config import DECISIVE, evaluation_config
 from detr_ray.engine.validation.evaluator import build_evaluator
 from detr_ray.evaluation import CocoMetrics, DetectionTable
 from detr_ray.locations import file_info
 from detr_ray.model.weights import PUBLISHED_ROWS, WeightsError, shorten_names, whole_state
 from detr_ray.retries import reason_of
+
+DECISIVE = (
+    "eval.size",
+    "eval.max_size",
+    "eval.max_detections",
+    "train.precision",
+    "data.reduced_decoding",
+    "data.on_bad_image",
+    "data.max_bad_images",
+)
+"""Keys that decide what an evaluation gives, beside the weights, the model and the images."""
+
+_SHOWN = DECISIVE[:4]
+_IMAGES = ("root", "val", "generate", "max_images")
+"""Keys of ``data`` that say which images there are; they are taken together or not at all."""
+
+
+def evaluation_config(given: Config, stored: Config | None, source: str) -> tuple[Config, list[str]]:
+    """The configuration to evaluate with.
+
+    Args:
+        given: the user's configuration. Keys that it was not made with, and have their defaults, may be others here.
+        stored: the configuration that the checkpoint was trained with; None where it has none.
+        source: the checkpoint, for messages.
+
+    Returns:
+        The configuration, and lines that tell the user which settings are used and where they are from.
+
+    Raises:
+        ConfigError: given and stored values do not go together.
+    """
+    if stored is None:
+        return given, [_described(given, given, {})]
+    defaults, lines = _defaults(given, stored)
+    try:
+        config = with_defaults(given, defaults, f"the configuration in {source}")
+    except ConfigError as error:
+        raise ConfigError([f"eval.checkpoint: {line}" for line in error.errors]) from error
+    line = _described(config, given, defaults)
+    theirs, ours = flatten(stored), flatten(config)
+    if other := [f"{key}={theirs[key]}" for key in _SHOWN if theirs[key] != ours[key]]:
+        line += f"; the run itself was validated with {', '.join(other)}"
+    return config, [line, *lines]
+
+
+def _described(config: Config, given: Config, from_run: Mapping[str, Mapping[str, Any]]) -> str:
+    """The settings that decide the result, by where they are from."""
+    values = flatten(config)
+    origins: dict[str, list[str]] = {}
+    for key in _SHOWN:
+        section, name = key.split(".")
+        origin = "by default"
+        if name in from_run.get(section, ()):
+            origin = "from the run"
+        elif name in getattr(given, section).model_fields_set:
+            origin = "as given"
+        origins.setdefault(origin, []).append(f"{key}={values[key]}")
+    return "scored with " + "; ".join(f"{', '.join(keys)} ({origin})" for origin, keys in origins.items())
+
+
+def _defaults(given: Config, stored: Config) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Values of the run for keys that were not given, by section; and what else to say of them."""
+    values, lines = stored.to_dict(), []
+    taken: dict[str, dict[str, Any]] = {"eval": {}, "train": {}, "data": {}}
+    for key in DECISIVE:
+        section, name = key.split(".")
+        if name not in getattr(given, section).model_fields_set:
+            taken[section][name] = values[section][name]
+    if taken["train"].get("precision") == "fp16" and (given.train.use_gpu is False or not torch.cuda.is_available()):
+        del taken["train"]["precision"]
+        lines.append("the run was trained with train.precision=fp16, which needs a GPU: it is scored in fp32 here")
+    if not {"root", "train", "val"} & given.data.model_fields_set:
+        for name in _IMAGES:
+            if name not in given.data.model_fields_set:
+                taken["data"][name] = values["data"][name]
+        lines.append("the validation data is the run's own, since none is given")
+    return taken, lines
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,24 +1,37 @@
-"""Preflight of the training plan: number of steps, batches, image sizes, and length of the training."""
+"""Preflight of the training: its first weights, number of steps, batches, image sizes, and length."""
 
 from __future__ import annotations
 
+import http.client
 import math
+import urllib.error
+import urllib.request
 from itertools import chain
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
+from torchvision.models import get_model_weights
 
 from detr_ray.config import Config, ConfigError
 from detr_ray.data.index import DatasetIndex
 from detr_ray.data.label_map import LabelMap
 from detr_ray.data.planner import split_global_batch
 from detr_ray.data.sample import SamplePlan
+from detr_ray.detector import build_skeleton
 from detr_ray.engine.cpu import slow_precision
-from detr_ray.engine.preflight.findings import Report
+from detr_ray.engine.preflight.findings import Level, Report
 from detr_ray.engine.stream.planned_data import PlannedData
 from detr_ray.engine.stream.positions import refuse_positions_out_of_reach
+from detr_ray.model.weights import WeightsError, load_backbone_weights, load_initial_weights, read_checkpoint
 
-AREA = "training"
+TRAINING, WEIGHTS = "training", "weights"
+TIMEOUT_S = 5.0
+"""How long a server may take to answer."""
+
+# Status codes of servers that refuse HEAD requests; the file may exist all the same.
+_NO_ANSWER = (401, 403, 405, 501)
 
 # Training images (with repetitions) that a model needs from random weights. For photographs: about eight epochs of
 # COCO. Measured on generated images of 64 pixels: AP 0.1 after 16,000 images, 0.4 after 32,000.
@@ -30,6 +43,94 @@ _MOST_ENLARGED = 2.0
 _MOST_PLANNED = 200_000
 
 
+def starts_from_official_weights(config: Config) -> bool:
+    """Whether the first weights use COCO's label space. Weights on a server are not downloaded: the answer is a guess.
+
+    False for a file that cannot be read; `check_weights` reports it.
+    """
+    source = config.model.init_from
+    if source is None:
+        return False
+    readable = _local_file(source)
+    if readable is None:
+        # Weights on a server are usually the published ones.
+        return True
+    try:
+        return read_checkpoint(readable)["class_names"] is None
+    except (WeightsError, OSError):
+        return False
+
+
+def check_weights(config: Config, label_map: LabelMap | None, report: Report) -> None:
+    """Checks the first weights. Reads local files; downloads nothing.
+
+    Args:
+        config: the configuration.
+        label_map: the labels of training; None if unknown: then the head is not checked.
+        report: findings are added to it.
+    """
+    key = "model.backbone_weights" if config.model.init_from is None else "model.init_from"
+    given = config.model.init_from or config.model.backbone_weights
+    if given == "none":
+        report.add("ok", WEIGHTS, "the backbone starts from random weights (model.backbone_weights=none)")
+        return
+    source = get_model_weights(config.model.backbone)["IMAGENET1K_V1"].url if given == "imagenet" else given
+    readable = _local_file(source)
+    if readable is None:
+        _check_server(key, source, report)
+        return
+    names = (label_map or LabelMap.coco91()).names
+    model = build_skeleton(config.model, len(names))
+    try:
+        if config.model.init_from is None:
+            load_backbone_weights(model, readable, config.model.backbone)
+            report.add("ok", WEIGHTS, f"{key}: {readable} fits {config.model.backbone}")
+            return
+        if label_map is None:
+            read_checkpoint(readable)
+            report.add("ok", WEIGHTS, f"{key}: {readable} can be read")
+            return
+        found = load_initial_weights(model, readable, names, LabelMap.coco91().names)
+    except (WeightsError, OSError) as error:
+        report.add("error", WEIGHTS, f"{key}: {error}")
+        return
+    notes = [f"{name}: {what}" for name, what in found.rebuilt.items()]
+    missing = [f"{name}: not in the file, starts from random weights" for name in found.missing]
+    report.add(
+        "ok", WEIGHTS,
+        f"{key}: {readable} can be read: {len(found.loaded)} tensors are taken, {len(found.rebuilt)} rebuilt, "
+        f"{len(found.missing)} missing, {len(found.unused)} unused", names=notes,
+    )  # fmt: skip
+    if missing:
+        report.add("warning", WEIGHTS, f"{key}: {len(missing)} tensors of the model are not in the file", names=missing)
+
+
+def _local_file(source: str) -> str | None:
+    """The local file of a source: itself, or the copy of an earlier download; None if there is none."""
+    if urlsplit(source).scheme not in ("http", "https"):
+        return source
+    kept = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(source).path).name
+    return str(kept) if kept.is_file() else None
+
+
+def _check_server(key: str, url: str, report: Report) -> None:
+    """Queries the size of a file on a server."""
+    request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": "detr_ray"})
+    advice = f"without internet access, download it elsewhere and set {key} to its path"
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+            size = response.headers.get("Content-Length")
+    except urllib.error.HTTPError as error:
+        level: Level = "warning" if error.code in _NO_ANSWER else "error"
+        report.add(level, WEIGHTS, f"{key}: {url}: the server answers {error.code} {error.reason}", advice)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = getattr(error, "reason", None) or error
+        report.add("error", WEIGHTS, f"{key}: {url} cannot be fetched ({reason})", advice)
+    else:
+        megabytes = f" ({int(size) / 1e6:.0f} MB)" if size is not None and size.isdecimal() else ""
+        report.add("ok", WEIGHTS, f"{key}: {url} is fetched when training starts{megabytes}; not looked into here")
+
+
 def check_plan(config: Config, opened: dict[str, DatasetIndex], label_map: LabelMap | None, report: Report) -> None:
     """Checks length, batch shapes and number format of the training."""
     _check_precision(config, report)
@@ -39,7 +140,7 @@ def check_plan(config: Config, opened: dict[str, DatasetIndex], label_map: Label
     batch = config.train.global_batch_size
     if len(train) < batch:
         report.add(
-            "error", AREA,
+            "error", TRAINING,
             f"{len(train)} training images are fewer than one step takes (train.global_batch_size={batch})",
             f"set train.global_batch_size to {len(train)} or less",
         )  # fmt: skip
@@ -48,11 +149,11 @@ def check_plan(config: Config, opened: dict[str, DatasetIndex], label_map: Label
     steps = math.ceil(config.train.epochs * steps_per_epoch)
     if config.train.max_steps is not None:
         steps = min(steps, config.train.max_steps)
-    report.add("ok", AREA, f"steps: {steps_per_epoch} an epoch, {steps} in all, of {batch} images each")
+    report.add("ok", TRAINING, f"steps: {steps_per_epoch} an epoch, {steps} in all, of {batch} images each")
     left_out = len(train) % batch
     if left_out > _MOST_LEFT_OUT * len(train):
         report.add(
-            "warning", AREA,
+            "warning", TRAINING,
             f"{left_out} of {len(train)} images are left out of each epoch (others each time): they fill no batch",
             "choose train.global_batch_size so that the number of images divided by it leaves a smaller remainder",
         )  # fmt: skip
@@ -60,7 +161,7 @@ def check_plan(config: Config, opened: dict[str, DatasetIndex], label_map: Label
         refuse_positions_out_of_reach(config, config.model, train, opened.get("val"))
     except ConfigError as error:
         for line in error.errors:
-            report.add("error", AREA, line)
+            report.add("error", TRAINING, line)
     labels = label_map or LabelMap.contiguous(train.categories)
     sizes = _check_shapes(PlannedData(config, train, opened.get("val"), labels), min(steps, steps_per_epoch), report)
     _check_enlargement(train, sizes, report)
@@ -73,7 +174,7 @@ def _check_precision(config: Config, report: Report) -> None:
     line = slow_precision(config.train.precision, "cuda" if on_gpu else "cpu")
     if line is not None:
         message, _, advice = line.partition("; ")
-        report.add("warning", AREA, message, advice)
+        report.add("warning", TRAINING, message, advice)
 
 
 def _check_shapes(data: PlannedData, steps: int, report: Report) -> np.ndarray:
@@ -100,7 +201,7 @@ def _check_shapes(data: PlannedData, steps: int, report: Report) -> np.ndarray:
     if plan.evaluation:
         count, height, width = max((_padded(part) for part in plan.evaluation), key=math.prod)
         message += f"; in validation {count} x {height}x{width}"
-    report.add("ok", AREA, message)
+    report.add("ok", TRAINING, message)
     return np.array(samples, np.int64)
 
 
@@ -114,7 +215,7 @@ def _check_enlargement(train: DatasetIndex, samples: np.ndarray, report: Report)
     enlarged = float(np.median(samples[:, 1:].min(axis=1) / stored))
     if enlarged > _MOST_ENLARGED:
         report.add(
-            "warning", AREA,
+            "warning", TRAINING,
             f"training enlarges its images {enlarged:.1f} times (median; their short side is {np.median(stored):.0f} "
             "pixels as stored): slower, with little gain",
             "set data.augment.scales, max_size, crop_scales, crop_min and crop_max, and eval.size, nearer to the "
@@ -128,7 +229,7 @@ def _check_length(config: Config, num_images: int, passes: int, short_side_px: f
     enough = _PASSES_FROM_SCRATCH_SMALL if short_side_px <= _SMALL_SIDE_PX else _PASSES_FROM_SCRATCH
     if passes < enough:
         report.add(
-            "warning", AREA,
+            "warning", TRAINING,
             f"training from scratch sees {passes} images ({num_images}, {passes / num_images:.0f} times each); with "
             f"images of this size DETR needs about {enough} before it finds much",
             "start from trained weights (model.init_from), or train for more epochs on more images",

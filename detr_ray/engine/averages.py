@@ -1,23 +1,52 @@
-"""Running statistics of batch norm that trains: each worker's own while it trains, their mean where weights are used.
-
-Training never reads them, so that workers need not agree on them. What is kept in a checkpoint and what is evaluated
-has the mean over workers; the workers' own go on beside it, also over a restart with as many workers, so that the
-weights at the end do not depend on when checkpoints were written.
-"""
+"""Averages of a model's state: of its weights over steps, and of its running statistics over workers."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from detr_ray.engine.context import WorkerContext
+from detr_ray.model import DetectionModel
+
+
+class ModelEma:
+    """A copy of a model whose weights trail the trained ones.
+
+    The decay is warmed up as ``min(decay, (1 + n) / (10 + n))`` after ``n`` updates, so that the average forgets the
+    random start. Buffers (running statistics) are copied.
+
+    Args:
+        model: the model that trains.
+        decay: share of the old average that one update keeps, e.g. 0.9997.
+    """
+
+    def __init__(self, model: DetectionModel, decay: float) -> None:
+        self.module: DetectionModel = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+        self.num_updates = 0
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Moves the average towards the model's weights as they are now."""
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        self.num_updates += 1
+        averaged: list[torch.Tensor] = list(self.module.parameters())
+        current: list[torch.Tensor] = list(model.parameters())
+        torch._foreach_lerp_(averaged, current, 1 - decay)
+        for mine, theirs in zip(self.module.buffers(), model.buffers(), strict=True):
+            mine.copy_(theirs)
 
 
 class RunningStatistics:
-    """One worker's statistics.
+    """One worker's running statistics of those batch norms that train.
+
+    Training never reads them, so each worker has its own. Checkpoints and evaluations have the mean over workers. The
+    workers' own ones go on beside it, also over a restart with as many workers, so that the weights at the end do not
+    depend on when checkpoints were written.
 
     Args:
         model: the model that trains.
@@ -51,15 +80,15 @@ class RunningStatistics:
         if self._context.world_size == 1 or not self._copies[0]:
             yield
             return
-        before = [_row(copy) for copy in self._copies]
+        before = [_row(own) for own in self._copies]
         mean = self._context.all_reduce_sum(before[0].clone()) / self._context.world_size
-        for copy in self._copies:
-            _fill(copy, mean)
+        for own in self._copies:
+            _fill(own, mean)
         try:
             yield
         finally:
-            for copy, values in zip(self._copies, before, strict=True):
-                _fill(copy, values)
+            for own, values in zip(self._copies, before, strict=True):
+                _fill(own, values)
 
 
 def _statistics(model: nn.Module, norms: Sequence[str]) -> list[Tensor]:
