@@ -207,6 +207,11 @@ class MlflowRun:
         self._log("tags", [RunTag(name, value) for name, value in new.items()])
         self._tags.update(new)
 
+    @property
+    def tags(self) -> Mapping[str, str]:
+        """The run's tags, as far as this process knows."""
+        return self._tags
+
     def delete_tags(self, names: Iterable[str]) -> None:
         """Deletes those of the tags that the run has."""
         for name in [name for name in names if name in self._tags]:

@@ -21,7 +21,10 @@ logger = logging.getLogger(__name__)
 RunState = Literal["running", "finished", "stopped early", "failed", "refused", "stopped"]
 
 BEST_TAG = "search.best"
+_STATE_TAG = "trial.state"
 _PROBLEM_TAG = "trial.problem"
+_NOTE_TAG = "mlflow.note.content"
+"""The tag that MLflow shows as a run's description, in full; it shows only the beginning of others."""
 _STATUS: dict[RunState, str] = {
     "finished": "FINISHED",
     "stopped early": "FINISHED",
@@ -151,21 +154,32 @@ def _write(run: MlflowRun, parent_id: str, child: ChildState) -> None:
     values = {f"space/{name}": str(value) for name, value in child.values.items()}
     names = clean_names(values)
     run.log_params({names[name]: value for name, value in values.items()})
+    before = dict(run.tags)
     tags = {
         PARENT_TAG: parent_id,
         "trial.name": child.trial,
-        "trial.state": child.state,
+        _STATE_TAG: child.state,
         "trial.generation": str(child.generation),
     }
     if child.problem:
         tags[_PROBLEM_TAG] = child.problem
     if child.is_best:
         tags[BEST_TAG] = "true"
+    deleted = {_PROBLEM_TAG, BEST_TAG}
+    # A description that the user wrote stays.
+    if before.get(_NOTE_TAG) in (None, "", _note(before.get(_STATE_TAG, ""), before.get(_PROBLEM_TAG, ""))):
+        deleted.add(_NOTE_TAG)
+        if child.problem:
+            tags[_NOTE_TAG] = _note(child.state, child.problem)
     run.set_tags(tags)
-    run.delete_tags({_PROBLEM_TAG, BEST_TAG} - tags.keys())
+    run.delete_tags(deleted - tags.keys())
     status = _STATUS.get(child.state)  # a running one sets its own
     if status is not None and status != run.status:
         run.set_ended(status, _end_of(run))
+
+
+def _note(state: str, problem: str) -> str:
+    return f"{state}: {problem}"
 
 
 def _end_of(run: MlflowRun) -> int:

@@ -24,7 +24,7 @@ from mlflow_reading import QUICK, client_of, history, the_only_run, wait_until
 from test_one_point_a_step import kill_and_resume
 
 from detr_ray import send
-from detr_ray.tracking import MlflowTracker
+from detr_ray.tracking import ChildState, MlflowTracker, SearchRun
 
 START_LIMIT_S = 60.0
 
@@ -95,6 +95,12 @@ def test_everything_arrives_once_in_one_run_whatever_happens_to_the_server(
         timing = replace(QUICK, finish=finish)
         return MlflowTracker(tmp_path / "run", uri=server.uri, experiment="detr", run_name="seven", timing=timing)
 
+    def open_search(finish: float) -> SearchRun:
+        timing = replace(QUICK, finish=finish)
+        return SearchRun(
+            tmp_path / "search", uri=server.uri, experiment="searches", name="rates", uid="search-1", timing=timing
+        )
+
     def told(what: str) -> int:
         return sum(what in record.getMessage() for record in caplog.records)
 
@@ -152,6 +158,26 @@ def test_everything_arrives_once_in_one_run_whatever_happens_to_the_server(
     (stored,) = client_of(server.uri).list_artifacts(run.info.run_id, "checkpoints/best")
     assert (stored.path, stored.file_size) == ("checkpoints/best/model.pt", 700_000)
 
+    # A search, whose child died before it could say so.
+    client = client_of(server.uri)
+    search = open_search(finish=30.0)
+    parent = search.wait_for_run_id(30)
+    place = client.get_run(parent).info.experiment_id
+    child = client.create_run(place, tags={"detr_ray.run_uid": "uid-t000"}).info.run_id
+    children = [
+        ChildState("t000", "failed", "uid-t000", "killed", {"optim.lr": 1e-4}, is_best=True),
+        ChildState("t001", "refused", None, "optim.lr is too large", {"optim.lr": 1.0}),
+    ]
+    search.log_picture(b"\x89PNG", "history.png")
+    assert search.close("FINISHED", children)
+    died = client.get_run(child)
+    assert (died.info.status, died.data.tags["mlflow.parentRunId"]) == ("FAILED", parent)
+    shown = client.search_runs([place], f"tags.mlflow.parentRunId = '{parent}'")
+    assert {run.data.tags["trial.state"] for run in shown} == {"failed", "refused"}
+    assert [found.path for found in client.list_artifacts(parent)] == ["history.png"]
+    resumed = open_search(finish=1.0)
+    wait_until(lambda: client.get_run(parent).info.status == "RUNNING")
+
     # A server that takes connections and does not answer: the end still comes in time.
     third = open_tracker(finish=1.0)
     wait_until(lambda: not third.pending())
@@ -161,6 +187,9 @@ def test_everything_arrives_once_in_one_run_whatever_happens_to_the_server(
     third.finish("KILLED")
     assert time.monotonic() - started < 10
     assert third.pending().events == 11
+    started = time.monotonic()
+    assert not resumed.close("KILLED", children)
+    assert time.monotonic() - started < 10
     assert send.main(["--run", str(tmp_path / "run"), "--timeout", "1"]) == 1
     assert "does not answer (timed out)" in capsys.readouterr().out
     server.signal(signal.SIGCONT)

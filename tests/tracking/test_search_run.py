@@ -180,6 +180,9 @@ def test_the_best_tag_moves_and_problems_go_away(
     def best() -> list[str]:
         return [name for name, run in runs_of(store_uri).items() if run.data.tags.get("search.best") == "true"]
 
+    def note(trial: str) -> str | None:
+        return runs_of(store_uri)[trial].data.tags.get("mlflow.note.content")
+
     def show(best_trial: str | None, problem: str = "") -> None:
         children = [
             ChildState(name, "running", f"uid-{name}", problem, is_best=name == best_trial) for name in ("t000", "t001")
@@ -189,8 +192,11 @@ def test_the_best_tag_moves_and_problems_go_away(
     show("t000", "the first attempt failed")
     wait_until(lambda: best() == ["t000"])
     wait_until(lambda: "trial.problem" in runs_of(store_uri)["t001"].data.tags)
+    assert note("t001") == "running: the first attempt failed"
+    client_of(store_uri).set_tag(runs_of(store_uri)["t000"].info.run_id, "mlflow.note.content", "mine")
     show("t001")
     wait_until(lambda: best() == ["t001"])
+    assert (note("t000"), note("t001")) == ("mine", None), "a description that the user wrote stays"
     assert all("trial.problem" not in run.data.tags for run in runs_of(store_uri).values())
     assert {runs_of(store_uri)[name].info.status for name in ("t000", "t001")} == {"RUNNING"}
     show(None)
