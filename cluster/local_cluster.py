@@ -13,7 +13,6 @@ import json
 import os
 import secrets
 import shutil
-import signal
 import subprocess
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,17 +25,20 @@ from local_machine import (
     free_ports,
     give_cores,
     is_free,
+    is_own_folder,
+    kill,
     node_address,
     own_environment,
     ray_command,
     runs,
+    terminate,
     until,
 )
 
 HEAD_TYPE, WORKER_TYPE = "head", "cpu_worker"
 
-# Every node except the head has one: with train.worker_resource=worker_slot each node runs one training worker, like a
-# machine with one GPU, and its other CPUs run data tasks.
+# Every node except the head has one of this resource. With train.worker_resource=worker_slot each node runs one
+# training worker, as a machine with one GPU does, and its other CPUs run data tasks.
 WORKER_SLOT = "worker_slot"
 
 _CLUSTER_MARK = "DETR_RAY_LOCAL_CLUSTER"
@@ -44,10 +46,10 @@ _NODE_MARK = "DETR_RAY_LOCAL_NODE"
 # The path of a socket has at most 107 characters. Sockets are below a node's folder; Ray appends about 66 characters.
 _LONGEST_FOLDER = 107 - 66 - len("/node-00")
 _SETTINGS = {
-    "RAY_JOB_STOP_WAIT_TIME_S": "60",  # time for a checkpoint when a job is stopped; 3 s otherwise
+    "RAY_JOB_STOP_WAIT_TIME_S": "60",  # time to write a checkpoint when a job is stopped; the default is 3 s
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
-    # A dead node is noticed after 5 s. A slow node is not: each check waits 10 s for an answer.
+    # A dead node is noticed after 5 s. A slow node is not taken for dead: each check waits 10 s for an answer.
     "RAY_health_check_period_ms": "1000",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",
 }
@@ -98,10 +100,14 @@ class LocalCluster:
 
     Args:
         folder: folder for state, token, logs and sockets. Its path must be short, because of the sockets.
+
+    Raises:
+        ClusterError: another user owns the folder, or may write to it.
     """
 
     def __init__(self, folder: Path) -> None:
-        _refuse_others(Path(folder))
+        if not is_own_folder(Path(folder)):
+            raise ClusterError(f"{folder} is not only this user's: remove it, or give a --folder of your own")
         self.folder = Path(folder).resolve()
         self._children: list[subprocess.Popen[bytes]] = []
 
@@ -167,14 +173,14 @@ class LocalCluster:
 
     def end_node(self, name: str) -> None:
         """Terminates a node, and kills the processes that do not end in time."""
-        self._terminate(self._sessions(name))
+        terminate(self._sessions(name))
         self._kill(lambda: self.processes(name))
 
     def drain_node(self, name: str, deadline_s: float) -> None:
-        """Announces to Ray that a node ends in ``deadline_s`` seconds, as for a spot machine.
+        """Announces to Ray that a node will end in ``deadline_s`` seconds, as a cloud announces it for a spot machine.
 
-        Ray stops using the node, and ends it as soon as nothing runs there. Call `remove_node` when the time is over,
-        as the cloud would end the machine then.
+        Ray places no more work on the node, and ends it as soon as nothing runs there. Call `remove_node` after this
+        time, because a cloud ends the machine then.
         """
         node = self._alive().get(name)
         if node is None:
@@ -213,7 +219,7 @@ class LocalCluster:
             return json.load(answer)
 
     def is_running(self, name: str) -> bool:
-        """Whether a node's processes run, independent of Ray's report."""
+        """Whether a node's processes run, whatever Ray reports."""
         return any(runs(leader) for leader in self._sessions(name))
 
     def processes(self, node: str | None = None) -> list[psutil.Process]:
@@ -235,10 +241,10 @@ class LocalCluster:
         if self._state_file.exists():
             with self._state() as state:
                 state["ending"] = True  # so that the autoscaler does not replace the nodes
-            # `ray start` ends its node's processes. They end cleanly only while the head runs, so the head is last.
+            # `ray start` ends its node's processes. They end cleanly only while the head runs, so the head ends last.
             head = self._sessions("head")
-            self._terminate(self._sessions(None) - head)
-            self._terminate(head)
+            terminate(self._sessions(None) - head)
+            terminate(head)
         self._kill(self.processes)
         self._children.clear()
         if not keep_logs:
@@ -272,11 +278,13 @@ class LocalCluster:
             "--head", "--port", str(gcs_port), "--ray-client-server-port", str(client_port),
             "--dashboard-host", LOCALHOST, "--dashboard-port", str(record["port"]), "--include-dashboard", "true",
         ]  # fmt: skip
-        # By default these ports are fixed; a second cluster on this machine could not use them.
+        # By default these ports are fixed, so that a second cluster on this machine could not start.
         settings = dict(zip(("DASHBOARD_METRIC_PORT", "AUTOSCALER_METRIC_PORT"), map(str, metric_ports), strict=True))
         if spec.autoscale:
+            from local_provider import autoscaler_config  # which imports this module
+
             config = self.folder / "autoscaler.json"
-            config.write_text(json.dumps(self._autoscaler(spec), indent=1))
+            config.write_text(json.dumps(autoscaler_config(spec, self.folder), indent=1))
             arguments += [f"--autoscaling-config={config}"]
             # The autoscaler loads `local_provider` from here.
             settings |= {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "PYTHONPATH": str(Path(__file__).resolve().parent)}
@@ -310,47 +318,11 @@ class LocalCluster:
         self._children.append(child)
         state["nodes"][name] = {"pid": child.pid, "created": psutil.Process(child.pid).create_time()}
 
-    def _autoscaler(self, spec: ClusterSpec) -> dict[str, Any]:
-        """Configuration of Ray's autoscaler with `LocalNodeProvider`."""
-        assert spec.autoscale is not None
-        fewest, most = spec.autoscale
-        memory = {"object_store_memory": spec.object_store_mb * 1_000_000}
-        return {
-            "cluster_name": "local",
-            "max_workers": most,
-            "idle_timeout_minutes": spec.idle_minutes,
-            "upscaling_speed": 100,
-            "provider": {
-                "type": "external",
-                "module": "local_provider.LocalNodeProvider",
-                "folder": str(self.folder),
-                "disable_node_updaters": True,  # nothing needs to be installed on a new node
-            },
-            "auth": {},
-            "head_node_type": HEAD_TYPE,
-            "available_node_types": {
-                HEAD_TYPE: {"resources": {"CPU": spec.head_cpus, **memory}, "node_config": {}, "max_workers": 0},
-                WORKER_TYPE: {
-                    "resources": {"CPU": spec.cpus_per_node, WORKER_SLOT: 1, **memory},
-                    "node_config": {},
-                    "min_workers": fewest,
-                    "max_workers": most,
-                },
-            },
-            # Defaults that `ray up` would fill in.
-            **{f"{part}setup_commands": [] for part in ("", "head_", "worker_")},
-            **{f"{part}_start_ray_commands": [] for part in ("head", "worker")},
-            "initialization_commands": [],
-            "file_mounts": {},
-            "cluster_synced_files": [],
-            "file_mounts_sync_continuously": False,
-        }
-
     def _authentication(self) -> dict[str, str]:
         return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self._token)}
 
     def _sessions(self, node: str | None) -> set[int]:
-        """Session ids of the nodes, without ids that other processes have now."""
+        """Session ids of the nodes, without ids that belong to other processes by now."""
         for child in self._children:
             child.poll()  # removes zombies
         if not self._state_file.exists():
@@ -379,7 +351,7 @@ class LocalCluster:
         try:
             return {node.name: node for node in self.nodes() if node.alive}
         except (OSError, KeyError, TypeError, json.JSONDecodeError):
-            return {}  # the job server is not up yet
+            return {}  # the job server does not answer yet
 
     def _wait_for_node(self, name: str) -> None:
         self._wait(name, lambda: name in self._alive(), name)
@@ -393,24 +365,9 @@ class LocalCluster:
             f"waited in vain for {what}; see {self.folder}/{node}/session_latest/logs. {node} printed:\n{printed}"
         )
 
-    def _terminate(self, leaders: set[int]) -> None:
-        for leader in leaders:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(leader, signal.SIGTERM)
-        until(lambda: not any(runs(leader) for leader in leaders), seconds=5)
-
     def _kill(self, processes: Callable[[], list[psutil.Process]]) -> None:
-        """Kills repeatedly until no process is left, because a process may start others before it is killed."""
-
-        def none_left() -> bool:
-            left = processes()
-            for process in left:
-                with contextlib.suppress(psutil.Error):
-                    process.kill()
-            return not left
-
-        if not until(none_left, seconds=20):
-            raise ClusterError(f"processes {[process.pid for process in processes()]} do not end")
+        if left := kill(processes):
+            raise ClusterError(f"processes {[process.pid for process in left]} do not end")
 
     @contextlib.contextmanager
     def _state(self) -> Iterator[dict[str, Any]]:
@@ -440,19 +397,6 @@ class LocalCluster:
     @property
     def _token(self) -> Path:
         return self.folder / "token"
-
-
-def _refuse_others(folder: Path) -> None:
-    """Refuses a folder that another user owns or may write to: in /tmp, other users could have created it.
-
-    Raises:
-        ClusterError: the folder is refused.
-    """
-    if not os.path.lexists(folder) or not hasattr(os, "getuid"):
-        return
-    found = folder.lstat()
-    if found.st_uid != os.getuid() or (not folder.is_symlink() and found.st_mode & 0o022):
-        raise ClusterError(f"{folder} is not only this user's: remove it, or give a --folder of your own")
 
 
 def _gcs_address(state: Mapping[str, Any]) -> str:

@@ -1,13 +1,14 @@
-"""Addresses, free ports, cores, processes and environment of this machine, for a local cluster."""
+"""Addresses, free ports, folders, cores, processes and environment of this machine, for a local cluster."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import psutil
@@ -51,6 +52,14 @@ def is_free(port: int) -> bool:
         return one.connect_ex((LOCALHOST, port)) != 0
 
 
+def is_own_folder(folder: Path) -> bool:
+    """Whether a folder is this user's alone, or does not exist yet: in /tmp, other users could have created it."""
+    if not os.path.lexists(folder) or not hasattr(os, "getuid"):
+        return True
+    found = folder.lstat()
+    return found.st_uid == os.getuid() and (folder.is_symlink() or not found.st_mode & 0o022)
+
+
 def runs(pid: int) -> bool:
     """Whether a process exists and is no zombie."""
     try:
@@ -67,6 +76,34 @@ def until(there: Callable[[], bool], seconds: float) -> bool:
             return False
         time.sleep(0.25)
     return True
+
+
+def terminate(leaders: Collection[int]) -> None:
+    """Asks processes to end, by id, and waits up to 5 s until they have ended."""
+    for leader in leaders:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(leader, signal.SIGTERM)
+    until(lambda: not any(runs(leader) for leader in leaders), seconds=5)
+
+
+def kill(processes: Callable[[], list[psutil.Process]]) -> list[psutil.Process]:
+    """Kills repeatedly until no process is left, because a process may start others before it is killed.
+
+    Args:
+        processes: returns those that run now.
+
+    Returns:
+        Those that still run after 20 s.
+    """
+
+    def none_left() -> bool:
+        left = processes()
+        for process in left:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        return not left
+
+    return [] if until(none_left, seconds=20) else processes()
 
 
 def give_cores(process: int, name: str, most_nodes: int) -> None:

@@ -1,4 +1,6 @@
-"""A node provider for Ray's autoscaler that starts nodes on this machine, for `cluster/local.py up --autoscale`.
+"""Ray's autoscaler on one machine: its configuration, and the provider that starts its nodes.
+
+For `cluster/local.py up --autoscale`.
 
 Ray's own provider of this kind, ``fake_multinode``, is not used: its nodes share one folder, and a new node unpacks a
 job's files there again, so that a running job loses its working directory.
@@ -11,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from local_cluster import HEAD_TYPE, LocalCluster
+from local_cluster import HEAD_TYPE, WORKER_SLOT, WORKER_TYPE, ClusterSpec, LocalCluster
 from local_machine import node_address
 from ray.autoscaler.node_provider import NodeProvider
 from ray.autoscaler.tags import (
@@ -29,6 +31,48 @@ _HEAD_TAGS = {
     TAG_RAY_NODE_NAME: "head",
     TAG_RAY_NODE_STATUS: STATUS_UP_TO_DATE,
 }
+
+
+def autoscaler_config(spec: ClusterSpec, folder: Path) -> dict[str, Any]:
+    """Configuration of Ray's autoscaler with `LocalNodeProvider`.
+
+    Args:
+        spec: settings of the cluster; with an autoscaler.
+        folder: the cluster's folder.
+    """
+    assert spec.autoscale is not None
+    fewest, most = spec.autoscale
+    memory = {"object_store_memory": spec.object_store_mb * 1_000_000}
+    return {
+        "cluster_name": "local",
+        "max_workers": most,
+        "idle_timeout_minutes": spec.idle_minutes,
+        "upscaling_speed": 100,
+        "provider": {
+            "type": "external",
+            "module": "local_provider.LocalNodeProvider",
+            "folder": str(folder),
+            "disable_node_updaters": True,  # nothing needs to be installed on a new node
+        },
+        "auth": {},
+        "head_node_type": HEAD_TYPE,
+        "available_node_types": {
+            HEAD_TYPE: {"resources": {"CPU": spec.head_cpus, **memory}, "node_config": {}, "max_workers": 0},
+            WORKER_TYPE: {
+                "resources": {"CPU": spec.cpus_per_node, WORKER_SLOT: 1, **memory},
+                "node_config": {},
+                "min_workers": fewest,
+                "max_workers": most,
+            },
+        },
+        # Defaults that `ray up` would fill in.
+        **{f"{part}setup_commands": [] for part in ("", "head_", "worker_")},
+        **{f"{part}_start_ray_commands": [] for part in ("head", "worker")},
+        "initialization_commands": [],
+        "file_mounts": {},
+        "cluster_synced_files": [],
+        "file_mounts_sync_continuously": False,
+    }
 
 
 class LocalNodeProvider(NodeProvider):  # type: ignore[misc]

@@ -1,12 +1,12 @@
 """One optimizer step: forward, loss, backward and update over a worker's micro-batches.
 
-Before the forward pass all workers add up a few numbers in one small sum: the normalisers of the loss over the global
-batch, so that neither the number of workers nor accumulation changes the gradient, and whether anyone failed or was
-asked to stop, so that all of them leave at the same step. The random numbers of a step (dropout) are addressed by seed,
-step and rank, so that a resumed run draws what an undisturbed one would have drawn.
+Before the forward pass all workers add up a few numbers in one small all-reduce. These are the normalisers of the loss
+over the global batch, so that neither the number of workers nor accumulation changes the gradient; and whether a worker
+failed or was asked to stop, so that all workers stop after the same step. The random numbers of a step (dropout) depend
+on seed, step and rank alone, so that a resumed run draws the same numbers as an uninterrupted one.
 
-On a GPU the processor runs ahead and waits once a step: for the costs of the matching, which it computes. Whether the
-update before was finite is looked at then, when the answer is there.
+On a GPU, the CPU waits for the device once a step: for the costs of the matching, which the CPU solves. At that point
+it also reads whether the previous update was finite, which needs no further wait.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from detr_ray.model.detection_model import DetectionModel
 from detr_ray.structures import Batch, HostCopy, ModelOutput, PaddedBatch, to_device
 
 MOST_COMPILED = 512
-"""Versions of a compiled model that are kept; input of yet another shape goes through it uncompiled."""
+"""Most versions of a compiled model, one for each input shape; further shapes run uncompiled."""
 
 AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
 class StepTimes:
-    """Seconds that a worker spent in each phase, added up over steps."""
+    """Seconds that a worker spent in each phase, summed over steps."""
 
     data_wait: float = 0.0
     forward: float = 0.0
@@ -46,26 +46,26 @@ class StepTimes:
 
     @property
     def total(self) -> float:
-        """All phases together."""
+        """Sum of all phases."""
         return self.data_wait + self.forward + self.loss + self.backward + self.update
 
 
 @dataclass
 class StepOutcome:
-    """What one step gave on this worker.
+    """The result of one step on this worker.
 
     Attributes:
-        losses: this worker's share of each loss and of ``loss``, the weighted total (they add up over workers), and
-            sums over its micro-batches of the criterion's errors; detached, on the device.
-        grad_norm: norm of the whole gradient before clipping, the same on all workers; known once it is settled.
-        skipped: whether the update was left out because something was not finite; known once it is settled.
-        leave: why all workers are to leave now, if any of them is; the same on all.
+        losses: this worker's part of each loss and of ``loss``, the weighted total (the sum over workers is the loss of
+            the step), and the criterion's errors, summed over micro-batches; detached, on the device.
+        grad_norm: norm of the whole gradient before clipping, the same on all workers; set by `TrainStep.settle`.
+        skipped: whether the update was not applied because something was not finite; set by `TrainStep.settle`.
+        leave: why all workers have to leave after this step; None if they go on. The same on all workers.
         positions: stream positions of this worker's samples.
         image_ids: their image ids.
         padded_pixels: pixels of the padded micro-batches.
-        image_pixels: pixels of them that belong to images.
-        bad_images: a line for each image that could not be read and was replaced.
-        bad_image_ids: their ids.
+        image_pixels: those of them that are not padding.
+        bad_images: a line for each image that could not be read; its sample was replaced by a black one.
+        bad_image_ids: ids of these images.
         num_micro_batches: forward passes of this worker.
     """
 
@@ -84,7 +84,7 @@ class StepOutcome:
 
 @dataclass(frozen=True)
 class _Update:
-    """An update that the device may not have reached yet, and what to say of it if it turns out not to be finite."""
+    """An update whose numbers have not been read from the device yet, and what to report if they are not finite."""
 
     step: int
     outcome: StepOutcome
@@ -100,25 +100,25 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def compiled(model: nn.Module) -> nn.Module:
-    """The model under ``torch.compile``, a version for each shape of its input.
+    """The model under ``torch.compile``, with a version for each shape of its input.
 
-    torch gives up after eight versions by default, and goes on uncompiled. One version for many shapes is not to be
-    had: the kernels that it makes for convolutions' gradients hold for one size of a feature map.
+    By default, torch stops compiling after eight versions and runs the rest uncompiled. One version for all shapes is
+    not possible: the kernels for gradients of convolutions are made for one size of a feature map.
     """
-    import torch._dynamo  # a second's import
+    import torch._dynamo  # takes a second
 
     found: nn.Module = torch.compile(model, dynamic=False)  # type: ignore[assignment]
-    # The limits are the whole process's, and hold when a model is called: other models keep theirs.
+    # The limits are settings of the whole process; they are changed only while this model is called.
     limits = {"recompile_limit": MOST_COMPILED, "accumulated_recompile_limit": 2 * MOST_COMPILED}
     found.forward = torch._dynamo.config.patch(limits)(found.forward)
     return found
 
 
 class TrainStep:
-    """The step, with what it needs bound.
+    """Takes optimizer steps of one model.
 
     Args:
-        model: the model itself, not wrapped; says how its pixels are normalised.
+        model: the model, not wrapped. Its ``pixels`` are used to normalise images.
         criterion: its loss.
         optimizer: updates the model's parameters.
         context: this worker's group; wraps the model for it.
@@ -127,13 +127,13 @@ class TrainStep:
         clip_max_norm: largest norm of the gradient; 0 leaves it as it is.
         channels_last: lay images out with the channels last.
         compile_model: run the forward pass through ``torch.compile``.
-        skip_bad_images: go on when an image can't be read (its place is empty), instead of failing the run.
-        skip_nonfinite: leave an update out when predictions or gradients aren't finite, instead of failing the run.
+        skip_bad_images: go on if an image cannot be read (its sample is black), instead of failing the run.
+        skip_nonfinite: leave an update out if predictions or gradients are not finite, instead of failing the run.
 
     Attributes:
-        times: seconds of this worker by phase; whoever reads them starts them anew.
-        nonfinite_in_a_row: updates that were left out since the last one that was applied, as far as they are settled;
-            without what the scaler of fp16 leaves out while it looks for its scale. A run that goes on sets it.
+        times: seconds of this worker in each phase. The caller replaces it to begin a new interval.
+        nonfinite_in_a_row: settled updates that were left out since the last one that was applied. Updates that the
+            fp16 scaler leaves out while it adjusts its scale do not count. Restored when a run is resumed.
     """
 
     def __init__(
@@ -169,11 +169,11 @@ class TrainStep:
         self._wrapped = context.wrap(compiled(model) if compile_model else model)
 
     def __call__(self, step: int, micro_batches: Sequence[PaddedBatch]) -> StepOutcome:
-        """Takes one step on this worker's share of global batch ``step``, and settles the one before.
+        """Takes one step on this worker's share of global batch ``step``, and settles the previous step.
 
         Raises:
-            RunFailed: an image can't be read, or something was not finite in the step before (`settle`), and the
-                settings say to stop.
+            RunFailed: an image cannot be read, or something was not finite in the previous step (`settle`), and the
+                settings do not allow that.
         """
         outcome = StepOutcome(num_micro_batches=len(micro_batches))
         normalisers = self._agree(step, micro_batches, outcome)
@@ -194,7 +194,7 @@ class TrainStep:
         return outcome
 
     def _agree(self, step: int, micro_batches: Sequence[PaddedBatch], outcome: StepOutcome) -> list[float]:
-        """Sums the normalisers over all workers, and finds out whether anyone failed or is asked to stop."""
+        """Sums the normalisers over all workers; also finds out whether a worker failed or was asked to stop."""
         started = time.perf_counter()
         self.context.enter("summing over workers", step)
         outcome.bad_images = [line for padded in micro_batches for line in padded.bad_images]
@@ -202,7 +202,7 @@ class TrainStep:
         failed = bool(outcome.bad_images) and not self._skip_bad_images
         reason = self.context.leave_reason()
         own = np.sum([self.criterion.normalisers(padded.counts.tolist()) for padded in micro_batches], axis=0)
-        # A tensor of the host, so that nothing waits for the device.
+        # On the CPU, so that nothing waits for the device.
         numbers = torch.tensor([*own.tolist(), failed, reason is not None], dtype=torch.float64)
         *normalisers, failures, leaving = self.context.all_reduce_sum(numbers).tolist()
         if failures:
@@ -222,7 +222,7 @@ class TrainStep:
     def _forward_backward(
         self, step: int, batch: Batch, normalisers: Sequence[float], outcome: StepOutcome
     ) -> str | None:
-        """One micro-batch; returns what was not finite, for people, or None."""
+        """Computes the gradient of one micro-batch. Returns a message if something was not finite, else None."""
         started = time.perf_counter()
         self.context.enter("forward pass", step)
         with self._autocast():
@@ -233,13 +233,13 @@ class TrainStep:
         try:
             losses = self.criterion(outputs, batch.targets, normalisers)
             own_total = self.criterion.total(losses)
-            # Gradients are averaged over workers: undo that, the normalisers are global already.
+            # Gradients are averaged over workers. The normalisers are those of all workers already, so undo the mean.
             total = own_total * self.context.world_size
             for name, value in {**losses, "loss": own_total}.items():
                 value = value.detach()
                 outcome.losses[name] = outcome.losses[name] + value if name in outcome.losses else value
         except NonFiniteOutputs as error:
-            # This worker has no loss, but the others wait for its gradient: a gradient of NaN tells all of them.
+            # This worker has no loss, but the others wait for its gradient. A gradient of NaN informs all of them.
             total = torch.stack([tensor.float().sum() for tensor in float_tensors(outputs)]).sum() * float("nan")
             image_ids = [int(batch.image_ids[i]) for i in error.image_indices]
             report = f"image ids {image_ids}: {error}"
@@ -262,17 +262,17 @@ class TrainStep:
         self.scaler.unscale_(self.optimizer)
         norm = clipped_update(self.optimizer, self._parameters, self._clip_max_norm)
         numbers = HostCopy(torch.stack([norm, self.scaler.scale(torch.ones_like(norm))]))
-        self.scaler.update()  # what `unscale_` found not to be finite lowers the scale
+        self.scaler.update()  # lowers the scale if `unscale_` found values that are not finite
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self._unsettled = _Update(step, outcome, numbers, nonfinite, rates)
         self.optimizer.zero_grad(set_to_none=True)
         self.times.update += time.perf_counter() - started
 
     def settle(self) -> None:
-        """Waits for the last update, and finds out whether it was finite; fills ``grad_norm`` and ``skipped``.
+        """Waits for the last update and reads whether it was finite; sets ``grad_norm`` and ``skipped`` of its outcome.
 
         Raises:
-            RunFailed: it was not, and the settings say to stop. The update was left out all the same.
+            RunFailed: it was not finite, and the settings do not allow that. The update was not applied.
         """
         if self._unsettled is None:
             return
@@ -285,10 +285,10 @@ class TrainStep:
         self._agree_on_nonfinite(update, loss_scale)
 
     def _agree_on_nonfinite(self, update: _Update, loss_scale: float) -> None:
-        """All workers see the same gradient, so all of them come here together and decide the same.
+        """Counts an update that was not finite, or fails the run; called by all workers, which see the same gradient.
 
-        fp16 multiplies the loss by a scale, which is raised until a gradient overflows and then halved: a gradient that
-        is not finite is ordinary there, as long as there is a scale to blame.
+        fp16 multiplies the loss by a scale, which is raised until a gradient overflows and then halved. So a gradient
+        that is not finite is normal with fp16 as long as the scale is above 1.
         """
         reports = [report for report in self.context.gather(update.nonfinite) if report]
         if not reports and loss_scale > 1:

@@ -1,7 +1,7 @@
-"""What runs on a node to see whether training could run there: its versions, and the places that a run needs.
+"""The check that runs on each node: its versions, and whether it can use the places that a run needs.
 
-The functions travel to the node as they are, for the node may hold another version of this package, or none. So this
-file imports nothing of the package at its top, and takes and gives plain values only.
+Ray sends these functions to the node with their code, because the node may have another version of this package, or
+none. So this module imports nothing of the package at its top, and its functions take and return plain values.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from typing import Any, TypedDict
 
 
 class Questions(TypedDict):
-    """What a node is asked.
+    """What a node has to check.
 
     Attributes:
-        storage: file that the driver wrote and file that the node is to write; None to leave this out.
-        samples: configuration key -> file that the node is to read.
-        tracking_uri: MLflow store that the node is to reach; None to leave this out.
-        seconds: how long each of these may take.
+        storage: a file that the driver wrote, and a file that the node has to write; None if this is not checked.
+        samples: configuration key -> a file that the node has to read.
+        tracking_uri: MLflow store that the node has to reach; None if this is not checked.
+        seconds: time limit of each check.
     """
 
     storage: tuple[str, str] | None
@@ -36,11 +36,12 @@ class Questions(TypedDict):
 
 
 class Answer(TypedDict):
-    """What a node says.
+    """What a node found.
 
     Attributes:
-        facts: versions and the like, see `code_facts`.
-        faults: what cannot be done there -> why: ``read storage``, ``write storage``, ``tracking``, a key of samples.
+        facts: versions, see `code_facts`.
+        faults: what failed -> why; ``read storage``, ``write storage``, ``storage`` (both), ``tracking``, or a key of
+            ``samples``.
     """
 
     facts: dict[str, str]
@@ -48,7 +49,7 @@ class Answer(TypedDict):
 
 
 def probe_node(questions: Questions) -> Answer:
-    """Runs on a node. Everything is tried at the same time, and what does not end is left alone."""
+    """Runs all checks on a node at the same time. A check that does not end in time is a fault; it is not stopped."""
     seconds = questions["seconds"]
     faults: dict[str, str] = {}
     tries: dict[str, Callable[[], Any]] = {
@@ -72,7 +73,7 @@ def _start(name: str, work: Callable[[], Any], faults: dict[str, str]) -> thread
     def run() -> None:
         try:
             work()
-        except BaseException as error:  # whatever it is, it is the answer
+        except BaseException as error:  # any error is a result of the check
             faults[name] = reason_of(error)
 
     thread = threading.Thread(target=run, name=f"probe {name}", daemon=True)
@@ -81,7 +82,7 @@ def _start(name: str, work: Callable[[], Any], faults: dict[str, str]) -> thread
 
 
 def code_facts() -> dict[str, str]:
-    """Versions of what training runs on, in this process; a package that is not there has none."""
+    """Versions of Python, packages and driver in this process, without those that are not installed."""
     facts = {"Python": platform.python_version()}
     for package in ("ray", "torch", "torchvision"):
         try:
@@ -100,13 +101,13 @@ def code_facts() -> dict[str, str]:
         facts["NVIDIA driver"] = driver[1] if driver else "unknown"
     except OSError:
         pass
-    # It may hold a password: what travels tells only whether it is the same everywhere.
+    # The address may contain a password. A hash is enough to compare nodes.
     facts["MLFLOW_TRACKING_URI"] = hashlib.sha256(os.environ.get("MLFLOW_TRACKING_URI", "").encode()).hexdigest()
     return facts
 
 
 def _digest(folder: Path) -> str:
-    """A short number that is another one when any source file below a folder is another."""
+    """A short hash of the names and contents of all source files below a folder."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
@@ -147,7 +148,7 @@ def read_file(location: str, num_bytes: int) -> bytes:
 
 
 def write_file(location: str, content: bytes) -> None:
-    """Writes a small local file or object. Makes no folders: they are the driver's."""
+    """Writes a small local file or object. Creates no folders: the driver has created them."""
     if "://" not in location:
         Path(location).write_bytes(content)
         return
@@ -158,6 +159,6 @@ def write_file(location: str, content: bytes) -> None:
 
 
 def reason_of(error: BaseException) -> str:
-    """An error in one line."""
+    """The reason of an error, in one line."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return text.strip().split("\n")[0]

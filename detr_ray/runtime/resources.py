@@ -1,8 +1,8 @@
-"""How many workers a run gets: what it asks for, held against what the cluster has.
+"""How many workers a run gets: what it asks for, compared with what the cluster has.
 
-A request that is larger than the cluster is refused, unless an autoscaler may add nodes: then it waits for them, up to
-``train.start_timeout_s``. A worker runs on one node, so room is counted node by node: two nodes with a GPU and two with
-the custom resource are room for none that needs both.
+A request that is larger than the cluster is refused, unless an autoscaler may add nodes: then the run waits for them,
+up to ``train.start_timeout_s``. All resources of a worker must be on one node, so room is counted node by node. If two
+nodes have a GPU and two other nodes have the custom resource, there is no room for a worker that needs both.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class Node:
     """A node that work can be placed on.
 
     Attributes:
-        name: as Ray shows it, with a part of the id where several have one name.
+        name: as Ray shows it, with a part of the id if several nodes have the same name.
         node_id: Ray's id.
         total: its resources.
-        free: those of them that nothing uses now.
+        free: the part of them that is not in use.
     """
 
     name: str
@@ -44,10 +44,10 @@ class WorkerRequest:
     """Workers that a run asks the cluster for.
 
     Attributes:
-        min_workers: with fewer it does not run.
-        max_workers: it never takes more.
-        use_gpu: whether each takes a GPU.
-        resources_per_worker: what each takes, of one node.
+        min_workers: the run does not start with fewer.
+        max_workers: the run never takes more.
+        use_gpu: whether each worker takes a GPU.
+        resources_per_worker: what each worker takes on its node.
         tasks_per_worker: most data tasks of each worker at the same time.
     """
 
@@ -58,10 +58,10 @@ class WorkerRequest:
     tasks_per_worker: int = 1
 
     def scaling_config(self, resize_check_s: float) -> ray.train.ScalingConfig:
-        """The request in Ray Train's words.
+        """The request as Ray Train takes it.
 
         Args:
-            resize_check_s: seconds between two looks at whether more workers have room.
+            resize_check_s: seconds between two checks whether there is room for more workers.
         """
         fixed = self.min_workers == self.max_workers
         return ray.train.ScalingConfig(
@@ -72,7 +72,7 @@ class WorkerRequest:
         )
 
     def missing(self) -> str:
-        """One line about what the least number of workers still waits for; empty where all have room now."""
+        """One line that says what is missing for the least number of workers; empty if there is room for them now."""
         nodes = usable_nodes()
         room = self.room(node.free for node in nodes)
         if room >= self.min_workers:
@@ -86,16 +86,16 @@ class WorkerRequest:
         return f"{line}; the autoscaler may add nodes" if autoscaler_adds_nodes() else line
 
     def needs(self, workers: int) -> str:
-        """What a number of workers takes, with what their data tasks need beside them."""
+        """What a number of workers takes, and what their data tasks take, as text."""
         parts = [_amount(workers * amount, name) for name, amount in self.resources_per_worker.items()]
         more = "one more" if "CPU" in self.resources_per_worker else "one CPU"
         return f"{', '.join(parts)} and {more} for data tasks"
 
     def refuse_impossible(self) -> None:
-        """Holds the least number of workers against all that there is.
+        """Compares the least number of workers with all resources of the cluster, also those in use.
 
         Raises:
-            ConfigError: there is no room for them, and no autoscaler that could make some.
+            ConfigError: there is no room for them, and no autoscaler that could add nodes.
         """
         nodes = usable_nodes()
         room = self.room(node.total for node in nodes)
@@ -112,7 +112,7 @@ class WorkerRequest:
         raise ConfigError(f"{message}; ask for fewer workers, or add nodes")
 
     def room(self, nodes: Iterable[Mapping[str, float]]) -> int:
-        """How many workers these nodes hold, with a CPU left for data tasks."""
+        """How many workers have room on nodes with these resources, with one CPU left for data tasks."""
         bundle, cpus, workers = self.resources_per_worker, 0.0, 0
         for resources in nodes:
             cpus += resources.get("CPU", 0)
@@ -136,7 +136,7 @@ class WorkerRequest:
         return ", ".join(_amount(totals[name], name) for name in self._names())
 
     def _list(self, nodes: list[Node], kind: str = "free") -> str:
-        """The nodes with what they have of what counts here; many as numbers of like ones."""
+        """The nodes with their amounts of the requested resources; many nodes are counted by equal amounts."""
         shapes = [self._shape(getattr(node, kind)) for node in nodes]
         if len(nodes) <= _MOST_NODES_NAMED:
             return ", ".join(f"{node.name} {shape}" for node, shape in zip(nodes, shapes, strict=True))
@@ -151,7 +151,7 @@ def plan_workers(config: Config, budget: Budget = Budget()) -> WorkerRequest:  #
         budget: the most that the run may take.
 
     Raises:
-        ConfigError: there is no room for them, they exceed the budget, or some would have no image.
+        ConfigError: there is no room for them, they exceed the budget, or a step has fewer images than workers.
     """
     nodes = usable_nodes()
     use_gpu = _use_gpu(config, nodes, budget)
@@ -180,7 +180,7 @@ def plan_workers(config: Config, budget: Budget = Budget()) -> WorkerRequest:  #
 
 
 def usable_nodes() -> list[Node]:
-    """The nodes that new work can be placed on: alive, and not about to leave."""
+    """The nodes that new work can be placed on: alive, and not being drained."""
     leaving = draining_nodes()
     free = free_resources()
     nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
@@ -206,7 +206,7 @@ def _use_gpu(config: Config, nodes: list[Node], budget: Budget) -> bool:
 
 
 def _count_workers(use_gpu: bool, bundle: dict[str, float], nodes: list[Node]) -> tuple[int, int]:
-    """Workers where the configuration leaves it to the cluster."""
+    """The least and the most workers if none are configured: one for each GPU, or one on CPUs."""
     if not use_gpu:
         return 1, 1
     room = WorkerRequest(1, 1, use_gpu, bundle).room(node.total for node in nodes)
@@ -215,11 +215,11 @@ def _count_workers(use_gpu: bool, bundle: dict[str, float], nodes: list[Node]) -
             "train.num_workers: no GPU worker has room in the cluster now, so one for each GPU would be none; say how "
             "many the autoscaler is to make room for, as train.num_workers=4 or [1, 4]"
         )
-    return max(room, 1), max(room, 1)  # one that has no room is refused
+    return max(room, 1), max(room, 1)  # if there is no room for this one, it is refused later
 
 
 def _affordable_workers(use_gpu: bool, budget: Budget) -> int | None:
-    """How many workers a budget is enough for; None for any number."""
+    """How many workers a budget is enough for; None if it has no limit."""
     if use_gpu:
         return budget.gpus
     return None if budget.cpus is None else max(0, budget.cpus - 1)
@@ -242,5 +242,5 @@ def _need(number: int) -> str:
 
 
 def _amount(amount: float, resource: str) -> str:
-    """An amount of a resource; those that Ray knows have a plural."""
+    """An amount of a resource as text; CPU and GPU have a plural."""
     return f"{amount:g} {resource}" + ("s" if resource in ("CPU", "GPU") and amount != 1 else "")

@@ -1,4 +1,4 @@
-"""The places that all nodes of a cluster must reach, seen from the driver: storage, images, the tracking store."""
+"""The places that all nodes must reach (storage, images, tracking store): what the driver does to check them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ONCE = Patience(attempts=1)
 
 
 def refuse_lost_storage(storage: str) -> None:
-    """Refuses a folder that goes away with the job.
+    """Refuses a folder that Ray deletes after the job.
 
     Raises:
         ConfigError: it is below the folder that ``ray job submit --working-dir`` made for the job.
@@ -40,7 +40,7 @@ def refuse_lost_storage(storage: str) -> None:
 
 
 class StorageTrial:
-    """A small file from the driver in a folder or bucket, and one from each node.
+    """A test of the storage: each node reads a file that the driver wrote, and the driver reads one from each node.
 
     Args:
         storage: absolute folder or URI.
@@ -59,8 +59,8 @@ class StorageTrial:
         """Writes the driver's file.
 
         Raises:
-            ConfigError: an address that no file system answers to.
-            OSError: it can't be written or read back.
+            ConfigError: no file system is supported for this address.
+            OSError: the file cannot be written or read back.
         """
         self._made = first_missing(self._storage, _ONCE)
         make_folder(self._storage, _ONCE)
@@ -69,11 +69,11 @@ class StorageTrial:
         self._usable = True
 
     def files_for(self, node: str) -> tuple[str, str] | None:
-        """The file that a node reads, and the one that it writes; None where storage cannot be used anyway."""
+        """The file that a node reads, and the one that it writes; None if the driver itself cannot use the storage."""
         return (self._from_driver, self._from_nodes[node]) if self._usable else None
 
     def unseen(self, seconds: float) -> set[str]:
-        """The nodes whose file is not to be seen here; none where that can't be found out in time."""
+        """The nodes whose file the driver cannot read; empty if the storage does not answer in time."""
         if not self._usable:
             return set()
 
@@ -86,7 +86,7 @@ class StorageTrial:
             return set()
 
     def end(self, seconds: float) -> None:
-        """Takes away all that was made."""
+        """Deletes the files and folders of the test."""
 
         def clean() -> None:
             for location in (self._from_driver, *self._from_nodes.values()):
@@ -107,11 +107,11 @@ def _readable(location: str) -> bool:
 
 
 def sample_files(config: Config) -> tuple[dict[str, str], dict[str, str]]:
-    """One file of each split that data tasks will read, on whichever node they run.
+    """One image or shard of each split. Data tasks read them on any node, so every node must be able to.
 
     Returns:
-        Configuration key -> file, and configuration key -> why none could be named. Annotation files are not among
-        them: only the driver reads these.
+        Configuration key -> file, and configuration key -> why no file could be found. Annotation files are not
+        included: only the driver reads them.
     """
     files, faults = {}, {}
     for split in ("train", "val"):
@@ -144,10 +144,10 @@ def sample_files(config: Config) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def _image_file(images: str, quoted_name: bytes, follow_links: bool) -> str:
-    """The location of an image, where data tasks would read it.
+    """The location from which data tasks would read an image.
 
     Raises:
-        ValueError: its name is no text, or leads out of the images' folder.
+        ValueError: its name is not valid text, or leads out of the images' folder.
     """
     file_name = json.loads(quoted_name)
     file_name.encode()
@@ -159,7 +159,7 @@ def _image_file(images: str, quoted_name: bytes, follow_links: bool) -> str:
 
 
 def tracking_on_disk(uri: str, storage: str) -> Path | None:
-    """The SQLite file of a tracking store that is not in the storage, which all nodes share."""
+    """The SQLite file of a tracking store, if it is outside of the storage: other nodes may not reach it. Else None."""
     path = sqlite_path(uri)
     if path is None or (not is_uri(storage) and path.is_relative_to(storage)):
         return None
