@@ -33,8 +33,8 @@ _GRAMMAR = "numbers, names, + - * / **, min, max, log10, round, comparisons, and
 
 
 def _power(base: Value, exponent: Value) -> Value:
-    # A whole number to the power of a large one would compute for hours.
-    if isinstance(exponent, int) and 0 <= exponent <= 64:
+    # Whole numbers have no largest one: powers of powers would compute for hours.
+    if isinstance(exponent, int) and 0 <= exponent <= 64 and abs(base) < 2**64:
         return base**exponent
     return math.pow(base, exponent)
 
