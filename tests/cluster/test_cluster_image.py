@@ -103,7 +103,7 @@ def test_a_job_uploads_the_package_and_the_recipes_only(tmp_path: Path) -> None:
     assert size < 2_000_000
     assert {name.split("/")[0] for name in names} == {"detr_ray", "configs"}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "detr_ray").rglob("*.py")}
-    assert sources | {str(path.relative_to(ROOT)) for path in (ROOT / "configs").glob("*.yaml")} == names
+    assert sources | {str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml")} == names
 
 
 def test_what_lies_beside_the_package_stays(tmp_path: Path) -> None:
