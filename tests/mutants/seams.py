@@ -4,7 +4,8 @@ from __future__ import annotations
 
 TESTS = (
     "tests/seams", "tests/config_keys", "tests/commands", "tests/data", "tests/engine", "tests/loss", "tests/model",
-    "tests/evaluation", "tests/viz", "tests/test_cli.py", "tests/test_check.py", "tests/test_prepare.py",
+    "tests/evaluation", "tests/viz", "tests/search", "tests/test_cli.py", "tests/test_check.py",
+    "tests/test_prepare.py",
 )  # fmt: skip
 """Without Ray, so that a change is tried in seconds."""
 
@@ -46,6 +47,13 @@ MODULES = (
     "detr_ray/model/backbones/resnet.py",
     "detr_ray/detector/postprocess.py",
     "detr_ray/evaluation/detections.py",
+    "detr_ray/search/space.py",
+    "detr_ray/search/reading.py",
+    "detr_ray/search/templates.py",
+    "detr_ray/search/checks.py",
+    "detr_ray/search/lived_schedule.py",
+    "detr_ray/search/trials.py",
+    "detr_ray/search/tables.py",
     "detr_ray/runtime/launch.py",
     "detr_ray/train.py",
     "detr_ray/evaluate.py",

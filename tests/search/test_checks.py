@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import textwrap
+from pathlib import Path
 from typing import Any
 
 import pytest
 from search.spaces import faults, searching, space_of
 
+from detr_ray.config import Schedule, config_from_dict
+from detr_ray.config.yaml_format import parse_yaml
 from detr_ray.evaluation.coco_metrics import SUMMARY
 from detr_ray.search import SearchSpace
 from detr_ray.search.checks import METRICS
@@ -171,3 +176,14 @@ def test_a_search_is_checked_without_torch_ray_and_mlflow() -> None:
 def test_a_checked_space_is_the_same_as_before() -> None:
     config = searching(RATE)
     assert SearchSpace.from_config(config) == SearchSpace.from_config(config)
+
+
+def test_the_example_of_the_page_is_sound() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "tuning.md").read_text()
+    blocks = re.findall(r"\n\n((?: {4}.*\n)+)", page)
+    (example,) = [textwrap.dedent(block) for block in blocks if block.lstrip().startswith("tune:")]
+    config = config_from_dict({**parse_yaml(example), "data": {"root": "/data"}}, "the page")
+    space = SearchSpace.from_config(config)
+    assert len(space.parameters) == 5 and len(space.constraints) == 1 and space.warnings == ()
+    (schedule,) = [textwrap.dedent(block) for block in blocks if block.lstrip().startswith("optim:")]
+    assert isinstance(config_from_dict(parse_yaml(schedule), "the page").optim.lr, Schedule)
