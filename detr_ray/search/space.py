@@ -86,20 +86,24 @@ class SearchSpace:
         grids = {name: found.values or () for name, found in self.parameters.items() if found.kind == "grid"}
         return [dict(zip(grids, point, strict=True)) for point in itertools.product(*grids.values())]
 
-    def proposals(self, tune: TuneConfig) -> list[dict[str, Any]]:
-        """The values of all trials that a search without feedback makes, in their order.
+    def proposal(self, number: int, tune: TuneConfig) -> dict[str, Any] | None:
+        """The values of a trial of a search without feedback. They depend on nothing but its number and the seed.
 
         Args:
-            tune: searcher, number of trials and seed.
+            number: of the trial, from 0.
+            tune: searcher and seed.
+
+        Returns:
+            Name -> value of all parameters; None after the last point of a grid.
 
         Raises:
             ValueError: ``tune.searcher`` chooses from results.
         """
         if tune.searcher == "grid":
-            return self.grid_points()
+            points = self.grid_points()
+            return points[number] if number < len(points) else None
         if tune.searcher == "random":
-            rng = random.Random(tune.seed)
-            return [self.draw(rng) for _ in range(tune.trials)]
+            return self.draw(random.Random(f"{tune.seed} {number}"))
         raise ValueError(f"tune.searcher={tune.searcher} needs the results of earlier trials")
 
     def perturb(self, drawn: Mapping[str, Any], rng: random.Random, tune: TuneConfig) -> dict[str, Any]:

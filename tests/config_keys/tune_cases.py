@@ -15,8 +15,9 @@ RATE = "tune.space={optim.lr: {loguniform: [1e-5, 1e-3]}}"
 GRID = ("tune.space={optim.lr: {grid: [1e-4, 1e-3]}, loss.ce: {grid: [1, 2]}}", "tune.searcher=grid")
 
 
-def proposed(config: Config) -> list[dict[str, Any]]:
-    return SearchSpace.from_config(config).proposals(config.tune)
+def proposed(config: Config, count: int = 5) -> list[dict[str, Any] | None]:
+    space = SearchSpace.from_config(config)
+    return [space.proposal(number, config.tune) for number in range(count)]
 
 
 def refused(config: Config) -> str:
@@ -48,17 +49,23 @@ def constraints(place: Place) -> None:
         found.trial_config(config, {"optim.lr": 5e-4})
 
 
-@shows("tune.trials", "tune.seed")
-def random_trials(place: Place) -> None:
-    five, again, other = (proposed(place.config(RATE, "tune.trials=5", f"tune.seed={seed}")) for seed in (1, 1, 2))
-    assert len(five) == 5 and five == again != other
+@shows("tune.seed")
+def seed(place: Place) -> None:
+    one, again, other = (proposed(place.config(RATE, f"tune.seed={number}")) for number in (1, 1, 2))
+    assert one == again != other
+
+
+@shows("tune.trials")
+def number_of_trials(place: Place) -> None:
+    """A grid is searched whole, or not at all."""
+    SearchSpace.from_config(place.config(*GRID, "tune.trials=4"))
     assert "set tune.trials=4" in refused(place.config(*GRID, "tune.trials=3"))
 
 
 @shows("tune.searcher")
 def searcher(place: Place) -> None:
-    points = proposed(place.config(*GRID))
-    assert [tuple(point.values()) for point in points] == [(1e-4, 1), (1e-4, 2), (1e-3, 1), (1e-3, 2)]
+    points = [point and tuple(point.values()) for point in proposed(place.config(*GRID))]
+    assert points == [(1e-4, 1), (1e-4, 2), (1e-3, 1), (1e-3, 2), None]
     assert "needs tune.searcher=grid" in refused(place.config(GRID[0]))
 
 

@@ -126,11 +126,12 @@ def test_a_grid_has_every_combination_once() -> None:
 def test_proposals_follow_the_seed_and_need_no_results() -> None:
     config = searching({"optim.lr": {"uniform": [1, 2]}}, "tune.trials=4", "tune.seed=3")
     space = SearchSpace.from_config(config)
-    proposed = space.proposals(config.tune)
-    assert len(proposed) == 4 and proposed == space.proposals(config.tune)
-    assert space.proposals(TuneConfig(trials=2, seed=3)) == proposed[:2]
+    proposed = [space.proposal(number, config.tune) for number in (2, 0, 1)]
+    assert proposed == [space.proposal(number, TuneConfig(seed=3, trials=9)) for number in (2, 0, 1)]
+    assert len({tuple(values.values()) for values in proposed if values}) == 3
+    assert space.proposal(0, TuneConfig(seed=4)) != space.proposal(0, TuneConfig(seed=3))
     with pytest.raises(ValueError, match="needs the results of earlier trials"):
-        space.proposals(TuneConfig(searcher="tpe"))
+        space.proposal(0, TuneConfig(searcher="tpe"))
 
 
 # Populations
