@@ -27,6 +27,7 @@ def tracking(place: Place) -> None:
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.run_name == "a" and run.data.params["tracking.experiment"] == "other"
+    assert not [name for name in run.data.params if name.startswith("tune.")], "a training has no search"
     train = place.job().data.train
     assert train is not None and run.data.tags["data.train.fingerprint"] == train.fingerprint
     assert (run.data.tags["data.train.images"], run.data.tags["data.classes"]) == ("16", "6")

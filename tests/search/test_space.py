@@ -162,6 +162,16 @@ def test_a_perturbation_stays_in_the_space_and_leaves_the_rest() -> None:
     assert {one["loss.ce"] for one in changed} == {2, 8}, "a neighbour"
     assert {one["model.num_queries"] for one in changed} == {50}
     assert drawn["optim.lr"] == 9e-4
+    for end, reached in ((1, {1, 2}), (8, {4, 8})):
+        changed = [space.perturb({**drawn, "loss.ce": end}, rng, config.tune) for _ in range(50)]
+        assert {one["loss.ce"] for one in changed} == reached, "the list ends there"
+
+
+def test_a_perturbation_is_at_least_a_step() -> None:
+    config = searching({"loss.giou": {"quniform": [1, 9, 2]}}, *PBT[:2], "tune.resample_probability=0")
+    space, rng = SearchSpace.from_config(config), random.Random(0)
+    assert {space.perturb({"loss.giou": 3}, rng, config.tune)["loss.giou"] for _ in range(30)} == {1, 5}
+    assert {space.perturb({"loss.giou": 9}, rng, config.tune)["loss.giou"] for _ in range(30)} == {7, 9}
 
 
 def test_a_value_may_be_drawn_anew() -> None:

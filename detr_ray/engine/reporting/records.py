@@ -35,7 +35,8 @@ def open_tracker(job: TrainJob) -> Tracker:
         run_name=job.run.name,
         run_uid=job.run.run_id,
     )
-    tracker.log_params({key: value for key, value in flatten(config).items() if value is not None})
+    used = {key: value for key, value in flatten(config).items() if value is not None and not key.startswith("tune.")}
+    tracker.log_params(used)
     tracker.log_text(config.to_yaml(), "config.yaml")
     tracker.set_tags(
         {
