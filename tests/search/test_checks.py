@@ -116,6 +116,22 @@ def test_only_rates_and_loss_weights_change_while_trials_train(space: dict[str, 
     assert any(message in line for line in found), found
 
 
+def test_what_is_mutated_is_drawn() -> None:
+    space = {"optim.lr": {"uniform": [2, 1]}, "loss.ce": {"uniform": [1, 2]}, "loss.bbox": {"expression": "loss.ce"},
+             "loss.giou": {"points": [[0, {"uniform": [1, 4]}]]}}  # fmt: skip
+    pbt = ("tune.scheduler=pbt", "train.epochs=9")
+    assert faults(space, *pbt, "tune.mutate=[optim.lr, loss.ce]") == [
+        "tune.space: optim.lr: the range of uniform is reversed: 2 to 1"
+    ], "its own fault is enough"
+    del space["optim.lr"]
+    assert faults(space, *pbt, "tune.mutate=[loss.bbox, loss.giou]") == [
+        "tune.mutate: loss.bbox is not drawn itself; name what it uses",
+        "tune.mutate: loss.giou is not drawn itself; name loss.giou.points.0.1",
+    ]
+    (unknown,) = faults(space, *pbt, "tune.mutate=[loss.ce, model.dropout]")
+    assert unknown == ("tune.mutate: there is no parameter 'model.dropout'; there are loss.ce, loss.giou.points.0.1")
+
+
 def test_the_rest_of_the_space_may_be_anything_if_it_does_not_change() -> None:
     space = {**RATE, "model.num_queries": {"randint": [10, 20]}, "loss.giou": {"points": [[0, {"uniform": [1, 4]}]]}}
     assert faults(space, "tune.scheduler=pbt", "train.epochs=9", "tune.mutate=[optim.lr]") == []
