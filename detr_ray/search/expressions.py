@@ -8,6 +8,7 @@ import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from detr_ray.printable import shortened
 from detr_ray.search.distributions import is_number
 
 Value = int | float | bool
@@ -63,7 +64,7 @@ class Expression:
         """
         try:
             result = _evaluate(self._root, values)
-        except (ArithmeticError, ValueError, TypeError) as error:
+        except (ArithmeticError, ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"'{self.text}' cannot be computed: {error}") from error
         if not isinstance(result, bool) and not is_number(result):
             raise ValueError(f"'{self.text}' is {result}, not a finite number")
@@ -76,12 +77,14 @@ def parse_expression(text: str) -> Expression:
     Raises:
         ValueError: it holds anything else than arithmetic.
     """
+    names: dict[str, None] = {}
     try:
         root = ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        _check(root, text, names)
+    except SyntaxError as error:
         raise ValueError(f"'{text}' is no expression; it may hold {_GRAMMAR}") from error
-    names: dict[str, None] = {}
-    _check(root, text, names)
+    except (MemoryError, RecursionError) as error:
+        raise ValueError(f"'{shortened(text, 80)}' is nested too deeply") from error
     return Expression(text, tuple(names), root)
 
 

@@ -50,6 +50,7 @@ def test_what_is_right_is_not_refused() -> None:
         ({**RATE, "loss.ce": {"expression": "optim.schedule"}}, "optim.schedule is no number in the base"),
         ({"optim.schedule": {"choice": ["a"]}, "loss.ce": {"expression": "optim.schedule"}}, "is not always a number"),
         ({"loss.ce": {"expression": "loss.bbox"}, "loss.bbox": {"expression": "loss.ce"}}, "depend on each other in"),
+        ({"x": {"choice": [0]}, "loss.ce": {"expression": "1 / x"}}, "x: 0 is refused: tune.space: loss.ce: '1 / x'"),
         ({"optim.gamma": {"uniform": [2, 3]}}, "optim.gamma: 2.0 is refused: optim.gamma: must be at most 1 "),
         ({"model.num_queries": {"uniform": [10, 20]}}, "must be a whole number (got 10.0, from this trial); use rand"),
         ({"model.backbone": {"choice": ["vgg"]}}, "model.backbone: vgg is refused: model.backbone: must be resnet18, "),

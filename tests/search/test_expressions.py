@@ -56,6 +56,13 @@ def test_only_arithmetic_is_allowed(text: str) -> None:
         parse_expression(text)
 
 
+def test_a_text_that_is_nested_too_deeply_is_refused() -> None:
+    for text in ("+".join(["1"] * 5000), "(" * 5000 + "1" + ")" * 5000):
+        with pytest.raises(ValueError, match=r"nested too deeply|is no expression"):
+            parse_expression(text)
+    assert parse_expression("+".join(["1"] * 50)).value({}) == 50
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
