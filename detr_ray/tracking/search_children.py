@@ -105,7 +105,7 @@ class ChildRuns:
             self._delete_replaced(set(wanted))
         # The old best loses its tag before the new one gets it, so that there are never two.
         self._take_best_from_others({uid for uid, child in wanted.items() if child.is_best})
-        for uid, child in sorted(wanted.items(), key=lambda entry: entry[1].is_best):
+        for uid, child in wanted.items():
             if self._written.get(uid) != child and self._write_if_there(uid, child, everything):
                 self._written[uid] = child
 

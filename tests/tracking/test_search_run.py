@@ -67,7 +67,9 @@ def train(open_tracker: OpenTracker, name: str, ends: str | None, parent: str | 
         tracker.finish(ends)  # type: ignore[arg-type]
 
 
-def test_the_parent_shows_what_is_searched_and_how_it_goes(open_search: OpenSearch, store_uri: str) -> None:
+def test_the_parent_shows_what_is_searched_and_how_it_goes(
+    open_search: OpenSearch, store_uri: str, tmp_path: Path
+) -> None:
     search = open_search()
     search.describe({"search/scheduler": "asha", "search/seed": 3}, {"optim.lr": "loguniform 1e-5..1e-3"}, "tune: {}\n")
     search.log_progress(1, "val/AP", 0.2, {"running": 2, "waiting": 4})
@@ -76,9 +78,11 @@ def test_the_parent_shows_what_is_searched_and_how_it_goes(open_search: OpenSear
     search.log_progress(3, "val/AP", 0.3, {"running": 1, "stopped early": 1, "finished": 1})
     search.log_progress(3, "val/AP", 0.3, {"finished": 2, "failed": 3, "stopped early": 1})
     search.log_text("[]", "trials.json")
+    search.log_text("[]", "trials.json")
     search.log_text("first", "trials.txt")
     search.log_text("trial state AP\n", "trials.txt")
     search.log_picture(b"\x89PNG", "history.png")
+    wait_until(lambda: search.run_id and "history.png" in artifact_names(store_uri, search.run_id))
     assert search.close("FINISHED")
 
     run = runs_of(store_uri)["rates"]
@@ -94,6 +98,8 @@ def test_the_parent_shows_what_is_searched_and_how_it_goes(open_search: OpenSear
     assert run.data.metrics["search/stopped_early"] == 1
     assert artifact_names(store_uri, run.info.run_id) == {"config.yaml", "trials.json", "trials.txt", "history.png"}
     assert artifact_text(store_uri, run.info.run_id, "trials.txt") == "trial state AP\n"
+    logged = (tmp_path / "search" / "events.jsonl").read_text()
+    assert logged.count('"target":"trials.json"') == 1, "the same content is stored once"
 
 
 def test_a_state_that_does_not_exist_is_refused(open_search: OpenSearch) -> None:
@@ -300,6 +306,50 @@ def test_a_run_that_stood_for_a_trial_is_replaced_by_its_training_run(
     train(open_tracker, "t000", "FINISHED")
     assert search.close("FINISHED", [ChildState("t000", "finished", "uid-t000")])
     assert runs_of(store_uri)["t000"].info.run_id != stood_for_it
+
+
+def test_a_run_that_is_about_to_begin_is_not_made_twice(
+    open_search: OpenSearch, open_tracker: OpenTracker, store_uri: str
+) -> None:
+    search = open_search()
+    search.wait_for_run_id(30)
+    children = [ChildState("t000", "failed", "uid-t000", "died"), ChildState("t001", "refused", None, "too large")]
+    search.reconcile(children)
+    wait_until(lambda: "t001" in runs_of(store_uri))
+    assert "t000" not in runs_of(store_uri), "its own sender may be making it"
+    train(open_tracker, "t000", "KILLED")
+    assert search.close("FINISHED", children)
+    assert runs_of(store_uri)["t000"].info.status == "FAILED"
+
+
+def test_the_last_call_looks_at_runs_that_were_right_before(
+    open_search: OpenSearch, open_tracker: OpenTracker, store_uri: str
+) -> None:
+    """A run's own sender may write its state after the search did."""
+    tracker = open_tracker("t000", run_name="t000", run_uid="uid-t000")
+    search = open_search()
+    children = [ChildState("t000", "stopped early", "uid-t000")]
+    wait_until(lambda: search.run_id and tracker.run_id)
+    search.reconcile(children)
+    wait_until(lambda: runs_of(store_uri)["t000"].info.status == "FINISHED")
+    tracker.finish("KILLED")
+    assert runs_of(store_uri)["t000"].info.status == "KILLED"
+    assert search.close("FINISHED")
+    assert runs_of(store_uri)["t000"].info.status == "FINISHED"
+
+
+def test_a_run_that_the_user_deleted_stays_deleted(
+    open_search: OpenSearch,
+    open_tracker: OpenTracker,
+    store_uri: str,
+    said: list[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    train(open_tracker, "t000", "FINISHED")
+    client_of(store_uri).delete_run(runs_of(store_uri)["t000"].info.run_id)
+    assert open_search().close("FINISHED", [ChildState("t000", "finished", "uid-t000", is_best=True)])
+    assert runs_of(store_uri).keys() == {"rates"}
+    assert [*said, *caplog.messages] == []
 
 
 def test_states_are_written_while_runs_write(
