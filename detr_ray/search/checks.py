@@ -130,13 +130,33 @@ def _population(config: Config, space: SearchSpace) -> Iterator[str]:
             yield f"tune.space: {name} has values that are no numbers, and cannot change while a trial trains"
         elif scheduler == "pb2" and distribution.kind not in ("uniform", "loguniform"):
             yield f"tune.space: {name}: pb2 needs uniform or loguniform, not {distribution.kind}"
-        elif name == "optim.lr_backbone" and any(value == 0 for value in distribution.ends()):
-            yield "tune.space: optim.lr_backbone must not become 0 while a trial trains: 0 freezes the backbone"
+        elif _can_freeze(space, name):
+            yield (
+                f"tune.space: {name}: optim.lr_backbone must not become 0 while a trial trains: 0 freezes the backbone"
+            )
+
+
+def _can_freeze(space: SearchSpace, name: str) -> bool:
+    """Whether the backbone's rate becomes 0 at an end of a parameter, the others at their middle."""
+    if "optim.lr_backbone" not in space.keys_that_follow_from((name,)):
+        return False
+    for end in space.parameters[name].ends():
+        try:
+            found = space.resolve({**_middle(space), name: end})
+        except ConfigError:
+            continue  # reported with the values that are refused
+        if found["optim.lr_backbone"] == 0:
+            return True
+    return False
+
+
+def _middle(space: SearchSpace) -> dict[str, Any]:
+    return {name: distribution.middle() for name, distribution in space.parameters.items()}
 
 
 def _refused_values(config: Config, space: SearchSpace) -> tuple[list[str], list[str]]:
     """Errors for parameters whose values are all refused, and warnings for those with some."""
-    middle = {name: distribution.middle() for name, distribution in space.parameters.items()}
+    middle = _middle(space)
     errors, warnings = [], []
     for name, distribution in space.parameters.items():
         ends = distribution.ends()

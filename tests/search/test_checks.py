@@ -46,6 +46,7 @@ def test_what_is_right_is_not_refused() -> None:
         ({"a b": {"uniform": [0, 1]}}, "a b: cannot be the name of a variable"),
         ({"max": {"uniform": [0, 1]}}, "max: cannot be the name of a variable"),
         ({**RATE, "loss.ce": {"expression": "optim.lr * factr"}}, "'optim.lr * factr': unknown key 'factr'"),
+        ({"loss.ce": {"expression": [1]}}, "loss.ce: must be {expression: TEXT} (got {expression: [1]})"),
         ({**RATE, "loss.ce": {"expression": "import os"}}, "'import os' is no expression"),
         ({**RATE, "loss.ce": {"expression": "optim.schedule"}}, "optim.schedule is no number in the base"),
         ({"optim.schedule": {"choice": ["a"]}, "loss.ce": {"expression": "optim.schedule"}}, "is not always a number"),
@@ -109,6 +110,7 @@ def test_grids_are_for_the_grid() -> None:
         ({"loss.giou": {"points": [[0, {"uniform": [1, 4]}]]}}, "loss.giou.points.0.1 is a part of a schedule"),
         ({"x": {"uniform": [0, 1]}, "model.dropout": {"expression": "x / 2"}}, "model.dropout (through x) cannot"),
         ({"optim.lr_backbone": {"uniform": [0, 1]}}, "optim.lr_backbone must not become 0 while a trial trains"),
+        ({"f": {"quniform": [0, 1, 1]}, "optim.lr_backbone": {"expression": "f"}}, "f: optim.lr_backbone must"),
         ({**RATE, "train.epochs": {"choice": [5, 6]}}, "train.epochs: cannot be searched with tune.scheduler=pbt"),
     ],
 )  # fmt: skip
@@ -136,6 +138,7 @@ def test_what_is_mutated_is_drawn() -> None:
 def test_the_rest_of_the_space_may_be_anything_if_it_does_not_change() -> None:
     space = {**RATE, "model.num_queries": {"randint": [10, 20]}, "loss.giou": {"points": [[0, {"uniform": [1, 4]}]]}}
     assert faults(space, "tune.scheduler=pbt", "train.epochs=9", "tune.mutate=[optim.lr]") == []
+    assert faults({"loss.giou": {"uniform": [0, 4]}}, "tune.scheduler=pbt", "train.epochs=9") == [], "0 is a weight"
 
 
 def test_all_faults_are_told_at_once() -> None:
@@ -146,6 +149,12 @@ def test_all_faults_are_told_at_once() -> None:
     found = faults(space, "tune.scheduler=asha", "tune.grace_epochs=900", "tune.metric=loss", "tune.constraints=['(']")
     for part in ("optim.lrr", "loss.ce", "optim.gamma", "train.num_workers", "grace_epochs", "tune.metric", "'('"):
         assert any(part in line for line in found), part
+
+
+def test_a_remedy_is_named_where_it_is_one() -> None:
+    assert faults({"model.num_queries": {"uniform": [10, 20]}})[0].endswith("from this trial); use randint")
+    assert not any("randint" in line for line in faults({"model.num_queries": {"uniform": [10.5, 20]}}))
+    assert not any("randint" in line for line in faults({"optim.gamma": {"uniform": [2, 3]}}))
 
 
 def test_one_refused_end_is_a_warning() -> None:
