@@ -1,9 +1,47 @@
-"""The known architectures. A new one needs a file beside ``model/detr.py`` and a line here."""
+"""The known architectures. A new one needs a file beside ``model/detr.py`` and a line in each table here."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 ARCHITECTURES = {
     "detr": "detr_ray.model.detr:Detr.from_config",
+    "deformable_detr": "detr_ray.model.deformable_detr:DeformableDetr.from_config",
 }
 """Value of ``model.architecture`` -> ``module:function`` that builds the model from the ``model`` section and the
 number of classes. The function is not imported here, so that reading a configuration does not import torch."""
+
+PUBLISHED: dict[str, dict[str, Mapping[str, Any]]] = {
+    "detr": {
+        "model": {"position_temperature": 10000.0, "position_offset": 0.0},
+        "loss": {"class_loss": "softmax"},
+    },
+    "deformable_detr": {
+        "model": {
+            "dim_feedforward": 1024,
+            "num_queries": 300,
+            "num_feature_levels": 4,
+            "encoder_points": 4,
+            "decoder_points": 4,
+            "box_refine": False,
+            "two_stage": False,
+            "mixed_query_selection": False,
+            "look_forward_twice": False,
+            "one_to_many_queries": 0,
+            "one_to_many_copies": 6,
+            "position_temperature": 10000.0,
+            "position_offset": -0.5,
+        },
+        "loss": {"class_loss": "focal", "cost_class": 2.0, "ce": 2.0},
+    },
+}
+"""Value of ``model.architecture`` -> section -> values of the published model, where they are not the section's
+defaults. Keys of one architecture alone are listed here and null elsewhere."""
+
+
+def published_values(cfg_model: Any) -> dict[str, Any]:
+    """The published values of a ``model`` section's architecture, with those of the section that are set."""
+    published = PUBLISHED[getattr(cfg_model, "architecture", "detr")]["model"]
+    given = {name: getattr(cfg_model, name, None) for name in published}
+    return {**published, **{name: value for name, value in given.items() if value is not None}}

@@ -32,25 +32,38 @@ class Target(TypedDict):
 
 
 class LayerOutput(TypedDict):
-    """Predictions of one decoder layer: ``pred_logits`` [B, Q, C+1], ``pred_boxes`` [B, Q, 4] cxcywh in 0..1."""
+    """Predictions of one decoder layer.
+
+    Attributes:
+        pred_logits: ``[B, Q, C + 1]`` with no-object last, or ``[B, Q, C]`` where classes are independent.
+        pred_boxes: ``[B, Q, 4]`` cxcywh in 0..1.
+    """
 
     pred_logits: Tensor
     pred_boxes: Tensor
 
 
 class ModelOutput(LayerOutput):
-    """Predictions of the last decoder layer, and of the earlier ones (first layer first) under ``aux_outputs``."""
+    """Predictions of the last decoder layer, and what else a model predicts in training.
+
+    Attributes:
+        aux_outputs: of the earlier decoder layers, first layer first.
+        enc_outputs: of the encoder, for each of its cells.
+        one_to_many_outputs: of further queries, several of which are to find the same box; last layer and earlier ones.
+    """
 
     aux_outputs: NotRequired[list[LayerOutput]]
+    enc_outputs: NotRequired[LayerOutput]
+    one_to_many_outputs: NotRequired[ModelOutput]
 
 
 class Detections(TypedDict):
-    """Detections of one image, one for each query.
+    """Detections of one image: one for each query, or the best ones where a query may stand for several classes.
 
     Attributes:
-        scores: ``[Q]`` in 0..1, the probability of ``labels``.
-        labels: ``[Q]`` int64, never no-object.
-        boxes: ``[Q, 4]`` xyxy in pixels of the image size given to post-processing.
+        scores: ``[K]`` in 0..1, the probability of ``labels``.
+        labels: ``[K]`` int64, never no-object.
+        boxes: ``[K, 4]`` xyxy in pixels of the image size given to post-processing.
     """
 
     scores: Tensor

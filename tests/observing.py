@@ -229,7 +229,7 @@ def _loss(criterion: SetCriterion, inputs: tuple) -> Loss:
         targets,
         tuple(map(float, normalisers)),
         dict(criterion.weights),
-        criterion.class_loss.eos_coef,
+        getattr(criterion.class_loss, "eos_coef", 0.0),
         (matcher.cost_class, matcher.cost_bbox, matcher.cost_giou),
     )
 

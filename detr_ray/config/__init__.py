@@ -9,12 +9,11 @@ from detr_ray.config.data_sections import AugmentConfig, DataConfig, GenerateCon
 from detr_ray.config.errors import ConfigError
 from detr_ray.config.fields import Schedule
 from detr_ray.config.loading import config_from_dict, load_config, with_defaults
+from detr_ray.config.model_sections import LossConfig, ModelConfig
 from detr_ray.config.schema import diff, flatten
 from detr_ray.config.sections import (
     Config,
     EvalConfig,
-    LossConfig,
-    ModelConfig,
     OptimConfig,
     RunConfig,
     TrackingConfig,

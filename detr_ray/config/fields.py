@@ -40,12 +40,23 @@ class Section(BaseModel):
         frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, hide_input_in_errors=True
     )
 
+    def own_defaults(self) -> Mapping[str, Any]:
+        """Defaults that depend on other keys of the section."""
+        return {}
+
+    def fill(self) -> None:
+        """Gives keys that were not given, or are null, their `own_defaults`; they still count as not given."""
+        for name, value in self.own_defaults().items():
+            if name not in self.model_fields_set or getattr(self, name) is None:
+                self.__dict__[name] = value  # the section is frozen once it is made
+
     def rules(self) -> Iterator[Violation]:
         """Yields the broken rules of this section."""
         yield from ()
 
     @model_validator(mode="after")
     def _check_rules(self) -> Self:
+        self.fill()
         broken = list(self.rules())
         if broken:
             text = "; ".join(f"{violation.keys[0]} {violation.message}" for violation in broken)

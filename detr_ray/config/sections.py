@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from detr_ray.architectures import ARCHITECTURES
+from detr_ray.architectures import PUBLISHED
 from detr_ray.config.addresses import refuse_credentials
 from detr_ray.config.data_sections import DataConfig
 from detr_ray.config.errors import ConfigError
@@ -31,16 +31,11 @@ from detr_ray.config.fields import (
     Share,
     Text,
     Violation,
-    Weight,
     Whole,
 )
+from detr_ray.config.model_sections import LossConfig, ModelConfig
 from detr_ray.config.tune_sections import TuneConfig
 from detr_ray.config.yaml_format import format_yaml
-
-if TYPE_CHECKING:
-    Architecture = str
-else:
-    Architecture = Literal[tuple(ARCHITECTURES)]
 
 
 class RunConfig(Section):
@@ -58,98 +53,6 @@ class RunConfig(Section):
     run's weights, moments, step and place in the stream, and with learning rates and loss weights of its own. `optim`,
     `loss` and `train.epochs` may differ, beside what may change when a run goes on. Once this run has a checkpoint, the
     other one is not needed any more."""
-
-
-class ModelConfig(Section):
-    """The architecture: DETR, by default the original's with a ResNet-50; and the weights it starts from."""
-
-    architecture: Architecture = "detr"
-    """Architecture of the detector. `detr`: Carion et al. 2020."""
-    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
-    """Network that computes image features."""
-    backbone_norm: Literal["frozen", "batch"] = "frozen"
-    """Batch norm of the backbone. `frozen`: fixed, for pretrained weights; the stem and the first stage do not train
-    either. `batch`: trains, for a backbone from random weights."""
-    backbone_stride: Literal[32, 16, 8] = 32
-    """Image pixels for each feature cell, along each side. The backbone ends at the stage with this stride. 16 and 8
-    are for small images."""
-    backbone_weights: Text = "imagenet"
-    """First weights of the backbone: `imagenet` (downloaded once), `none` (random), or path or URL of a torchvision
-    ResNet's state dict, as a torch file or safetensors. Not used with `model.init_from`."""
-    dilation: bool = False
-    """Dilate the last stage instead of halving its resolution (DC5): four times the features, better on small objects,
-    slower."""
-    position_embedding: Literal["sine", "learned"] = "sine"
-    """Position embedding of the transformer: fixed sine waves, or learned."""
-    hidden_dim: Count = 256
-    """Width of the transformer."""
-    num_heads: Count = 8
-    """Attention heads."""
-    dim_feedforward: Count = 2048
-    """Width of the transformer's feed-forward layers."""
-    encoder_layers: CountOrZero = 6
-    """Layers of the encoder."""
-    decoder_layers: Count = 6
-    """Layers of the decoder."""
-    dropout: Annotated[Share, Field(lt=1)] = 0.1
-    """Dropout in the transformer."""
-    pre_norm: bool = False
-    """Normalise before each part of a transformer layer instead of after it."""
-    num_queries: Count = 100
-    """Number of queries: the largest number of objects that the model can find in one image."""
-    aux_loss: bool = True
-    """Apply the loss to every decoder layer, not only to the last."""
-    init_from: Text | None = None
-    """Path or URL of DETR weights to start from, as a torch file or safetensors; weights inside the checkpoint of
-    another training program are found. For other classes the head is rebuilt, and rows of classes with the same name
-    are copied. The backbone must be that of the file."""
-
-    def rules(self) -> Iterator[Violation]:
-        """The width must be divisible, and the backbone must support dilation."""
-        if self.hidden_dim % self.num_heads:
-            yield Violation(("hidden_dim", "num_heads"), f"must be divisible by model.num_heads ({self.num_heads})")
-        if self.hidden_dim % 4:
-            yield Violation(("hidden_dim",), "must be divisible by 4: half of it encodes rows, half columns, in pairs")
-        if self.dilation and self.backbone not in ("resnet50", "resnet101"):
-            yield Violation(
-                ("dilation", "backbone"), f"needs model.backbone=resnet50 or resnet101, not {self.backbone}"
-            )
-        if self.dilation and self.backbone_stride != 32:
-            yield Violation(
-                ("dilation", "backbone_stride"),
-                f"needs the last stage of the backbone, which model.backbone_stride={self.backbone_stride} cuts off",
-            )
-
-
-class LossConfig(Section):
-    """Weights of the matching costs and of the losses. Each is a number, or a schedule over epochs such as
-    `{points: [[0, 1], [50, 2]], interpolation: linear}`.
-    """
-
-    cost_class: Weight = 1.0
-    """Weight of the class probability when queries are matched with boxes."""
-    cost_bbox: Weight = 5.0
-    """Weight of the L1 distance of boxes in the matching."""
-    cost_giou: Weight = 2.0
-    """Weight of the generalised IoU in the matching."""
-    ce: Weight = 1.0
-    """Weight of the classification loss."""
-    bbox: Weight = 5.0
-    """Weight of the L1 loss of matched boxes."""
-    giou: Weight = 2.0
-    """Weight of the generalised IoU loss of matched boxes."""
-    eos_coef: Weight = 0.1
-    """Weight of no-object among the classes of the classification loss."""
-
-    def rules(self) -> Iterator[Violation]:
-        """At least one matching cost must not be 0."""
-        costs = ("cost_class", "cost_bbox", "cost_giou")
-        if all(_is_always_zero(getattr(self, name)) for name in costs):
-            yield Violation(costs, "must not be 0 together with loss.cost_bbox and loss.cost_giou")
-
-
-def _is_always_zero(weight: float | Schedule) -> bool:
-    return weight.is_zero if isinstance(weight, Schedule) else weight == 0
 
 
 class OptimConfig(Section):
@@ -329,12 +232,30 @@ class Config(Section):
     tracking: TrackingConfig = TrackingConfig()
     tune: TuneConfig = TuneConfig()
 
+    def fill(self) -> None:
+        """The loss's defaults are those of the architecture."""
+        self.__dict__["loss"] = self.loss.for_architecture(self.model.architecture)
+
     def rules(self) -> Iterator[Violation]:
-        """The warm-up must end before the run."""
+        """The warm-up must end before the run, and the class loss must suit the architecture."""
+        yield from self._loss_rules()
         if self.optim.warmup_epochs >= self.train.epochs:
             yield Violation(
                 ("optim.warmup_epochs", "train.epochs"), f"must be less than train.epochs ({self.train.epochs})"
             )
+
+    def _loss_rules(self) -> Iterator[Violation]:
+        loss, architecture = self.loss, self.model.architecture
+        has_no_object = PUBLISHED[architecture]["loss"]["class_loss"] == "softmax"
+        if has_no_object != (loss.class_loss == "softmax"):
+            what = "softmax" if has_no_object else "focal, vfl or mal"
+            yield Violation(("loss.class_loss", "model.architecture"), f"must be {what} for {architecture}")
+            return
+        for name, needed in loss.own_defaults().items():
+            if needed is None and getattr(loss, name) is not None:
+                yield Violation((f"loss.{name}", "loss.class_loss"), f"means nothing for {loss.class_loss}")
+        if not has_no_object and loss.eos_coef != LossConfig.model_fields["eos_coef"].default:
+            yield Violation(("loss.eos_coef", "loss.class_loss"), f"means nothing for {loss.class_loss}")
 
     def to_dict(self) -> dict[str, Any]:
         """All keys as plain values (mappings, lists, numbers, text)."""

@@ -40,7 +40,7 @@ def build_detector(model: ModelConfig, loss: LossConfig, num_classes: int) -> De
     """
     network = build_model(model, num_classes)
     layers = model.decoder_layers if model.aux_loss else 1
-    return Detector(network, build_criterion(loss, num_classes, layers, network.num_queries))
+    return Detector(network, build_criterion(loss, num_classes, layers, network.num_queries, model))
 
 
 def build_skeleton(model: ModelConfig, num_classes: int) -> DetectionModel:

@@ -10,20 +10,24 @@ from detr_ray.loss import ClassLoss
 from detr_ray.structures import Detections, LayerOutput
 
 
-def postprocess(outputs: LayerOutput, sizes: Tensor, class_loss: ClassLoss) -> list[Detections]:
+def postprocess(
+    outputs: LayerOutput, sizes: Tensor, class_loss: ClassLoss, max_detections: int = 100
+) -> list[Detections]:
     """Scores, labels and pixel boxes, as the class loss reads the logits.
 
-    Nothing is left out: DETR needs no suppression of duplicates, and COCO's evaluation takes everything.
+    DETR needs no suppression of duplicates.
 
     Args:
         outputs: what the model gave; any float precision.
         sizes: ``[B, 2]`` (height, width) in pixels of the images that the boxes are wanted for.
         class_loss: what the model was trained with; says what the logits mean.
+        max_detections: largest number of detections an image, where a query may stand for several classes. With one
+            class a query, all queries are given.
 
     Returns:
         One entry an image, on the outputs' device, scores and boxes in float32.
     """
-    found = class_loss.scores(outputs["pred_logits"].float())
+    found = class_loss.scores(outputs["pred_logits"].float(), max_detections)
     boxes_cxcywh = outputs["pred_boxes"].float().take_along_dim(found.queries[..., None], dim=1)
     height, width = sizes.to(boxes_cxcywh).unbind(1)
     boxes_xyxy_px = cxcywh_to_xyxy(boxes_cxcywh) * torch.stack((width, height, width, height), dim=1)[:, None]

@@ -38,10 +38,12 @@ class ClassLoss(Protocol):
     Attributes:
         num_logits: logits of one query.
         num_classes: classes without no-object.
+        needs_iou: whether ``loss`` looks at how well the matched boxes fit.
     """
 
     num_logits: int
     num_classes: int
+    needs_iou: bool
 
     def at_epoch(self, epoch: float) -> None:
         """Sets weights that change over the run to their values at an epoch."""
@@ -55,13 +57,15 @@ class ClassLoss(Protocol):
         """Matching costs ``[M, L, Q]`` of boxes with these labels, against the queries of their images."""
         ...
 
-    def loss(self, activations: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, activations: Tensor, rows: Tensor, labels: Tensor, ious: Tensor | None = None) -> Tensor:
         """Sum of the loss over images and queries, ``[L]``, not normalised.
 
         Args:
             activations: ``[L, B, Q, num_logits]``.
             rows: ``[L * P]`` the matched queries, as rows of the flattened ``[L * B * Q]`` predictions.
             labels: ``[L * P]`` their labels.
+            ious: ``[L * P]`` IoU of their boxes with those that they are matched with, without gradient; None where
+                ``needs_iou`` is false.
         """
         ...
 
@@ -77,8 +81,13 @@ class ClassLoss(Protocol):
         """The class with the highest logit, ``[...]`` int64; no-object counts as class ``num_classes``."""
         ...
 
-    def scores(self, logits: Tensor) -> Scores:
-        """The detections in ``[B, Q, num_logits]`` float32 logits."""
+    def scores(self, logits: Tensor, limit: int) -> Scores:
+        """The detections in ``[B, Q, num_logits]`` float32 logits.
+
+        Args:
+            logits: of all queries.
+            limit: largest number of detections an image, where a query may stand for several; otherwise all are given.
+        """
         ...
 
 
@@ -89,6 +98,8 @@ class SoftmaxLoss:
         num_classes: classes without no-object.
         eos_coef: weight of no-object among the classes; all others have 1.
     """
+
+    needs_iou = False
 
     def __init__(self, num_classes: int, eos_coef: float | Scheduled = 0.1) -> None:
         self.num_classes = num_classes
@@ -108,7 +119,7 @@ class SoftmaxLoss:
         """The negative probability of the label."""
         return activations.permute(1, 3, 0, 2)[images, labels].exp_().neg_()
 
-    def loss(self, activations: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, activations: Tensor, rows: Tensor, labels: Tensor, ious: Tensor | None = None) -> Tensor:
         """Sum of the weighted cross-entropies; queries that are not matched are to say no-object."""
         classes = labels.new_full((activations[..., 0].numel(),), self.num_classes)
         classes.index_copy_(0, rows, labels)
@@ -130,7 +141,7 @@ class SoftmaxLoss:
         """The class with the highest logit."""
         return logits.argmax(-1)
 
-    def scores(self, logits: Tensor) -> Scores:
+    def scores(self, logits: Tensor, limit: int) -> Scores:
         """Every query's best class that is not no-object, with its probability; queries stay in their order."""
         scores, labels = logits.softmax(-1)[..., :-1].max(-1)
         queries = torch.arange(logits.shape[1], device=logits.device).expand_as(labels)

@@ -8,20 +8,28 @@ optimizers or where targets come from.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from detr_ray.boxes import cxcywh_to_xyxy, generalized_iou
+from detr_ray.boxes import cxcywh_to_xyxy, generalized_iou, iou
 from detr_ray.loss.class_losses import ClassLoss, SoftmaxLoss
 from detr_ray.loss.matcher import HungarianMatcher
-from detr_ray.loss.prediction_sets import DecoderLayers, Matches, PredictionSet, PredictionSource
+from detr_ray.loss.prediction_sets import (
+    DecoderLayers,
+    EncoderCells,
+    Matches,
+    OneToMany,
+    PredictionSet,
+    PredictionSource,
+)
+from detr_ray.loss.sigmoid_losses import SIGMOID_LOSSES
 from detr_ray.schedules import Scheduled, value_at
 from detr_ray.structures import ModelOutput, Target
 
 if TYPE_CHECKING:
-    from detr_ray.config import LossConfig
+    from detr_ray.config import Config, LossConfig, ModelConfig
 
 LOSS_NAMES = ("loss_ce", "loss_bbox", "loss_giou")
 ERROR_NAMES = ("class_error", "cardinality_error")
@@ -42,6 +50,7 @@ class SetCriterion(nn.Module):
         bbox: weight of the L1 loss in the total.
         giou: weight of the GIoU loss in the total.
         num_layers: decoder layers that ``weights`` names until the first call shows how many there are.
+        more_suffixes: ends of the names of other sets' losses, which ``weights`` names until then.
     """
 
     def __init__(
@@ -53,6 +62,7 @@ class SetCriterion(nn.Module):
         bbox: float | Scheduled = 5.0,
         giou: float | Scheduled = 2.0,
         num_layers: int = 6,
+        more_suffixes: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.class_loss = class_loss
@@ -60,6 +70,7 @@ class SetCriterion(nn.Module):
         self.sources = tuple(sources)
         self._loss_weights = dict(zip(LOSS_NAMES, (ce, bbox, giou), strict=True))
         self._set_weights = {"": 1.0} | {f"_{layer}": 1.0 for layer in range(num_layers - 1)}
+        self._set_weights |= dict.fromkeys(more_suffixes, 1.0)
         self.at_epoch(0.0)
 
     @property
@@ -115,7 +126,8 @@ class SetCriterion(nn.Module):
             ValueError: shapes that do not fit each other, a label outside ``0..num_classes-1``, a target box that is
                 not finite.
         """
-        sets = [source.predictions(outputs, targets) for source in self.sources]
+        found = [source.predictions(outputs, targets) for source in self.sources]
+        sets = [one for one in found if one is not None]
         for one in sets:
             if one.logits.shape[-1] != self.class_loss.num_logits:
                 raise ValueError(
@@ -126,10 +138,10 @@ class SetCriterion(nn.Module):
         activations = [self.class_loss.activate(one.logits) for one in sets]
         all_pairs = self.matcher.match(sets, activations, self.class_loss)
         if normalisers is None:
-            normalisers = self.normalisers(sets[0].targets.counts)
+            normalisers = self.normalisers([len(target["labels"]) for target in targets])
+        norms = [normalisers[2 * number : 2 * number + 2] for number, one in enumerate(found) if one is not None]
         losses: dict[str, Tensor] = {}
-        for number, (one, active, pairs) in enumerate(zip(sets, activations, all_pairs, strict=True)):
-            box_norm, class_norm = normalisers[2 * number : 2 * number + 2]
+        for one, active, pairs, (box_norm, class_norm) in zip(sets, activations, all_pairs, norms, strict=True):
             losses |= self._losses(one, active, pairs, _at_least_one(box_norm), _one_if_zero(class_norm))
         return losses
 
@@ -156,9 +168,14 @@ class SetCriterion(nn.Module):
         targets = predictions.targets
         prediction_rows, target_rows = _rows_on_device(pairs, predictions.logits)
         matched_labels = targets.labels.index_select(0, target_rows)
-        distance, overlap = _box_losses(predictions.boxes_cxcywh, targets.boxes_cxcywh, prediction_rows, target_rows)
+        predicted = predictions.boxes_cxcywh.flatten(0, 2).index_select(0, prediction_rows)
+        wanted = targets.boxes_cxcywh.index_select(0, target_rows)
+        distance, overlap = _box_losses(predicted, wanted, predictions.logits.shape[0])
+        ious = None
+        if self.class_loss.needs_iou:
+            ious = iou(cxcywh_to_xyxy(predicted.detach()), cxcywh_to_xyxy(wanted))
         values = {
-            "loss_ce": self.class_loss.loss(activations, prediction_rows, matched_labels) / class_norm,
+            "loss_ce": self.class_loss.loss(activations, prediction_rows, matched_labels, ious) / class_norm,
             "loss_bbox": distance / box_norm,
             "loss_giou": overlap / box_norm,
         }
@@ -185,27 +202,51 @@ class SetCriterion(nn.Module):
 
 
 def build_criterion(
-    cfg_loss: LossConfig, num_classes: int = 91, num_layers: int = 6, num_queries: int | None = None
+    cfg: Config | LossConfig,
+    num_classes: int = 91,
+    num_layers: int = 6,
+    num_queries: int | None = None,
+    cfg_model: ModelConfig | None = None,
 ) -> SetCriterion:
-    """Criterion of a config's ``loss`` section.
+    """Criterion of a configuration.
 
     Args:
-        cfg_loss: has ``cost_class``, ``cost_bbox``, ``cost_giou``, ``ce``, ``bbox``, ``giou`` and ``eos_coef``, each a
-            number or a schedule.
+        cfg: the configuration, or its section ``loss`` alone.
         num_classes: classes without no-object.
         num_layers: decoder layers that ``criterion.weights`` names before the first call.
-        num_queries: of the model; needed to count normalisers before the first call.
+        num_queries: of the model; needed to count normalisers before the first call, by the class loss softmax.
+        cfg_model: the section ``model``, where ``cfg`` is a section: says what there is to measure beside the decoder's
+            layers. None: nothing.
     """
-    class_loss = SoftmaxLoss(num_classes, cfg_loss.eos_coef)
+    loss: Any = getattr(cfg, "loss", cfg)
+    model: Any = getattr(cfg, "model", cfg_model)
+    class_loss = _class_loss(loss, num_classes)
+    sources: list[PredictionSource] = [DecoderLayers(num_queries)]
+    suffixes: list[str] = []
+    if getattr(model, "two_stage", False):
+        sources.append(EncoderCells())
+        suffixes.append("_enc")
+    if getattr(model, "one_to_many_queries", 0):
+        sources.append(OneToMany(model.one_to_many_copies))
+        suffixes += ["_one2many", *(f"_{layer}_one2many" for layer in range(num_layers - 1))]
     return SetCriterion(
         class_loss,
-        HungarianMatcher(cfg_loss.cost_class, cfg_loss.cost_bbox, cfg_loss.cost_giou, class_loss),
-        [DecoderLayers(num_queries)],
-        ce=cfg_loss.ce,
-        bbox=cfg_loss.bbox,
-        giou=cfg_loss.giou,
+        HungarianMatcher(loss.cost_class, loss.cost_bbox, loss.cost_giou, class_loss),
+        sources,
+        ce=loss.ce,
+        bbox=loss.bbox,
+        giou=loss.giou,
         num_layers=num_layers,
+        more_suffixes=suffixes,
     )
+
+
+def _class_loss(loss: LossConfig, num_classes: int) -> ClassLoss:
+    kind = getattr(loss, "class_loss", "softmax")  # sections that are made by hand may have the original's keys alone
+    if kind == "softmax":
+        return SoftmaxLoss(num_classes, loss.eos_coef)
+    given = {"alpha": loss.focal_alpha, "gamma": loss.focal_gamma}
+    return SIGMOID_LOSSES[kind](num_classes, **{name: value for name, value in given.items() if value is not None})
 
 
 def _rows_on_device(pairs: Matches, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -218,16 +259,11 @@ def _rows_on_device(pairs: Matches, logits: Tensor) -> tuple[Tensor, Tensor]:
     return prediction_rows, target_rows
 
 
-def _box_losses(
-    boxes_cxcywh: Tensor, target_boxes_cxcywh: Tensor, prediction_rows: Tensor, target_rows: Tensor
-) -> tuple[Tensor, Tensor]:
+def _box_losses(predicted_cxcywh: Tensor, wanted_cxcywh: Tensor, num_layers: int) -> tuple[Tensor, Tensor]:
     """Sums over the matched pairs of L1 distance and of 1 - GIoU, ``[L]`` each; zeros with a graph without pairs."""
-    num_layers = boxes_cxcywh.shape[0]
-    predicted = boxes_cxcywh.flatten(0, 2).index_select(0, prediction_rows)
-    wanted = target_boxes_cxcywh.index_select(0, target_rows)
-    giou = generalized_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted))
-    num_pairs = prediction_rows.shape[0] // num_layers
-    distance = (predicted - wanted).abs().view(num_layers, num_pairs, 4).sum((1, 2))
+    giou = generalized_iou(cxcywh_to_xyxy(predicted_cxcywh), cxcywh_to_xyxy(wanted_cxcywh))
+    num_pairs = predicted_cxcywh.shape[0] // num_layers
+    distance = (predicted_cxcywh - wanted_cxcywh).abs().view(num_layers, num_pairs, 4).sum((1, 2))
     return distance, (1 - giou).view(num_layers, num_pairs).sum(1)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -63,8 +63,8 @@ class PredictionSource(Protocol):
         """
         ...
 
-    def predictions(self, outputs: ModelOutput, targets: Sequence[Target]) -> PredictionSet:
-        """The predictions in a model's output."""
+    def predictions(self, outputs: ModelOutput, targets: Sequence[Target]) -> PredictionSet | None:
+        """The predictions in a model's output; None where a model gives them in training alone."""
         ...
 
 
@@ -86,10 +86,63 @@ class DecoderLayers:
 
     def predictions(self, outputs: ModelOutput, targets: Sequence[Target]) -> PredictionSet:
         """All layers, the first one first; the last one's losses have no suffix."""
-        layers = [*outputs.get("aux_outputs", ()), outputs]
-        # From here on everything is elementwise or a reduction: float32 stays float32 under autocast.
-        logits = torch.stack([layer["pred_logits"] for layer in layers]).float()
-        boxes_cxcywh = torch.stack([layer["pred_boxes"] for layer in layers]).float()
+        logits, boxes_cxcywh = _stacked(outputs)
         self._num_queries = logits.shape[2]
-        suffixes = (*(f"_{layer}" for layer in range(len(layers) - 1)), "")
+        suffixes = (*(f"_{layer}" for layer in range(len(logits) - 1)), "")
         return PredictionSet(suffixes, logits, boxes_cxcywh, flatten_targets(targets, logits.device))
+
+
+class EncoderCells:
+    """What the encoder predicts for each of its cells, matched with the image's boxes (two-stage Deformable DETR).
+
+    It only says whether there is an object: every box counts as one of class 0, and the model ranks cells by it.
+    """
+
+    def normalisers(self, counts: Sequence[int], class_loss: ClassLoss) -> tuple[float, float]:
+        """The number of boxes, and the class loss's own, which must not depend on the number of queries."""
+        return float(sum(counts)), class_loss.normaliser(counts, 0)
+
+    def predictions(self, outputs: ModelOutput, targets: Sequence[Target]) -> PredictionSet | None:
+        """The predictions under ``enc_outputs``; names of their losses end with ``_enc``."""
+        if "enc_outputs" not in outputs:
+            return None
+        cells = outputs["enc_outputs"]
+        flat = flatten_targets(targets, cells["pred_logits"].device)
+        objects = replace(flat, labels=torch.zeros_like(flat.labels))
+        return PredictionSet(("_enc",), cells["pred_logits"].float()[None], cells["pred_boxes"].float()[None], objects)
+
+
+class OneToMany:
+    """Further queries that are matched with several copies of each box (H-DETR, Jia et al. 2022).
+
+    Args:
+        copies: of each box.
+    """
+
+    def __init__(self, copies: int) -> None:
+        self.copies = copies
+
+    def normalisers(self, counts: Sequence[int], class_loss: ClassLoss) -> tuple[float, float]:
+        """The number of boxes with their copies, and the class loss's own."""
+        repeated = [count * self.copies for count in counts]
+        return float(sum(repeated)), class_loss.normaliser(repeated, 0)
+
+    def predictions(self, outputs: ModelOutput, targets: Sequence[Target]) -> PredictionSet | None:
+        """The predictions under ``one_to_many_outputs``; names of their losses end with ``_one2many``."""
+        if "one_to_many_outputs" not in outputs:
+            return None
+        logits, boxes_cxcywh = _stacked(outputs["one_to_many_outputs"])
+        repeated = [
+            Target(labels=target["labels"].repeat(self.copies), boxes=target["boxes"].repeat(self.copies, 1))
+            for target in targets
+        ]
+        suffixes = (*(f"_{layer}_one2many" for layer in range(len(logits) - 1)), "_one2many")
+        return PredictionSet(suffixes, logits, boxes_cxcywh, flatten_targets(repeated, logits.device))
+
+
+def _stacked(outputs: ModelOutput) -> tuple[Tensor, Tensor]:
+    """Logits and boxes of all layers, ``[L, B, Q, ...]``, the first layer first."""
+    layers = [*outputs.get("aux_outputs", ()), outputs]
+    # From here on everything is elementwise or a reduction: float32 stays float32 under autocast.
+    logits = torch.stack([layer["pred_logits"] for layer in layers]).float()
+    return logits, torch.stack([layer["pred_boxes"] for layer in layers]).float()

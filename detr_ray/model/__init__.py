@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 from detr_ray.architectures import ARCHITECTURES
 from detr_ray.model.detection_model import DetectionModel
+from detr_ray.model.published import load_published, published_state_dict
 
 if TYPE_CHECKING:
     from detr_ray.config import ModelConfig
 
-__all__ = ["DetectionModel", "build_model"]
+__all__ = ["DetectionModel", "build_model", "load_published", "published_state_dict"]
 
 
 def build_model(cfg_model: ModelConfig, num_classes: int = 91) -> DetectionModel:

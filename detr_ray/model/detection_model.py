@@ -22,6 +22,7 @@ class WeightNames:
         input_projections: tensors that depend on the backbone's channels.
         backbone: what the names of the backbone's own tensors start with.
         signs: beginnings of names of which a file of this architecture has at least one.
+        object_heads: modules like the class heads whose first row says whether there is an object of any class.
     """
 
     class_heads: tuple[str, ...]
@@ -30,6 +31,7 @@ class WeightNames:
     input_projections: tuple[str, ...]
     backbone: str
     signs: tuple[str, ...]
+    object_heads: tuple[str, ...] = ()
 
     def classes_in(self, state: Mapping[str, Tensor]) -> int | None:
         """Classes without no-object of the first class head in a state dict; None where it has no such head."""
@@ -67,6 +69,11 @@ class DetectionModel(nn.Module):
             targets: one an image, in training of models that use them.
         """
         raise NotImplementedError
+
+    @property
+    def published_twins(self) -> dict[str, str]:
+        """Further names that published files have for tensors of the model -> name here."""
+        return {}
 
     @property
     def body(self) -> nn.Module:

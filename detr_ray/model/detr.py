@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detr_ray.architectures import published_values
 from detr_ray.model.backbones.resnet import ResNetBackbone
 from detr_ray.model.detection_model import DetectionModel, WeightNames
 from detr_ray.model.features import Backbone
@@ -22,8 +23,6 @@ from detr_ray.structures import LayerOutput, ModelOutput
 
 if TYPE_CHECKING:
     from detr_ray.config import ModelConfig
-
-POSITION_ENCODINGS = {"sine": SinePositionEncoding, "learned": LearnedPositionEncoding}
 
 
 class BoxHead(nn.Module):
@@ -96,8 +95,6 @@ class Detr(DetectionModel):
             ValueError: the section's values do not go together.
         """
         dim = cfg_model.hidden_dim
-        if cfg_model.position_embedding not in POSITION_ENCODINGS:
-            raise ValueError(f"position embedding is 'sine' or 'learned', not {cfg_model.position_embedding!r}")
         return cls(
             backbone=ResNetBackbone(
                 cfg_model.backbone,
@@ -105,7 +102,7 @@ class Detr(DetectionModel):
                 strides=(cfg_model.backbone_stride,),
                 dilation=cfg_model.dilation,
             ),
-            position_encoding=POSITION_ENCODINGS[cfg_model.position_embedding](dim),
+            position_encoding=_position_encoding(cfg_model),
             transformer=Transformer(
                 dim,
                 cfg_model.num_heads,
@@ -166,3 +163,12 @@ class Detr(DetectionModel):
                 for layer_logits, layer_boxes in zip(logits[:-1], boxes_cxcywh[:-1], strict=True)
             ]
         return output
+
+
+def _position_encoding(cfg_model: ModelConfig) -> SinePositionEncoding | LearnedPositionEncoding:
+    if cfg_model.position_embedding == "learned":
+        return LearnedPositionEncoding(cfg_model.hidden_dim)
+    if cfg_model.position_embedding != "sine":
+        raise ValueError(f"position embedding is 'sine' or 'learned', not {cfg_model.position_embedding!r}")
+    values = published_values(cfg_model)
+    return SinePositionEncoding(cfg_model.hidden_dim, values["position_temperature"], values["position_offset"])

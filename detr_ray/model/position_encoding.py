@@ -16,6 +16,14 @@ LEARNED_LIMIT = 50
 """Rows and columns that the learned encoding has a vector for (the published layout)."""
 
 
+def waves(coordinate: Tensor, channels: int, temperature: float) -> Tensor:
+    """Sine and cosine of ``[...]`` at ``channels / 2`` frequencies, interleaved: ``[..., channels]``."""
+    pair = torch.arange(0, channels, 2, device=coordinate.device, dtype=torch.float32)
+    wavelength = temperature ** (pair / channels)
+    angle = coordinate[..., None] / wavelength
+    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)
+
+
 class SinePositionEncoding(nn.Module):
     """Sines and cosines of the cell's place within the unpadded image; holds no tensors.
 
@@ -25,14 +33,15 @@ class SinePositionEncoding(nn.Module):
     Args:
         hidden_dim: length of the vectors; a multiple of 4.
         temperature: the longest wavelength, in units of the scaled coordinate.
+        offset: added to a cell's number, which counts from 1: -0.5 for its middle.
     """
 
-    def __init__(self, hidden_dim: int, temperature: float = 10000.0) -> None:
+    def __init__(self, hidden_dim: int, temperature: float = 10000.0, offset: float = 0.0) -> None:
         super().__init__()
         if hidden_dim % 4:
             raise ValueError(f"the sine position embedding needs a hidden_dim that 4 divides, not {hidden_dim}")
         self.axis_dim = hidden_dim // 2
-        self.temperature = temperature
+        self.temperature, self.offset = temperature, offset
         self.scale = 2 * math.pi
         self.eps = 1e-6
 
@@ -54,9 +63,9 @@ class SinePositionEncoding(nn.Module):
             valid = ~mask
             rows = valid.cumsum(1, dtype=torch.float32)
             columns = valid.cumsum(2, dtype=torch.float32)
-        rows = rows / (rows[:, -1:, :] + self.eps) * self.scale
-        columns = columns / (columns[:, :, -1:] + self.eps) * self.scale
-        by_row, by_column = self._waves(rows), self._waves(columns)
+        rows = (rows + self.offset) / (rows[:, -1:, :] + self.eps) * self.scale
+        columns = (columns + self.offset) / (columns[:, :, -1:] + self.eps) * self.scale
+        by_row, by_column = (waves(axis, self.axis_dim, self.temperature) for axis in (rows, columns))
         batch = max(len(by_row), len(by_column))
         return torch.cat(
             (
@@ -65,13 +74,6 @@ class SinePositionEncoding(nn.Module):
             ),
             dim=-1,
         )
-
-    def _waves(self, coordinate: Tensor) -> Tensor:
-        """Sine and cosine of ``[...]`` at each frequency, interleaved: ``[..., axis_dim]``."""
-        pair = torch.arange(0, self.axis_dim, 2, device=coordinate.device, dtype=torch.float32)
-        wavelength = self.temperature ** (pair / self.axis_dim)
-        angle = coordinate[..., None] / wavelength
-        return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)
 
 
 class LearnedPositionEncoding(nn.Module):

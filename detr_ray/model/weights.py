@@ -7,7 +7,7 @@ file. To go on with a run, shapes, optimizer and all, is another matter and is n
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import EllipsisType
 from typing import Any
 
@@ -18,6 +18,7 @@ from torchvision.models import get_model_weights
 from detr_ray.model.backbones.resnet import resnets_with
 from detr_ray.model.checkpoint_file import read_checkpoint
 from detr_ray.model.detection_model import DetectionModel, WeightNames
+from detr_ray.model.published import under_own_names
 from detr_ray.model.state_dicts import StateDict, WeightsError, shorten_names, without_prefix
 from detr_ray.printable import printable
 
@@ -186,6 +187,7 @@ def find_detector(checkpoint: Mapping[str, Any], model: DetectionModel, source: 
     stored = checkpoint["ema"] if checkpoint.get("ema") is not None else checkpoint["model"]
     names, own_names = model.weight_names, list(model.state_dict())
     found = without_prefix(stored, own_names, source)
+    found = replace(found, tensors=under_own_names(model, found.tensors, source))
     if not any(name in found.tensors and name.startswith(names.signs) for name in own_names):
         raise WeightsError(
             f"{source} holds no DETR weights, only {shorten_names(list(stored))}; "
@@ -257,6 +259,10 @@ def _fitting_part(names: WeightNames, name: str, value: Tensor, target: Tensor, 
         return _Part([here for here, _ in rows.pairs], value[[there for _, there in rows.pairs]], rows.note)
     if value.shape == target.shape:
         return _Part(..., value, "")
+    if name.rpartition(".")[0] in names.object_heads and value.shape[1:] == target.shape[1:]:
+        return _Part(
+            slice(1), value[:1], "the row that says whether there is an object copied, the others are not used"
+        )
     if name in names.query_tables and value.shape[1:] == target.shape[1:]:
         kept = min(len(value), len(target))
         note = f"{kept} of the file's {len(value)} queries copied, {len(target) - kept} fresh"

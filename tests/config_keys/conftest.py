@@ -7,7 +7,20 @@ from pathlib import Path
 import pytest
 from tiny import make_dataset
 
-SECTIONS = ("run", "data", "augment", "model", "loss", "optim", "train", "evaluation", "tracking", "tune", "on_ray")
+SECTIONS = (
+    "run",
+    "data",
+    "augment",
+    "model",
+    "deformable",
+    "loss",
+    "optim",
+    "train",
+    "evaluation",
+    "tracking",
+    "tune",
+    "on_ray",
+)
 pytest.register_assert_rewrite(*(f"config_keys.{section}_cases" for section in SECTIONS))
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from detr_ray.addresses import check_address, join, local_path, resolve
-from detr_ray.config import Config, ConfigError, flatten
+from detr_ray.config import Config, ConfigError, ModelConfig, flatten
 from detr_ray.engine.checkpoints.run_lock import claimed, held
 from detr_ray.engine.checkpoints.store import CheckpointStore
 from detr_ray.locations import make_folder, read_bytes, sync, write_bytes
@@ -285,8 +285,9 @@ def record_at(location: str) -> dict[str, Any] | None:
 
 
 def begun_with(record: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
-    """Key -> its value when a run was begun. A key that came later had its default then."""
-    defaults = json.loads(json.dumps(flatten(Config())))
+    """Key -> its value when a run was begun. A key that came later had its architecture's default then."""
+    architecture = record["config"].get("model.architecture", Config().model.architecture)
+    defaults = json.loads(json.dumps(flatten(Config(model=ModelConfig(architecture=architecture)))))
     return {key: record["config"].get(key, defaults.get(key)) for key in keys}
 
 

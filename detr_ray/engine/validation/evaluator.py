@@ -87,7 +87,7 @@ class Evaluator:
             batch = to_device(padded, device, model.pixels, self._channels_last)
             with torch.autocast(device.type, dtype=self._dtype, enabled=self._dtype is not None):
                 outputs = model(batch.images, batch.mask)
-            detections = postprocess(outputs, batch.orig_sizes.to(device), self._class_loss)
+            detections = postprocess(outputs, batch.orig_sizes.to(device), self._class_loss, self._max_detections)
             ids = batch.image_ids.tolist()
             found.append(
                 DetectionTable.from_detections(ids, detections, self._category_ids, max_per_image=self._max_detections)

@@ -1,0 +1,377 @@
+"""Deformable DETR (Zhu et al. 2020), with its refinement of boxes, its two stages and the options of H-DETR.
+
+Feature maps of several resolutions become one sequence of cells; queries read it at a few points around a reference,
+and move the reference from layer to layer. Parameter names are those of the published checkpoints; what these list
+under several names has one name here (`DeformableDetr.published_twins`). Knows nothing of losses, files or label names.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from detr_ray.architectures import published_values
+from detr_ray.model.backbones.resnet import ResNetBackbone
+from detr_ray.model.deformable_transformer import DeformableTransformer, Pyramid, valid_ratios
+from detr_ray.model.detection_model import DetectionModel, WeightNames
+from detr_ray.model.detr import BoxHead
+from detr_ray.model.features import Backbone, FeatureLevel, shrink_mask
+from detr_ray.model.position_encoding import SinePositionEncoding, waves
+from detr_ray.structures import LayerOutput, ModelOutput
+
+if TYPE_CHECKING:
+    from detr_ray.config import ModelConfig
+
+PRIOR = 0.01
+"""Probability that every class starts with."""
+QUERY_TEMPERATURE = 10000.0
+_SMALLEST, _LARGEST = 0.01, 0.99
+"""Proposals whose centre or size is beyond these are left out."""
+
+
+def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """The logit of values in 0..1, kept ``eps`` away from both ends."""
+    x = x.clamp(0, 1)
+    return (x.clamp(min=eps) / (1 - x).clamp(min=eps)).log()
+
+
+class Queries(NamedTuple):
+    """What the decoder starts from.
+
+    Attributes:
+        contents: ``[B, Q, dim]``.
+        positions: ``[B, Q, dim]``.
+        references: ``[B, Q, 2 or 4]``, points (x, y) or boxes (cx, cy, w, h) in 0..1 of the unpadded image.
+        proposals: what the encoder predicts for each cell, where queries are made of it.
+    """
+
+    contents: Tensor
+    positions: Tensor
+    references: Tensor
+    proposals: LayerOutput | None
+
+
+class DeformableDetr(DetectionModel):
+    """The detector.
+
+    Args:
+        backbone: gives feature maps, the one with the most cells first.
+        position_encoding: gives the cells' position vectors.
+        transformer: encoder and decoder; says whether there are two stages.
+        dim: the transformer's vector length.
+        num_levels: feature maps that the transformer reads; those that the backbone does not give are made here.
+        num_classes: classes.
+        num_queries: objects that can be found in one image.
+        box_refine: each decoder layer corrects the boxes of the one before.
+        mixed_query_selection: with two stages, the contents of queries are learned.
+        look_forward_twice: a layer's boxes are trained through the layer before as well.
+        one_to_many_queries: further queries in training, apart from the others.
+        aux_loss: give every decoder layer's predictions, not only the last's.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        position_encoding: SinePositionEncoding,
+        transformer: DeformableTransformer,
+        dim: int,
+        num_levels: int,
+        num_classes: int,
+        num_queries: int,
+        box_refine: bool,
+        mixed_query_selection: bool,
+        look_forward_twice: bool,
+        one_to_many_queries: int,
+        aux_loss: bool,
+    ) -> None:
+        super().__init__()
+        self.num_classes, self.num_queries = num_classes, num_queries
+        self.pixels = backbone.pixels
+        self.transformer = transformer
+        self.two_stage = hasattr(transformer, "enc_output")
+        self.box_refine, self.look_forward_twice = box_refine, look_forward_twice
+        self.mixed_query_selection = mixed_query_selection
+        self.one_to_many_queries = one_to_many_queries
+        self.aux_loss = aux_loss
+        self._add_heads(dim, num_classes)
+        all_queries = num_queries + one_to_many_queries
+        if not self.two_stage:
+            self.query_embed = nn.Embedding(all_queries, 2 * dim)
+        elif mixed_query_selection:
+            self.query_embed = nn.Embedding(all_queries, dim)
+        self.input_proj = _input_projections(backbone.channels, num_levels, dim)
+        self.backbone = nn.ModuleList([backbone, position_encoding])
+        heads = [f"class_embed.{number}" for number in range(len(self.class_embed))]
+        self.weight_names = WeightNames(
+            class_heads=tuple(heads[:-1] if self.two_stage else heads),
+            object_heads=tuple(heads[-1:] if self.two_stage else ()),
+            has_no_object=False,
+            query_tables=("query_embed.weight",),
+            input_projections=tuple(
+                name for name, value in self.named_parameters() if name.startswith("input_proj") and value.dim() == 4
+            ),
+            backbone="backbone.0.body.",
+            signs=("transformer.", "backbone."),
+        )
+
+    def _add_heads(self, dim: int, num_classes: int) -> None:
+        """Heads of classes and boxes: one for all layers; with refinement one a layer, with two stages one more."""
+        class_head, box_head = nn.Linear(dim, num_classes), BoxHead(dim)
+        nn.init.constant_(class_head.bias, -math.log((1 - PRIOR) / PRIOR))
+        last = box_head.layers[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        layers = len(self.transformer.decoder.layers)
+        heads = layers + self.two_stage if self.box_refine else 1
+        self.class_embed = nn.ModuleList([copy.deepcopy(class_head) for _ in range(heads)])
+        self.bbox_embed = nn.ModuleList([copy.deepcopy(box_head) for _ in range(heads)])
+        if not self.two_stage:
+            # References are points at first: boxes start small. Later layers start from the boxes of the first.
+            with torch.no_grad():
+                self.bbox_embed.get_parameter("0.layers.2.bias")[2:] = -2.0
+
+    @classmethod
+    def from_config(cls, cfg_model: ModelConfig, num_classes: int) -> Self:
+        """The model that a config's ``model`` section describes, with random weights.
+
+        Raises:
+            ValueError: the section's values do not go together.
+        """
+        values, dim = published_values(cfg_model), cfg_model.hidden_dim
+        levels, last = values["num_feature_levels"], cfg_model.backbone_stride
+        strides = tuple(stride for stride in (8, 16, 32) if stride <= last)[-levels:]
+        return cls(
+            backbone=ResNetBackbone(
+                cfg_model.backbone, norm=cfg_model.backbone_norm, strides=strides, dilation=cfg_model.dilation
+            ),
+            position_encoding=SinePositionEncoding(dim, values["position_temperature"], values["position_offset"]),
+            transformer=DeformableTransformer(
+                dim,
+                cfg_model.num_heads,
+                levels,
+                values["encoder_points"],
+                values["decoder_points"],
+                cfg_model.dim_feedforward,
+                cfg_model.encoder_layers,
+                cfg_model.decoder_layers,
+                cfg_model.dropout,
+                values["two_stage"],
+            ),
+            dim=dim,
+            num_levels=levels,
+            num_classes=num_classes,
+            num_queries=values["num_queries"],
+            box_refine=values["box_refine"],
+            mixed_query_selection=values["mixed_query_selection"],
+            look_forward_twice=values["look_forward_twice"],
+            one_to_many_queries=values["one_to_many_queries"],
+            aux_loss=cfg_model.aux_loss,
+        )
+
+    def parameter_groups(self) -> dict[str, list[str]]:
+        """Everything but the backbone, and the backbone."""
+        names = [name for name, _ in self.named_parameters()]
+        return {
+            "lr": [name for name in names if not name.startswith("backbone.")],
+            "lr_backbone": [name for name in names if name.startswith("backbone.")],
+        }
+
+    @property
+    def published_twins(self) -> dict[str, str]:
+        """Names under which published files list heads once more -> name here."""
+        twins: dict[str, str] = {}
+        heads = len(self.transformer.decoder.layers) + self.two_stage
+        for kind in ("class_embed", "bbox_embed"):
+            tensors = [name for name in self.state_dict() if name.startswith(f"{kind}.")]
+            if not self.box_refine:
+                for tensor in tensors:
+                    rest = tensor.removeprefix(f"{kind}.0.")
+                    twins |= {f"{kind}.{number}.{rest}": tensor for number in range(1, heads)}
+            elif kind == "bbox_embed" or self.two_stage:
+                twins |= {f"transformer.decoder.{tensor}": tensor for tensor in tensors}
+        return twins
+
+    def forward(self, images: Tensor, mask: Tensor | None = None, targets: Any = None) -> ModelOutput:
+        """Predicts a set of objects an image.
+
+        Under autocast, the vectors that layers add to, references and heads keep the parameters' own precision.
+
+        Args:
+            images: ``[B, 3, H, W]`` float, normalised with ``pixels``.
+            mask: ``[B, H, W]`` bool, True on padding; None where no image is padded (same result, less work).
+            targets: not used.
+
+        Returns:
+            Logits and boxes of the last decoder layer; with ``aux_loss`` those of the earlier layers; with two stages
+            those of all cells of the encoder; in training those of the one-to-many queries, where there are some.
+        """
+        pyramid = self._pyramid(self.backbone[0](images, mask), mask)
+        memory = Pyramid(
+            self.transformer.encoder(pyramid).to(pyramid.cells.dtype),
+            pyramid.positions,
+            pyramid.padding,
+            pyramid.sizes,
+            pyramid.valid_ratios,
+        )
+        main = self.num_queries
+        count = main + (self.one_to_many_queries if self.training else 0)
+        queries = self._proposed_queries(memory, count) if self.two_stage else self._learned_queries(memory, count)
+        logits, boxes_cxcywh = self._decode(queries, memory)
+        output = self._output([part[:, :, :main] for part in (logits, boxes_cxcywh)])
+        if queries.proposals is not None:
+            output["enc_outputs"] = queries.proposals
+        if count > main:
+            output["one_to_many_outputs"] = self._output([part[:, :, main:] for part in (logits, boxes_cxcywh)])
+        return output
+
+    def _pyramid(self, levels: Sequence[FeatureLevel], mask: Tensor | None) -> Pyramid:
+        """The projected cells of all levels, one after the other."""
+        precision = self.transformer.level_embed.dtype
+        cells, positions, paddings, sizes = [], [], [], []
+        for number, project in enumerate(self.input_proj):
+            if number < len(levels):
+                source, padding, _ = levels[number]
+                features = project(source).to(precision)
+            else:
+                features = project(levels[-1].features if number == len(levels) else features).to(precision)
+                padding = None if mask is None else shrink_mask(mask, *features.shape[-2:])
+            cells.append(features.flatten(2).transpose(1, 2))
+            positions.append(
+                self.backbone[1](features, padding).flatten(1, 2).to(precision) + self.transformer.level_embed[number]
+            )
+            paddings.append(padding)
+            sizes.append((features.shape[-2], features.shape[-1]))
+        flat = [padding.flatten(1) for padding in paddings if padding is not None]
+        return Pyramid(
+            cells=torch.cat(cells, dim=1),
+            positions=torch.cat(positions, dim=1),
+            padding=torch.cat(flat, dim=1) if flat else None,
+            sizes=tuple(sizes),
+            valid_ratios=valid_ratios(paddings, cells[0].device),
+        )
+
+    def _learned_queries(self, memory: Pyramid, count: int) -> Queries:
+        batch = len(memory.cells)
+        positions, contents = self.query_embed.weight[:count].expand(batch, -1, -1).chunk(2, dim=-1)
+        with torch.autocast(memory.cells.device.type, enabled=False):
+            references = self.transformer.reference_points(positions).sigmoid()
+        return Queries(contents, positions, references, None)
+
+    def _proposed_queries(self, memory: Pyramid, count: int) -> Queries:
+        """Queries of the cells that most probably show an object.
+
+        Where there are fewer usable cells than queries, the best ones serve again.
+        """
+        transformer = self.transformer
+        anchors, is_usable = _anchors(memory)
+        with torch.autocast(memory.cells.device.type, enabled=False):
+            usable_cells = memory.cells.masked_fill(~is_usable[..., None], 0.0)
+            cells = transformer.enc_output_norm(transformer.enc_output(usable_cells))
+            logits = self.class_embed[-1](cells)
+            box_logits = (self.bbox_embed[-1](cells) + anchors).masked_fill(~is_usable[..., None], torch.inf)
+            # The encoder's loss trains class 0 to say that there is an object, whatever its class.
+            ranking = logits[..., 0].detach().masked_fill(~is_usable, -torch.inf)
+            best = ranking.topk(min(count, ranking.shape[1]), dim=1).indices
+            rank = torch.arange(count, device=best.device) % is_usable.sum(1, keepdim=True).clamp(min=1)
+            chosen = best.take_along_dim(rank, dim=1)
+            references = box_logits.detach().take_along_dim(chosen[..., None], dim=1).sigmoid()
+            described = waves(references * (2 * math.pi), cells.shape[-1] // 2, QUERY_TEMPERATURE)
+            placed = transformer.pos_trans_norm(transformer.pos_trans(described.flatten(2).to(cells.dtype)))
+        positions, contents = placed.chunk(2, dim=-1)
+        if self.mixed_query_selection:
+            contents = self.query_embed.weight[:count].expand_as(positions)
+        return Queries(
+            contents, positions, references, LayerOutput(pred_logits=logits, pred_boxes=box_logits.sigmoid())
+        )
+
+    def _decode(self, queries: Queries, memory: Pyramid) -> tuple[Tensor, Tensor]:
+        """Logits and boxes of every decoder layer, ``[layers, B, Q, ...]``."""
+        objects, references = queries.contents, queries.references
+        start = references  # what the boxes of a layer are counted from
+        allowed = self._allowed(objects)
+        logits, boxes = [], []
+        for number, layer in enumerate(self.transformer.decoder.layers):
+            objects = layer(objects, queries.positions, memory.in_each_map(references), memory, allowed)
+            head = number if self.box_refine else 0
+            with torch.autocast(objects.device.type, enabled=False):
+                objects = objects.to(references.dtype)
+                logits.append(self.class_embed[head](objects))
+                change = self.bbox_embed[head](objects)
+                boxes.append(_moved(start, change))
+                if self.box_refine:
+                    moved = _moved(references, change) if self.look_forward_twice else boxes[-1]
+                    references = moved.detach()
+                    start = moved if self.look_forward_twice else references
+        return torch.stack(logits), torch.stack(boxes)
+
+    def _allowed(self, objects: Tensor) -> Tensor | None:
+        """Which queries see which: none of the main ones sees a one-to-many query, nor the other way round."""
+        if objects.shape[1] == self.num_queries:
+            return None
+        is_main = torch.arange(objects.shape[1], device=objects.device) < self.num_queries
+        return is_main[:, None] == is_main
+
+    def _output(self, predictions: Sequence[Tensor]) -> ModelOutput:
+        """Predictions of all layers as an output."""
+        logits, boxes_cxcywh = predictions
+        output = ModelOutput(pred_logits=logits[-1], pred_boxes=boxes_cxcywh[-1])
+        if self.aux_loss:
+            output["aux_outputs"] = [
+                LayerOutput(pred_logits=layer_logits, pred_boxes=layer_boxes)
+                for layer_logits, layer_boxes in zip(logits[:-1], boxes_cxcywh[:-1], strict=True)
+            ]
+        return output
+
+
+def _moved(references: Tensor, change: Tensor) -> Tensor:
+    """Boxes ``[B, Q, 4]``: references (points or boxes) moved by a change of their logits."""
+    logits = inverse_sigmoid(references)
+    if references.shape[-1] == 2:
+        return (change + nn.functional.pad(logits, (0, 2))).sigmoid()
+    return (change + logits).sigmoid()
+
+
+def _anchors(memory: Pyramid) -> tuple[Tensor, Tensor]:
+    """The box that each cell's proposal starts from, and which cells propose.
+
+    Returns:
+        ``[B or 1, S, 4]`` logits of (cx, cy, w, h): the cell's middle, a twentieth of the image in the first map, and
+        twice as much in each further one; and ``[B, S]`` bool, False in the padding and at the very border.
+    """
+    sizes = torch.cat(
+        [
+            torch.full((height * width, 2), 0.05 * 2.0**level, device=memory.cells.device)
+            for level, (height, width) in enumerate(memory.sizes)
+        ]
+    )
+    centres = memory.centres()
+    boxes_cxcywh = torch.cat((centres, sizes.expand(len(centres), -1, -1)), dim=-1)
+    is_usable = ((boxes_cxcywh > _SMALLEST) & (boxes_cxcywh < _LARGEST)).all(-1).expand(len(memory.cells), -1)
+    if memory.padding is not None:
+        is_usable = is_usable & ~memory.padding
+    return inverse_sigmoid(boxes_cxcywh), is_usable
+
+
+def _input_projections(channels: Sequence[int], num_levels: int, dim: int) -> nn.ModuleList:
+    """Convolutions to the transformer's vector length: of the backbone's maps, then of coarser ones made of the last.
+
+    The first further map is made of the backbone's last one, each of the others of the map before.
+    """
+    projections = nn.ModuleList()
+    for level in range(num_levels):
+        if level < len(channels):
+            convolution = nn.Conv2d(channels[level], dim, kernel_size=1)
+        else:
+            source = channels[-1] if level == len(channels) else dim
+            convolution = nn.Conv2d(source, dim, kernel_size=3, stride=2, padding=1)
+        nn.init.xavier_uniform_(convolution.weight)
+        assert convolution.bias is not None
+        nn.init.zeros_(convolution.bias)
+        projections.append(nn.Sequential(convolution, nn.GroupNorm(math.gcd(32, dim), dim)))
+    return projections

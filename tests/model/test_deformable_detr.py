@@ -1,0 +1,242 @@
+"""Deformable DETR: names and sizes of the published models, its options, and what it makes of odd input.
+
+Its numbers against the published code: ``test_deformable_detr_goldens.py``.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from detr_ray.config import Config, load_config
+from detr_ray.detector import build_skeleton
+from detr_ray.loss import SetCriterion, build_criterion
+from detr_ray.model import build_model, load_published, published_state_dict
+from detr_ray.model.deformable_detr import DeformableDetr
+from detr_ray.model.features import FeatureLevel
+from detr_ray.model.state_dicts import WeightsError
+from detr_ray.structures import ModelOutput, Target
+
+CLASSES = 5
+TINY: dict[str, Any] = {
+    "architecture": "deformable_detr", "backbone": "resnet18", "backbone_norm": "batch", "hidden_dim": 32,
+    "num_heads": 4, "dim_feedforward": 48, "encoder_layers": 1, "decoder_layers": 3, "num_queries": 12, "dropout": 0,
+}  # fmt: skip
+REFINE = {"box_refine": "true"}
+TWO_STAGE = {"two_stage": "true"}
+ALL = {**TWO_STAGE, "mixed_query_selection": "true", "look_forward_twice": "true", "one_to_many_queries": 6}
+VARIANTS = pytest.mark.parametrize("changes", [{}, REFINE, TWO_STAGE, ALL], ids=["base", "refine", "two_stage", "all"])
+
+
+def configured(**changes: Any) -> Config:
+    return load_config(None, [f"model.{key}={value}" for key, value in {**TINY, **changes}.items()])
+
+
+def tiny(**changes: Any) -> DeformableDetr:
+    torch.manual_seed(0)
+    model = build_model(configured(**changes).model, CLASSES)
+    assert isinstance(model, DeformableDetr)
+    for head in model.bbox_embed:  # fresh box heads give the references themselves
+        torch.nn.init.normal_(head.layers[-1].weight, std=0.1)
+    return model
+
+
+def criterion(**changes: Any) -> SetCriterion:
+    return build_criterion(configured(**changes), CLASSES)
+
+
+def images(*size: int, count: int = 2) -> Tensor:
+    return torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(1))
+
+
+def targets(*counts: int) -> list[Target]:
+    generator = torch.Generator().manual_seed(2)
+    return [
+        Target(
+            labels=torch.randint(CLASSES, (count,), generator=generator),
+            boxes=torch.rand(count, 4, generator=generator) * 0.3 + 0.3,
+        )
+        for count in counts
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "keys", "parameters", "trained"),
+    [
+        ([], 561, 40_069_665, 39_847_265),
+        (["model.box_refine=true"], 597, 40_849_660, 40_627_260),
+        (["model.two_stage=true"], 630, 41_181_529, 40_959_129),
+        (["model.num_feature_levels=1"], 549, 34_066_593, 33_844_193),
+    ],
+)
+def test_the_published_models_have_their_names_and_sizes(
+    overrides: list[str], keys: int, parameters: int, trained: int
+) -> None:
+    model = build_skeleton(load_config(None, ["model.architecture=deformable_detr", *overrides]).model, 91)
+    assert len(published_state_dict(model)) == keys
+    assert sum(value.numel() for value in model.parameters()) == parameters
+    assert sum(value.numel() for value in model.parameters() if value.requires_grad) == trained
+    assert (model.num_queries, len(model.transformer.decoder.layers)) == (300, 6)
+
+
+@VARIANTS
+def test_a_published_state_dict_loads_and_comes_back(changes: dict[str, Any]) -> None:
+    model = tiny(**changes)
+    state = {name: value + 1 for name, value in published_state_dict(model).items()}
+    load_published(model, {**state, "backbone.total_params": torch.zeros(1)})
+    back = published_state_dict(model)
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], value) for name, value in state.items())
+
+
+def test_a_state_dict_that_is_not_the_models_is_refused() -> None:
+    model = tiny(**TWO_STAGE)
+    state = published_state_dict(model)
+    twin = "transformer.decoder.bbox_embed.1.layers.0.bias"
+    with pytest.raises(WeightsError, match=rf"other values for {re.escape(twin)} than"):
+        load_published(model, {**state, twin: state[twin] + 1})
+    with pytest.raises(WeightsError, match=rf"lacks {re.escape(twin)}"):
+        load_published(model, {name: value for name, value in state.items() if name != twin})
+    with pytest.raises(WeightsError, match=r"has more, query_embed\.weight"):
+        load_published(model, {**state, "query_embed.weight": torch.zeros(3)})
+
+
+@VARIANTS
+def test_every_parameter_gets_a_gradient_from_images_without_boxes(changes: dict[str, Any]) -> None:
+    """Workers wait for the gradient of each other's parameters."""
+    model = tiny(**changes).train()
+    measure = criterion(**changes)
+    for wanted in (targets(0, 0), targets(2, 0)):
+        model.zero_grad()
+        measure.total(measure(model(images(64, 96)), wanted)).backward()
+        missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        assert not missing
+
+
+@VARIANTS
+def test_more_queries_than_cells_are_no_failure(changes: dict[str, Any]) -> None:
+    model = tiny(**{**changes, "num_queries": 50, "num_feature_levels": 2}).train()
+    output = model(images(32, 40))
+    assert output["pred_boxes"].shape == (2, 50, 4)
+    losses = criterion(**changes)(output, targets(3, 0))
+    assert all(bool(value.isfinite()) for value in losses.values())
+
+
+def levels_of(sizes: list[tuple[int, int]], channels: tuple[int, ...], count: int = 1) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(count, c, *size, generator=generator) for c, size in zip(channels, sizes, strict=True)]
+
+
+@VARIANTS
+def test_an_image_alone_is_the_same_image_padded(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the projected maps on: the backbone sees the padding's border, and group norm its cells, as in the original.
+
+    What stands in the padding must play no part.
+    """
+    model = tiny(**changes).eval()
+    alone = levels_of([(8, 8), (4, 4), (2, 2), (1, 1)], (32,) * 4)
+    padded = [torch.nn.functional.pad(level, (0, level.shape[3], 0, 0), value=7.0) for level in alone]
+    mask = torch.zeros(1, 64, 128, dtype=torch.bool)
+    mask[:, :, 64:] = True
+    monkeypatch.setattr(model, "input_proj", torch.nn.ModuleList([torch.nn.Identity()] * 4))
+
+    def predicted(maps: list[Tensor], mask: Tensor | None) -> ModelOutput:
+        shrunk = [None if mask is None else mask[:, :: 8 * 2**i, :: 8 * 2**i] for i in range(4)]
+        levels = [FeatureLevel(*pair, 8 * 2**i) for i, pair in enumerate(zip(maps, shrunk, strict=True))]
+        model.backbone[0].forward = lambda images, mask: tuple(levels)
+        with torch.no_grad():
+            return model(torch.zeros(1, 3, 64, 128), mask)
+
+    expected, found = predicted(alone, None), predicted(padded, mask)
+    torch.testing.assert_close(found["pred_logits"], expected["pred_logits"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(found["pred_boxes"], expected["pred_boxes"], rtol=0, atol=1e-5)
+
+
+def test_looking_forward_twice_changes_gradients_and_no_output() -> None:
+    """The second layer's boxes train the first layer's head through its reference."""
+    outputs, reached = {}, {}
+    for twice in ("false", "true"):
+        model = tiny(**REFINE, look_forward_twice=twice).eval()
+        output = model(images(64, 64))
+        outputs[twice] = output["pred_boxes"]
+        heads = [head.layers[-1].bias for head in model.bbox_embed]
+        layers = (*output["aux_outputs"], output)
+        gradients = [torch.autograd.grad(layer["pred_boxes"].sum(), heads, retain_graph=True) for layer in layers]
+        reached[twice] = [[bool(gradient.any()) for gradient in of_layer] for of_layer in gradients]
+    torch.testing.assert_close(outputs["true"], outputs["false"])
+    assert reached["false"] == [[True, False, False], [False, True, False], [False, False, True]]
+    assert reached["true"] == [[True, False, False], [True, True, False], [False, True, True]]
+
+
+def test_one_to_many_queries_train_apart_from_the_others_and_are_gone_afterwards() -> None:
+    with_them, without = tiny(**TWO_STAGE, one_to_many_queries=6), tiny(**TWO_STAGE)
+    without.load_state_dict(with_them.state_dict())
+    with_them.backbone.eval(), without.backbone.eval()  # batch norm of training would differ from call to call
+    batch = images(64, 96)
+    trained, plain = with_them.train()(batch), without.train()(batch)
+    assert trained["one_to_many_outputs"]["pred_boxes"].shape == (2, 6, 4)
+    torch.testing.assert_close(trained["pred_logits"], plain["pred_logits"])
+    torch.testing.assert_close(trained["pred_boxes"], plain["pred_boxes"])
+    assert "one_to_many_outputs" not in with_them.eval()(batch)
+
+
+def test_one_to_many_losses_are_those_of_repeated_targets() -> None:
+    changes = {**TWO_STAGE, "one_to_many_queries": 6, "one_to_many_copies": 2}
+    output = tiny(**changes).train()(images(64, 96))
+    wanted = targets(2, 1)
+    losses = criterion(**changes)(output, wanted)
+    repeated = [Target(labels=t["labels"].repeat(2), boxes=t["boxes"].repeat(2, 1)) for t in wanted]
+    alone = criterion()(output["one_to_many_outputs"], repeated)
+    for name in ("loss_ce", "loss_bbox", "loss_giou", "loss_ce_1"):
+        torch.testing.assert_close(losses[f"{name}_one2many"], alone[name])
+    assert criterion(**changes).weights["loss_ce_0_one2many"] == 2.0
+
+
+def test_mixed_selection_learns_contents_and_takes_places_from_the_encoder() -> None:
+    mixed, pure = tiny(**TWO_STAGE, mixed_query_selection="true"), tiny(**TWO_STAGE)
+    assert mixed.query_embed.weight.shape == (12, 32) and not hasattr(pure, "query_embed")
+    state = {name: value for name, value in mixed.state_dict().items() if name != "query_embed.weight"}
+    pure.load_state_dict(state)
+    batch = images(64, 64)
+    a, b = mixed.eval()(batch), pure.eval()(batch)
+    torch.testing.assert_close(a["enc_outputs"]["pred_boxes"], b["enc_outputs"]["pred_boxes"])
+    assert not torch.allclose(a["pred_logits"], b["pred_logits"])
+
+
+def test_levels_come_from_the_backbone_and_then_from_the_level_before() -> None:
+    def shapes(**changes: Any) -> list[tuple[int, ...]]:
+        model = tiny(**changes)
+        return [tuple(project[0].weight.shape) for project in model.input_proj]
+
+    assert shapes() == [(32, 128, 1, 1), (32, 256, 1, 1), (32, 512, 1, 1), (32, 512, 3, 3)]
+    assert shapes(num_feature_levels=5)[3:] == [(32, 512, 3, 3), (32, 32, 3, 3)]
+    assert shapes(num_feature_levels=1) == [(32, 512, 1, 1)]
+    assert shapes(num_feature_levels=3, backbone_stride=16) == [(32, 128, 1, 1), (32, 256, 1, 1), (32, 256, 3, 3)]
+    model = tiny(num_feature_levels=5)
+    assert model(images(64, 64))["pred_boxes"].shape == (2, 12, 4)
+
+
+def test_first_weights_are_the_published_ones() -> None:
+    torch.manual_seed(0)
+    for changes, sizes in (({}, [-2.0]), (REFINE, [-2.0, 0.0, 0.0]), (TWO_STAGE, [0.0] * 4)):
+        model = build_model(configured(**changes).model, CLASSES)
+        assert [float(head.layers[-1].bias[3]) for head in model.bbox_embed] == sizes
+        assert all(not head.layers[-1].weight.any() for head in model.bbox_embed)
+        for head in model.class_embed:
+            torch.testing.assert_close(head.bias.sigmoid(), torch.full((CLASSES,), 0.01))
+
+
+def test_bf16_keeps_boxes_and_logits_in_full_precision() -> None:
+    model = tiny(**ALL).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(images(64, 96))
+    layers = [output, output["enc_outputs"], output["one_to_many_outputs"]]
+    assert {tensor.dtype for layer in layers for tensor in (layer["pred_logits"], layer["pred_boxes"])} == {
+        torch.float32
+    }
+    measure = criterion(**ALL)
+    measure.total(measure(output, targets(2, 1))).backward()
