@@ -61,8 +61,8 @@ def _prepare(config: Config, arguments: argparse.Namespace) -> int:
 def _generate(config: Config) -> None:
     """Draws the generated data set, if it does not exist yet."""
     from detr_ray.data.errors import DataError
-    from detr_ray.data.generated import MARKER, DrawingParameters, generate_dataset
-    from detr_ray.engine.job import generated_root
+    from detr_ray.data.generated import MARKER
+    from detr_ray.engine.job import draw, generated_root
     from detr_ray.engine.reporting.progress import Pace, duration
 
     data = config.data
@@ -71,7 +71,7 @@ def _generate(config: Config) -> None:
     was_there = (root / MARKER).is_file()
     started = time.perf_counter()
     try:
-        generate_dataset(root, DrawingParameters(**data.generate.model_dump()), progress=Pace("drew", say))
+        draw(data, Pace("drew", say))
     except OSError as error:
         raise DataError(f"data.root: {root} cannot be written: {error}") from error
     if was_there:

@@ -7,9 +7,9 @@ on the driver, so that bad input is refused in seconds, and its results travel t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,8 +27,7 @@ from detr_ray.engine.checkpoints.fork import Fork, find_fork
 from detr_ray.engine.checkpoints.info import CheckpointInfo
 from detr_ray.engine.checkpoints.run_directory import RunDirectory, open_run, read_record
 from detr_ray.engine.reporting.tracking_store import check_tracking, run_tracking_uri
-from detr_ray.engine.stream.planned_data import PlannedData
-from detr_ray.engine.stream.positions import refuse_positions_out_of_reach
+from detr_ray.engine.stream.planned_data import PlannedData, refuse_positions_out_of_reach
 from detr_ray.retries import reason_of
 
 if TYPE_CHECKING:  # a driver builds neither, and torchvision's models alone take a second to import
@@ -126,9 +125,24 @@ def generate_data(data: DataConfig, say: Say) -> None:
     if not root.exists():
         say(f"drawing {data.generate.num_train} + {data.generate.num_val} images into {root}")
     try:
-        generate_dataset(root, DrawingParameters(**data.generate.model_dump()))
+        draw(data)
     except OSError as error:
         raise DataError(f"data.root: the data set cannot be written into {root}: {error}") from error
+
+
+def draw(data: DataConfig, progress: Callable[[int, int], None] | None = None) -> None:
+    """Draws the generated data set that a configuration asks for; if it is there, checks that it is the same.
+
+    Args:
+        data: with ``generate``.
+        progress: told of the images drawn and of all.
+
+    Raises:
+        DataError: its folder holds something else.
+        OSError: it cannot be written.
+    """
+    assert data.generate is not None
+    generate_dataset(generated_root(data), DrawingParameters(**data.generate.model_dump()), progress)
 
 
 def generated_root(data: DataConfig) -> Path:
@@ -229,8 +243,9 @@ def prepare_job(config: Config, say: Say) -> TrainJob:
             f"{train.source} has {len(train)} images, fewer than one global batch; "
             f"set train.global_batch_size (now {config.train.global_batch_size}) to {len(train)} or less"
         )
-    fork = find_fork(config, read_record(config.run.name, config.run.storage))
-    space = choose_label_space(config, train, lambda: _is_official(config.model.init_from), fork)
+    record = read_record(config.run.name, config.run.storage)
+    fork = find_fork(config, record)
+    space = choose_label_space(config, train, lambda: _is_official(config.model.init_from), record, fork)
     label_map = label_map_for(space, train, val)
     data = PlannedData(config, train, val, label_map)
     refuse_positions_out_of_reach(config, config.model, train, val)
@@ -240,7 +255,7 @@ def prepare_job(config: Config, say: Say) -> TrainJob:
     check_tracking(config, say)
     run = open_run(
         config.run.name, config.run.storage, flatten(config), fingerprints, config.to_yaml(), space,
-        None if fork is None else fork.checkpoint.path, say,
+        None if fork is None else fork.checkpoint.path, say, record,
     )  # fmt: skip
     weights = None
     try:
@@ -266,7 +281,11 @@ def total_steps(config: Config, num_images: int) -> int:
 
 
 def choose_label_space(
-    config: Config, train: DatasetIndex, is_official: Callable[[], bool], fork: Fork | None = None
+    config: Config,
+    train: DatasetIndex,
+    is_official: Callable[[], bool],
+    record: Mapping[str, Any] | None,
+    fork: Fork | None = None,
 ) -> str:
     """The space of a run's labels: that which it was begun with, whatever has become of its first weights since.
 
@@ -276,11 +295,12 @@ def choose_label_space(
         config: the configuration.
         train: the training set.
         is_official: whether the first weights are published ones; asked where it matters.
+        record: the run's (`read_record`); None if it is new.
         fork: where the run begins, if that is in another run.
     """
     if config.data.label_space != "auto":
         return config.data.label_space
-    record = read_record(config.run.name, config.run.storage) or (None if fork is None else fork.record)
+    record = record or (None if fork is None else fork.record)
     if record is not None and record.get("label_space") is not None:
         return record["label_space"]
     if not has_coco_categories(train):

@@ -139,7 +139,7 @@ def test_labels_are_those_of_the_other_run(dataset: Path, donors: Path, tmp_path
     found = find_fork(config, None)
     train = prepare_job(fork(dataset, tmp_path / "other", donors / "stopped"), lambda line: None).data.train
     assert found is not None and train is not None
-    assert choose_label_space(config, train, lambda: False, found) == "coco91"
+    assert choose_label_space(config, train, lambda: False, None, found) == "coco91"
     assert choose_label_space(config, train, lambda: True, None) == "contiguous"
 
 

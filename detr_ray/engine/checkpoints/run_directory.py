@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from detr_ray.addresses import check_address, join, local_path, resolve
 from detr_ray.config import Config, ConfigError, ModelConfig, flatten
@@ -164,6 +164,7 @@ def open_run(
     label_space: str | None = None,
     forked_from: str | None = None,
     say: Say = lambda line: None,
+    record: Mapping[str, Any] | Literal["unread"] | None = "unread",
 ) -> RunDirectory:
     """Opens a run for training: a new run, or an existing run whose record agrees with configuration and data.
 
@@ -176,6 +177,7 @@ def open_run(
         label_space: see ``data.label_space``.
         forked_from: checkpoint of another run that the run begins at; None for none.
         say: shows the user a line.
+        record: the run's record if it was read before (`read_record`): None if there was none.
 
     Raises:
         ConfigError: the name is taken by a run of another configuration or other data; the storage cannot be written.
@@ -185,7 +187,7 @@ def open_run(
     path = join(root, name)
     comparable = json.loads(json.dumps({key: value for key, value in flat_config.items() if key != "run.name"}))
     with storage_errors(path):
-        stored = record_at(join(path, RECORD))
+        stored = record_at(join(path, RECORD)) if record == "unread" else record
         if stored is None:
             content = {
                 "run_id": uuid.uuid4().hex,

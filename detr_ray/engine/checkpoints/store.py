@@ -36,6 +36,9 @@ from detr_ray.retries import NoSuchObject, reason_of
 
 logger = logging.getLogger(__name__)
 
+_BEST_BY = "val/AP"
+"""The metric that decides which checkpoint is best; higher is better."""
+
 MANIFEST = "manifest.json"
 _FILE = re.compile(r"(step_\d{8,})/(.+)")
 
@@ -70,16 +73,14 @@ class CheckpointStore:
 
     Args:
         root: folder or URI (``s3://``, ``gs://``, any pyarrow file system) with the ``step_*`` folders.
-        metric: name of the metric that decides which checkpoint is best; higher is better.
     """
 
-    def __init__(self, root: str, metric: str = "val/AP") -> None:
+    def __init__(self, root: str) -> None:
         self.root = resolve(root)
         self._manifests: dict[str, tuple[StoredFile, dict[str, Any]]] = {}
         self._passed_over: set[str] = set()
         self._leftovers: set[str] = set()  # folders whose manifest was removed, but not all other files
         self._refused: dict[str, OSError] = {}  # folders that may not be removed
-        self.metric = metric
 
     def save(
         self, step: int, files: Mapping[str, Any], details: Mapping[str, Any], *, evaluation_due: bool = False
@@ -156,7 +157,7 @@ class CheckpointStore:
 
     def best_of(self, found: Iterable[CheckpointInfo]) -> CheckpointInfo | None:
         """The best of some checkpoints; see `best`."""
-        return best_of(found, self.metric)
+        return best_of(found, _BEST_BY)
 
     def load(self, info: CheckpointInfo, name: str, map_location: str | torch.device = "cpu") -> Any:
         """Reads one file of a checkpoint, with ``weights_only``.
@@ -188,8 +189,8 @@ class CheckpointStore:
             OSError: some could not be removed; the others were. If removing is not permitted, it is not repeated.
         """
         found = self.checkpoints() if found is None else found
-        known = scored(found, self.metric)
-        bests = [highest((info for info in known if info.compares_with(each)), self.metric) for each in known]
+        known = scored(found, _BEST_BY)
+        bests = [highest((info for info in known if info.compares_with(each)), _BEST_BY) for each in known]
         kept = {*also, *(info.step for info in bests if info is not None)}
         problem: OSError | None = None
         for info in found[: max(len(found) - keep_last, 0)]:

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from detr_ray.config import Config, ConfigError
 from detr_ray.data.errors import DataError
 from detr_ray.data.formats import open_split
-from detr_ray.data.generated import DrawingParameters, generate_dataset
 from detr_ray.data.index import PROBLEMS, DatasetIndex
 from detr_ray.data.inspection import Inspection, common_cause, find_missing_storage, inspect_images, is_other_folder
 from detr_ray.data.label_map import LabelMap
 from detr_ray.data.statistics import BoxStatistics, count_boxes, find_misreadings
+from detr_ray.engine.checkpoints.run_directory import read_record
 from detr_ray.engine.errors import CheckpointError
-from detr_ray.engine.job import choose_label_space, generated_root, label_map_for
+from detr_ray.engine.job import choose_label_space, draw, generated_root, label_map_for
 from detr_ray.engine.preflight.findings import Level, Report
 from detr_ray.engine.preflight.storage import TIMEOUT_S, try_storage, within
 from detr_ray.engine.reporting.progress import Pace, duration
@@ -47,7 +47,7 @@ def check_generated(config: Config, report: Report) -> bool:
         )  # fmt: skip
         return False
     try:
-        generate_dataset(root, DrawingParameters(**data.generate.model_dump()))
+        draw(data)
     except DataError as error:
         report.add("error", DATA, str(error))
     return True
@@ -120,8 +120,9 @@ def check_labels(
         return None
     train, val = opened["train"], opened.get("val")
     try:
-        # Reads the label space of an earlier start of the run from the storage.
-        space = within(TIMEOUT_S, lambda: choose_label_space(config, train, is_official))
+        record = within(TIMEOUT_S, lambda: read_record(config.run.name, config.run.storage))
+        # May read the last checkpoint of the run from the storage.
+        space = within(TIMEOUT_S, lambda: choose_label_space(config, train, is_official, record))
         label_map = label_map_for(space, train, val)
     except (DataError, ConfigError, CheckpointError, OSError) as error:
         report.add("error", LABELS, str(error))

@@ -28,8 +28,7 @@ from detr_ray.engine.cpu import warn_of_slow_precision
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.job import Say, open_evaluation_data
 from detr_ray.engine.stream.batches import BatchSource
-from detr_ray.engine.stream.planned_data import PlannedData
-from detr_ray.engine.stream.positions import refuse_positions_out_of_reach
+from detr_ray.engine.stream.planned_data import PlannedData, refuse_positions_out_of_reach
 from detr_ray.engine.validation.evaluator import build_evaluator
 from detr_ray.evaluation import CocoMetrics, DetectionTable
 from detr_ray.locations import file_info
