@@ -16,9 +16,11 @@ from starts import start_at_once
 from tiny import fit_here, make_dataset, tiny_config
 
 from detr_ray.config import Config, ConfigError, flatten
+from detr_ray.engine.checkpoints import run_directory
 from detr_ray.engine.checkpoints.run_directory import open_run, read_record
 from detr_ray.engine.job import prepare_job
 from detr_ray.engine.validation.evaluation_job import find_checkpoint, prepare_evaluation
+from detr_ray.locations import read_bytes
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +123,21 @@ def test_a_key_that_is_gone_is_warned_of(tmp_path: Path) -> None:
     said: list[str] = []
     assert not open_run("a", str(tmp_path), config, {"train": "x"}, "", say=said.append).is_new
     assert len(said) == 1 and "optim.momentum=0.9" in said[0]
+
+
+def test_a_start_reads_the_record_once(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(dataset, tmp_path, "run.name=a")
+    first = prepare_job(config, lambda line: None).run
+    read: list[str] = []
+
+    def counted(location: str) -> bytes:
+        read.append(location)
+        return read_bytes(location)
+
+    monkeypatch.setattr(run_directory, "read_bytes", counted)
+    again = prepare_job(config, lambda line: None).run
+    assert first.is_new and not again.is_new and again.run_id == first.run_id
+    assert [location for location in read if location.endswith("run.json")] == [f"{tmp_path}/a/run.json"]
 
 
 def test_free_keys_are_whole_names(tmp_path: Path) -> None:
