@@ -121,14 +121,15 @@ NUMBER_BRANCH, SCHEDULE_BRANCH = "<number>", "<schedule>"
 from keys."""
 
 
-def _schedule_branch(value: Any) -> str:
-    return SCHEDULE_BRANCH if isinstance(value, Mapping | Schedule) else NUMBER_BRANCH
+def _branch(types: tuple[type, ...], of_these: str, of_others: str) -> Discriminator:
+    """Selects the form of a value by its type, before validation: a faulty value then has the errors of one form."""
+    return Discriminator(lambda value: of_these if isinstance(value, types) else of_others)
 
 
-# The discriminator selects the form before validation, so that a faulty value gets the errors of one form only.
+_NUMBER_OR_SCHEDULE = _branch((Mapping, Schedule), SCHEDULE_BRANCH, NUMBER_BRANCH)
 Weight = Annotated[
     Annotated[NonNegative, Tag(NUMBER_BRANCH)] | Annotated[Schedule, Tag(SCHEDULE_BRANCH)],
-    Discriminator(_schedule_branch),
+    _NUMBER_OR_SCHEDULE,
 ]
 
 
@@ -140,19 +141,17 @@ def _zero_as_number(value: float | Schedule) -> float | Schedule:
 RateOrZero = Annotated[Weight, AfterValidator(_zero_as_number)]
 Rate = Annotated[
     Annotated[Positive, Tag(NUMBER_BRANCH)] | Annotated[Schedule, Tag(SCHEDULE_BRANCH)],
-    Discriminator(_schedule_branch),
+    _NUMBER_OR_SCHEDULE,
 ]
 
 
 COUNT_BRANCH, RANGE_BRANCH = "<count>", "<range>"
 
 
-def _range_branch(value: Any) -> str:
-    return RANGE_BRANCH if isinstance(value, list | tuple) else COUNT_BRANCH
-
+_COUNT_OR_RANGE = _branch((list, tuple), RANGE_BRANCH, COUNT_BRANCH)
 
 # A number, or the smallest and the largest number: ``4`` or ``[2, 8]``.
 CountOrRange = Annotated[
     Annotated[Count, Tag(COUNT_BRANCH)] | Annotated[tuple[Count, Count], Tag(RANGE_BRANCH)],
-    Discriminator(_range_branch),
+    _COUNT_OR_RANGE,
 ]
