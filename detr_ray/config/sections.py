@@ -65,6 +65,9 @@ class OptimConfig(Section):
     """Learning rate of the backbone, in the same forms. 0 freezes it, as in the original: its weights (including
     learned position embeddings) and its batch norm statistics do not change, the optimizer keeps no state for it, and
     its gradients do not count in the gradient norm."""
+    lr_factors: dict[Text, Positive] = Field(default={})
+    """Factors of the learning rates of parameters whose names contain a text, such as `{sampling_offsets: 0.1,
+    reference_points: 0.1}`; the first text that fits counts."""
     weight_decay: NonNegative = 1e-4
     """Weight decay."""
     clip_max_norm: NonNegative = 0.1

@@ -232,6 +232,7 @@ def prepare_job(config: Config, say: Say) -> TrainJob:
         WeightsError: the weights to start from cannot be had, or do not fit.
     """
     config.check_training()
+    _refuse_unused_factors(config)
     if config.train.compile and config.data.pad_multiple == 1:
         say(
             "WARNING: train.compile compiles the model anew for each shape that batches have, and data sets of photos "
@@ -272,6 +273,18 @@ def prepare_job(config: Config, say: Say) -> TrainJob:
         run_tracking_uri(config),
         None if fork is None else fork.checkpoint,
     )
+
+
+def _refuse_unused_factors(config: Config) -> None:
+    """Refuses factors of learning rates that are of no parameter, which are misspelt or meant for another model."""
+    if not config.optim.lr_factors:
+        return
+    from detr_ray.detector import build_skeleton
+    from detr_ray.engine.optimizer import unused_factors
+
+    unused = unused_factors(build_skeleton(config.model, num_classes=1), config.optim.lr_factors)
+    if unused:
+        raise ConfigError(f"optim.lr_factors: no parameter of this model has a name with {', '.join(unused)}")
 
 
 def total_steps(config: Config, num_images: int) -> int:

@@ -39,22 +39,55 @@ def freeze_groups(model: DetectionModel, rates: Mapping[str, Rate]) -> None:
                 model.get_parameter(name).requires_grad_(False)
 
 
-def build_optimizer(model: DetectionModel, rates: Mapping[str, Rate], *, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over what trains, in the model's parameter groups.
+def build_optimizer(
+    model: DetectionModel,
+    rates: Mapping[str, Rate],
+    *,
+    weight_decay: float,
+    lr_factors: Mapping[str, float] | None = None,
+) -> torch.optim.AdamW:
+    """AdamW over what trains, in the model's parameter groups, which are split where names have factors of their own.
 
-    Each group keeps its name under ``rate``, and its full rate at the start under ``initial_lr``.
+    Each group keeps its name under ``rate``, its factor under ``factor``, the names of its parameters under ``names``,
+    and its full rate at the start under ``initial_lr``.
 
     Args:
         model: the model; says which groups it has.
         rates: learning rate of each group.
         weight_decay: of all.
+        lr_factors: part of a parameter's name -> what its learning rate is multiplied with; the first that fits counts.
     """
     groups: list[dict[str, object]] = []
     for group, names in model.parameter_groups().items():
-        parameters = [parameter for parameter in map(model.get_parameter, names) if parameter.requires_grad]
         rate = value_at(rates[group], 0.0)
-        groups.append({"params": parameters, "lr": rate, "initial_lr": rate, "rate": group})
+        for factor, members in _by_factor(names, lr_factors or {}).items():
+            trained = [name for name in members if model.get_parameter(name).requires_grad]
+            groups.append(
+                {
+                    "params": [model.get_parameter(name) for name in trained],
+                    "lr": rate * factor,
+                    "initial_lr": rate * factor,
+                    "rate": group,
+                    "factor": factor,
+                    "names": trained,
+                }
+            )
     return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
+
+
+def _by_factor(names: Sequence[str], lr_factors: Mapping[str, float]) -> dict[float, list[str]]:
+    """Names by the factor of their learning rate; those without one come first, even where there are none."""
+    found: dict[float, list[str]] = {1.0: []}
+    for name in names:
+        factor = next((value for part, value in lr_factors.items() if part in name), 1.0)
+        found.setdefault(factor, []).append(name)
+    return found
+
+
+def unused_factors(model: DetectionModel, lr_factors: Mapping[str, float]) -> list[str]:
+    """Entries of ``lr_factors`` that no name of a parameter contains."""
+    names = [name for name, _ in model.named_parameters()]
+    return [part for part in lr_factors if not any(part in name for name in names)]
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
@@ -71,7 +104,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
     Raises:
         ValueError: it has other groups, or groups of other sizes.
     """
-    saved = [group["params"] for group in state["param_groups"]]
+    saved = _ids_by_group(optimizer, state)
     kept = [ids if group["params"] else [] for ids, group in zip(saved, optimizer.param_groups, strict=True)]
     groups = [{**group, "params": ids} for group, ids in zip(optimizer.param_groups, kept, strict=True)]
     moments = {key: state["state"][key] for ids in kept for key in ids if key in state["state"]}
@@ -80,6 +113,24 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
         for name, value in own.items():
             if value.shape == parameter.shape and value.stride() != parameter.stride():
                 own[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def _ids_by_group(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> list[list[int]]:
+    """The numbers that the saved moments of each of the optimizer's groups have in ``state``.
+
+    By name where the state has names: groups may be split in another way since (``optim.lr_factors``).
+
+    Raises:
+        ValueError: the state lacks a parameter.
+    """
+    groups: list[dict[str, Any]] = state["param_groups"]
+    if any("names" not in group for group in groups) or any("names" not in g for g in optimizer.param_groups):
+        return [group["params"] for group in groups]
+    ids = {name: number for group in groups for name, number in zip(group["names"], group["params"], strict=True)}
+    missing = [name for group in optimizer.param_groups for name in group["names"] if name not in ids]
+    if missing:
+        raise ValueError(f"the optimizer's state lacks {missing[0]}")
+    return [[ids[name] for name in group["names"]] for group in optimizer.param_groups]
 
 
 def clipped_update(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
@@ -188,4 +239,4 @@ class LearningRates:
         """Gives each group its rate at an epoch."""
         factor = self.factor.at(epoch)
         for group in optimizer.param_groups:
-            group["lr"] = value_at(self.full[group["rate"]], epoch) * factor
+            group["lr"] = value_at(self.full[group["rate"]], epoch) * factor * group["factor"]

@@ -9,6 +9,8 @@ import pytest
 import torch
 from config_keys.registry import Place, same_weights, shows
 
+from detr_ray.config import ConfigError
+
 
 def rates(place: Place, *overrides: str) -> list[float]:
     """Rates of the head at each of the 4 steps of an epoch, relative to the first full one."""
@@ -30,6 +32,21 @@ def learning_rates(place: Place) -> None:
     assert [update.rates[0] for update in scheduled.updates] == pytest.approx([4e-3, 3.5e-3, 3e-3, 2.5e-3])
     assert {update.rates[-1] for update in scheduled.updates} == {1e-3}
     assert scheduled.metric("optim/lr") == [update.rates[0] for update in scheduled.updates]
+
+
+@shows("optim.lr_factors")
+def lr_factors(place: Place) -> None:
+    """The first step moves each weight by its rate; a text that no name has is refused."""
+    keys = ("optim.lr=1e-2", "optim.lr_backbone=1e-3", "optim.weight_decay=0")
+    seen = place.train(*keys, "optim.lr_factors={bbox_embed: 0.5, layer2: 0.1}", stop_after=1)
+    before = seen.updates[0].weights
+    moved = {n: float((after - before[n]).abs().max()) for n, after in seen.models[0].named_parameters()}
+    assert moved["bbox_embed.layers.0.weight"] == pytest.approx(5e-3, rel=0.01)
+    assert moved["class_embed.weight"] == pytest.approx(1e-2, rel=0.01)
+    assert moved["backbone.0.body.layer2.0.conv1.weight"] == pytest.approx(1e-4, rel=0.01)
+    assert moved["backbone.0.body.layer1.0.conv1.weight"] == pytest.approx(1e-3, rel=0.01)
+    with pytest.raises(ConfigError, match="no parameter of this model has a name with bbox_embet"):
+        place.job("optim.lr_factors={bbox_embet: 0.5}")
 
 
 @shows("optim.weight_decay")

@@ -49,7 +49,10 @@ class TrainingState:
         if config.train.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
         self.optimizer = build_optimizer(
-            self.model, group_rates(self.model, config.optim), weight_decay=config.optim.weight_decay
+            self.model,
+            group_rates(self.model, config.optim),
+            weight_decay=config.optim.weight_decay,
+            lr_factors=config.optim.lr_factors,
         )
         self.ema = ModelEma(self.model, config.optim.ema_decay) if config.optim.ema_decay else None
         self.statistics = RunningStatistics(self.model, self.ema.module if self.ema else None, context)
