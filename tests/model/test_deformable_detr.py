@@ -6,6 +6,7 @@ Its numbers against the published code: ``test_deformable_detr_goldens.py``.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +16,11 @@ from torch import Tensor
 from detr_ray.config import Config, load_config
 from detr_ray.detector import build_skeleton
 from detr_ray.loss import SetCriterion, build_criterion
-from detr_ray.model import build_model, load_published, published_state_dict
+from detr_ray.model import build_model, load_published, published_state_dict, weights
 from detr_ray.model.deformable_detr import DeformableDetr
 from detr_ray.model.features import FeatureLevel
 from detr_ray.model.state_dicts import WeightsError
+from detr_ray.model.weights import find_detector, load_initial_weights, read_checkpoint, whole_state
 from detr_ray.structures import ModelOutput, Target
 
 CLASSES = 5
@@ -103,6 +105,41 @@ def test_a_state_dict_that_is_not_the_models_is_refused() -> None:
         load_published(model, {name: value for name, value in state.items() if name != twin})
     with pytest.raises(WeightsError, match=r"has more, query_embed\.weight"):
         load_published(model, {**state, "query_embed.weight": torch.zeros(3)})
+
+
+@VARIANTS
+def test_rows_of_same_named_classes_come_from_a_published_file(changes: dict[str, Any], tmp_path: Path) -> None:
+    """The file lists heads several times; the encoder's head of two stages has one row that means something."""
+    old = tiny(**changes)
+    state = {name: torch.randn_like(value.float()) for name, value in old.state_dict().items()}
+    old.load_state_dict(state)
+    torch.save({"model": {**published_state_dict(old), "backbone.total_params": torch.zeros(1)}}, tmp_path / "old.pth")
+    content = {**read_checkpoint(str(tmp_path / "old.pth")), "class_names": ["a", "b", "c", "d", "e"]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights, "read_checkpoint", lambda source: content)
+        new = build_model(configured(**changes).model, 3)
+        fresh = {name: value.clone() for name, value in new.state_dict().items()}
+        report = load_initial_weights(new, "old.pth", ["c", "x", "a"])
+    assert not report.missing and not report.unused
+    found = new.state_dict()
+    objects = [f"class_embed.{len(new.class_embed) - 1}"] if "two_stage" in changes else []
+    for name, value in found.items():
+        head = name.rpartition(".")[0]
+        if head in objects:
+            assert torch.equal(value[0], state[name][0]) and torch.equal(value[1:], fresh[name][1:])
+        elif head.startswith("class_embed"):
+            assert torch.equal(value[[0, 2]], state[name][[2, 0]]) and torch.equal(value[1], fresh[name][1])
+        elif "num_batches" not in name:
+            assert torch.equal(value, state[name]), name
+
+
+@VARIANTS
+def test_a_published_file_is_evaluated_whole(changes: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny(**changes)
+    torch.save({"model": published_state_dict(model)}, tmp_path / "whole.pth")
+    checkpoint = read_checkpoint(str(tmp_path / "whole.pth"))
+    found = whole_state(model, find_detector(checkpoint, model, "whole.pth"), "whole.pth")
+    assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
 
 
 @VARIANTS
