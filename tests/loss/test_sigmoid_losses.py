@@ -7,11 +7,12 @@ import torch
 from cases import random_boxes
 from torch import Tensor
 
+from benchmarks.baseline.focal_criterion import PlainFocalCriterion
 from detr_ray.boxes import cxcywh_to_xyxy, iou
-from detr_ray.config import LossConfig
+from detr_ray.config import LossConfig, load_config
 from detr_ray.loss import SetCriterion, build_criterion
 from detr_ray.loss.sigmoid_losses import FocalLoss
-from detr_ray.structures import ModelOutput, Target
+from detr_ray.structures import LayerOutput, ModelOutput, Target
 
 CLASSES, QUERIES = 4, 6
 COUNTS = (3, 0, 2)
@@ -118,3 +119,21 @@ def test_errors_speak_of_sigmoid_outputs() -> None:
     wanted = [Target(labels=torch.tensor([0]), boxes=torch.tensor([[0.5, 0.5, 0.2, 0.2]]))]
     losses = criterion_of("focal")(output, wanted)
     assert (losses["cardinality_error"].item(), losses["class_error"].item()) == (1.0, 0.0)
+
+
+def test_a_plain_criterion_layer_by_layer_gives_the_same() -> None:
+    """The one that the benchmark of a step compares with."""
+    output, targets = drawn()
+    first, _ = drawn()
+    cells = ModelOutput(
+        pred_logits=torch.randn(3, 9, CLASSES, generator=torch.Generator().manual_seed(5)),
+        pred_boxes=random_boxes(3, 9, generator=torch.Generator().manual_seed(6)),
+    )
+    layers = ModelOutput(**output, aux_outputs=[LayerOutput(**first)], enc_outputs=cells)
+    config = load_config(None, ["model.architecture=deformable_detr", "model.two_stage=true"])
+    ours, plain = build_criterion(config, CLASSES), PlainFocalCriterion()
+    found, expected = ours(layers, targets), plain(layers, targets)
+    assert {name for name in found if name.startswith("loss")} == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+    torch.testing.assert_close(ours.total(found), plain.total(expected))
