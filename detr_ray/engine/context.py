@@ -17,9 +17,10 @@ from detr_ray.engine.hooks import Evaluated
 
 T = TypeVar("T")
 
-LeaveReason = Literal["asked", "preempted", "resized"]
-"""Why a worker is to leave after a step, with a checkpoint: someone asked to stop, its node is taken away, or the group
-is started again with another number of workers."""
+LeaveReason = Literal["abandoned", "asked", "preempted", "resized"]
+"""Why a worker is to leave after a step, the most urgent reason first. ``abandoned``: the run is given up, and no
+checkpoint is written. The others write one: someone asked to stop, the node is taken away, or the group is started
+again with another number of workers."""
 
 
 def most_urgent(reasons: Iterable[LeaveReason | None]) -> LeaveReason | None:
@@ -43,6 +44,7 @@ Phase = Literal[
     "backward pass",
     "update",
     "leaving",
+    "waiting for a run",
 ]
 """What a worker may be doing, in the order within one step. Of workers at one step, the others wait for the one that is
 furthest behind in this order."""
@@ -113,6 +115,8 @@ class LocalContext:
         say: shows a line of progress.
         should_stop: asked once a step.
         on_report: told of each evaluation.
+        should_abandon: asked once a step whether to stop without a checkpoint.
+        on_step: told of the steps taken, whenever a phase of a step begins.
     """
 
     rank = 0
@@ -124,10 +128,14 @@ class LocalContext:
         say: Callable[[str], None] = lambda line: None,
         should_stop: Callable[[], bool] = lambda: False,
         on_report: Callable[[Evaluated], Any] = lambda evaluated: None,
+        should_abandon: Callable[[], bool] = lambda: False,
+        on_step: Callable[[int], Any] = lambda step: None,
     ) -> None:
         self.device = torch.device(device)
         self._say = say
         self._should_stop = should_stop
+        self._should_abandon = should_abandon
+        self._on_step = on_step
         self._on_report = on_report
 
     def wrap(self, model: nn.Module) -> nn.Module:
@@ -163,8 +171,11 @@ class LocalContext:
         self._say(line)
 
     def enter(self, phase: Phase, step: int) -> None:
-        """Nobody looks."""
+        """Hands the step on."""
+        self._on_step(step)
 
     def leave_reason(self) -> LeaveReason | None:
-        """Asks the function given."""
+        """Asks the functions given."""
+        if self._should_abandon():
+            return "abandoned"
         return "asked" if self._should_stop() else None

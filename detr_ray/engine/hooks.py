@@ -33,11 +33,14 @@ class Budget:
         workers: the number of training workers, or the least and the most, in place of ``train.num_workers``.
         cpus: CPUs of its workers and data tasks together. Each CPU worker takes one, and one is for data tasks.
         gpus: GPUs; 0 trains on CPUs unless the configuration asks for GPUs.
+        threads: threads of torch in each CPU worker; None shares a node's cores among its workers, as if no other run
+            were there.
     """
 
     workers: int | tuple[int, int] | None = None
     cpus: int | None = None
     gpus: int | None = None
+    threads: int | None = None
 
     @property
     def worker_range(self) -> tuple[int, int] | None:
@@ -55,9 +58,17 @@ class JobHooks:
         on_evaluation: told of each evaluation, once for each step. An error that it raises ends the run.
         parent_run: id of an MLflow run in the same experiment, whose child the run's own MLflow run becomes.
         budget: what the run may take of the cluster.
+        should_abandon: asked as often as ``should_stop``. Once it says yes, the run stops after its step, without a
+            checkpoint: what it did since its last one is lost. Its result says ``stopped``.
+        hold_evaluated: whether checkpoints that are evaluated are held: they stay, whatever ``train.keep_last`` says,
+            until someone releases them (`release`): another run may be about to begin there.
+        on_step: told of the steps that rank 0 has taken, about twice a second.
     """
 
     should_stop: Callable[[], bool] = lambda: False
     on_evaluation: Callable[[Evaluated], None] = lambda evaluated: None
     parent_run: str | None = None
     budget: Budget = Budget()
+    should_abandon: Callable[[], bool] = lambda: False
+    hold_evaluated: bool = False
+    on_step: Callable[[int], None] = lambda step: None

@@ -37,6 +37,9 @@ Say = Callable[[str], None]
 
 _IMAGES_LOOKED_AT = 32
 
+OpenedData = tuple[DatasetIndex, DatasetIndex | None]
+"""The training and the validation set, opened."""
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainJob:
@@ -50,6 +53,7 @@ class TrainJob:
         tracking_uri: MLflow store of its records. Decided here: on other machines the environment may name another.
         fork: checkpoint of another run that the run begins at; None where it begins anew, or has one of its own.
         parent_run: id of the MLflow run whose child the run's own is; None for no parent.
+        hold_evaluated: whether checkpoints that are evaluated are held; see `JobHooks`.
     """
 
     data: PlannedData
@@ -59,6 +63,7 @@ class TrainJob:
     tracking_uri: str
     fork: CheckpointInfo | None = None
     parent_run: str | None = None
+    hold_evaluated: bool = False
 
     @property
     def config(self) -> Config:
@@ -88,7 +93,7 @@ class TrainJob:
         return detector
 
 
-def open_data(data: DataConfig, say: Say) -> tuple[DatasetIndex, DatasetIndex | None]:
+def open_data(data: DataConfig, say: Say) -> OpenedData:
     """Opens the training and the validation set, generating them first where the configuration says so.
 
     Raises:
@@ -219,12 +224,13 @@ def has_coco_categories(index: DatasetIndex) -> bool:
     return True
 
 
-def prepare_job(config: Config, say: Say) -> TrainJob:
+def prepare_job(config: Config, say: Say, opened: OpenedData | None = None) -> TrainJob:
     """Opens the data, the initial weights and the run's directory.
 
     Args:
         config: what to train.
         say: shows the user a line.
+        opened: the data of this configuration where it was opened before (`open_data`).
 
     Raises:
         ConfigError: the configuration does not fit the data, the storage or an earlier run of that name.
@@ -238,7 +244,7 @@ def prepare_job(config: Config, say: Say) -> TrainJob:
             "WARNING: train.compile compiles the model anew for each shape that batches have, and data sets of photos "
             "have hundreds of them; set data.pad_multiple, to 64 for example"
         )
-    train, val = open_data(config.data, say)
+    train, val = opened or open_data(config.data, say)
     if len(train) < config.train.global_batch_size:
         raise DataError(
             f"{train.source} has {len(train)} images, fewer than one global batch; "

@@ -118,9 +118,10 @@ class TrainingLoop:
             self._after_step(outcome)
             leave = outcome.leave if self.step < self.job.total_steps else None
             if leave:
-                self.validation.collect()
-                self.validation.drop()
-                self._save(BRIEFLY)
+                if leave != "abandoned":
+                    self.validation.collect()
+                    self.validation.drop()
+                    self._save(BRIEFLY)
                 return leave
             if self._checkpoint_due():
                 self._save(PATIENTLY if self.step >= self.job.total_steps else ONCE)
@@ -232,6 +233,7 @@ class TrainingLoop:
                 lambda: self.state.files(self._train_step, of_all_workers),
                 details,
                 evaluation_due=self.validation.falls_on(self.step),
+                held=self.job.hold_evaluated and self.validation.falls_on(self.step),
                 pauses=pauses,
             )
         if problem and self.step >= self.job.total_steps:

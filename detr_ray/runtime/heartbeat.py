@@ -141,9 +141,29 @@ class WorkerHeartbeat(_Heartbeat):
         self._status = status
         self._self = (attempt, rank, world_size, ray.util.get_node_ip_address(), os.getpid())
         self._doing: tuple[Phase, int, float] = ("starting", 0, time.monotonic())
+        self._task, self._waits = 0, False
         self._evaluated: deque[Evaluated] = deque(maxlen=MOST_EVALUATED)
+        self._outcome: bytes | None = None
         self.leave_reason: LeaveReason | None = None
         self._thread.start()
+
+    def begin(self, task: int) -> None:
+        """Notes that the worker begins with a job: nothing that was said of the one before counts for it."""
+        with self._lock:
+            self._task, self._waits, self._outcome, self.leave_reason = task, False, None, None
+            self._evaluated.clear()
+            self._doing = ("starting", 0, time.monotonic())
+
+    def wait(self) -> None:
+        """Notes that the worker has done its job: a reason to leave that job is none to end."""
+        with self._lock:
+            self._waits, self.leave_reason = True, None
+
+    def end(self, outcome: bytes) -> None:
+        """Tells the driver what the job gave, with the next heartbeat, which comes at once."""
+        with self._lock:
+            self._outcome = outcome
+        self._woken.set()
 
     def report(self, evaluated: Evaluated) -> None:
         """Tells the driver of an evaluation, with the next heartbeat, which comes at once."""
@@ -156,9 +176,14 @@ class WorkerHeartbeat(_Heartbeat):
 
     def _send(self, lines: Lines) -> None:
         phase, step, since = self._doing
-        doing = WorkerStatus(*self._self, phase, step, time.monotonic() - since, evaluated=tuple(self._evaluated))
+        with self._lock:
+            about = self._task, self._waits
+            own: dict[str, Any] = {"task": self._task, "evaluated": tuple(self._evaluated), "outcome": self._outcome}
+        doing = WorkerStatus(*self._self, phase, step, time.monotonic() - since, **own)
         asked: LeaveReason | None = ray.get(self._status.worker_beat.remote(doing, lines), timeout=ANSWER_WITHIN_S)
-        self.leave_reason = asked or ("preempted" if node_is_taken_away() else None)
+        with self._lock:
+            if (self._task, self._waits) == about:  # else the answer is about what was before
+                self.leave_reason = asked or ("preempted" if node_is_taken_away() else None)
 
     def _missed(self, unheard_s: float) -> None:
         if unheard_s > ORPHANED_S:

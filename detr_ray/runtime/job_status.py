@@ -36,6 +36,26 @@ Process = tuple[str, int]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Task:
+    """A job for workers.
+
+    Attributes:
+        number: of the job; those that the same workers do one after another have ascending numbers from 1.
+        job: reference to the job without its data and weights, and to its configuration, in a list: Ray would resolve
+            a bare reference.
+        data: reference to the data, in a list.
+        weights: reference to the first weights, in a list that may be empty.
+        last: whether workers end after it. Otherwise they wait for another one.
+    """
+
+    number: int
+    job: list[ray.ObjectRef]
+    data: list[ray.ObjectRef]
+    weights: list[ray.ObjectRef]
+    last: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class WorkerStatus:
     """What one worker was doing when it last said so.
 
@@ -50,7 +70,9 @@ class WorkerStatus:
         seconds: for how long.
         silent_s: seconds since its last heartbeat; a frozen process sends none.
         heard: whether there has been any heartbeat of it.
-        evaluated: its last evaluations, oldest first; of rank 0 alone.
+        task: number of the job that it does, or did last.
+        evaluated: the job's last evaluations, oldest first; of rank 0 alone.
+        outcome: what the job gave, packed; of rank 0 alone, None before its end.
     """
 
     attempt: int
@@ -63,7 +85,9 @@ class WorkerStatus:
     seconds: float
     silent_s: float = 0.0
     heard: bool = True
+    task: int = 0
     evaluated: tuple[Evaluated, ...] = ()
+    outcome: bytes | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -146,14 +170,18 @@ class Snapshot:
         workers: the workers of the group that runs, by rank, up to now.
         controller: Ray Train's controller; None before its first heartbeat.
         age_s: seconds since the actor was started; no silence that it reports can be longer.
-        evaluated: the last evaluations, some of which were in earlier snapshots.
+        task: the job that rank 0 does, or did last; the next two belong to it.
+        evaluated: its last evaluations, some of which were in earlier snapshots.
+        outcome: what it gave, packed; None before its end.
     """
 
     lines: Lines
     workers: dict[int, WorkerStatus]
     controller: ControllerStatus | None
     age_s: float
+    task: int = 0
     evaluated: tuple[Evaluated, ...] = ()
+    outcome: bytes | None = None
 
     @property
     def running(self) -> bool:
@@ -176,16 +204,19 @@ class JobStatus:
         self._lines: list[str] = []
         self._lines_before = 0
         self._taken: dict[str, int] = {}
-        self._evaluated: tuple[Evaluated, ...] = ()
+        self._done: tuple[int, tuple[Evaluated, ...], bytes | None] = (0, (), None)
+        self._task: Task | None = None
 
     def worker_beat(self, status: WorkerStatus, lines: Lines) -> LeaveReason | None:
         """A worker's heartbeat; answers why it is to leave."""
         if not self._is_current(status.attempt):
             return None
         self._take(lines)
-        self._evaluated = status.evaluated or self._evaluated
+        if status.rank == 0 and status.task >= self._done[0]:
+            known = self._done[1] if status.task == self._done[0] else ()
+            self._done = status.task, status.evaluated or known, status.outcome
         self._workers[status.node, status.process] = status, time.monotonic()
-        return self._leave()
+        return self._leave(status)
 
     def controller_beat(
         self, status: ControllerStatus, members: dict[int, Member] | None, lines: Lines
@@ -212,16 +243,21 @@ class JobStatus:
         workers = [self._workers.get((member.node, member.process)) for member in self._members.values()]
         return self._group, bool(workers) and all(w is not None and w[0].phase == "leaving" for w in workers)
 
-    def ask(self, attempt: int, asked: LeaveReason | None, seen: tuple[str, int]) -> Snapshot:
+    def task(self, after: int) -> Task | None:
+        """The job to do after another one; None while there is none."""
+        return self._task if self._task is not None and self._task.number > after else None
+
+    def ask(self, attempt: int, task: Task | None, asked: LeaveReason | None, seen: tuple[str, int]) -> Snapshot:
         """The driver's question.
 
         Args:
             attempt: the current start of Ray Train; heartbeats of earlier ones are ignored from now on.
-            asked: why the workers are to leave, if the driver says so.
+            task: the job that workers do now; None where they wait for the next one.
+            asked: why they are to leave that job, if the driver says so.
             seen: the lines that it has: their source, and the number of the line after the last one.
         """
         self._is_current(attempt)
-        self._asked = asked
+        self._asked, self._task = asked, task
         if seen[0] == self._id:
             del self._lines[: seen[1] - self._lines_before]
             self._lines_before = seen[1]
@@ -231,7 +267,7 @@ class JobStatus:
             self._current_workers(now),
             None if controller is None else _up_to_now(*controller, now),
             now - self._began,
-            self._evaluated,
+            *self._done,
         )
 
     def members(self) -> dict[int, Member]:
@@ -245,8 +281,9 @@ class JobStatus:
             self._controller, self._members, self._group, self._workers = None, {}, -1, {}
         return attempt == self._attempt
 
-    def _leave(self) -> LeaveReason | None:
-        if self._asked is not None:
+    def _leave(self, worker: WorkerStatus) -> LeaveReason | None:
+        at_task = self._task is not None and self._task.number == worker.task and worker.phase != "waiting for a run"
+        if self._asked is not None and at_task:
             return self._asked
         return None if self._controller is None else self._controller[0].leave
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import get_args
 
@@ -46,6 +47,8 @@ def _place(worker: WorkerStatus) -> tuple[bool, int, int]:
 def _limit(worker: WorkerStatus, limit_s: float) -> float:
     if not worker.heard:
         return max(limit_s, STARTING_S)
+    if worker.phase == "waiting for a run" and worker.silent_s < limit_s:
+        return math.inf
     return max(limit_s, LEAVING_S) if worker.phase == "leaving" and worker.silent_s < limit_s else limit_s
 
 

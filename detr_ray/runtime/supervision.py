@@ -16,12 +16,12 @@ import ray
 from detr_ray.config import ConfigError, TrainConfig
 from detr_ray.engine.context import LeaveReason, Phase
 from detr_ray.engine.errors import RunFailed
-from detr_ray.engine.hooks import Evaluated
+from detr_ray.engine.hooks import JobHooks
 from detr_ray.engine.job import Say
 from detr_ray.engine.reporting.progress import duration
 from detr_ray.runtime.heartbeat import AwakeClock
 from detr_ray.runtime.host_process import StopSignals
-from detr_ray.runtime.job_status import Member, Snapshot, WorkerStatus, open_job_status, unpacked
+from detr_ray.runtime.job_status import Member, Snapshot, Task, WorkerStatus, open_job_status, unpacked
 from detr_ray.runtime.stalls import STARTING_S, describe, hanging_controller, hanging_workers, places
 from detr_ray.runtime.trainer import Attempt
 
@@ -70,14 +70,15 @@ class StatusKeeper:
                     ) from None
                 time.sleep(1)
 
-    def ask(self, attempt: int, leave: LeaveReason | None) -> Snapshot | None:
-        """The job's status now; None if it does not answer.
+    def ask(self, attempt: int, task: Task | None, leave: LeaveReason | None) -> Snapshot | None:
+        """The job's status now; None if it does not answer. The arguments are those of `JobStatus.ask`.
 
         Raises:
             RunFailed: it has not answered for too long.
         """
         try:
-            snapshot: Snapshot = ray.get(self.actor.ask.remote(attempt, leave, self._seen), timeout=ANSWER_WITHIN_S)
+            asked = self.actor.ask.remote(attempt, task, leave, self._seen)
+            snapshot: Snapshot = ray.get(asked, timeout=ANSWER_WITHIN_S)
         except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError) as error:
             logger.info("the job's status does not answer: %s", error)
         else:
@@ -110,17 +111,16 @@ class StatusKeeper:
 
 
 class Supervisor:
-    """Watches over a job's workers from the driver.
+    """Watches over workers from the driver, while they do one job after another.
 
     Args:
-        status: the job's status.
+        status: their status.
         limits: the ``train`` section, for its time limits.
         missing: says what the workers need and what there is.
-        signals: whether the job is to stop.
-        on_evaluation: told of each evaluation, once for each step.
         say: shows the user a line.
 
     Attributes:
+        outcome: what the present job gave, packed, where its workers wait for another one; None before.
         num_failures: how often the workers were started again because something failed.
         stalls: the workers that were ended because they hung.
     """
@@ -130,43 +130,65 @@ class Supervisor:
         status: StatusKeeper,
         limits: TrainConfig,
         missing: Callable[[], str],
-        signals: StopSignals,
-        on_evaluation: Callable[[Evaluated], None],
         say: Say,
     ) -> None:
         self._status = status
         self._limits = limits
         self._missing = missing
-        self._signals = signals
-        self._on_evaluation = on_evaluation
+        self._task: Task | None = None
+        self._signals = StopSignals()
+        self._hooks = JobHooks()
         self._evaluated: set[int] = set()
         self._say = say
         self._told_to_leave = False
+        self._abandoned = False
         self._processes: set[tuple[str, int]] = set()
+        self._watch: _Watch | None = None
+        self.outcome: bytes | None = None
         self.num_failures = 0
         self.stalls: list[str] = []
 
+    def begin(self, task: Task, signals: StopSignals, hooks: JobHooks) -> None:
+        """Has the workers do a job.
+
+        Args:
+            task: the job; its number is higher than that of the one before.
+            signals: whether it is to stop.
+            hooks: what it asks and tells the program that runs it.
+        """
+        self._task, self._signals, self._hooks = task, signals, hooks
+        self._evaluated, self.outcome = set(), None
+        self._told_to_leave = self._abandoned = False
+
     def watch(self, attempt: Attempt, number: int) -> str | None:
-        """Watches until an attempt has ended.
+        """Watches until an attempt has ended, or its workers have done the job and wait for another one (`outcome`).
 
         Args:
             attempt: one start of Ray Train.
             number: its number, higher than that of earlier ones.
 
         Returns:
-            Why its controller had to be ended; None where the attempt ended by itself.
+            Why its controller had to be ended; None where the attempt ended by itself, or goes on.
 
         Raises:
             KeyboardInterrupt: asked to stop by a signal, and no worker is there that could write a checkpoint.
             StoppedBeforeWork: the same, asked by the program that runs the job.
             RunFailed: the workers' resources did not come in time.
         """
-        watch = _Watch(self._limits, number)
+        if self._watch is None or self._watch.attempt != number:
+            self._watch = _Watch(self._limits, number)
+        watch = self._watch
+        watch.resume()
         while not attempt.wait(POLL_S):
             snapshot = self._ask(watch)
             if snapshot is None:
                 continue
-            if self._signals.asked():
+            if self.outcome is not None:
+                self._task = None  # workers that are started again have nothing to do
+                self._ask(watch)
+                return None
+            self._abandoned = self._abandoned or self._hooks.should_abandon()
+            if self._signals.asked() or self._abandoned:
                 self._stop(watch, snapshot)
             fault = watch.controller_fault(snapshot, self._told_to_leave)
             if fault is None and snapshot.running:
@@ -203,18 +225,27 @@ class Supervisor:
         return limit if limit < 0 else max(0, limit - self.num_failures)
 
     def _ask(self, watch: _Watch) -> Snapshot | None:
-        snapshot = self._status.ask(watch.attempt, "asked" if self._told_to_leave else None)
+        leave: LeaveReason | None = "abandoned" if self._abandoned else "asked" if self._told_to_leave else None
+        snapshot = self._status.ask(watch.attempt, self._task, leave)
         if snapshot is None:
             return None
         for line in snapshot.lines.texts:
             self._say(line)
-        for evaluated in snapshot.evaluated:
-            if evaluated.step not in self._evaluated:
-                self._evaluated.add(evaluated.step)
-                self._on_evaluation(evaluated)
+        if self._task is not None and snapshot.task == self._task.number:
+            self._tell(snapshot)
         for failure in watch.new_failures(snapshot):
             self.count_failure(failure)
         return snapshot
+
+    def _tell(self, snapshot: Snapshot) -> None:
+        """Tells the program of what the job gave."""
+        for evaluated in snapshot.evaluated:
+            if evaluated.step not in self._evaluated:
+                self._evaluated.add(evaluated.step)
+                self._hooks.on_evaluation(evaluated)
+        if 0 in snapshot.workers:
+            self._hooks.on_step(snapshot.workers[0].step)
+        self.outcome = snapshot.outcome
 
     def _show_places(self, snapshot: Snapshot) -> None:
         """Says once for each group of workers where they are."""
@@ -234,7 +265,8 @@ class Supervisor:
             self._signals.interrupt()
         if not self._told_to_leave:
             self._told_to_leave = True
-            self._say("stopping after this step, with a checkpoint (again: at once, without)")
+            if not self._abandoned:
+                self._say("stopping after this step, with a checkpoint (again: at once, without)")
 
     def _end_hanging_workers(self, watch: _Watch, snapshot: Snapshot) -> None:
         workers = snapshot.workers
@@ -293,6 +325,12 @@ class _Watch:
         self._suspects: set[tuple[int, int, Phase, int]] = set()
         self._after_end = AwakeClock(2 * ANSWER_WITHIN_S)
         self._ended: tuple[int, str] | None = None
+
+    def resume(self) -> None:
+        """Begins to watch, again where the workers do another job: in between nobody has looked."""
+        self._controller_unheard.reset()
+        self._suspects = set()
+        self._after_end.reset()
 
     def new_failures(self, snapshot: Snapshot) -> tuple[str, ...]:
         """The failures that were not seen yet."""

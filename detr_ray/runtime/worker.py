@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import logging
 import os
+import pickle
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,8 +27,13 @@ from detr_ray.engine.reporting.progress import FitResult
 from detr_ray.engine.reporting.records import open_tracker
 from detr_ray.engine.validation.evaluation_job import EvaluationJob, run_evaluation
 from detr_ray.runtime.datasets import RayBatches
-from detr_ray.runtime.heartbeat import WorkerHeartbeat
+from detr_ray.runtime.heartbeat import ANSWER_WITHIN_S, WorkerHeartbeat
+from detr_ray.runtime.job_status import Task
 from detr_ray.tracking import NullTracker, Status, Tracker
+
+logger = logging.getLogger(__name__)
+
+NEXT_TASK_S = 0.2
 
 
 class RayContext(DistributedContext):
@@ -40,6 +47,8 @@ class RayContext(DistributedContext):
 
     def __init__(self, status: ActorHandle, attempt: int, threads: int | None) -> None:
         context = ray.train.get_context()
+        self._status = status
+        self._step = 0
         device = ray.train.torch.get_device()
         super().__init__(context.get_world_rank(), context.get_world_size(), device)
         self._heartbeat = WorkerHeartbeat(status, attempt, self.rank, self.world_size)
@@ -60,7 +69,33 @@ class RayContext(DistributedContext):
 
     def enter(self, phase: Phase, step: int) -> None:
         """Goes to the job's status with the next heartbeat."""
+        self._step = step
         self._heartbeat.enter(phase, step)
+
+    def begin_task(self, task: Task) -> None:
+        """Notes which job this worker does from now on."""
+        self._heartbeat.begin(task.number)
+
+    def end_task(self, outcome: dict[str, Any]) -> None:
+        """Tells the driver what the job gave (rank 0 only does)."""
+        if self.rank == 0:
+            self._heartbeat.end(pickle.dumps(outcome))
+
+    def next_task(self, after: int) -> Task | None:
+        """Waits for the job after another one; None where this worker is to leave before there is one."""
+        self.enter("waiting for a run", self._step)
+        self._heartbeat.wait()
+        while self._heartbeat.leave_reason is None:
+            try:
+                task: Task | None = ray.get(self._status.task.remote(after), timeout=ANSWER_WITHIN_S)
+            except ray.exceptions.RayError as error:
+                logger.info("the job's status is not reached: %s", error)
+            else:
+                if task is not None:
+                    return task
+            time.sleep(NEXT_TASK_S)
+        self.enter("leaving", self._step)
+        return None
 
     def leave_reason(self) -> LeaveReason | None:
         """What the job's status or Ray Train said last."""
@@ -93,20 +128,34 @@ class _WarningsToDriver(logging.Handler):
 
 
 def run_worker(config: dict[str, Any]) -> dict[str, Any]:
-    """Does one worker's part of a job.
+    """Does one worker's part of one job after another.
 
     Args:
-        config: ``job`` (without data), ``data`` and ``weights`` as lists of an object reference (Ray resolves bare
-            ones), the actor ``status`` and the number of the ``attempt``, ``threads`` of torch, or None, and how many
-            data ``tasks`` the worker may have at the same time.
+        config: the actor ``status``, the number of the ``attempt``, ``threads`` of torch, or None, how many data
+            ``tasks`` the worker may have at the same time, and the ``only_task``; None where the worker is to ask for
+            its tasks.
 
     Returns:
-        ``{"result": what the work gave}``, or ``{"failed": message}`` where all workers agree that the job can't go on:
-        Ray would start workers that fail again, to the same end.
+        What the last job gave: ``{"result": what the work gave}``, or ``{"failed": message}`` where all workers agree
+        that the job can't go on: Ray would start workers that fail again, to the same end.
     """
-    job: TrainJob | EvaluationJob = _whole_job(config)
     context = RayContext(config["status"], config["attempt"], config["threads"])
-    batches = RayBatches(job.data, config["data"][0], context.world_size, context.rank, config["tasks"])
+    task: Task | None = config["only_task"] or context.next_task(0)
+    outcome: dict[str, Any] = {"result": None}
+    while task is not None:
+        outcome = _do(task, context, config["tasks"])
+        result = outcome.get("result")
+        if task.last or (isinstance(result, FitResult) and result.leave in ("resized", "preempted")):
+            break
+        context.end_task(outcome)
+        task = context.next_task(task.number)
+    return outcome
+
+
+def _do(task: Task, context: RayContext, data_tasks: int) -> dict[str, Any]:
+    context.begin_task(task)
+    job: TrainJob | EvaluationJob = _whole_job(task)
+    batches = RayBatches(job.data, task.data[0], context.world_size, context.rank, data_tasks)
     try:
         with context.at_work():
             if isinstance(job, TrainJob):
@@ -129,9 +178,10 @@ def _train(job: TrainJob, context: RayContext, batches: RayBatches) -> FitResult
         tracker.finish(status)
 
 
-def _whole_job(config: dict[str, Any]) -> Any:
+def _whole_job(task: Task) -> Any:
     """The job with its data and weights, which travel beside it: data tasks need only the data."""
-    parts = {"data": ray.get(config["data"][0])}
-    if config["weights"]:
-        parts["initial_weights"] = ray.get(config["weights"][0])
-    return dataclasses.replace(ray.get(config["job"][0]), **parts)
+    bare, config = ray.get(task.job[0])
+    parts: dict[str, Any] = {"data": dataclasses.replace(ray.get(task.data[0]), config=config)}
+    if task.weights:
+        parts["initial_weights"] = ray.get(task.weights[0])
+    return dataclasses.replace(bare, **parts)

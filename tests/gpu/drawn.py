@@ -152,6 +152,7 @@ class DrawnJob:
 
     steps_per_epoch = 2
     fork = None
+    hold_evaluated = False
 
     def __init__(self, *overrides: str, validates: bool = False) -> None:
         self.config = settings("train.global_batch_size=3", "train.log_every_steps=1", *overrides)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from detr_ray.runtime.job_status import ControllerStatus, JobStatus, Lines, Member, Snapshot, WorkerStatus
+from detr_ray.runtime.job_status import ControllerStatus, JobStatus, Lines, Member, Snapshot, Task, WorkerStatus
 from detr_ray.runtime.stalls import LEAVING_S, STARTING_S, describe, hanging_controller, hanging_workers
 
 NOTHING = Lines("nobody", 0, ())
@@ -23,6 +23,7 @@ def worker(rank: int = 0, **values: Any) -> WorkerStatus:
         "phase": "loss",
         "step": 7,
         "seconds": 1,
+        "task": 1,
     }
     return WorkerStatus(rank=rank, **(given | values))
 
@@ -39,8 +40,55 @@ def members(*processes: int) -> dict[int, Member]:
     return {rank: Member(NODE, process, b"") for rank, process in enumerate(processes)}
 
 
+def task(number: int) -> Task:
+    return Task(number, [], [], [], last=False)
+
+
 def ask(status: JobStatus, attempt: int = 1, seen: tuple[str, int] = ("", 0), **values: Any) -> Snapshot:
-    return status.ask(attempt, values.get("asked"), seen)
+    return status.ask(attempt, values.get("task", task(1)), values.get("asked"), seen)
+
+
+def test_workers_get_one_job_after_another() -> None:
+    status = JobStatus()
+    assert status.task(0) is None
+    ask(status)
+    assert status.task(0) == task(1) and status.task(1) is None
+    status.worker_beat(worker(outcome=b"done"), NOTHING)
+    assert ask(status).outcome == b"done"
+    ask(status, task=None)
+    assert status.task(0) is None, "workers that are started now would do it again"
+    ask(status, task=task(2))
+    assert status.task(1) == task(2)
+    status.worker_beat(worker(task=2), NOTHING)
+    assert (ask(status, task=task(2)).task, ask(status, task=task(2)).outcome) == (2, None)
+
+
+def test_what_is_asked_of_one_job_is_not_told_at_another() -> None:
+    status = JobStatus()
+    ask(status, asked="abandoned")
+    assert status.worker_beat(worker(), NOTHING) == "abandoned"
+    assert status.worker_beat(worker(phase="waiting for a run"), NOTHING) is None, "it has left already"
+    ask(status, task=task(2), asked="asked")
+    assert status.worker_beat(worker(), NOTHING) is None, "it has not begun with that one"
+    assert status.worker_beat(worker(task=2), NOTHING) == "asked"
+
+
+def test_an_outcome_is_known_after_the_status_was_lost_and_after_workers_were_started_again() -> None:
+    status = JobStatus()
+    ask(status, task=task(2))
+    status.worker_beat(worker(task=2, outcome=b"done"), NOTHING)
+    assert ask(status, task=task(2)).outcome == b"done"
+    status.worker_beat(worker(task=0, process=300), NOTHING)
+    assert ask(status, task=task(2)).outcome == b"done"
+
+
+def test_a_worker_that_waits_for_a_job_does_not_hang() -> None:
+    waiting = {rank: worker(rank, phase="waiting for a run", seconds=1e6) for rank in (0, 1)}
+    assert hanging_workers(waiting, 10) == []
+    behind = waiting | {0: worker(0, phase="leaving", seconds=1e6)}
+    assert [found.rank for found in hanging_workers(behind, 10)] == [0]
+    silent = waiting | {1: worker(1, phase="waiting for a run", silent_s=11)}
+    assert [found.rank for found in hanging_workers(silent, 10)] == [1]
 
 
 def test_lines_are_given_out_until_they_were_seen_and_none_twice() -> None:

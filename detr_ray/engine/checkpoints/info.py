@@ -20,6 +20,7 @@ class CheckpointInfo:
         evaluation_due: whether these weights are to be evaluated.
         evaluation_problem: why their evaluation failed for good; empty if it did not.
         measured_on: data and settings of the evaluation; empty if unknown.
+        held: whether it stays until it is released.
     """
 
     step: int
@@ -30,6 +31,7 @@ class CheckpointInfo:
     evaluation_due: bool = False
     evaluation_problem: str = ""
     measured_on: Mapping[str, Any] = field(default_factory=dict)
+    held: bool = False
 
     def compares_with(self, other: CheckpointInfo) -> bool:
         """Whether the metrics of both are comparable. Unknown settings (of earlier releases) count as equal."""

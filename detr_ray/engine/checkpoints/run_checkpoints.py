@@ -119,6 +119,7 @@ class RunCheckpoints:
         details: Mapping[str, Any],
         *,
         evaluation_due: bool,
+        held: bool = False,
         pauses: Sequence[float] = ONCE,
     ) -> str:
         """Writes a checkpoint; every worker must call it.
@@ -128,6 +129,7 @@ class RunCheckpoints:
             files: returns the content of its files.
             details: stored in its manifest.
             evaluation_due: whether these weights are to be evaluated.
+            held: whether it stays until it is released.
             pauses: seconds before each further attempt.
 
         Returns:
@@ -138,7 +140,7 @@ class RunCheckpoints:
             self._context.enter("writing a checkpoint", step)
             written: tuple[CheckpointInfo | None, str, bool] = (None, "", False)
             if self._context.rank == 0:
-                written = self._write(step, files(), details, evaluation_due)
+                written = self._write(step, files(), details, evaluation_due, held)
             self._context.enter("waiting for the checkpoint", step)
             info, problem, again = self._context.broadcast(written)
             if info is not None:
@@ -193,12 +195,12 @@ class RunCheckpoints:
         return info.with_scores(metrics, problem, self._measured_on)
 
     def _write(
-        self, step: int, files: Mapping[str, Any], details: Mapping[str, Any], evaluation_due: bool
+        self, step: int, files: Mapping[str, Any], details: Mapping[str, Any], evaluation_due: bool, held: bool
     ) -> tuple[CheckpointInfo | None, str, bool]:
         """The checkpoint; or why it could not be written, and whether another attempt may help."""
         started = time.perf_counter()
         try:
-            info = self.store.save(step, files, details, evaluation_due=evaluation_due)
+            info = self.store.save(step, files, details, evaluation_due=evaluation_due, held=held)
         except OSError as error:
             since = "there is none yet" if self.latest is None else f"the last one is of step {self.latest.step}"
             self._context.say(f"WARNING: no checkpoint at step {step} ({since}): {_reason(error)}")

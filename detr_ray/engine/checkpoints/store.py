@@ -40,6 +40,9 @@ _BEST_BY = "val/AP"
 """The metric that decides which checkpoint is best; higher is better."""
 
 MANIFEST = "manifest.json"
+_HELD = "held"
+"""An empty file in the folder of a checkpoint that is not to be removed."""
+
 _FILE = re.compile(r"(step_\d{8,})/(.+)")
 
 
@@ -83,7 +86,13 @@ class CheckpointStore:
         self._refused: dict[str, OSError] = {}  # folders that may not be removed
 
     def save(
-        self, step: int, files: Mapping[str, Any], details: Mapping[str, Any], *, evaluation_due: bool = False
+        self,
+        step: int,
+        files: Mapping[str, Any],
+        details: Mapping[str, Any],
+        *,
+        evaluation_due: bool = False,
+        held: bool = False,
     ) -> CheckpointInfo:
         """Writes a checkpoint.
 
@@ -93,6 +102,7 @@ class CheckpointStore:
             details: small JSON values, stored in the manifest.
             evaluation_due: whether these weights are to be evaluated. The checkpoint is not removed before that
                 (`annotate`).
+            held: whether it is not removed before it is released (`release`).
 
         Raises:
             OSError: it could not be written. Nothing of it remains; earlier checkpoints are not changed.
@@ -103,7 +113,9 @@ class CheckpointStore:
         try:
             make_folder(folder)
             written = {name: _write(join(folder, name), content) for name, content in files.items()}
-            info = CheckpointInfo(step, folder, None, dict(details), written, evaluation_due)
+            if held:
+                write_bytes(join(folder, _HELD), b"")
+            info = CheckpointInfo(step, folder, None, dict(details), written, evaluation_due, held=held)
             self._write_manifest(info)
         except OSError:
             with contextlib.suppress(OSError):
@@ -176,7 +188,7 @@ class CheckpointStore:
         return torch.load(pa.BufferReader(data), map_location=map_location, weights_only=True)
 
     def prune(self, keep_last: int, found: list[CheckpointInfo] | None = None, also: Collection[int] = ()) -> None:
-        """Removes old checkpoints. The best, the newest and those that must still be evaluated stay.
+        """Removes old checkpoints. The best, the newest, held ones and those that must still be evaluated stay.
 
         If the data or settings of evaluations have changed, the best of each group of comparable checkpoints stays.
 
@@ -194,7 +206,7 @@ class CheckpointStore:
         kept = {*also, *(info.step for info in bests if info is not None)}
         problem: OSError | None = None
         for info in found[: max(len(found) - keep_last, 0)]:
-            if info.unscored or info.step in kept:
+            if info.unscored or info.held or info.step in kept:
                 continue
             problem = self._try_to_remove(info.path) or problem
         for folder in list(self._leftovers):
@@ -268,6 +280,7 @@ class CheckpointStore:
             manifest.get("evaluation_due", False),  # these three are not in manifests of earlier releases
             manifest.get("evaluation_problem", ""),
             manifest.get("measured_on", {}),
+            held=_HELD in files,
         )
 
     def _manifest(self, folder: str, files: Mapping[str, StoredFile]) -> dict[str, Any]:
@@ -277,6 +290,18 @@ class CheckpointStore:
         if known is None or known[0] != files[MANIFEST]:
             known = self._manifests[folder] = files[MANIFEST], json.loads(read_bytes(join(folder, MANIFEST)))
         return known[1]
+
+
+def release(checkpoint: str) -> None:
+    """Lets a checkpoint that was held be removed when its run removes old ones. Any process may do this.
+
+    Args:
+        checkpoint: its folder.
+
+    Raises:
+        OSError: the storage fails.
+    """
+    delete_file(join(checkpoint, _HELD))
 
 
 def _write(path: str, content: Any) -> dict[str, Any]:

@@ -61,6 +61,16 @@ class PlannedData:
             "validation data": self.val.fingerprint[:16],
         }
 
+    def is_planned_as(self, other: PlannedData) -> bool:
+        """Whether both give the same batches: whether they are the same data, planned by the same settings."""
+        mine, its = self.config, other.config
+        return (
+            self.train is other.train
+            and self.val is other.val
+            and self.label_map == other.label_map
+            and (mine.data, mine.train, mine.eval, mine.run.seed) == (its.data, its.train, its.eval, its.run.seed)
+        )
+
     def plan(self, world_size: int, rank: int) -> WorkerPlan:
         """One worker's part of the plan. All parts that one process asks for use one planner."""
         planner = None if self.train is None else self._planner
