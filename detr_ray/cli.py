@@ -62,8 +62,8 @@ def run_command(
     Args:
         name: the command's module in ``detr_ray``, for example ``train``.
         description: text for the command's help.
-        main: the command; gets the configuration and the parsed arguments, returns the exit code. It should import
-            heavy packages in its body.
+        main: the command; gets the configuration and the parsed arguments (``overrides`` are those of the
+            configuration), returns the exit code. It should import heavy packages in its body.
         argv: arguments; None: those of the process.
         add_arguments: adds further arguments of the command.
         check: raises `ConfigError` if the command needs values that the configuration does not have, for example
@@ -142,6 +142,7 @@ def _read(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[Config,
         raise ConfigError([*errors, *error.errors]) from None
     if errors:
         raise ConfigError(errors)
+    arguments.overrides = overrides
     return config, arguments
 
 

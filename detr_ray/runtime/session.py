@@ -94,7 +94,7 @@ def _lacks_data(config: Config) -> bool:
 
 @contextlib.contextmanager
 def ray_session(
-    num_workers: int, data_tasks: int, use_gpu: bool | None, worker_resource: str | None = None
+    num_workers: int, data_tasks: int, use_gpu: bool | None, worker_resource: str | None = None, cpus: int = 0
 ) -> Iterator[None]:
     """Uses the Ray that is running, or starts one on this machine and ends it afterwards.
 
@@ -107,6 +107,7 @@ def ray_session(
         data_tasks: data tasks of one worker that should be able to run at the same time.
         use_gpu: whether workers use GPUs; None when it is not decided yet.
         worker_resource: custom resource that each worker takes one of.
+        cpus: the least number of logical CPUs of a Ray that is started here.
     """
     if ray.is_initialized():
         yield
@@ -117,7 +118,7 @@ def ray_session(
         token_logger.setLevel(logging.ERROR)
         address = cluster_address()
         if address is None:
-            _start_ray(num_workers, data_tasks, worker_resource)
+            _start_ray(num_workers, data_tasks, worker_resource, cpus)
         else:
             _join_ray(address)
         try:
@@ -142,21 +143,22 @@ def _join_ray(address: str) -> None:
         raise unreachable_error(f"no cluster can be joined at {address} (RAY_ADDRESS): {reason}") from error
 
 
-def _start_ray(num_workers: int, data_tasks: int, worker_resource: str | None) -> None:
+def _start_ray(num_workers: int, data_tasks: int, worker_resource: str | None, cpus: int) -> None:
     """Starts a Ray of our own, and has the processes of its data tasks import what they need."""
     cores = os.cpu_count() or 1
     defaults = {name: os.environ.get(name, default) for name, default in _OWN_DEFAULTS.items()}
     tasks_at_once = max(1, min(data_tasks * num_workers, cores))
     ray.init(
         "local",  # and not one that was started on this machine for something else
-        num_cpus=max(cores, num_workers + tasks_at_once),
+        num_cpus=max(cores, num_workers + tasks_at_once, cpus),
         resources={worker_resource: num_workers} if worker_resource else None,
         include_dashboard=False,
         log_to_driver=_workers_are_heard(),
         logging_level=logging.WARNING,
         configure_logging=True,
         runtime_env={"env_vars": _OWN_ENVIRONMENT | defaults},
-        _system_config=_OWN_SETTINGS,
+        # Ray warns of many processes a core, which the trials of a search have.
+        _system_config=_OWN_SETTINGS | ({"worker_maximum_startup_concurrency": max(cores, cpus)} if cpus else {}),
         _temp_dir=own_temporary_folder(),
     )
     warm_data_workers(min(tasks_at_once, MOST_WARMED))

@@ -33,7 +33,7 @@ def trial_table(trials: Sequence[Trial], names: Sequence[str], metric: str, mode
     rows = [_row(trial, names) for trial in sorted_trials(trials, mode)]
     short = metric.removeprefix("val/")
     head = ["trial", "state", "epoch", short, f"best {short}", *short_names(names)]
-    lines = _aligned([head, *rows[:most]])
+    lines = aligned([head, *rows[:most]])
     if len(rows) > most:
         lines.append(f"... and {len(rows) - most} more")
     lines.append(f"{len(trials)} trials: {state_counts(trials)}" if trials else "no trials yet")
@@ -78,7 +78,7 @@ def importance_table(found: Importance) -> str:
         [one.name, f"{one.value:+.2f}" if one.value < 0 else f"{one.value:.2f}", _p(one.p_value), one.measure]
         for one in found.parameters
     ]
-    return "\n".join([*_aligned([head, *rows]), found.reservation])
+    return "\n".join([*aligned([head, *rows]), found.reservation])
 
 
 def train_command(files: Sequence[str], overrides: Sequence[str], values: Mapping[str, Any]) -> str:
@@ -137,6 +137,7 @@ def _p(value: float | None) -> str:
     return "" if value is None else f"{value:.2g}"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines with columns."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

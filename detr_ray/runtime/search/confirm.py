@@ -1,0 +1,54 @@
+"""Trains the best configuration of a search and the unchanged one again, with seeds of their own each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from detr_ray.config import Config
+from detr_ray.engine.hooks import Budget, JobHooks
+from detr_ray.engine.job import prepare_job
+from detr_ray.runtime.host_process import host_process_as_before
+from detr_ray.runtime.launch import Runs
+from detr_ray.runtime.search.results import SearchResult
+from detr_ray.search.confirmation import Confirmation, compare
+from detr_ray.search.space import with_values
+
+FIRST_SEED = 1000
+"""Added to ``run.seed``: seeds that no trial had."""
+
+
+class Stopped(Exception):  # noqa: N818 - it names what happened
+    """The user stopped the trainings; the same command goes on with them. Its text is the name of the run."""
+
+
+@host_process_as_before()
+def confirm(config: Config, result: SearchResult, seeds: int, say: Callable[[str], None]) -> Confirmation:
+    """Compares the best configuration of a search with the unchanged one.
+
+    Each training is a run in the search's folder; those that are there already are not trained again.
+
+    Args:
+        config: of the search.
+        result: of the search.
+        seeds: number of trainings of each.
+        say: shows the user a line.
+
+    Raises:
+        Stopped: the user stopped it.
+    """
+    assert result.best_values is not None, "a search without a result has nothing to confirm"
+    kinds = {"best": with_values(config, result.best_values), "default": with_values(config, {})}
+    measured: dict[str, list[float]] = {"best": [], "default": []}
+    with Runs(Budget(), say) as runs:
+        for number in range(seeds):
+            for kind, chosen in kinds.items():
+                seed = config.run.seed + FIRST_SEED + number
+                name = f"confirm-{kind}-{seed}"
+                run = {"run.name": name, "run.storage": result.path, "run.seed": seed}
+                job = prepare_job(with_values(chosen, run), say)
+                done = runs.run(job, JobHooks())
+                if done.status == "stopped":
+                    raise Stopped(name)
+                measured[kind].append(done.metrics[config.tune.metric])
+                say(f"{name}: {config.tune.metric} {measured[kind][-1]:.4f}")
+    return compare(measured["best"], measured["default"], config.tune.mode)

@@ -1,0 +1,207 @@
+"""What the driver of a search tells its trials while they run, and what they tell it beside their results.
+
+A small actor keeps it. The driver sends everything that holds, each second; so the actor can be started again at any
+time. Trials ask twice a second.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+logger = logging.getLogger(__name__)
+
+ASK_S = 0.5
+ANSWER_WITHIN_S = 5.0
+MOST_LINES = 1000
+MOST_UNANSWERED = 3
+
+# The driver starts the actor again within seconds. A trial that cannot reach it for this long has no driver any more.
+ORPHANED_S = 120.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """A trial is to go on from another checkpoint, with other settings.
+
+    Attributes:
+        generation: the number of the trial's moves, with this one.
+        values: its settings from now on.
+        checkpoint: where it goes on.
+    """
+
+    generation: int
+    values: Mapping[str, Any]
+    checkpoint: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Directions:
+    """What holds for all trials.
+
+    Attributes:
+        stopping: whether all are to stop, with a checkpoint.
+        decided_epoch: the last round of a population that is decided; a trial may not end before the last round is.
+        orders: the last order of each trial that has one.
+    """
+
+    stopping: bool = False
+    decided_epoch: int = 0
+    orders: Mapping[str, Order] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What a trial tells beside its results.
+
+    Attributes:
+        step: optimizer steps of its present run.
+        moved: generation -> seconds from the order to the first step after it.
+    """
+
+    step: int = 0
+    moved: Mapping[int, float] = dataclasses.field(default_factory=dict)
+
+
+class SearchControl:
+    """The actor."""
+
+    def __init__(self) -> None:
+        self._directions = Directions()
+        self._progress: dict[str, Progress] = {}
+        self._lines: list[str] = []
+
+    def direct(self, directions: Directions) -> tuple[dict[str, Progress], list[str]]:
+        """The driver's call: takes what holds, answers what the trials do and the lines that were not shown yet."""
+        self._directions = directions
+        lines, self._lines = self._lines, []
+        return self._progress, lines
+
+    def ask(self, trial: str, progress: Progress) -> tuple[bool, int, Order | None]:
+        """A trial's call: whether it is to stop, the last round that is decided, and its last order."""
+        self._progress[trial] = progress
+        directions = self._directions
+        return directions.stopping, directions.decided_epoch, directions.orders.get(trial)
+
+    def say(self, line: str) -> None:
+        """Takes a line that the user should see."""
+        if len(self._lines) < MOST_LINES:
+            self._lines.append(line)
+
+
+def start_control() -> ActorHandle:
+    """Starts the actor, beside the driver."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(SearchControl).remote()
+
+
+class Line:
+    """A trial's connection to the driver: a thread that asks.
+
+    Args:
+        control: the actor.
+        trial: name of the trial.
+
+    Attributes:
+        stopping: whether the trial is to stop.
+        decided_epoch: the last round that is decided.
+        order: the trial's last order.
+        step: what is told of the trial's step.
+    """
+
+    def __init__(self, control: ActorHandle, trial: str) -> None:
+        self._control = control
+        self._trial = trial
+        self.stopping = False
+        self.decided_epoch = 0
+        self.order: Order | None = None
+        self.step = 0
+        self._moved: dict[int, float] = {}
+        self._ended = threading.Event()
+        self._heard = time.monotonic()
+        threading.Thread(target=self._run, name="control", daemon=True).start()
+
+    def say(self, line: str) -> None:
+        """Shows the user of the search a line."""
+        self._control.say.remote(f"{self._trial}: {line}")
+
+    def moved(self, generation: int, seconds: float) -> None:
+        """Tells how long it took to carry out an order."""
+        self._moved = {**self._moved, generation: seconds}
+
+    def end(self) -> None:
+        """Ends the thread."""
+        self._ended.set()
+
+    def _run(self) -> None:
+        while not self._ended.wait(ASK_S):
+            progress = Progress(self.step, self._moved)
+            try:
+                answer = ray.get(self._control.ask.remote(self._trial, progress), timeout=ANSWER_WITHIN_S)
+            except ray.exceptions.RayError as error:
+                logger.info("the search's control is not reached: %s", error)
+                self.stopping = self.stopping or time.monotonic() - self._heard > ORPHANED_S
+                continue
+            self.stopping, self.decided_epoch, self.order = answer
+            self._heard = time.monotonic()
+
+
+class Control:
+    """The driver's side: sends what holds and gets what trials tell.
+
+    Args:
+        say: shows the user a line.
+
+    Attributes:
+        actor: the actor.
+        directions: what holds; set it, and it is sent.
+        progress: what each trial told last.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self.actor = start_control()
+        self.directions = Directions()
+        self.progress: dict[str, Progress] = {}
+        self._sent_at = 0.0
+        self._unanswered = 0
+
+    def exchange(self, *, at_once: bool = False) -> None:
+        """Sends what holds, if a second has passed since the last time or ``at_once``."""
+        if not at_once and time.monotonic() - self._sent_at < 1:
+            return
+        self._sent_at = time.monotonic()
+        try:
+            told = ray.get(self.actor.direct.remote(self.directions), timeout=ANSWER_WITHIN_S)
+        except ray.exceptions.RayError as error:
+            logger.info("the search's control does not answer: %s", error)
+            self._unanswered += 1
+            if self._unanswered % MOST_UNANSWERED == 0:
+                ray.kill(self.actor, no_restart=False)  # it hangs; Ray starts it anew
+            return
+        self._unanswered = 0
+        self.progress, lines = told
+        for line in lines:
+            self._say(line)
+
+    def stop(self) -> None:
+        """Has all trials stop, with a checkpoint."""
+        self.directions = dataclasses.replace(self.directions, stopping=True)
+        self.exchange(at_once=True)
+
+    def order(self, decided_epoch: int, orders: Mapping[str, Order]) -> None:
+        """Gives orders, and says up to which round all is decided."""
+        self.directions = dataclasses.replace(self.directions, decided_epoch=decided_epoch, orders=dict(orders))
+        self.exchange(at_once=True)
+
+    def end(self) -> None:
+        """Ends the actor."""
+        ray.kill(self.actor, no_restart=True)

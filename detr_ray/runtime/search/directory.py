@@ -1,0 +1,157 @@
+"""The folder of a search, and its record: what is searched, from which configuration, on which data."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from detr_ray.addresses import join, local_path
+from detr_ray.config import Config, ConfigError, flatten
+from detr_ray.engine.checkpoints.run_directory import (
+    RECORD,
+    absolute_storage,
+    record_at,
+    storage_errors,
+    unique_name,
+)
+from detr_ray.engine.checkpoints.run_lock import held
+from detr_ray.locations import make_folder, read_bytes, write_bytes
+from detr_ray.retries import NoSuchObject
+from detr_ray.search.trials import Trial, read_trials
+
+SEARCH_RECORD = "search.json"
+_POPULATION = "population.json"
+
+# What may change when a search is resumed: it says how long and how fast to search, not what.
+FREE_SETTINGS = ("tune.name", "tune.trials", "tune.max_concurrent", "tune.time_budget_s", "tune.max_trial_failures")
+FREE_KEYS = ("run.name", "tracking.", "data.tasks_per_worker", "data.prefetch_batches", "train.max_failures")
+
+
+@dataclass(frozen=True)
+class SearchDirectory:
+    """An opened search.
+
+    Attributes:
+        name: of the search.
+        path: absolute folder or URI.
+        search_id: globally unique.
+        trials: those of an earlier process.
+        population: what an earlier process knew of the population; None where there was none.
+    """
+
+    name: str
+    path: str
+    search_id: str
+    trials: tuple[Trial, ...] = ()
+    population: Mapping[str, Any] | None = None
+
+    @contextlib.contextmanager
+    def locked(self, say: Callable[[str], None]) -> Iterator[None]:
+        """Locks the search for this process.
+
+        Raises:
+            ConfigError: another process has locked it, or the storage cannot be used.
+        """
+        with contextlib.ExitStack() as stack:
+            with storage_errors(self.path):
+                stack.enter_context(held(self.path, self.name, say))
+            yield
+
+    def write_population(self, state: Mapping[str, Any]) -> None:
+        """Writes what is known of the population, atomically."""
+        self.write(_POPULATION, json.dumps(state, indent=1))
+
+    def write(self, name: str, text: str) -> str:
+        """Writes a file of the search; gives its location."""
+        return self.write_bytes(name, text.encode())
+
+    def write_bytes(self, name: str, content: bytes) -> str:
+        """Writes a file of the search; gives its location."""
+        write_bytes(join(self.path, name), content)
+        return join(self.path, name)
+
+
+def open_search(config: Config, fingerprints: Mapping[str, str], *, resume: bool) -> SearchDirectory:
+    """Opens a new search, or an existing one to go on with.
+
+    Args:
+        config: of the search.
+        fingerprints: split -> fingerprint of the data; empty where settings of the data are searched.
+        resume: whether to go on with an existing one.
+
+    Raises:
+        ConfigError: the name is taken, or there is no such search; an existing one searches something else; the storage
+            cannot be used.
+    """
+    if resume and config.tune.name is None:
+        raise ConfigError("tune.name: --resume needs the name of the search to go on with")
+    name = config.tune.name or unique_name("search")
+    path = join(absolute_storage(config.run.storage), name)
+    content = {"config": json.loads(json.dumps(flatten(config))), "fingerprints": dict(fingerprints)}
+    with storage_errors(path):
+        stored = _read(path, SEARCH_RECORD)
+        if stored is None:
+            if record_at(join(path, RECORD)) is not None:
+                raise ConfigError(f"tune.name: {path} is a training run; choose another tune.name")
+            if resume:
+                raise ConfigError(f"tune.name: there is no search {name!r} in {config.run.storage}")
+            return _begin(path, name, content)
+        if not resume:
+            raise ConfigError(
+                f"tune.name: a search {name!r} exists in {path}; go on with it by --resume, or choose another name"
+            )
+        differences = _differences(stored, content)
+        if differences:
+            raise ConfigError(
+                f"tune.name: the search {name!r} in {path} was begun differently; choose another tune.name, or give "
+                "the same values:\n  " + "\n  ".join(differences)
+            )
+        try:
+            trials = read_trials(path)
+        except ValueError as error:
+            raise ConfigError(f"tune.name: {error}") from error
+        return SearchDirectory(name, path, stored["search_id"], tuple(trials), _read(path, _POPULATION))
+
+
+def _begin(path: str, name: str, content: Mapping[str, Any]) -> SearchDirectory:
+    search_id = uuid.uuid4().hex
+    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    make_folder(path)
+    if local_path(path) is not None:
+        make_folder(join(path, "logs"))
+    record = {"search_id": search_id, "created": created, **content}
+    write_bytes(join(path, SEARCH_RECORD), json.dumps(record, indent=1).encode())
+    return SearchDirectory(name, path, search_id)
+
+
+def _read(path: str, name: str) -> dict[str, Any] | None:
+    try:
+        content = json.loads(read_bytes(join(path, name)))
+    except (FileNotFoundError, NoSuchObject):
+        return None
+    except ValueError as error:
+        raise ConfigError(f"tune.name: {join(path, name)} is damaged ({error}); choose another tune.name") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"tune.name: {join(path, name)} is damaged; choose another tune.name")
+    return content
+
+
+def _differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    before = stored["config"]
+    lines = [
+        f"{key}: begun with {before.get(key)!r}, now {value!r}"
+        for key, value in now["config"].items()
+        if before.get(key) != value and not _is_free(key)
+    ]
+    if stored["fingerprints"] != now["fingerprints"]:
+        lines.append("the data: other annotations than the search was begun with")
+    return lines
+
+
+def _is_free(key: str) -> bool:
+    return any(key == name or (name.endswith(".") and key.startswith(name)) for name in (*FREE_SETTINGS, *FREE_KEYS))

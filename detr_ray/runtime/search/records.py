@@ -1,0 +1,199 @@
+"""What a search leaves: in MLflow a run with its trials as children, in its folder the same as files."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from detr_ray.addresses import join
+from detr_ray.config import Config
+from detr_ray.engine.checkpoints.run_directory import RECORD, record_at
+from detr_ray.engine.checkpoints.store import CheckpointStore, release
+from detr_ray.engine.reporting.tracking_store import local_storage
+from detr_ray.locations import read_bytes
+from detr_ray.retries import reason_of
+from detr_ray.runtime.search.directory import SearchDirectory
+from detr_ray.runtime.search.trial_actor import run_name
+from detr_ray.search.book import Book
+from detr_ray.search.space import SearchSpace
+from detr_ray.search.tables import final_table
+from detr_ray.search.trials import TRIALS_FILE, Trial
+from detr_ray.tracking import Status
+from detr_ray.tracking.search_children import ChildState, RunState
+from detr_ray.tracking.search_run import SearchRun
+from detr_ray.tracking.sender import Timing
+from detr_ray.viz.search_pictures import history, parallel_coordinates, png_bytes
+
+logger = logging.getLogger(__name__)
+
+RUN_ID_WITHIN_S = 5.0
+RECONCILE_EVERY_S = 10.0
+ENDS_WITHIN_S = 20.0
+
+Mode = Literal["max", "min"]
+
+
+class SearchRecords:
+    """The records of a search.
+
+    Args:
+        config: of the search.
+        space: its space.
+        directory: its folder.
+        book: its trials.
+        tracking_uri: MLflow store; None for a search that is not tracked.
+        say: shows the user a line.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        space: SearchSpace,
+        directory: SearchDirectory,
+        book: Book,
+        tracking_uri: str | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self.metric = config.tune.metric
+        self.mode: Mode = config.tune.mode
+        self.parameters = list(space.parameters)
+        self._space, self._directory, self._book, self._say = space, directory, book, say
+        self._run: SearchRun | None = None
+        self._run_uids: dict[str, str] = {}
+        self._reconciled_at = 0.0
+        if tracking_uri is None:
+            return
+        self._run = SearchRun(
+            _tracking_folder(config, directory),
+            uri=tracking_uri,
+            experiment=config.tracking.experiment,
+            name=directory.name,
+            uid=directory.search_id,
+            say=say,
+            timing=Timing(finish=ENDS_WITHIN_S),
+        )
+        settings = {f"search/{key}": value for key, value in config.tune.model_dump(mode="json").items()}
+        described = {
+            key: value if isinstance(value, int | float | str) else json.dumps(value) for key, value in settings.items()
+        }
+        described.pop("search/space")
+        self._run.describe(
+            described, {name: json.dumps(text) for name, text in config.tune.space.items()}, config.to_yaml()
+        )
+
+    def parent_run(self) -> str | None:
+        """MLflow's id of the search's run; None where the store is away: children get their parent later then."""
+        return None if self._run is None else self._run.wait_for_run_id(RUN_ID_WITHIN_S)
+
+    def path_of(self, name: str) -> str:
+        """The folder of a trial's run."""
+        return join(self._directory.path, name)
+
+    def release(self, checkpoint: str) -> None:
+        """Lets a checkpoint be removed that no other trial will begin at. One that cannot be is tidied at the end."""
+        try:
+            release(checkpoint)
+        except OSError as error:
+            logger.info("%s cannot be released: %s", checkpoint, reason_of(error))
+
+    def tidy(self, name: str, keep_last: int) -> None:
+        """Removes checkpoints of a run that nobody writes any more: all but the newest ones and the best.
+
+        Args:
+            name: of the run.
+            keep_last: how many of the newest stay.
+        """
+        store = CheckpointStore(join(self.path_of(name), "checkpoints"))
+        try:
+            for info in store.checkpoints():
+                if info.held:
+                    release(info.path)
+            store.prune(keep_last)
+        except OSError as error:
+            self._say(f"WARNING: old checkpoints of {name} cannot be removed (they stay): {reason_of(error)}")
+
+    def progress(self) -> None:
+        """Records how far the search is."""
+        if self._run is None:
+            return
+        best = self._book.best
+        counts = {str(state): count for state, count in self._book.counts.items()}
+        self._run.log_progress(self._book.num_results, self.metric, None if best is None else best.best, counts)
+        if time.monotonic() - self._reconciled_at > RECONCILE_EVERY_S:
+            self._reconciled_at = time.monotonic()
+            self._run.reconcile(self._children())
+
+    def end(self, status: Status, texts: dict[str, str]) -> None:
+        """Records how the search ended, with its pictures. At most some seconds are spent on a store that is away.
+
+        Args:
+            status: how.
+            texts: name -> content of further files.
+        """
+        trials = self._book.trials
+        logs = {name for name, found in self._space.parameters.items() if found.log}
+        pictures = {
+            "parallel_coordinates.png": parallel_coordinates(trials, self.metric, mode=self.mode, log_parameters=logs),
+            "history.png": history(trials, self.metric, mode=self.mode),
+        }
+        texts = {"trials.txt": final_table(trials, self.parameters, self.metric, self.mode) + "\n", **texts}
+        for name, text in texts.items():
+            self._directory.write(name, text)
+        drawn = {name: png_bytes(figure) for name, figure in pictures.items()}
+        for name, png in drawn.items():
+            self._directory.write_bytes(name, png)
+        if self._run is None:
+            return
+        for name, text in texts.items():
+            self._run.log_text(text, name)
+        self._run.log_text(read_bytes(join(self._directory.path, TRIALS_FILE)).decode(), TRIALS_FILE)
+        for name, png in drawn.items():
+            self._run.log_picture(png, name)
+        self.progress()
+        self._run.close(status, self._children())
+
+    def _children(self) -> list[ChildState]:
+        best = self._book.best
+        found = []
+        for trial in self._book.trials:
+            if trial.state != "waiting" or trial.attempts:
+                found += self._children_of(trial, is_best=best is not None and best.name == trial.name)
+        return found
+
+    def _children_of(self, trial: Trial, *, is_best: bool) -> list[ChildState]:
+        """The runs of a trial: in a population one for each of its moves. All but the last ended with a move."""
+        children = []
+        for generation in range(trial.generation + 1):
+            name = run_name(trial.name, generation)
+            uid = self._run_uid(name)
+            last = generation == trial.generation
+            state: RunState = "stopped" if trial.state == "waiting" else trial.state
+            if not last:
+                state = "stopped early"
+            elif uid is None and trial.state not in ("refused", "failed"):
+                continue  # it has not begun
+            if uid is None and not last:
+                continue
+            children.append(
+                ChildState(
+                    trial.name, state, uid, trial.problem if last else "moved to another trial's weights",
+                    dict(trial.values) if last else {}, is_best and last, generation, name,
+                )
+            )  # fmt: skip
+        return children
+
+    def _run_uid(self, name: str) -> str | None:
+        if name not in self._run_uids:
+            record = record_at(join(self.path_of(name), RECORD))
+            if record is None:
+                return None
+            self._run_uids[name] = record["run_id"]
+        return self._run_uids[name]
+
+
+def _tracking_folder(config: Config, directory: SearchDirectory) -> Path:
+    return local_storage(config) / f"{directory.name}-{directory.search_id[:8]}-tracking"

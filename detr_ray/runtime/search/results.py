@@ -1,0 +1,118 @@
+"""What came of a search: its best configuration, how it was reached, and how to train with it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from detr_ray.addresses import join
+from detr_ray.config.yaml_format import parse_yaml
+from detr_ray.engine.reporting.progress import duration
+from detr_ray.search.distributions import Distribution
+from detr_ray.search.importance import importance
+from detr_ray.search.lived_schedule import lived_schedule
+from detr_ray.search.population import Population
+from detr_ray.search.space import SearchSpace
+from detr_ray.search.tables import final_table, importance_table, train_command
+from detr_ray.search.trials import Trial
+from detr_ray.tracking import viewing_hint
+
+BEST_CONFIG = "best.yaml"
+SCHEDULE = "schedule.yaml"
+EXPLOITS = "exploits.txt"
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchResult:
+    """How a search ended.
+
+    Attributes:
+        name: of the search.
+        path: its folder.
+        status: ``finished``, or ``stopped`` on request or by its time: it can go on.
+        metric: name of the metric.
+        mode: whether more of it is better.
+        trials: all of them.
+        parameters: what was searched.
+        seconds: of this process.
+        best: the best trial; None where nothing was measured.
+        best_values: key of the configuration -> value of the best trial. A key that changed while it trained has the
+            schedule that it lived through.
+        tracking_uri: MLflow store of its records; None where it is not tracked.
+        exploits: the moves of a population as a table; empty without one.
+    """
+
+    name: str
+    path: str
+    status: Literal["finished", "stopped"]
+    metric: str
+    mode: Literal["max", "min"]
+    trials: tuple[Trial, ...]
+    parameters: Mapping[str, Distribution]
+    seconds: float
+    best: Trial | None = None
+    best_values: Mapping[str, Any] | None = None
+    tracking_uri: str | None = None
+    exploits: str = ""
+
+
+def lived_by(trial: Trial, space: SearchSpace, population: Population | None) -> str:
+    """The schedule that a trial of a population lived through, ancestors included, as YAML; empty without a population.
+
+    Args:
+        trial: one with a measurement.
+        space: the space.
+        population: the population, if there was one.
+    """
+    if population is None or trial.name not in population.members:
+        return ""
+    epoch, step, _ = trial.history[-1]
+    ancestry = []
+    for first, values in population.ancestry(trial.name):
+        resolved = space.resolve(values)
+        ancestry.append((first, {key: resolved[key] for key in space.mutated_keys}))
+    return lived_schedule(ancestry, round(step / epoch), f"What {trial.name} trained with, ancestors included.")
+
+
+def best_values(trial: Trial, space: SearchSpace, population: Population | None) -> dict[str, Any]:
+    """Key of the configuration -> value of a trial; see `SearchResult`."""
+    values = space.resolve(trial.values)
+    for section, keys in (parse_yaml(lived_by(trial, space, population)) or {}).items():
+        values |= {f"{section}.{name}": value for name, value in keys.items()}
+    return values
+
+
+def summary(result: SearchResult, files: Sequence[str], overrides: Sequence[str]) -> str:
+    """What the user is told at the end.
+
+    Args:
+        result: of the search.
+        files: the configuration files that were given.
+        overrides: the ``key=value`` arguments that were given.
+    """
+    names = list(result.parameters)
+    lines = [
+        f"\nsearch {result.name} {result.status} after {duration(result.seconds)}",
+        "",
+        final_table(result.trials, names, result.metric, result.mode),
+        "",
+        *([result.exploits, ""] if result.exploits else []),
+        importance_table(importance(result.trials, result.parameters)),
+        "",
+    ]
+    if result.best is None or result.best_values is None:
+        lines.append(f"no trial gave a value of {result.metric}")
+    else:
+        lines += [
+            f"best              {result.best.name}: {result.metric} {result.best.best:.4f}",
+            f"train it          {train_command(files, overrides, result.best_values)}",
+        ]
+    if result.exploits and result.best is not None:
+        lines.append(f"its schedule      {join(result.path, SCHEDULE)}")
+    if result.status == "stopped":
+        lines.append(f"go on             the same command with --resume tune.name={result.name}")
+    lines.append(f"everything else   {result.path}")
+    if result.tracking_uri is not None:
+        lines.append(f"curves            {viewing_hint(result.tracking_uri)}")
+    return "\n".join(lines)

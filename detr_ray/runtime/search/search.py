@@ -1,0 +1,385 @@
+"""Running a search: Ray Tune starts trials, each a whole training, and this keeps and says what became of them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import ray
+import torch
+from ray import tune
+
+from detr_ray.config import Config, ConfigError
+from detr_ray.data.index import DatasetIndex
+from detr_ray.engine.hooks import Budget
+from detr_ray.engine.job import OpenedData, open_data
+from detr_ray.engine.reporting.tracking_store import check_tracking, run_tracking_uri
+from detr_ray.runtime.host_process import StopSignals, host_process_as_before, stop_signals
+from detr_ray.runtime.search.capacity import Capacity
+from detr_ray.runtime.search.control import Control
+from detr_ray.runtime.search.directory import SearchDirectory, open_search
+from detr_ray.runtime.search.records import SearchRecords
+from detr_ray.runtime.search.results import BEST_CONFIG, EXPLOITS, SCHEDULE, SearchResult, best_values, lived_by
+from detr_ray.runtime.search.schedulers import build_scheduler
+from detr_ray.runtime.search.sources import Listed, OptunaTpe, Proposer, Source
+from detr_ray.runtime.search.trial_actor import Setup, Start, TrialActor
+from detr_ray.runtime.search.unsaved import Unsaved
+from detr_ray.runtime.search.watch import Moves, SearchWatch
+from detr_ray.runtime.session import cluster_address, ray_session
+from detr_ray.search.book import Book
+from detr_ray.search.population import Population, Values
+from detr_ray.search.space import SearchSpace, with_values
+from detr_ray.search.trials import Trial
+
+Say = Callable[[str], None]
+
+# Ray Tune's own files and output are of no use here, and its handler of Ctrl-C would not let trials write checkpoints.
+_ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_FORCE_TRIAL_CLEANUP_S": "90",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+# They warn of result files of Tune's that are not written, and of calls that wait for an actor.
+_LOUD = ("ray.tune.analysis.experiment_analysis", "ray.tune.utils.util")
+
+MOST_STARTS = 1_000_000
+STOPPED_WITHIN_S = 180.0
+
+
+@host_process_as_before()
+def run_search(config: Config, say: Say, *, resume: bool = False) -> SearchResult:
+    """Searches what the section ``tune`` describes.
+
+    The process that calls it is afterwards as it was before.
+
+    Args:
+        config: the configuration; its section ``tune`` says what is searched and how.
+        say: shows the user a line.
+        resume: whether to go on with an existing search of that name.
+
+    Raises:
+        ConfigError: the space or a setting cannot be used, the data does not fit, or the name is taken.
+        DataError: the data is not usable.
+    """
+    space = SearchSpace.from_config(config)
+    for warning in space.warnings:
+        say(f"WARNING: {warning}")
+    opened = None if _searches_data(space) else open_data(config.data, say)
+    fingerprints = {} if opened is None else _fingerprints(opened)
+    check_metric(config, opened)
+    check_tracking(config, say)
+    directory = open_search(config, fingerprints, resume=resume)
+    for name in _LOUD:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with directory.locked(say), _session(config):
+        return _Search(config, space, opened, directory, say).run()
+
+
+def check_metric(config: Config, opened: OpenedData | None) -> None:
+    """Refuses a search without evaluations, or by the AP of a category that the data does not have.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if opened is None:
+        return
+    _, val = opened
+    if val is None:
+        raise ConfigError("data.val: a search compares trials on validation data, and none is given")
+    prefix, _, category = config.tune.metric.partition("val/AP/")
+    names = [name for _, name in val.categories]
+    if not prefix and category and category not in names:
+        raise ConfigError(
+            f"tune.metric: {config.tune.metric}: the data has no category {category!r}; it has {', '.join(names)}"
+        )
+
+
+def _fingerprints(opened: OpenedData) -> dict[str, str]:
+    train, val = opened
+    named: dict[str, DatasetIndex | None] = {"train": train, "val": val}
+    return {name: index.fingerprint for name, index in named.items() if index is not None}
+
+
+def _searches_data(space: SearchSpace) -> bool:
+    return any(name.startswith("data.") for name in space.templates)
+
+
+@contextlib.contextmanager
+def _session(config: Config) -> Iterator[None]:
+    """The Ray of a search: a cluster that is there, or one of our own with room for trials at the same time."""
+    os.environ.update({name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()})
+    workers = _most_workers(config)
+    at_once = trials_on_this_machine(config, workers)
+    cpus = at_once * (workers + 1)
+    with ray_session(
+        at_once * workers, config.data.tasks_per_worker, config.train.use_gpu, config.train.worker_resource, cpus
+    ):
+        yield
+
+
+def _most_workers(config: Config) -> int:
+    return (config.train.worker_range or (1, 1))[1]
+
+
+def trials_on_this_machine(config: Config, workers: int) -> int:
+    """How many trials a Ray of our own has room for: one for each core or GPU that a worker takes, at least one.
+
+    A population needs all of its trials at the same time: they share the cores.
+    """
+    settings = config.tune
+    if config.tune.scheduler == "pbt":
+        return settings.trials
+    use_gpu = torch.cuda.is_available() if config.train.use_gpu is None else config.train.use_gpu
+    units = torch.cuda.device_count() if use_gpu else (os.cpu_count() or 1)
+    return max(1, min(units // workers, settings.max_concurrent or units, settings.trials))
+
+
+class _Search:
+    """One process's part of a search, from the first trial that is left to the last."""
+
+    def __init__(
+        self, config: Config, space: SearchSpace, opened: OpenedData | None, directory: SearchDirectory, say: Say
+    ) -> None:
+        self._config, self._settings, self._space, self._say = config, config.tune, space, say
+        self._opened = opened
+        self._directory = directory
+        self._deadline = (
+            None if self._settings.time_budget_s is None else time.monotonic() + self._settings.time_budget_s
+        )
+        self._book = Book(directory.path, self._settings.mode, self._settings.max_trial_failures, directory.trials)
+        self._control = Control(say)
+        self._population = self._open_population()
+        self._uri = run_tracking_uri(config)
+        self._records = SearchRecords(
+            config, space, directory, self._book, self._uri if config.tracking.enabled else None, say
+        )
+        self._moves = None
+        if self._population is not None:
+            self._moves = Moves(self._population, self._book, self._control, directory, self._records, say)
+
+    def run(self) -> SearchResult:
+        """Runs what is left of the search, and says what came of it."""
+        self._announce()
+        started = time.monotonic()
+        status: Literal["FINISHED", "KILLED", "FAILED"] = "FAILED"
+        watch: SearchWatch | None = None
+        try:
+            with stop_signals() as signals:
+                watch = SearchWatch(
+                    self._book, self._control, self._records, lambda: self._why_stop(signals), self._say
+                )
+                self._run_trials(watch)
+            status = "KILLED" if watch.stopping else "FINISHED"
+            if self._moves is not None and status == "FINISHED":
+                self._moves.end(self._config.train.keep_last)
+        finally:
+            self._control.end()
+            if watch is not None:
+                watch.end_all()
+            self._records.end(status, self._files())
+        best = self._book.best
+        return SearchResult(
+            self._directory.name,
+            self._directory.path,
+            "stopped" if status == "KILLED" else "finished",
+            self._settings.metric,
+            self._settings.mode,
+            tuple(self._book.trials),
+            self._space.parameters,
+            time.monotonic() - started,
+            best,
+            None if best is None else best_values(best, self._space, self._population),
+            self._uri if self._config.tracking.enabled else None,
+            "" if self._moves is None else self._moves.exploits(),
+        )
+
+    def _files(self) -> dict[str, str]:
+        """The configuration of the best trial, and the schedule that it lived through."""
+        best = self._book.best
+        if best is None:
+            return {}
+        chosen = with_values(self._config, best_values(best, self._space, self._population))
+        schedule = lived_by(best, self._space, self._population)
+        files = {BEST_CONFIG: chosen.to_yaml()}
+        if self._moves is not None:
+            files |= {SCHEDULE: schedule, EXPLOITS: f"{self._moves.exploits()}\n"}
+        return files
+
+    def _announce(self) -> None:
+        settings, trials = self._settings, self._book.trials
+        self._say(
+            f"search {self._directory.name}: {len(self._space.parameters)} parameters, {settings.trials} trials of "
+            f"{self._config.train.epochs} epochs, searcher {settings.searcher}, scheduler {settings.scheduler}"
+        )
+        self._say(
+            f"to go on with it after an interruption: the same command with --resume tune.name={self._directory.name}"
+        )
+        over = [trial.name for trial in trials if trial.is_over]
+        if trials:
+            left = [trial.name for trial in trials if not trial.is_over]
+            self._say(f"going on: {len(over)} trials are over and not run again; {', '.join(left) or 'none'} go on")
+
+    def _why_stop(self, signals: StopSignals) -> str:
+        if signals.asked():
+            return "asked to stop"
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            return f"the time of the search is over (tune.time_budget_s={self._settings.time_budget_s:g})"
+        return ""
+
+    def _run_trials(self, watch: SearchWatch) -> None:
+        config, settings = self._config, self._settings
+        capacity = Capacity(config, Budget(), self._at_once(), settings.trials)
+        try:
+            self._refuse_scattered_population(capacity)
+            setup = Setup(
+                base=config,
+                space=self._space,
+                folder=self._directory.path,
+                metric=settings.metric,
+                opened=self._opened,
+                control=self._control.actor,
+                parent_run=self._records.parent_run(),
+                tracking_uri=None if config.tracking.uri or "MLFLOW_TRACKING_URI" in os.environ else self._uri,
+                budget=self._budget(capacity),
+                last_round=0 if self._population is None else self._population.last_round,
+            )
+            if self._population is not None and self._moves is not None:
+                watch.follow(self._population, self._moves)
+                self._moves.note_earlier()
+                self._moves([])
+            with tempfile.TemporaryDirectory(prefix="detr_ray-tune-", ignore_cleanup_errors=True) as folder:
+                self._tuner(setup, capacity, watch, folder).fit()
+        finally:
+            capacity.end()
+
+    def _tuner(self, setup: Setup, capacity: Capacity, watch: SearchWatch, folder: str) -> tune.Tuner:
+        settings = self._settings
+        earlier = [trial for trial in self._directory.trials if trial.history]
+        source = Source(
+            self._book,
+            self._proposer(),
+            settings.trials,
+            self._refusal,
+            capacity.has_room,
+            lambda: bool(watch.stopping),
+            self._start,
+            self._say,
+        )
+        trainable = tune.with_resources(
+            tune.with_parameters(TrialActor, setup=setup),
+            # A trial computes nothing itself, and Tune wants a resource: a byte of memory fits on every node.
+            tune.PlacementGroupFactory([{"memory": 1}]),
+        )
+        return tune.Tuner(
+            trainable,
+            tune_config=tune.TuneConfig(
+                search_alg=source,
+                scheduler=build_scheduler(settings, self._config.train.epochs, earlier),
+                num_samples=MOST_STARTS,
+                reuse_actors=True,
+                trial_name_creator=lambda trial: trial.config["trial"],
+                trial_dirname_creator=lambda trial: f"{trial.config['trial']}-{trial.trial_id}",
+            ),
+            run_config=tune.RunConfig(
+                name=self._directory.name,
+                storage_path=folder,
+                callbacks=[watch],
+                stop=_StopLate(watch),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                verbose=0,
+            ),
+        )
+
+    def _proposer(self) -> Proposer:
+        if self._settings.searcher == "tpe":
+            return OptunaTpe(self._space, self._settings, list(self._directory.trials))
+        return Listed(self._space, self._settings)
+
+    def _refusal(self, values: Mapping[str, Any]) -> str:
+        try:
+            self._space.trial_config(self._config, values)
+        except ConfigError as error:
+            return "; ".join(error.errors)
+        return ""
+
+    def _start(self, trial: Trial) -> Start:
+        if self._population is not None:
+            self._population.add(trial.name, trial.values)
+            known = [report.step for report in self._population.members[trial.name].reports.values()]
+            moves = [move for move in self._population.moves if move.receiver == trial.name]
+            checkpoint = moves[-1].checkpoint if moves else None
+            return Start(trial.name, trial.values, trial.generation, checkpoint, max(known, default=-1))
+        return Start(trial.name, trial.values, known_step=trial.step if trial.history else -1)
+
+    def _open_population(self) -> Population | None:
+        settings = self._settings
+        if settings.scheduler != "pbt":
+            return None
+
+        def change(values: Values, chance: random.Random) -> Values:
+            return self._space.perturb(values, chance, settings)
+
+        population = Population(
+            settings.trials,
+            change,
+            every_epochs=settings.perturb_every_epochs,
+            epochs=self._config.train.epochs,
+            quantile=settings.quantile,
+            mode=settings.mode,
+            seed=settings.seed,
+        )
+        if self._directory.population is not None:
+            population.restore(self._directory.population)
+        return population
+
+    def _at_once(self) -> int | None:
+        """The most trials at the same time, beside what the cluster has room for."""
+        if cluster_address() is not None or self._population is not None:
+            return self._settings.max_concurrent
+        return trials_on_this_machine(self._config, _most_workers(self._config))
+
+    def _refuse_scattered_population(self, capacity: Capacity) -> None:
+        if self._population is not None and capacity.room < self._settings.trials and not capacity.grows:
+            raise ConfigError(
+                f"tune.trials: the trials of a population train at the same time, and {capacity.room} of "
+                f"{self._settings.trials} have room here (each takes {capacity.needs}); ask for fewer"
+            )
+
+    def _budget(self, capacity: Capacity) -> Budget:
+        """What each trial may take: workers as configured, one CPU for data tasks, and its share of the cores."""
+        at_once = max(1, min(capacity.room, self._settings.trials))
+        workers = _most_workers(self._config) * at_once
+        cores = ray.cluster_resources().get("CPU", 1.0) if cluster_address() is not None else (os.cpu_count() or 1)
+        return Budget(threads=max(1, int(cores // workers)))
+
+
+@dataclasses.dataclass
+class _StopLate(Unsaved, tune.Stopper):  # type: ignore[misc]
+    """Ends Tune's trials by force where they have not stopped by themselves in good time.
+
+    Attributes:
+        watch: says whether the search is stopping.
+    """
+
+    watch: SearchWatch
+    since: float | None = None
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Stops no single trial."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Whether it is time to."""
+        if self.watch.stopping and self.since is None:
+            self.since = time.monotonic()
+        return self.since is not None and time.monotonic() - self.since > STOPPED_WITHIN_S

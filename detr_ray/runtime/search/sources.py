@@ -1,0 +1,198 @@
+"""Where trials come from: Ray Tune's searcher, which draws values and starts a trial when there is room for one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from ray import tune
+from ray.tune.search import Searcher
+
+from detr_ray.config import ConfigError, TuneConfig
+from detr_ray.runtime.search.trial_actor import Start
+from detr_ray.runtime.search.unsaved import Unsaved
+from detr_ray.search.book import Book
+from detr_ray.search.distributions import Distribution
+from detr_ray.search.space import SearchSpace
+from detr_ray.search.trials import Trial
+
+MOST_REFUSED = 20
+"""For each trial: as many draws in a row that the configuration refuses end the search."""
+
+
+class Proposer(Protocol):
+    """Draws the values of trials."""
+
+    def propose(self, number: int) -> Mapping[str, Any] | None:
+        """The values of the next trial; None where there are no more.
+
+        Args:
+            number: of the trial, from 0. A resumed search asks only for those that it does not have.
+        """
+        ...
+
+    def tell(self, number: int, trial: Trial) -> None:
+        """Tells what became of a trial that it proposed."""
+        ...
+
+
+class Listed:
+    """Proposes values that do not depend on results: random ones, or a grid.
+
+    Args:
+        space: the space.
+        settings: searcher and seed.
+    """
+
+    def __init__(self, space: SearchSpace, settings: TuneConfig) -> None:
+        self._space = space
+        self._settings = settings
+
+    def propose(self, number: int) -> Mapping[str, Any] | None:
+        """The values; those of trial ``number`` are always the same."""
+        return self._space.proposal(number, self._settings)
+
+    def tell(self, number: int, trial: Trial) -> None:
+        """Takes no notice."""
+
+
+class OptunaTpe:
+    """Proposes values near those that were good so far (Optuna's TPE, through Ray Tune).
+
+    Args:
+        space: the space.
+        settings: mode and seed.
+        earlier: trials of an earlier process, which it learns from.
+
+    Raises:
+        ConfigError: Optuna is not installed.
+    """
+
+    def __init__(self, space: SearchSpace, settings: TuneConfig, earlier: list[Trial]) -> None:
+        try:
+            import optuna
+            from ray.tune.search.optuna import OptunaSearch
+        except ImportError as error:
+            raise ConfigError("tune.searcher: tpe needs Optuna: pip install 'detr_ray[tune]'") from error
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        known = [trial for trial in earlier if trial.is_over and trial.best is not None]
+        self._search = OptunaSearch(
+            {name: _domain(distribution) for name, distribution in space.parameters.items()},
+            metric="value",
+            mode=settings.mode,
+            # Another process must not draw what the first one drew.
+            seed=settings.seed + len(earlier),
+            points_to_evaluate=[dict(trial.values) for trial in known] or None,
+            evaluated_rewards=[trial.best for trial in known] or None,
+        )
+
+    def propose(self, number: int) -> Mapping[str, Any] | None:
+        """The values."""
+        values: Mapping[str, Any] | None = self._search.suggest(str(number))
+        return values
+
+    def tell(self, number: int, trial: Trial) -> None:
+        """Learns from a trial's best value."""
+        failed = trial.state in ("failed", "refused") or trial.best is None
+        result = None if failed else {"value": trial.best, "training_iteration": 1}
+        self._search.on_trial_complete(str(number), result, error=failed)
+
+
+def _domain(distribution: Distribution) -> Any:
+    if distribution.values is not None:
+        return tune.choice(list(distribution.values))
+    low, high, step = distribution.low, distribution.high, distribution.step
+    assert low is not None and high is not None
+    if distribution.kind == "randint":
+        return tune.randint(int(low), int(high) + 1)
+    if step is not None:
+        return tune.quniform(low, high, step)
+    return tune.loguniform(low, high) if distribution.log else tune.uniform(low, high)
+
+
+class Source(Unsaved, Searcher):  # type: ignore[misc]
+    """Ray Tune's searcher: gives out the trials of a book, and adds new ones to it.
+
+    Args:
+        book: the trials.
+        proposer: draws values of new ones.
+        most: number of trials in all; those that are refused do not count.
+        refusal: why the configuration refuses values; empty if it does not.
+        has_room: whether one more trial can run now, beside so many.
+        ending: whether the search ends, and no trial is to begin any more.
+        start: where a trial begins.
+        say: shows the user a line.
+    """
+
+    def __init__(
+        self,
+        book: Book,
+        proposer: Proposer,
+        most: int,
+        refusal: Callable[[Mapping[str, Any]], str],
+        has_room: Callable[[int], bool],
+        ending: Callable[[], bool],
+        start: Callable[[Trial], Start],
+        say: Callable[[str], None],
+    ) -> None:
+        super().__init__(metric="value", mode="max")
+        self._book, self._proposer, self._most = book, proposer, most
+        self._refusal, self._has_room, self._ending, self._start, self._say = refusal, has_room, ending, start, say
+        self._exhausted = False
+        self._told: set[str] = {trial.name for trial in book.trials if trial.is_over}
+
+    def set_search_properties(self, *arguments: Any, **named: Any) -> bool:
+        """Takes nothing over: metric and space are known."""
+        return True
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The next trial; None while there is no room or none is left that could begin now."""
+        self._tell_proposer()
+        running = self._book.counts["running"]
+        if self._ending():
+            return str(Searcher.FINISHED)
+        trial = self._book.next_waiting()
+        if trial is None and not self._exhausted:
+            if running and not self._has_room(running):
+                return None
+            trial = self._propose()
+        if trial is None:
+            return None if running else str(Searcher.FINISHED)
+        if running and not self._has_room(running):
+            return None
+        return self._start(self._book.start(trial.name)).to_config()
+
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+        """Does nothing: the book knows."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Does nothing: the book is written."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Does nothing."""
+
+    def _propose(self) -> Trial | None:
+        refused = 0
+        while len(self._book.trials) - self._book.counts["refused"] < self._most:
+            number = len(self._book.trials)
+            values = self._proposer.propose(number)
+            if values is None:
+                break
+            problem = self._refusal(values)
+            trial = self._book.add(values, problem)
+            if not problem:
+                return trial
+            self._say(f"{trial.name} is refused, and not started: {problem}")
+            self._tell_proposer()
+            refused += 1
+            if refused >= MOST_REFUSED:
+                self._say(f"WARNING: {refused} draws in a row were refused; no more trials are begun")
+                break
+        self._exhausted = True
+        return None
+
+    def _tell_proposer(self) -> None:
+        for number, trial in enumerate(self._book.trials):
+            if trial.is_over and trial.name not in self._told:
+                self._told.add(trial.name)
+                self._proposer.tell(number, trial)

@@ -1,0 +1,310 @@
+"""A trial: an actor that runs trainings (`detr_ray.runtime.launch`) and gives Ray Tune their evaluations.
+
+Ray Tune gets numbers, and never a checkpoint: a trial is moved to another one's checkpoint by an order (`control`).
+Its workers stay for that, and also for the next trial that the same actor is used for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.actor import ActorHandle
+
+from detr_ray.addresses import join, local_path
+from detr_ray.config import Config
+from detr_ray.engine.errors import RunFailed
+from detr_ray.engine.hooks import Budget, Evaluated, JobHooks
+from detr_ray.engine.job import OpenedData, TrainJob, prepare_job
+from detr_ray.engine.reporting.progress import FitResult
+from detr_ray.runtime.launch import Runs
+from detr_ray.runtime.search.control import Line, Order
+from detr_ray.search.space import SearchSpace
+
+logger = logging.getLogger(__name__)
+
+LOOK_S = 0.2
+ENDED_WITHIN_S = 60.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What all trials of a search share.
+
+    Attributes:
+        base: the search's configuration.
+        space: its space.
+        folder: the search's folder: the storage of its trials' runs.
+        metric: name of the metric.
+        opened: the data of all trials; None where settings of the data are searched.
+        control: see `control`.
+        parent_run: id of the search's MLflow run; None where there is none (yet).
+        tracking_uri: MLflow store of all records where neither the configuration nor the environment names one: not one
+            in the search's folder.
+        budget: what a trial may take of the cluster.
+        last_round: epoch of the last round of a population; 0 without one.
+    """
+
+    base: Config
+    space: SearchSpace
+    folder: str
+    metric: str
+    opened: OpenedData | None
+    control: ActorHandle
+    parent_run: str | None
+    tracking_uri: str | None
+    budget: Budget
+    last_round: int = 0
+
+    def config_of(self, trial: str, generation: int, values: Mapping[str, Any], fork_from: str | None) -> Config:
+        """The configuration of a trial's run.
+
+        Args:
+            trial: its name.
+            generation: how often it was moved.
+            values: parameter -> value.
+            fork_from: the checkpoint that it was moved to, if it was.
+        """
+        name = run_name(trial, generation)
+        run = {"name": name, "storage": self.folder, "fork_from": fork_from}
+        config = self.space.trial_config(self.base, values, run)
+        if self.tracking_uri is None:
+            return config
+        return config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": self.tracking_uri})})
+
+
+def run_name(trial: str, generation: int) -> str:
+    """Name of a trial's run after so many moves."""
+    return f"{trial}-g{generation}" if generation else trial
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where a trial begins, or goes on.
+
+    Attributes:
+        trial: its name.
+        values: parameter -> value.
+        generation: how often it was moved.
+        fork_from: the checkpoint that it was moved to last.
+        known_step: steps of the last evaluation that the driver knows; later ones are told again.
+    """
+
+    trial: str
+    values: Mapping[str, Any]
+    generation: int = 0
+    fork_from: str | None = None
+    known_step: int = -1
+
+    def to_config(self) -> dict[str, Any]:
+        """As Tune's configuration of a trial; as text, in which Tune finds nothing to resolve."""
+        return {"trial": self.trial, "start": json.dumps(dataclasses.asdict(self))}
+
+    @classmethod
+    def of_config(cls, config: Mapping[str, Any]) -> Start:
+        """What `to_config` was given."""
+        return cls(**json.loads(config["start"]))
+
+
+class TrialActor(tune.Trainable):  # type: ignore[misc]
+    """Ray Tune's view of a trial: its results are evaluations."""
+
+    def setup(self, config: dict[str, Any], setup: Setup | None = None) -> None:
+        """Notes the trial. It begins with the first step: Tune may use another actor for it."""
+        assert setup is not None, "given by tune.with_parameters"
+        _leave_tunes_folder()
+        self._setup = setup
+        self._say = _Log(setup.folder)
+        self._runs = Runs(setup.budget, self._say)
+        self._start = Start.of_config(config)
+        self._training: Training | None = None
+
+    def step(self) -> dict[str, Any]:
+        """The next evaluation."""
+        if self._training is None:
+            self._training = Training(self._setup, self._start, self._runs, self._say)
+        return self._training.next_result()
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Has another trial begin with the next step, with the workers of the one before."""
+        _leave_tunes_folder()
+        self._end_training()
+        self._start = Start.of_config(new_config)
+        return True
+
+    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+        """Tune needs nothing: a trial goes on from the checkpoints of its run."""
+        return {}
+
+    def cleanup(self) -> None:
+        """Ends the trial, in seconds and without a further checkpoint, and its workers."""
+        self._end_training()
+        self._runs.__exit__()
+
+    def _end_training(self) -> None:
+        if self._training is not None:
+            self._training.end()
+            self._training = None
+
+
+def _leave_tunes_folder() -> None:
+    """Goes back to the folder that relative paths of the configuration are meant from."""
+    os.chdir(os.environ["TUNE_ORIG_WORKING_DIR"])
+
+
+class _Log:
+    """Writes the lines of a trial into a file of the search, and hands warnings on to the user."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = local_path(folder)
+        self._lock = threading.Lock()
+        self.trial = ""
+        self.warn: Callable[[str], None] = lambda line: None
+
+    def __call__(self, line: str) -> None:
+        if line.startswith("WARNING"):
+            self.warn(line)
+        if self._folder is None:
+            logger.info("%s: %s", self.trial, line)
+            return
+        with self._lock, Path(self._folder, "logs", f"{self.trial}.log").open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%H:%M:%S')} {line}\n")
+
+
+class Training:
+    """The runs of one trial, one after another, in a thread; its results in a queue.
+
+    Args:
+        setup: what trials share.
+        start: where it begins.
+        runs: runs jobs; has workers from the trial before.
+        log: takes lines of progress.
+    """
+
+    def __init__(self, setup: Setup, start: Start, runs: Runs, log: _Log) -> None:
+        self._setup = setup
+        self._start = start
+        self._runs = runs
+        self._log = log
+        self._line = Line(setup.control, start.trial)
+        log.trial, log.warn = start.trial, self._line.say
+        self._generation = start.generation
+        self._given_up = False
+        self._total_steps = 0
+        self._steps_per_epoch = 1
+        self._last: dict[str, Any] | None = None
+        self._ordered: tuple[int, float, int] | None = None  # generation, when it was ordered, step where it goes on
+        self._events: queue.Queue[dict[str, Any]] = queue.Queue()
+        self._thread = threading.Thread(target=self._work, name=f"trial {start.trial}", daemon=True)
+        self._thread.start()
+
+    def next_result(self) -> dict[str, Any]:
+        """The next evaluation, for Ray Tune; the last one is done."""
+        while True:
+            result = self._events.get()
+            if result["generation"] == self._generation or result["done"]:
+                return result
+
+    def end(self) -> None:
+        """Gives the run up, and waits for its end."""
+        self._given_up = True
+        self._thread.join(ENDED_WITHIN_S)
+        self._line.end()
+
+    def _work(self) -> None:
+        try:
+            self._put_done(**self._train())
+        except RunFailed as error:
+            self._put_done(problem=str(error), again=not error.agreed)
+        except BaseException as error:  # told to the driver, which decides
+            logger.exception("trial %s", self._start.trial)
+            self._put_done(problem=f"{type(error).__name__}: {error}", again=True)
+
+    def _train(self) -> dict[str, Any]:
+        """Trains to the end; what is to be told of that end."""
+        values, fork_from = self._start.values, self._start.fork_from
+        known_step = self._start.known_step
+        while True:
+            config = self._setup.config_of(self._start.trial, self._generation, values, fork_from)
+            job = prepare_job(config, self._log, self._setup.opened)
+            self._total_steps, self._steps_per_epoch = job.total_steps, job.steps_per_epoch
+            self._tell_earlier(job, known_step)
+            result = self._runs.run(job, self._hooks())
+            order = self._order() or self._wait_for_rounds(result)
+            if order is None:
+                return {} if result.status != "stopped" else {"stopped": True}
+            self._generation, values, fork_from, known_step = order.generation, order.values, order.checkpoint, -1
+            self._ordered = order.generation, time.monotonic(), _step_of(order.checkpoint)
+
+    def _hooks(self) -> JobHooks:
+        return JobHooks(
+            should_stop=lambda: self._line.stopping,
+            should_abandon=lambda: self._given_up or self._order() is not None,
+            on_evaluation=self._tell,
+            on_step=self._note_step,
+            parent_run=self._setup.parent_run,
+            budget=self._setup.budget,
+            hold_evaluated=self._setup.last_round > 0,
+        )
+
+    def _order(self) -> Order | None:
+        order = self._line.order
+        return order if order is not None and order.generation > self._generation else None
+
+    def _wait_for_rounds(self, result: FitResult) -> Order | None:
+        """At the end of a run: waits until no round can move it any more. The order where one does."""
+        while result.status != "stopped" and self._line.decided_epoch < self._setup.last_round:
+            if self._given_up or self._line.stopping:
+                return None
+            if (order := self._order()) is not None:
+                return order
+            time.sleep(LOOK_S)
+        return self._order()
+
+    def _tell_earlier(self, job: TrainJob, known_step: int) -> None:
+        """Tells evaluations of an earlier process that the driver does not know."""
+        for info in job.run.checkpoints.checkpoints():
+            if info.metrics and info.step > known_step:
+                self._tell(Evaluated(info.step, info.metrics, info.path))
+
+    def _tell(self, evaluated: Evaluated) -> None:
+        value = evaluated.metrics.get(self._setup.metric)
+        if value is None:
+            raise RunFailed(
+                f"tune.metric: evaluations give no {self._setup.metric}, only {', '.join(sorted(evaluated.metrics))}",
+                agreed=True,
+            )
+        self._last = {
+            "generation": self._generation,
+            "epoch": evaluated.step // self._steps_per_epoch,
+            "step": evaluated.step,
+            "value": float(value),
+            "checkpoint": evaluated.checkpoint
+            or join(self._setup.folder, run_name(self._start.trial, self._generation)),
+            "done": False,
+        }
+        if evaluated.step < self._total_steps:  # the last one is told when the run has ended
+            self._events.put(self._last)
+
+    def _put_done(self, *, problem: str = "", again: bool = False, stopped: bool = False) -> None:
+        last = self._last or {"generation": self._generation}
+        self._events.put({**last, "done": True, "problem": problem, "again": again, "stopped": stopped})
+
+    def _note_step(self, step: int) -> None:
+        self._line.step = step
+        if self._ordered is not None and step > self._ordered[2]:
+            self._line.moved(self._ordered[0], time.monotonic() - self._ordered[1])
+            self._ordered = None
+
+
+def _step_of(checkpoint: str) -> int:
+    return int(checkpoint.rstrip("/").rpartition("_")[2])

@@ -1,0 +1,251 @@
+"""The driver's view of a search while Ray Tune runs it: keeps the trials' book and their records, shows progress."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ray import tune
+
+from detr_ray.runtime.search.control import Control, Order, Progress
+from detr_ray.runtime.search.directory import SearchDirectory
+from detr_ray.runtime.search.records import SearchRecords
+from detr_ray.runtime.search.trial_actor import run_name
+from detr_ray.runtime.search.unsaved import Unsaved
+from detr_ray.search.book import Book
+from detr_ray.search.population import Move, Population, Report
+from detr_ray.search.tables import aligned, trial_table
+
+TABLE_EVERY_S = 30.0
+"""Least time between two tables of progress."""
+
+Say = Callable[[str], None]
+
+
+class SearchWatch(Unsaved, tune.Callback):  # type: ignore[misc]
+    """Ray Tune calls it at each event of a trial, and in each round of its loop.
+
+    Args:
+        book: the trials.
+        control: the line to trials.
+        records: what MLflow and the search's folder get.
+        should_stop: whether the search is to end now.
+        say: shows the user a line.
+    """
+
+    def __init__(
+        self, book: Book, control: Control, records: SearchRecords, should_stop: Callable[[], str], say: Say
+    ) -> None:
+        self._book, self._control, self._records = book, control, records
+        self._should_stop, self._say = should_stop, say
+        self._names: dict[str, str] = {}  # Tune's id of a trial -> its name
+        self._done: dict[str, Mapping[str, Any]] = {}
+        self._population: Population | None = None
+        self._carry_out: Moves | None = None
+        self._changed = False
+        self._shown_at = time.monotonic()
+        self.stopping = ""
+
+    def follow(self, population: Population, carry_out: Moves) -> None:
+        """Tells a population of results and ends, and has its moves carried out."""
+        self._population, self._carry_out = population, carry_out
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Notes that a trial runs."""
+        name = trial.config["trial"]
+        if trial.trial_id not in self._names:
+            self._names[trial.trial_id] = name
+            self._say(f"{name} starts: {values_text(self._book[name].values)}")
+        self._note_path(name)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: Mapping[str, Any], **info: Any
+    ) -> None:
+        """Notes an evaluation."""
+        name = trial.config["trial"]
+        if result["done"]:
+            self._done[trial.trial_id] = result
+        known = self._book[name]
+        if "value" not in result or result["generation"] != known.generation:
+            return
+        if result["step"] > known.step or not known.history:
+            best = self._book.best
+            now = self._book.measure(name, result["epoch"], result["step"], result["value"])
+            self._changed = True
+            if best is None or (self._book.best is not None and self._book.best.best != best.best):
+                self._say(f"{name} is the best so far: {self._records.metric} {now.value:.3f} at epoch {now.epoch:g}")
+            if self._population is not None and self._carry_out is not None:
+                report = Report(int(result["epoch"]), result["step"], result["value"], result["checkpoint"])
+                self._carry_out(self._population.report(name, result["generation"], report))
+        self._records.progress()
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Notes how a trial ended."""
+        name = trial.config["trial"]
+        last = self._done.get(trial.trial_id)
+        if last is None:
+            stopped_early = not self.stopping
+            self._end(name, "stopped early" if stopped_early else "stopped")
+        elif last["problem"]:
+            self._fail(name, last["problem"], again=last["again"])
+        else:
+            self._end(name, "stopped" if last["stopped"] else "finished")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Notes that a trial's own process was lost."""
+        error = trial.get_error()
+        reason = str(error).strip().split("\n")[-1] if error is not None else "its process was lost"
+        self._fail(trial.config["trial"], f"the process of the trial was lost: {reason}", again=True)
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Comes several times a second: passes on orders, notices a wish to stop, shows progress."""
+        if not self.stopping and (why := self._should_stop()):
+            self.stopping = why
+            self._say(f"{why}: stopping {self._book.counts['running']} trials, each with a checkpoint")
+            self._control.stop()
+        self._control.exchange()
+        if self._changed and time.monotonic() - self._shown_at > TABLE_EVERY_S:
+            self.show_table()
+
+    def end_all(self) -> None:
+        """Notes that nothing runs any more: trials that were cut off can go on when the search is resumed."""
+        for trial in self._book.trials:
+            if trial.state in ("running", "waiting"):
+                self._book.end(trial.name, "stopped")
+
+    def show_table(self) -> None:
+        """Shows the table of progress."""
+        self._changed, self._shown_at = False, time.monotonic()
+        names, metric, mode = self._records.parameters, self._records.metric, self._records.mode
+        self._say(f"\n{trial_table(self._book.trials, names, metric, mode)}\n")
+
+    def _end(self, name: str, state: Any) -> None:
+        trial = self._book.end(name, state)
+        self._changed = True
+        value = "" if trial.value is None else f", {self._records.metric} {trial.value:.3f}"
+        self._say(f"{name} {state} at epoch {trial.epoch:g}{value}")
+        if state != "stopped":
+            self._leave_population(name, failed=False)
+        self._records.progress()
+
+    def _fail(self, name: str, problem: str, *, again: bool) -> None:
+        trial = self._book.fail(name, problem, again=again and not self.stopping)
+        self._changed = True
+        self._say(f"WARNING: {name} failed: {problem}" + ("; it is tried again" if trial.state == "waiting" else ""))
+        if trial.state == "failed":
+            self._leave_population(name, failed=True)
+        self._records.progress()
+
+    def _leave_population(self, name: str, *, failed: bool) -> None:
+        if self._population is not None and self._carry_out is not None:
+            self._carry_out(self._population.end(name, failed=failed))
+
+    def _note_path(self, name: str) -> None:
+        self._book.set_path(name, self._records.path_of(run_name(name, self._book[name].generation)))
+
+
+class Moves:
+    """Carries out what a population decides.
+
+    Args:
+        population: the population.
+        book: the trials.
+        control: the line to them.
+        directory: keeps what is known of the population.
+        records: keeps paths.
+        say: shows the user a line.
+    """
+
+    def __init__(
+        self,
+        population: Population,
+        book: Book,
+        control: Control,
+        directory: SearchDirectory,
+        records: SearchRecords,
+        say: Say,
+    ) -> None:
+        self._population, self._book, self._control = population, book, control
+        self._directory, self._records, self._say = directory, records, say
+        self._released: set[str] = set()
+        self._tidied: set[str] = set()
+
+    def __call__(self, moves: list[Move]) -> None:
+        """Gives orders, after they are written down: a search that is resumed gives them again."""
+        self._directory.write_population(self._population.state())
+        for move in moves:
+            self._note(move)
+            self._say(
+                f"epoch {move.epoch}: {move.receiver} ({move.receiver_value:.3f}) goes on from {move.donor} "
+                f"({move.donor_value:.3f}) at step {move.step}: {changes_text(move.old, move.new)}"
+            )
+        self._control.order(self._population.decided_epoch, self.orders())
+        for report in self._population.to_release():
+            if report.checkpoint not in self._released:
+                self._released.add(report.checkpoint)
+                self._records.release(report.checkpoint)
+        for move in self._population.moves:
+            # The trials that were moved in earlier rounds have checkpoints of their own by now.
+            old = run_name(move.receiver, move.generation - 1)
+            if move.epoch < self._population.decided_epoch and old not in self._tidied:
+                self._tidied.add(old)
+                self._records.tidy(old, 1)
+
+    def note_earlier(self) -> None:
+        """Notes moves that an earlier process decided and did not come to note."""
+        for move in self._population.moves:
+            if self._book[move.receiver].generation < move.generation:
+                self._note(move)
+
+    def _note(self, move: Move) -> None:
+        self._book.move(move.receiver, move.new, move.generation, self._book[move.donor], move.step)
+        self._book.set_path(move.receiver, self._records.path_of(run_name(move.receiver, move.generation)))
+
+    def end(self, keep_last: int) -> None:
+        """Removes what was kept for moves, after the search.
+
+        Args:
+            keep_last: how many checkpoints of each trial's last run stay, besides the best.
+        """
+        for name, member in self._population.members.items():
+            for generation in range(member.generation + 1):
+                self._records.tidy(run_name(name, generation), keep_last if generation == member.generation else 1)
+
+    def exploits(self) -> str:
+        """All moves as a table, with the seconds from the order to the first step after it."""
+        rows = [["epoch", "trial", "from", "step", "seconds", "values"]]
+        for move in self._population.moves:
+            seconds = self._control.progress.get(move.receiver, Progress()).moved.get(move.generation)
+            rows.append(
+                [
+                    str(move.epoch),
+                    run_name(move.receiver, move.generation),
+                    run_name(move.donor, move.donor_generation),
+                    str(move.step),
+                    "" if seconds is None else f"{seconds:.1f}",
+                    changes_text(move.old, move.new),
+                ]
+            )
+        return "\n".join(aligned(rows))
+
+    def orders(self) -> dict[str, Order]:
+        """The last order of each trial."""
+        return {move.receiver: Order(move.generation, move.new, move.checkpoint) for move in self._population.moves}
+
+
+def values_text(values: Mapping[str, Any]) -> str:
+    """Values on one line."""
+    return ", ".join(f"{name}={value_text(value)}" for name, value in values.items()) or "nothing is searched"
+
+
+def value_text(value: Any) -> str:
+    """A value for people; the files have all digits."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def changes_text(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """What changes, on one line."""
+    return ", ".join(
+        f"{name} {value_text(old[name])} -> {value_text(new[name])}" for name in new if old[name] != new[name]
+    )

@@ -1,0 +1,143 @@
+"""The trials of a search while it runs: which one comes next, what became of each, written down at each change."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from detr_ray.search.trials import State, Trial, best_trial, trial_name, write_trials
+
+Mode = Literal["max", "min"]
+
+
+class Book:
+    """Keeps the trials of a search.
+
+    Args:
+        folder: of the search; the trials are written there.
+        mode: whether more of the metric is better.
+        max_failures: how often a failed trial is started again.
+        trials: those of an earlier process.
+    """
+
+    def __init__(self, folder: str, mode: Mode, max_failures: int, trials: Iterable[Trial] = ()) -> None:
+        self._folder = folder
+        self._mode: Mode = mode
+        self._max_failures = max_failures
+        self._trials = {trial.name: _not_running(trial) for trial in trials}
+        self._began: dict[str, float] = {}
+        self.num_results = sum(len(trial.history) for trial in self._trials.values())
+        write_trials(folder, self._trials.values())
+
+    @property
+    def trials(self) -> list[Trial]:
+        """All trials, in the order of creation; those that run with their seconds up to now."""
+        return [self._up_to_now(trial) for trial in self._trials.values()]
+
+    @property
+    def counts(self) -> Counter[State]:
+        """How many trials are in which state."""
+        return Counter(trial.state for trial in self._trials.values())
+
+    @property
+    def best(self) -> Trial | None:
+        """The best trial; None where nothing was measured."""
+        return best_trial(self.trials, self._mode)
+
+    def __getitem__(self, name: str) -> Trial:
+        return self._trials[name]
+
+    def next_waiting(self) -> Trial | None:
+        """The first trial that waits for its start."""
+        return next((trial for trial in self._trials.values() if trial.state == "waiting"), None)
+
+    def add(self, values: Mapping[str, Any], problem: str = "") -> Trial:
+        """Adds a trial.
+
+        Args:
+            values: parameter -> value.
+            problem: why the configuration refuses it; empty if it does not.
+        """
+        state: State = "refused" if problem else "waiting"
+        return self._keep(Trial(trial_name(len(self._trials)), dict(values), state, problem))
+
+    def start(self, name: str) -> Trial:
+        """Notes that a trial was started."""
+        self._began[name] = time.monotonic()
+        trial = self._trials[name]
+        return self._keep(dataclasses.replace(trial, state="running", attempts=trial.attempts + 1, problem=""))
+
+    def measure(self, name: str, epoch: float, step: int, value: float) -> Trial:
+        """Notes an evaluation."""
+        self.num_results += 1
+        return self._keep(self._trials[name].measured(epoch, step, value, self._mode))
+
+    def move(self, name: str, values: Mapping[str, Any], generation: int, donor: Trial, step: int) -> Trial:
+        """Notes that a trial goes on from another one's weights: its measurements up to there are that one's.
+
+        Args:
+            name: of the trial.
+            values: its parameters from now on.
+            generation: how often it was moved, with this time.
+            donor: the other trial.
+            step: where it goes on.
+        """
+        history = tuple(entry for entry in donor.history if entry[1] <= step)
+        choose = max if self._mode == "max" else min
+        best = choose(history, key=lambda entry: entry[2])
+        return self._keep(
+            dataclasses.replace(
+                self._trials[name],
+                values=dict(values),
+                generation=generation,
+                history=history,
+                epoch=history[-1][0],
+                step=history[-1][1],
+                value=history[-1][2],
+                best=best[2],
+                best_epoch=best[0],
+            )
+        )
+
+    def set_path(self, name: str, run_path: str) -> None:
+        """Notes where a trial's run is."""
+        self._keep(dataclasses.replace(self._trials[name], run_path=run_path))
+
+    def end(self, name: str, state: State, problem: str = "") -> Trial:
+        """Notes that a trial has ended, or was stopped."""
+        trial = self._up_to_now(self._trials[name])
+        self._began.pop(name, None)
+        return self._keep(dataclasses.replace(trial, state=state, problem=problem))
+
+    def fail(self, name: str, problem: str, *, again: bool) -> Trial:
+        """Notes a failure: the trial waits for another start, or has failed for good.
+
+        Args:
+            name: of the trial.
+            problem: what happened.
+            again: whether another start may help.
+        """
+        again = again and self._trials[name].attempts <= self._max_failures
+        return self.end(name, "waiting" if again else "failed", problem)
+
+    def _keep(self, trial: Trial) -> Trial:
+        self._trials[trial.name] = trial
+        write_trials(self._folder, self.trials)
+        return trial
+
+    def _up_to_now(self, trial: Trial) -> Trial:
+        began = self._began.get(trial.name)
+        if began is None:
+            return trial
+        now = time.monotonic()
+        self._began[trial.name] = now
+        self._trials[trial.name] = dataclasses.replace(trial, seconds=trial.seconds + now - began)
+        return self._trials[trial.name]
+
+
+def _not_running(trial: Trial) -> Trial:
+    """A trial of an earlier process, which runs no more: it waits to go on."""
+    return trial if trial.is_over else dataclasses.replace(trial, state="waiting")

@@ -1,0 +1,253 @@
+"""Population based training: trials that do worse go on from the weights of better ones, with changed settings.
+
+(Jaderberg et al., 2017, "Population Based Training of Neural Networks".) After every `every_epochs` epochs comes a
+round. It is decided once all trials have been evaluated at its epoch, and depends on nothing but those evaluations and
+the seed: not on which trial was faster. Trials do not wait for a round. Those that are ahead train on, and only what a
+trial did that is moved is thrown away.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+Values = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """An evaluation of a trial.
+
+    Attributes:
+        epoch: of the weights.
+        step: optimizer steps that they had taken.
+        value: the metric.
+        checkpoint: folder of the checkpoint with these weights.
+    """
+
+    epoch: int
+    step: int
+    value: float
+    checkpoint: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Move:
+    """A trial goes on from another trial's weights ("exploit"), with changed settings ("explore").
+
+    Attributes:
+        epoch: of the round.
+        receiver: the trial that is moved.
+        generation: the number of its moves so far, with this one.
+        donor: the trial whose weights it gets.
+        donor_generation: the number of the donor's moves before.
+        step: where both go on.
+        checkpoint: the donor's.
+        receiver_value: the metric of the receiver.
+        donor_value: that of the donor.
+        old: settings of the receiver before.
+        new: its settings from now on, made from the donor's.
+    """
+
+    epoch: int
+    receiver: str
+    generation: int
+    donor: str
+    donor_generation: int
+    step: int
+    checkpoint: str
+    receiver_value: float
+    donor_value: float
+    old: Values
+    new: Values
+
+
+@dataclasses.dataclass
+class Member:
+    """A trial of the population.
+
+    Attributes:
+        values: its settings now.
+        generation: how often it was moved.
+        reports: its evaluations by epoch, those of the trials that it was moved to included.
+        state: whether it trains, has ended, or failed and takes part no more.
+    """
+
+    values: Values
+    generation: int = 0
+    reports: dict[int, Report] = dataclasses.field(default_factory=dict)
+    state: Literal["training", "ended", "failed"] = "training"
+
+
+Change = Callable[[Values, random.Random], Values]
+"""Changes a donor's settings."""
+
+
+class Population:
+    """Decides who is moved where.
+
+    Args:
+        size: number of trials. Nothing is decided before all of them are there.
+        change: changes settings.
+        every_epochs: epochs between two rounds.
+        epochs: length of a training; a round at its end would be of no use.
+        quantile: share of the trials that is moved in a round, and share that they are moved to.
+        mode: whether more of the metric is better (``max``), or less.
+        seed: of all random choices.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        change: Change,
+        *,
+        every_epochs: int,
+        epochs: int,
+        quantile: float,
+        mode: Literal["max", "min"],
+        seed: int,
+    ) -> None:
+        self._size = size
+        self._change = change
+        self._every_epochs = every_epochs
+        self._epochs = epochs
+        self._quantile = quantile
+        self._sign = 1 if mode == "max" else -1
+        self._seed = seed
+        self.members: dict[str, Member] = {}
+        self.moves: list[Move] = []
+        self.decided_epoch = 0
+
+    @property
+    def last_round(self) -> int:
+        """Epoch of the last round; 0 where there is none."""
+        return (self._epochs - 1) // self._every_epochs * self._every_epochs
+
+    def is_round(self, epoch: int) -> bool:
+        """Whether there is a round after this epoch."""
+        return 0 < epoch <= self.last_round and epoch % self._every_epochs == 0
+
+    def add(self, trial: str, values: Values) -> None:
+        """Adds a trial with its first settings; one that is there already stays as it is."""
+        self.members.setdefault(trial, Member(dict(values)))
+
+    def report(self, trial: str, generation: int, report: Report) -> list[Move]:
+        """Notes an evaluation.
+
+        Args:
+            trial: which trial.
+            generation: the number of its moves when it was evaluated; a report from before its last move is dropped.
+            report: the evaluation.
+
+        Returns:
+            The moves of all rounds that are decided by it.
+        """
+        member = self.members[trial]
+        if generation != member.generation:
+            return []
+        member.reports[report.epoch] = report
+        return self._decide()
+
+    def end(self, trial: str, *, failed: bool) -> list[Move]:
+        """Notes that a trial has ended: nobody waits for it any more, and one that failed takes part no more."""
+        self.members[trial].state = "failed" if failed else "ended"
+        return self._decide()
+
+    def to_release(self) -> Iterable[Report]:
+        """Evaluations whose checkpoints nobody begins at any more.
+
+        Those of the last decided round stay: a trial that was moved there has no checkpoint of its own yet.
+        """
+        for member in self.members.values():
+            for epoch, report in member.reports.items():
+                if epoch < self.decided_epoch or not self.is_round(epoch):
+                    yield report
+
+    def ancestry(self, trial: str) -> list[tuple[int, Values]]:
+        """The settings that the weights of a trial were trained with: from which step on, which ones; first ones first.
+
+        Args:
+            trial: any of the population.
+        """
+        return self._ancestry(trial, self.members[trial].generation)
+
+    def _ancestry(self, trial: str, generation: int) -> list[tuple[int, Values]]:
+        if generation == 0:
+            moved = [move for move in self.moves if move.receiver == trial]
+            return [(0, moved[0].old if moved else self.members[trial].values)]
+        move = next(one for one in self.moves if (one.receiver, one.generation) == (trial, generation))
+        return [*self._ancestry(move.donor, move.donor_generation), (move.step, move.new)]
+
+    def _decide(self) -> list[Move]:
+        moves: list[Move] = []
+        while (epoch := self.decided_epoch + self._every_epochs) <= self.last_round:
+            taking_part = {name: member for name, member in self.members.items() if member.state != "failed"}
+            waits = len(self.members) < self._size
+            if waits or not taking_part or any(epoch not in member.reports for member in taking_part.values()):
+                break
+            moves += self._round(epoch, taking_part)
+            self.decided_epoch = epoch
+        return moves
+
+    def _round(self, epoch: int, members: Mapping[str, Member]) -> list[Move]:
+        # Values that are no numbers come last; of equals, the trial that was added first is the better one.
+        order = list(members)
+        ranked = sorted(members, key=lambda name: (-self._score(members[name].reports[epoch]), order.index(name)))
+        count = min(math.ceil(len(ranked) * self._quantile), len(ranked) // 2)
+        best = ranked[:count]
+        moves = [self._move(epoch, name, best) for name in ranked[len(ranked) - count :]]
+        made = [move for move in moves if move is not None]
+        for move in made:
+            self._apply(move)
+        return made
+
+    def _move(self, epoch: int, receiver: str, best: Sequence[str]) -> Move | None:
+        chance = random.Random(f"{self._seed} {epoch} {receiver}")
+        donor = chance.choice(best)
+        own, other = self.members[receiver], self.members[donor]
+        if own.state == "ended" or self._score(other.reports[epoch]) <= self._score(own.reports[epoch]):
+            return None
+        new = self._change(other.values, chance)
+        report = other.reports[epoch]
+        return Move(
+            epoch, receiver, own.generation + 1, donor, other.generation, report.step, report.checkpoint,
+            own.reports[epoch].value, report.value, dict(own.values), dict(new),
+        )  # fmt: skip
+
+    def _apply(self, move: Move) -> None:
+        member, donor = self.members[move.receiver], self.members[move.donor]
+        member.values, member.generation = move.new, move.generation
+        # What it did after the round is of no use any more.
+        member.reports = {epoch: report for epoch, report in member.reports.items() if epoch < move.epoch}
+        member.reports[move.epoch] = donor.reports[move.epoch]
+        self.moves.append(move)
+
+    def _score(self, report: Report) -> float:
+        return -math.inf if math.isnan(report.value) else self._sign * report.value
+
+    def state(self) -> dict[str, Any]:
+        """All that it knows, as JSON values, for `restore`."""
+        return {
+            "decided_epoch": self.decided_epoch,
+            "moves": [dataclasses.asdict(move) for move in self.moves],
+            "members": {name: _member_state(member) for name, member in self.members.items()},
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes over what an earlier process knew."""
+        self.decided_epoch = state["decided_epoch"]
+        self.moves = [Move(**move) for move in state["moves"]]
+        self.members = {name: _member_of(member) for name, member in state["members"].items()}
+
+
+def _member_state(member: Member) -> dict[str, Any]:
+    reports = [dataclasses.asdict(report) for report in member.reports.values()]
+    return dataclasses.asdict(dataclasses.replace(member, reports={})) | {"reports": reports}
+
+
+def _member_of(state: Mapping[str, Any]) -> Member:
+    reports = [Report(**report) for report in state["reports"]]
+    return Member(state["values"], state["generation"], {report.epoch: report for report in reports}, state["state"])

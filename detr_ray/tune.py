@@ -1,0 +1,66 @@
+"""Searches settings: many trainings, of which each is a trial."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from detr_ray.cli import EXIT_FAILED, EXIT_INTERRUPTED, run_command, say
+from detr_ray.config import Config, ConfigError
+
+DESCRIPTION = """Search settings: `tune.space` says which, and each trial is a whole training.
+
+Recipes are in configs/tune/. A search that was interrupted goes on with --resume and tune.name=NAME: trials that are
+over are not run again, the others go on from their last checkpoints. --confirm N trains the best configuration and the
+unchanged one with N seeds each, and says whether the difference is more than noise."""
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--resume", action="store_true", help="go on with the existing search tune.name")
+    parser.add_argument(
+        "--confirm", metavar="N", type=int, default=0,
+        help="after the search, train the best and the unchanged configuration with N other seeds each",
+    )  # fmt: skip
+
+
+def _check(config: Config) -> None:
+    config.check_training()
+    if not config.tune.space:
+        raise ConfigError(
+            "tune.space: is empty: give what to search, as in tune.space={optim.lr: {loguniform: [1e-5, 1e-3]}}, or "
+            "begin with a recipe of configs/tune/"
+        )
+
+
+def _tune(config: Config, arguments: argparse.Namespace) -> int:
+    if arguments.confirm < 0 or arguments.confirm == 1:
+        raise ConfigError(f"--confirm: must be 2 or more seeds, not {arguments.confirm}: one has no spread")
+    from detr_ray.runtime.search.results import summary
+    from detr_ray.runtime.search.search import run_search
+
+    result = run_search(config, say, resume=arguments.resume)
+    say(summary(result, arguments.config, arguments.overrides))
+    if result.status == "stopped":
+        return EXIT_INTERRUPTED
+    if result.best is None:
+        return EXIT_FAILED
+    if arguments.confirm:
+        from detr_ray.runtime.search.confirm import Stopped, confirm
+
+        try:
+            found = confirm(config, result, arguments.confirm, say)
+        except Stopped as stopped:
+            say(f"stopped in {stopped}; the same command with --resume tune.name={result.name} goes on")
+            return EXIT_INTERRUPTED
+        say("\n" + "\n".join(found.lines(config.tune.metric)))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``python -m detr_ray.tune``."""
+    return run_command("tune", DESCRIPTION, _tune, argv, add_arguments=_arguments, check=_check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
