@@ -106,9 +106,13 @@ def imported(source: str) -> set[str]:
 
 def is_rays_own(name: str) -> bool:
     parts = name.split(".")
-    return parts[0] == "ray" and (
-        any(part.startswith("_") for part in parts)
-        or name.startswith(("ray.core", "ray.autoscaler", "ray.experimental"))
+    return (
+        parts[0] == "ray"
+        and not name.startswith("ray.autoscaler.sdk")
+        and (
+            any(part.startswith("_") for part in parts)
+            or name.startswith(("ray.core", "ray.autoscaler", "ray.experimental"))
+        )
     )
 
 

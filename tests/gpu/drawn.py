@@ -102,7 +102,13 @@ class MemoryCheckpoints:
         self._kept: dict[int, tuple[CheckpointInfo, dict[str, bytes]]] = {}
 
     def save(
-        self, step: int, files: Mapping[str, Any], details: Mapping[str, Any], *, evaluation_due: bool = False
+        self,
+        step: int,
+        files: Mapping[str, Any],
+        details: Mapping[str, Any],
+        *,
+        evaluation_due: bool = False,
+        held: bool = False,
     ) -> CheckpointInfo:
         written = {}
         for name, content in files.items():
