@@ -14,6 +14,8 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
+from detr_ray.search.guided_changes import Gain
+
 Values = Mapping[str, Any]
 
 
@@ -119,6 +121,7 @@ class Population:
         self._seed = seed
         self.members: dict[str, Member] = {}
         self.moves: list[Move] = []
+        self.gains: list[Gain] = []
         self.decided_epoch = 0
 
     @property
@@ -198,11 +201,18 @@ class Population:
         ranked = sorted(members, key=lambda name: (-self._score(members[name].reports[epoch]), order.index(name)))
         count = min(math.ceil(len(ranked) * self._quantile), len(ranked) // 2)
         best = ranked[:count]
+        self.gains += [gain for name in ranked if (gain := self._gain(epoch, members[name])) is not None]
         moves = [self._move(epoch, name, best) for name in ranked[len(ranked) - count :]]
         made = [move for move in moves if move is not None]
         for move in made:
             self._apply(move)
         return made
+
+    def _gain(self, epoch: int, member: Member) -> Gain | None:
+        before = member.reports.get(epoch - self._every_epochs)
+        if before is None:
+            return None
+        return Gain(epoch, member.values, self._sign * (member.reports[epoch].value - before.value))
 
     def _move(self, epoch: int, receiver: str, best: Sequence[str]) -> Move | None:
         chance = random.Random(f"{self._seed} {epoch} {receiver}")
@@ -233,6 +243,7 @@ class Population:
         return {
             "decided_epoch": self.decided_epoch,
             "moves": [dataclasses.asdict(move) for move in self.moves],
+            "gains": [dataclasses.asdict(gain) for gain in self.gains],
             "members": {name: _member_state(member) for name, member in self.members.items()},
         }
 
@@ -240,6 +251,7 @@ class Population:
         """Takes over what an earlier process knew."""
         self.decided_epoch = state["decided_epoch"]
         self.moves = [Move(**move) for move in state["moves"]]
+        self.gains = [Gain(**gain) for gain in state["gains"]]
         self.members = {name: _member_of(member) for name, member in state["members"].items()}
 
 

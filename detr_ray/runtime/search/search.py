@@ -34,7 +34,9 @@ from detr_ray.runtime.search.unsaved import Unsaved
 from detr_ray.runtime.search.watch import Moves, SearchWatch
 from detr_ray.runtime.session import cluster_address, ray_session
 from detr_ray.search.book import Book
+from detr_ray.search.guided_changes import guided_change
 from detr_ray.search.population import Population, Values
+from detr_ray.search.reading import POPULATIONS
 from detr_ray.search.space import SearchSpace, with_values
 from detr_ray.search.trials import Trial
 
@@ -137,7 +139,7 @@ def trials_on_this_machine(config: Config, workers: int) -> int:
     A population needs all of its trials at the same time: they share the cores.
     """
     settings = config.tune
-    if config.tune.scheduler == "pbt":
+    if config.tune.scheduler in POPULATIONS:
         return settings.trials
     use_gpu = torch.cuda.is_available() if config.train.use_gpu is None else config.train.use_gpu
     units = torch.cuda.device_count() if use_gpu else (os.cpu_count() or 1)
@@ -323,11 +325,16 @@ class _Search:
 
     def _open_population(self) -> Population | None:
         settings = self._settings
-        if settings.scheduler != "pbt":
+        if settings.scheduler not in POPULATIONS:
             return None
 
         def change(values: Values, chance: random.Random) -> Values:
-            return self._space.perturb(values, chance, settings)
+            guided = None
+            if settings.scheduler == "pb2":
+                changing = {name: self._space.parameters[name] for name in self._space.mutated}
+                following = population.decided_epoch + 2 * settings.perturb_every_epochs
+                guided = guided_change(values, chance, changing, population.gains, following)
+            return guided or self._space.perturb(values, chance, settings)
 
         population = Population(
             settings.trials,

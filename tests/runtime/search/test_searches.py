@@ -65,7 +65,12 @@ class Search:
         command = [sys.executable, "-m", "detr_ray.tune", *self.arguments, *options]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         return subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            start_new_session=True,
         )
 
     def run(self, *options: str) -> tuple[int, str]:
@@ -128,8 +133,10 @@ def test_a_population_moves_trials_and_what_one_lived_through_can_be_replayed(da
     assert trial.generation == move["generation"] and trial.values == move["new"] != move["old"]
     assert [step for _, step, _ in trial.history] == [STEPS_AN_EPOCH * (epoch + 1) for epoch in range(epochs)]
 
-    # Its weights are those of its ancestors: one training with their values, one after another, ends with the same bits.
-    population = Population(3, lambda values, chance: values, every_epochs=1, epochs=epochs, quantile=0.25, mode="max", seed=0)
+    # Its weights are those of its ancestors: one training with their values, one after another, ends with equal bits.
+    population = Population(
+        3, lambda values, chance: values, every_epochs=1, epochs=epochs, quantile=0.25, mode="max", seed=0
+    )
     population.restore(state)
     lived = population.ancestry(trial.name)
     assert len(lived) > 1
@@ -148,12 +155,12 @@ def test_a_population_moves_trials_and_what_one_lived_through_can_be_replayed(da
     part = recorded(tmp_path, "detr_ray", names, f"{trial.name}-g{trial.generation}")
     for name in names:
         assert part[name] and all(replayed[name][step] == value for step, value in part[name].items())
-    assert {step for step in part["optim/lr"]} == set(range(move["step"] + 1, epochs * STEPS_AN_EPOCH + 1))
+    assert set(part["optim/lr"]) == set(range(move["step"] + 1, epochs * STEPS_AN_EPOCH + 1))
 
     written = yaml.safe_load((search.folder / "schedule.yaml").read_text())
     assert written.keys() == {"optim", "loss"} and written["loss"].keys() == {"giou", "ce"}
     assert not list(search.folder.rglob("held")), "nothing is held any more"
-    assert "exploits.txt" in os.listdir(search.folder) and move["receiver"] in text
+    assert move["receiver"] in (search.folder / "exploits.txt").read_text()
 
 
 def test_failed_and_refused_trials_do_not_end_a_search(dataset: Path, tmp_path: Path) -> None:

@@ -1,0 +1,96 @@
+"""Changes of a population's settings that a model of earlier gains chooses (PB2), in place of chance.
+
+Parker-Holder et al., 2020, "Provably Efficient Online Hyperparameter Optimization with Population-Based Bandits": a
+Gaussian process learns from each part of each trial how much the metric gained with which settings at which time; the
+settings with the highest upper confidence bound are tried next. The kernel here is a squared exponential with a length
+for each setting and for time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from detr_ray.search.distributions import Distribution
+
+FEWEST_GAINS = 4
+"""With fewer, a model says nothing, and settings are changed by chance."""
+
+CANDIDATES = 500
+OPTIMISM = 1.0
+"""Standard deviations that are added to the expected gain."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Gain:
+    """What the metric gained in one part of a trial.
+
+    Attributes:
+        epoch: at the end of the part.
+        values: the settings in it.
+        gain: how much better the metric became; negative where it became worse.
+    """
+
+    epoch: int
+    values: Mapping[str, Any]
+    gain: float
+
+
+def guided_change(
+    values: Mapping[str, Any],
+    chance: random.Random,
+    parameters: Mapping[str, Distribution],
+    gains: Sequence[Gain],
+    epoch: int,
+) -> dict[str, Any] | None:
+    """The settings that promise most from an epoch on.
+
+    Args:
+        values: settings of the trial that is copied; those that are no ``parameters`` stay.
+        chance: the same state gives the same settings.
+        parameters: what changes: ``uniform`` and ``loguniform`` ones.
+        gains: what is known.
+        epoch: from which on the settings hold.
+
+    Returns:
+        Name -> value; None where too little is known.
+    """
+    known = [gain for gain in gains if math.isfinite(gain.gain)]
+    if len(known) < FEWEST_GAINS:
+        return None
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.gaussian_process import GaussianProcessRegressor
+    from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
+
+    last = max(epoch, *(gain.epoch for gain in known))
+    inputs = np.array([[*_places(gain.values, parameters), gain.epoch / last] for gain in known])
+    gained = np.array([gain.gain for gain in known])
+    kernel = ConstantKernel() * RBF(np.full(inputs.shape[1], 0.5), (0.05, 10.0)) + WhiteKernel(0.1, (1e-3, 1.0))
+    model = GaussianProcessRegressor(kernel, normalize_y=True, random_state=chance.getrandbits(32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # a length at the end of its range is an answer, too
+        model.fit(inputs, gained)
+    drawn = [{name: found.draw(chance) for name, found in parameters.items()} for _ in range(CANDIDATES)]
+    mean, deviation = model.predict(
+        np.array([[*_places(one, parameters), epoch / last] for one in drawn]), return_std=True
+    )
+    best = int(np.argmax(mean + OPTIMISM * deviation))
+    return {**values, **drawn[best]}
+
+
+def _places(values: Mapping[str, Any], parameters: Mapping[str, Distribution]) -> list[float]:
+    """Where values lie in their ranges, from 0 to 1."""
+    return [_place(float(values[name]), found) for name, found in parameters.items()]
+
+
+def _place(value: float, distribution: Distribution) -> float:
+    low, high = (float(end) for end in distribution.ends())
+    if distribution.log:
+        return (math.log(value) - math.log(low)) / (math.log(high) - math.log(low))
+    return (value - low) / (high - low)
