@@ -120,7 +120,9 @@ class Book:
             problem: what happened.
             again: whether another start may help.
         """
-        again = again and self._trials[name].attempts <= self._max_failures
+        failures = self._trials[name].failures + 1
+        self._trials[name] = dataclasses.replace(self._trials[name], failures=failures)
+        again = again and failures <= self._max_failures
         return self.end(name, "waiting" if again else "failed", problem)
 
     def _keep(self, trial: Trial) -> Trial:

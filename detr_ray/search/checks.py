@@ -77,6 +77,11 @@ def _settings(config: Config) -> Iterator[str]:
                 f"tune.perturb_every_epochs: must be a multiple of eval.every_epochs ({every}): trials are compared by "
                 f"their validation (got {tune.perturb_every_epochs})"
             )
+        if config.train.max_steps is not None:
+            yield (
+                f"train.max_steps: must be null with tune.scheduler={tune.scheduler}, which counts epochs; set "
+                "train.epochs"
+            )
         if tune.trials < 2:
             yield f"tune.trials: must be at least 2 with tune.scheduler={tune.scheduler}: trials copy each other"
     elif tune.grace_epochs > epochs:

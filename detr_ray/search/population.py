@@ -159,6 +159,11 @@ class Population:
         self.members[trial].state = "failed" if failed else "ended"
         return self._decide()
 
+    def close(self) -> list[Move]:
+        """Notes that no more trials come than are there."""
+        self._size = len(self.members)
+        return self._decide()
+
     def to_release(self) -> Iterable[Report]:
         """Evaluations whose checkpoints nobody begins at any more.
 

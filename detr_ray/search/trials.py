@@ -41,6 +41,7 @@ class Trial:
         seconds: time that it trained, over all attempts.
         run_path: folder or URI of its current run.
         attempts: number of starts.
+        failures: number of those that failed.
         generation: number of exploits that it went through; its run is ``<name>-g<generation>`` from the first on.
     """
 
@@ -57,6 +58,7 @@ class Trial:
     seconds: float = 0.0
     run_path: str | None = None
     attempts: int = 0
+    failures: int = 0
     generation: int = 0
 
     @property

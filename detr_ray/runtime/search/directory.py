@@ -136,7 +136,8 @@ def _read(path: str, name: str) -> dict[str, Any] | None:
         return None
     except ValueError as error:
         raise ConfigError(f"tune.name: {join(path, name)} is damaged ({error}); choose another tune.name") from error
-    if not isinstance(content, dict):
+    parts = {"search_id": str, "config": dict, "fingerprints": dict} if name == SEARCH_RECORD else {}
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), kind) for key, kind in parts.items()):
         raise ConfigError(f"tune.name: {join(path, name)} is damaged; choose another tune.name")
     return content
 

@@ -276,6 +276,7 @@ class _Search:
             lambda: bool(watch.stopping),
             self._start,
             self._say,
+            self._close_population,
         )
         trainable = tune.with_resources(
             tune.with_parameters(TrialActor, setup=setup),
@@ -348,6 +349,10 @@ class _Search:
         if self._directory.population is not None:
             population.restore(self._directory.population)
         return population
+
+    def _close_population(self) -> None:
+        if self._population is not None and self._moves is not None:
+            self._moves(self._population.close())
 
     def _at_once(self) -> int | None:
         """The most trials at the same time, beside what the cluster has room for."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from ray import tune
 from ray.tune.search import Searcher
 
 from detr_ray.config import ConfigError, TuneConfig
@@ -75,39 +74,52 @@ class OptunaTpe:
         except ImportError as error:
             raise ConfigError("tune.searcher: tpe needs Optuna: pip install 'detr_ray[tune]'") from error
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        known = [trial for trial in earlier if trial.is_over and trial.best is not None]
+        self._parameters = space.parameters
+        self._proposed: set[int] = set()
         self._search = OptunaSearch(
-            {name: _domain(distribution) for name, distribution in space.parameters.items()},
+            {name: _distribution(distribution) for name, distribution in space.parameters.items()},
             metric="value",
             mode=settings.mode,
             # Another process must not draw what the first one drew.
             seed=settings.seed + len(earlier),
-            points_to_evaluate=[dict(trial.values) for trial in known] or None,
-            evaluated_rewards=[trial.best for trial in known] or None,
         )
+        for number, trial in enumerate(earlier):
+            if trial.is_over:
+                self.tell(number, trial)
 
     def propose(self, number: int) -> Mapping[str, Any] | None:
         """The values."""
-        values: Mapping[str, Any] | None = self._search.suggest(str(number))
-        return values
+        self._proposed.add(number)
+        # Steps of floating point numbers may miss the decimal ones: 0.1 + 2 * 0.1 is not 0.3.
+        return {
+            name: value if self._parameters[name].values is not None else self._parameters[name].nearest(value)
+            for name, value in self._search.suggest(str(number)).items()
+        }
 
     def tell(self, number: int, trial: Trial) -> None:
         """Learns from a trial's best value."""
         failed = trial.state in ("failed", "refused") or trial.best is None
+        if number not in self._proposed:  # an earlier process did
+            self._search.add_evaluated_point(dict(trial.values), trial.best, error=failed)
+            return
         result = None if failed else {"value": trial.best, "training_iteration": 1}
         self._search.on_trial_complete(str(number), result, error=failed)
 
 
-def _domain(distribution: Distribution) -> Any:
+def _distribution(distribution: Distribution) -> Any:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
     if distribution.values is not None:
-        return tune.choice(list(distribution.values))
+        return CategoricalDistribution(distribution.values)
     low, high, step = distribution.low, distribution.high, distribution.step
     assert low is not None and high is not None
+    if step is None:
+        return FloatDistribution(low, high, log=distribution.log)
+    # Optuna would shorten a range that does not end on a step itself, and warn.
+    last = distribution.ends()[1]
     if distribution.kind == "randint":
-        return tune.randint(int(low), int(high) + 1)
-    if step is not None:
-        return tune.quniform(low, high, step)
-    return tune.loguniform(low, high) if distribution.log else tune.uniform(low, high)
+        return IntDistribution(int(low), last)
+    return FloatDistribution(low, last, step=step)
 
 
 class Source(Unsaved, Searcher):  # type: ignore[misc]
@@ -122,6 +134,7 @@ class Source(Unsaved, Searcher):  # type: ignore[misc]
         ending: whether the search ends, and no trial is to begin any more.
         start: where a trial begins.
         say: shows the user a line.
+        exhausted: called once when no more trials come than are there.
     """
 
     def __init__(
@@ -134,10 +147,12 @@ class Source(Unsaved, Searcher):  # type: ignore[misc]
         ending: Callable[[], bool],
         start: Callable[[Trial], Start],
         say: Callable[[str], None],
+        exhausted: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(metric="value", mode="max")
         self._book, self._proposer, self._most = book, proposer, most
         self._refusal, self._has_room, self._ending, self._start, self._say = refusal, has_room, ending, start, say
+        self._on_exhausted = exhausted
         self._exhausted = False
         self._told: set[str] = {trial.name for trial in book.trials if trial.is_over}
 
@@ -189,6 +204,7 @@ class Source(Unsaved, Searcher):  # type: ignore[misc]
                 self._say(f"WARNING: {refused} draws in a row were refused; no more trials are begun")
                 break
         self._exhausted = True
+        self._on_exhausted()
         return None
 
     def _tell_proposer(self) -> None:

@@ -64,7 +64,7 @@ class SearchWatch(Unsaved, tune.Callback):  # type: ignore[misc]
     ) -> None:
         """Notes an evaluation."""
         name = trial.config["trial"]
-        if result["done"]:
+        if "problem" in result:  # the trial's own end; the result at which a scheduler stops one is done, too
             self._done[trial.trial_id] = result
         known = self._book[name]
         if "value" not in result or result["generation"] != known.generation:
@@ -75,9 +75,10 @@ class SearchWatch(Unsaved, tune.Callback):  # type: ignore[misc]
             self._changed = True
             if best is None or (self._book.best is not None and self._book.best.best != best.best):
                 self._say(f"{name} is the best so far: {self._records.metric} {now.value:.3f} at epoch {now.epoch:g}")
-            if self._population is not None and self._carry_out is not None:
-                report = Report(int(result["epoch"]), result["step"], result["value"], result["checkpoint"])
-                self._carry_out(self._population.report(name, result["generation"], report))
+        # Also one that is in the book: an earlier process may have ended before it told the population.
+        if self._population is not None and self._carry_out is not None:
+            report = Report(int(result["epoch"]), result["step"], result["value"], result["checkpoint"])
+            self._carry_out(self._population.report(name, result["generation"], report))
         self._records.progress()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -193,7 +194,11 @@ class Moves:
                 self._records.tidy(old, 1)
 
     def note_earlier(self) -> None:
-        """Notes moves that an earlier process decided and did not come to note."""
+        """Notes what an earlier process did not come to note: moves that it decided, and trials that ended."""
+        for name, member in self._population.members.items():
+            trial = self._book[name]
+            if trial.is_over and member.state == "training":
+                self._population.end(name, failed=trial.state == "failed")
         for move in self._population.moves:
             if self._book[move.receiver].generation < move.generation:
                 self._note(move)
