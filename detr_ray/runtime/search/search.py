@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -34,8 +33,7 @@ from detr_ray.runtime.search.unsaved import Unsaved
 from detr_ray.runtime.search.watch import Moves, SearchWatch
 from detr_ray.runtime.session import cluster_address, ray_session
 from detr_ray.search.book import Book
-from detr_ray.search.guided_changes import guided_change
-from detr_ray.search.population import Population, Values
+from detr_ray.search.new_population import new_population
 from detr_ray.search.reading import POPULATIONS
 from detr_ray.search.space import SearchSpace, with_values
 from detr_ray.search.trials import Trial
@@ -160,7 +158,9 @@ class _Search:
         )
         self._book = Book(directory.path, self._settings.mode, self._settings.max_trial_failures, directory.trials)
         self._control = Control(say)
-        self._population = self._open_population()
+        self._population = new_population(config, space)
+        if self._population is not None and directory.population is not None:
+            self._population.restore(directory.population)
         self._uri = run_tracking_uri(config)
         self._records = SearchRecords(
             config, space, directory, self._book, self._uri if config.tracking.enabled else None, say
@@ -323,32 +323,6 @@ class _Search:
             checkpoint = moves[-1].checkpoint if moves else None
             return Start(trial.name, trial.values, trial.generation, checkpoint, max(known, default=-1))
         return Start(trial.name, trial.values, known_step=trial.step if trial.history else -1)
-
-    def _open_population(self) -> Population | None:
-        settings = self._settings
-        if settings.scheduler not in POPULATIONS:
-            return None
-
-        def change(values: Values, chance: random.Random) -> Values:
-            guided = None
-            if settings.scheduler == "pb2":
-                changing = {name: self._space.parameters[name] for name in self._space.mutated}
-                following = population.decided_epoch + 2 * settings.perturb_every_epochs
-                guided = guided_change(values, chance, changing, population.gains, following)
-            return guided or self._space.perturb(values, chance, settings)
-
-        population = Population(
-            settings.trials,
-            change,
-            every_epochs=settings.perturb_every_epochs,
-            epochs=self._config.train.epochs,
-            quantile=settings.quantile,
-            mode=settings.mode,
-            seed=settings.seed,
-        )
-        if self._directory.population is not None:
-            population.restore(self._directory.population)
-        return population
 
     def _close_population(self) -> None:
         if self._population is not None and self._moves is not None:

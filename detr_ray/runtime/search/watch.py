@@ -131,7 +131,10 @@ class SearchWatch(Unsaved, tune.Callback):  # type: ignore[misc]
         self._records.progress()
 
     def _fail(self, name: str, problem: str, *, again: bool) -> None:
-        trial = self._book.fail(name, problem, again=again and not self.stopping)
+        if again and self.stopping:  # it goes on when the search is resumed
+            self._end(name, "stopped")
+            return
+        trial = self._book.fail(name, problem, again=again)
         self._changed = True
         self._say(f"WARNING: {name} failed: {problem}" + ("; it is tried again" if trial.state == "waiting" else ""))
         if trial.state == "failed":
