@@ -11,6 +11,7 @@ from detr_ray import __version__
 
 COMMANDS = {
     "train": "train a detector, or resume a run",
+    "tune": "search settings, each trial a whole training",
     "evaluate": "score a checkpoint on a validation set",
     "check": "look for problems in data, storage and tracking before a run",
     "prepare": "generate a data set, or pack one into shards",

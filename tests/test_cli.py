@@ -236,7 +236,7 @@ def test_reader_that_goes_away_is_no_error():
 def test_no_command_lists_all_commands():
     done = run_python("-m", "detr_ray")
     assert done.returncode == 0
-    for name in ("train", "evaluate", "check", "prepare"):
+    for name in ("train", "tune", "evaluate", "check", "prepare", "send"):
         assert f"\n  {name} " in done.stdout
 
 
@@ -244,7 +244,7 @@ def test_unknown_command_names_the_nearest(capsys):
     assert entry.main(["traim", "optim.lr=1"]) == 2
     assert capsys.readouterr().err == "error: unknown command 'traim'; did you mean 'train'?\n"
     assert entry.main(["qqqq"]) == 2
-    assert capsys.readouterr().err.startswith("error: unknown command 'qqqq'; there are train, evaluate, ")
+    assert capsys.readouterr().err.startswith("error: unknown command 'qqqq'; there are train, tune, evaluate, ")
 
 
 @pytest.mark.parametrize("name", entry.COMMANDS)

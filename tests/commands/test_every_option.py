@@ -27,6 +27,9 @@ from detr_ray.__main__ import COMMANDS
 from detr_ray.config import Config
 from detr_ray.data import inspection
 from detr_ray.data.formats import open_split
+from detr_ray.runtime.search.results import SearchResult
+from detr_ray.search import Trial
+from detr_ray.search.confirmation import Confirmation, compare
 from detr_ray.tracking import MlflowTracker, Timing
 
 
@@ -202,6 +205,44 @@ def evaluate_picture_score(place: Place) -> None:
     )
     assert 0 < best < most < each
     assert scores[-1] < 0.5 and np.array_equal(picture(place), bare)
+
+
+# tune
+
+
+def tuned(place: Place, *argv: object) -> tuple[list[bool], list[int], str]:
+    """Calls the command with a search that is over at once: its wishes to resume, numbers of seeds, and output."""
+    from detr_ray.runtime.search import confirm, search
+
+    resumed, seeds = [], []
+    trial = Trial("t000", {"optim.lr": 1e-4}, "finished").measured(1, 4, 0.5, "max")
+    result = SearchResult("a", "/runs/a", "finished", "val/AP", "max", (trial,), {}, 1.0, trial, {"optim.lr": 1e-4})
+
+    def run_search(config: Config, say: Callable[[str], None], *, resume: bool) -> SearchResult:
+        resumed.append(resume)
+        return result
+
+    def confirmed(config: Config, found: SearchResult, number: int, say: Callable[[str], None]) -> Confirmation:
+        assert found is result
+        seeds.append(number)
+        return compare([0.5] * number, [0.25] * number, "max")
+
+    place.patch.setattr(search, "run_search", run_search)
+    place.patch.setattr(confirm, "confirm", confirmed)
+    return resumed, seeds, place.done("tune", "tune.space={optim.lr: {uniform: [0, 1]}}", *argv)
+
+
+@shows("tune", "--resume")
+def tune_resume(place: Place) -> None:
+    assert tuned(place)[0] == [False] and tuned(place, "--resume")[0] == [True]
+
+
+@shows("tune", "--confirm")
+def tune_confirm(place: Place) -> None:
+    _, seeds, without = tuned(place)
+    assert seeds == []
+    _, seeds, out = tuned(place, "--confirm", 4)
+    assert seeds == [4] and "0.2500" in out.removeprefix(without)
 
 
 # check
