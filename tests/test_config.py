@@ -195,6 +195,10 @@ def test_text_in_a_file_must_be_text(write):
         (["optim.schedule=multistep"], "optim.milestones: must name at least one epoch for optim.schedule=multistep"),
         (["optim.milestones=[2, 2]"], "optim.milestones: must ascend (got [2, 2], from command line)"),
         (["optim.warmup_epochs=5", "train.epochs=5"], "optim.warmup_epochs: must be less than train.epochs (5) (got 5"),
+        (
+            ["train.compile=true", "model.architecture=deformable_detr"],
+            "train.compile: cannot be used with deformable_detr: compiling its backward pass",
+        ),
         (["data.root=a", "data.train.shards=b"], "data.train: cannot go together with data.root: set one of them to"),
         (["data.root=a", "data.val.shards=b"], "data.val: cannot go together with data.root: set one of them to null"),
         (["data.val.shards=a", "data.val.images=b"], "data.val.shards: cannot go together with annotations or images"),

@@ -136,7 +136,7 @@ class TrainConfig(Section):
     """Optimizer steps between two records of metrics."""
     compile: bool = False
     """Compile the model with torch.compile. Each new batch shape takes up to minutes: set `data.pad_multiple` to have
-    few shapes. Hardly useful on CPUs."""
+    few shapes. Hardly useful on CPUs. For `model.architecture=detr` only."""
     channels_last: bool = True
     """Keep image features in channels-last memory order: faster convolutions."""
     on_nonfinite: Literal["raise", "skip"] = "raise"
@@ -240,8 +240,13 @@ class Config(Section):
         self.__dict__["loss"] = self.loss.for_architecture(self.model.architecture)
 
     def rules(self) -> Iterator[Violation]:
-        """The warm-up must end before the run, and the class loss must suit the architecture."""
+        """The warm-up must end before the run; the class loss and compiling must suit the architecture."""
         yield from self._loss_rules()
+        if self.train.compile and self.model.architecture != "detr":
+            yield Violation(
+                ("train.compile", "model.architecture"),
+                f"cannot be used with {self.model.architecture}: compiling its backward pass does not end in good time",
+            )
         if self.optim.warmup_epochs >= self.train.epochs:
             yield Violation(
                 ("optim.warmup_epochs", "train.epochs"), f"must be less than train.epochs ({self.train.epochs})"
