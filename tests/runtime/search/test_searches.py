@@ -26,7 +26,7 @@ from detr_ray.search.population import Population
 from detr_ray.search.trials import Trial, read_trials
 from detr_ray.tracking import tracking_uri
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(590)]
 
 STEPS_AN_EPOCH = 5
 
@@ -76,7 +76,7 @@ class Search:
     def run(self, *options: str) -> tuple[int, str]:
         """Runs the command to its end."""
         process = self.start(*options)
-        text, _ = process.communicate(timeout=270)
+        text, _ = process.communicate(timeout=500)
         return process.returncode, text
 
     def trials(self) -> list[Trial]:
@@ -113,7 +113,10 @@ def children(storage: Path) -> dict[str, Any]:
     return {run.info.run_name: run for run in runs}
 
 
-def test_a_population_moves_trials_and_what_one_lived_through_can_be_replayed(dataset: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", ["local", pytest.param("ray", marks=pytest.mark.slow)])
+def test_a_population_moves_trials_and_what_one_lived_through_can_be_replayed(
+    launcher: str, dataset: Path, tmp_path: Path
+) -> None:
     epochs = 4
     search = Search(
         dataset,
@@ -121,7 +124,7 @@ def test_a_population_moves_trials_and_what_one_lived_through_can_be_replayed(da
         "tune.space={optim.lr: {loguniform: [1e-6, 1e-2]}, loss.giou: {uniform: [1, 4]}, loss.ce: {uniform: [1, 4]}}",
         "tune.scheduler=pbt",
         "tune.trials=3",
-        "train.launcher=ray",
+        f"train.launcher={launcher}",
         f"train.epochs={epochs}",
     )
     code, text = search.run()
