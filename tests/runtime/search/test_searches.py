@@ -26,7 +26,7 @@ from detr_ray.search.population import Population
 from detr_ray.search.trials import Trial, read_trials
 from detr_ray.tracking import tracking_uri
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(590)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(590)]
 
 STEPS_AN_EPOCH = 5
 
@@ -76,7 +76,10 @@ class Search:
     def run(self, *options: str) -> tuple[int, str]:
         """Runs the command to its end."""
         process = self.start(*options)
-        text, _ = process.communicate(timeout=500)
+        try:
+            text, _ = process.communicate(timeout=500)
+        finally:
+            process.kill()
         return process.returncode, text
 
     def trials(self) -> list[Trial]:
@@ -113,7 +116,7 @@ def children(storage: Path) -> dict[str, Any]:
     return {run.info.run_name: run for run in runs}
 
 
-@pytest.mark.parametrize("launcher", ["local", pytest.param("ray", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("launcher", ["local", "ray"])
 def test_a_population_moves_trials_and_what_one_lived_through_can_be_replayed(
     launcher: str, dataset: Path, tmp_path: Path
 ) -> None:
@@ -217,7 +220,6 @@ def test_a_search_goes_on_after_its_driver_was_killed_and_failures_do_not_end_it
     assert f"best              {best[0]}" in text and "python -m detr_ray.train" in text
 
 
-@pytest.mark.slow
 def test_an_interrupted_search_stops_in_seconds_and_says_how_to_go_on(dataset: Path, tmp_path: Path) -> None:
     search = Search(
         dataset,
