@@ -174,14 +174,6 @@ class DeformableDetr(DetectionModel):
             aux_loss=cfg_model.aux_loss,
         )
 
-    def parameter_groups(self) -> dict[str, list[str]]:
-        """Everything but the backbone, and the backbone."""
-        names = [name for name, _ in self.named_parameters()]
-        return {
-            "lr": [name for name in names if not name.startswith("backbone.")],
-            "lr_backbone": [name for name in names if name.startswith("backbone.")],
-        }
-
     @property
     def published_twins(self) -> dict[str, str]:
         """Names under which published files list heads once more -> name here."""

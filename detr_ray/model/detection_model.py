@@ -85,5 +85,12 @@ class DetectionModel(nn.Module):
         return (batch.images, batch.mask, batch.targets) if self.uses_targets else (batch.images, batch.mask)
 
     def parameter_groups(self) -> dict[str, list[str]]:
-        """Names of all parameters by the key of `optim` that says their learning rate, in the order of the groups."""
-        raise NotImplementedError
+        """Names of all parameters by the key of `optim` that says their learning rate, in the order of the groups.
+
+        Everything but the backbone, and the backbone (with learned positions, as in the original).
+        """
+        names = [name for name, _ in self.named_parameters()]
+        return {
+            "lr": [name for name in names if not name.startswith("backbone.")],
+            "lr_backbone": [name for name in names if name.startswith("backbone.")],
+        }

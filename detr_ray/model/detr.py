@@ -118,14 +118,6 @@ class Detr(DetectionModel):
             aux_loss=cfg_model.aux_loss,
         )
 
-    def parameter_groups(self) -> dict[str, list[str]]:
-        """Everything but the backbone, and the backbone (with learned positions, as in the original)."""
-        names = [name for name, _ in self.named_parameters()]
-        return {
-            "lr": [name for name in names if not name.startswith("backbone.")],
-            "lr_backbone": [name for name in names if name.startswith("backbone.")],
-        }
-
     def forward(self, images: Tensor, mask: Tensor | None = None, targets: Any = None) -> ModelOutput:
         """Predicts a set of objects an image.
 
