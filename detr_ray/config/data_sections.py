@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
@@ -11,7 +12,9 @@ from detr_ray.config.fields import Count, CountOrZero, Counts, Number, Section, 
 
 
 class SplitConfig(Section):
-    """One split: a COCO annotation file and a folder of images, or shards that contain both."""
+    """One split: a COCO annotation file and a folder of images, or shards that contain both. Other formats are
+    read from `data.root`.
+    """
 
     annotations: Text | None = None
     """COCO JSON file: a path, or a URI such as `s3://bucket/instances.json`. Needs `images`."""
@@ -33,6 +36,27 @@ class SplitConfig(Section):
             yield Violation(("annotations", "images", "shards"), "is missing: images are given, so it must be too")
         elif self.images is None:
             yield Violation(("images", "annotations", "shards"), "is missing: annotations are given, so it must be too")
+
+
+class HoldoutConfig(Section):
+    """Validation images taken out of a data set that has none of its own."""
+
+    val: Annotated[Number, Field(gt=0, lt=1)] = 0.1
+    """Share of the images that is for validation. A hash of the image's name decides, so images that are added later
+    leave the others where they are. A class that would be on one side alone gets an image, or group, on the other."""
+    seed: Seed = 0
+    """Other seeds divide the images otherwise."""
+    group_by: Text | None = None
+    """Regular expression that is searched in file names. Images in which it, or what its parentheses hold, is the same
+    text are on the same side: `^(video\\d+)_` keeps the frames of a video together. null: each image by itself."""
+
+    def rules(self) -> Iterator[Violation]:
+        """The expression must be one."""
+        if self.group_by is not None:
+            try:
+                re.compile(self.group_by)
+            except re.error as error:
+                yield Violation(("group_by",), f"is not a regular expression: {error}")
 
 
 class AugmentConfig(Section):
@@ -111,8 +135,14 @@ class DataConfig(Section):
     """Images and annotations for training and validation, and how they are loaded."""
 
     root: Text | None = None
-    """Folder or URI in COCO's layout: `annotations/instances_train2017.json`, `annotations/instances_val2017.json`,
-    `train2017/`, `val2017/`. Replaces `data.train` and `data.val`."""
+    """Folder or URI of a data set: COCO's layout (`annotations/instances_train2017.json`, `train2017/` and the same for
+    `val`), YOLO, Pascal VOC, CSV or shards; docs/your_data.md says what each needs. Replaces `data.train` and
+    `data.val`."""
+    format: Text | None = None
+    """Format of what lies in `data.root`: `coco`, `yolo`, `voc`, `csv` or `shards`. null: what lies there tells."""
+    split: HoldoutConfig | None = None
+    """Takes validation images out of `data.root`, or `data.train`, where the data set has none of its own:
+    `{val: 0.1}`."""
     train: SplitConfig | None = None
     """Training images that are not in `data.root`."""
     val: SplitConfig | None = None
@@ -158,11 +188,22 @@ class DataConfig(Section):
     """With `data.on_bad_image=skip`: the run ends if more than this number of different training images cannot be
     read."""
 
+    @property
+    def has_val(self) -> bool:
+        """Whether there are to be validation images."""
+        return self.root is not None or self.val is not None or self.split is not None
+
+    def places(self, split: str) -> SplitConfig | None:
+        """Where the images of a split lie, those of the other among them with `split`; None: in `root`."""
+        return self.train if split == "train" or self.split is not None else self.val
+
     def rules(self) -> Iterator[Violation]:
         """Each split has one source, and generated data needs a folder."""
         for name in ("train", "val"):
             if self.root is not None and getattr(self, name) is not None:
                 yield Violation((name, "root"), "cannot go together with data.root: set one of them to null")
+        if self.split is not None and self.val is not None:
+            yield Violation(("split", "val"), "cannot go together with data.val: set one of them to null")
         if self.generate is not None and self.root is None:
             yield Violation(("root", "generate"), "is missing: it is the folder that data.generate writes into")
         elif self.generate is not None and self.root is not None and "://" in self.root.removeprefix("file://"):

@@ -296,7 +296,7 @@ class Config(Section):
         errors = []
         if self.data.root is None and self.data.train is None:
             errors.append(
-                "data.root: no training data is given; set data.root=FOLDER (COCO's layout), or "
+                "data.root: no training data is given; set data.root=FOLDER, or "
                 "data.train.annotations=FILE and data.train.images=FOLDER"
             )
         model = self.model

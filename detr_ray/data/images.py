@@ -10,16 +10,17 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 import numpy as np
+import pyarrow as pa
 
 from detr_ray.addresses import LocationError, is_remote, join, resolve
 from detr_ray.data.decoding import decode_image, reduction
 from detr_ray.data.errors import DataError
 from detr_ray.data.image_headers import ImageError, ImageHeader, read_header
 from detr_ray.data.image_places import missing, name_below, refuse_link_outside
-from detr_ray.data.index import DatasetIndex
+from detr_ray.data.index import ShardPlaces
 from detr_ray.data.ranges import OpenFiles, Span, join_parts
 from detr_ray.locations import open_location
 from detr_ray.printable import printable
@@ -33,6 +34,26 @@ READS_AT_ONCE = 16
 _HEAD_BYTES = 65_536
 
 
+class StoredImages(Protocol):
+    """Where images lie and what they are called; a `DatasetIndex` is one."""
+
+    @property
+    def file_names(self) -> pa.StringArray:
+        """A name for each."""
+
+    @property
+    def images_root(self) -> str | None:
+        """Folder or URI that the names are relative to; None where they lie in shards."""
+
+    @property
+    def shards(self) -> ShardPlaces | None:
+        """Where they lie in shards."""
+
+    @property
+    def follow_links(self) -> bool:
+        """Whether links in the folder may lead out of it."""
+
+
 class ImageReader:
     """Reads the stored bytes of a data set's images, from a folder or from shards, local or remote.
 
@@ -40,13 +61,13 @@ class ImageReader:
     processes. One reader may be used by several threads.
 
     Args:
-        index: says where the images lie (``images_root`` or ``shards``) and what they are called.
+        index: says where the images lie (``images_root`` or ``shards``) and what they are called: a `DatasetIndex`.
 
     Attributes:
         is_remote: whether they lie beyond a network; several reads at a time then take about as long as one.
     """
 
-    def __init__(self, index: DatasetIndex) -> None:
+    def __init__(self, index: StoredImages) -> None:
         if (index.images_root is None) == (index.shards is None):
             raise ValueError("an index has its images either in a folder or in shards")
         self._file_names = index.file_names

@@ -33,6 +33,12 @@ PROBLEMS = {
     "boxes_clipped": "boxes partly outside of their image (clipped in training)",
     "boxes_outside": "boxes wholly outside of their image (left out in training)",
     "boxes_without_area": "boxes without area (left out in training)",
+    "boxes_difficult": "boxes marked difficult (not learnt, and ignored in evaluation)",
+    "rows_repeated": "boxes that an image has twice (taken once)",
+    "labels_without_image": "label files without an image (left out)",
+    "images_without_labels": "images without a label file (taken for images without objects)",
+    "images_not_annotated": "images without an annotation file (left out)",
+    "images_without_size": "images whose size cannot be read (left out)",
     "images_without_boxes": "images without annotations (kept: all no-object)",
 }
 
@@ -174,22 +180,33 @@ class DatasetIndex:
 
     def first(self, count: int) -> DatasetIndex:
         """The first ``count`` images with their annotations, as a data set of its own."""
-        boxes = slice(0, self.first_box[min(count, len(self))])
-        images = slice(0, count)
+        return self.take(np.arange(min(count, len(self))))
+
+    def take(self, rows: np.ndarray) -> DatasetIndex:
+        """Some of the images with their annotations, as a data set of its own.
+
+        Args:
+            rows: ``[n]`` rows of the index, rising.
+        """
+        counts = np.diff(self.first_box)[rows]
+        first_box = np.concatenate([[0], counts.cumsum()])
+        starts = np.repeat(self.first_box[rows] - first_box[:-1], counts)
+        boxes = starts + np.arange(first_box[-1])
         shards = self.shards
         if shards is not None:
             shards = replace(
                 shards,
-                file_of=shards.file_of[images],
-                offsets=shards.offsets[images],
-                lengths=shards.lengths[images],
+                file_of=shards.file_of[rows],
+                offsets=shards.offsets[rows],
+                lengths=shards.lengths[rows],
             )
         return replace(
             self,
-            **{name: getattr(self, name)[images] for name in ("image_ids", "heights", "widths", "file_names")},
+            **{name: getattr(self, name)[rows] for name in ("image_ids", "heights", "widths")},
             **{name: getattr(self, name)[boxes] for name in ("boxes_xywh_px", "category_ids", "areas", "is_crowd")},
+            file_names=self.file_names.take(pa.array(rows)),
             annotation_ids=self.annotation_ids[boxes],
-            first_box=self.first_box[: min(count, len(self)) + 1],
+            first_box=first_box,
             shards=shards,
             problems={key: n for key, n in self.problems.items() if key not in _box_problems(self)},
         )

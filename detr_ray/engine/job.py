@@ -17,7 +17,6 @@ import torch
 from detr_ray.addresses import local_path
 from detr_ray.config import Config, ConfigError, DataConfig, flatten
 from detr_ray.data.errors import DataError
-from detr_ray.data.formats import open_split
 from detr_ray.data.generated import DrawingParameters, generate_dataset
 from detr_ray.data.index import PROBLEMS, DatasetIndex
 from detr_ray.data.inspection import common_cause, inspect_images, is_other_folder
@@ -26,6 +25,8 @@ from detr_ray.data.statistics import count_boxes, find_misreadings
 from detr_ray.engine.checkpoints.fork import Fork, find_fork
 from detr_ray.engine.checkpoints.info import CheckpointInfo
 from detr_ray.engine.checkpoints.run_directory import RunDirectory, open_run, read_record
+from detr_ray.engine.configured_data import open_configured
+from detr_ray.engine.reporting.progress import Pace
 from detr_ray.engine.reporting.tracking_store import check_tracking, run_tracking_uri
 from detr_ray.engine.stream.planned_data import PlannedData, refuse_positions_out_of_reach
 from detr_ray.retries import reason_of
@@ -102,7 +103,7 @@ def open_data(data: DataConfig, say: Say) -> OpenedData:
     """
     generate_data(data, say)
     train = _open_split(data, "train", say)
-    val = _open_split(data, "val", say) if data.root is not None or data.val is not None else None
+    val = _open_split(data, "val", say) if data.has_val else None
     return train, val
 
 
@@ -113,10 +114,10 @@ def open_evaluation_data(data: DataConfig, say: Say) -> DatasetIndex:
         ConfigError: none is configured.
         DataError: it cannot be read, or is not what it should be.
     """
-    if data.root is None and data.val is None:
+    if not data.has_val:
         raise ConfigError(
-            "data.val: no validation data is given; set data.root=FOLDER (COCO's layout), or data.val.annotations=FILE "
-            "and data.val.images=FOLDER"
+            "data.val: no validation data is given; set data.root=FOLDER, or data.val.annotations=FILE and "
+            "data.val.images=FOLDER"
         )
     generate_data(data, say)
     return _open_split(data, "val", say)
@@ -158,7 +159,7 @@ def generated_root(data: DataConfig) -> Path:
 
 
 def _open_split(data: DataConfig, split: str, say: Say) -> DatasetIndex:
-    index = open_split(data.root, data.train if split == "train" else data.val, split, data.follow_links)
+    index = open_configured(data, split, Pace(f"{split}: read the sizes of", say))
     if data.max_images is not None:
         index = index.first(data.max_images)
     problems = ", ".join(f"{count} {PROBLEMS[kind]}" for kind, count in index.problems.items() if count)

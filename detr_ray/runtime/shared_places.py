@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import re
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
-from detr_ray.addresses import is_uri, join, parent, resolve
+from detr_ray.addresses import is_uri, join
 from detr_ray.config import Config, ConfigError
-from detr_ray.data.image_places import name_below, refuse_link_outside
+from detr_ray.data.formats import first_image
+from detr_ray.data.image_places import refuse_link_outside
 from detr_ray.engine.preflight.storage import first_missing, within
 from detr_ray.locations import delete_file, delete_folder, list_files, make_folder
 from detr_ray.printable import printable
 from detr_ray.retries import Patience
-from detr_ray.runtime.node_probe import read_file, reason_of, write_file
+from detr_ray.runtime.node_probe import read_file, write_file
 from detr_ray.tracking.store import sqlite_path
 
 _UPLOADED = "/runtime_resources/working_dir_files/"
-_BEGINNING = 1 << 20
-_FILE_NAME = re.compile(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")')
 _ONCE = Patience(attempts=1)
 
 
@@ -113,49 +110,21 @@ def sample_files(config: Config) -> tuple[dict[str, str], dict[str, str]]:
         Configuration key -> file, and configuration key -> why no file could be found. Annotation files are not
         included: only the driver reads them.
     """
-    files, faults = {}, {}
+    data, files, faults = config.data, {}, {}
     for split in ("train", "val"):
-        places = config.data.train if split == "train" else config.data.val
-        if places is not None and places.shards is not None:
-            folder = parent(places.shards) if places.shards.endswith(".parquet") else places.shards
-            files[f"data.{split}.shards"] = resolve(join(folder, "shard-00000.parquet"))
+        places = data.places(split)
+        if places is None and data.root is None:
             continue
-        if places is not None:
-            key, annotations, images = f"data.{split}.images", places.annotations, places.images
-        elif config.data.root is not None:
-            key, images = f"data.root ({split})", join(config.data.root, f"{split}2017")
-            annotations = join(config.data.root, "annotations", f"instances_{split}2017.json")
-        else:
-            continue
-        assert annotations is not None and images is not None, "validated with the configuration"
+        key = f"data.root ({split})" if places is None else f"data.{split}.images"
         try:
-            name = _FILE_NAME.search(read_file(resolve(annotations), _BEGINNING))
-        except (OSError, ConfigError) as error:
-            faults[key] = f"{annotations}: {reason_of(error)}"
-            continue
-        if name is None:
-            faults[key] = f"{annotations} does not name an image at its beginning"
-            continue
-        try:
-            files[key] = _image_file(resolve(images), name[1], config.data.follow_links)
-        except ValueError as error:
-            faults[key] = f"{annotations}: {error}"
+            root, name, key = first_image(data.root, places, split, data.follow_links, data.format)
+            location = join(root, name)
+            if not data.follow_links and not is_uri(root):
+                refuse_link_outside(root, name, printable(location))
+            files[key] = location
+        except (ValueError, OSError) as error:
+            faults[key] = str(error)
     return files, faults
-
-
-def _image_file(images: str, quoted_name: bytes, follow_links: bool) -> str:
-    """The location from which data tasks would read an image.
-
-    Raises:
-        ValueError: its name is not valid text, or leads out of the images' folder.
-    """
-    file_name = json.loads(quoted_name)
-    file_name.encode()
-    name = name_below(images, file_name)
-    location = join(images, name)
-    if not follow_links and not is_uri(images):
-        refuse_link_outside(images, name, printable(location))
-    return location
 
 
 def tracking_on_disk(uri: str, storage: str) -> Path | None:

@@ -18,6 +18,8 @@ NOT_SEARCHED: dict[str, str] = {
     "tracking.": "says where trials are recorded, not how they train",
     "eval.": _MEASURE,
     "data.root": _DATA,
+    "data.format": _DATA,
+    "data.split.": _DATA,
     "data.train.": _DATA,
     "data.val.": _DATA,
     "data.generate.": _DATA,

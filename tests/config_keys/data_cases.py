@@ -42,6 +42,41 @@ def root(place: Place) -> None:
     assert (len(job.data.train), len(job.data.val)) == (5, 3)
 
 
+@shows("data.format")
+def data_format(place: Place) -> None:
+    """Which of two data sets is read that lie in one folder: the same images, once with fewer."""
+    root = place.folder / "both"
+    shutil.copytree(place.data / "train2017", root / "images")
+    shutil.copytree(place.data, root, dirs_exist_ok=True)
+    names = sorted(path.name for path in (root / "images").iterdir())
+    for split, count in (("train", 5), ("val", 2)):
+        (root / f"{split}.csv").write_text("\n".join(f"{name},1,1,20,20,thing" for name in names[:count]))
+    for name, count in ((None, 16), ("coco", 16), ("csv", 5)):
+        job = place.job(f"data.root={root}", *([] if name is None else [f"data.format={name}"]))
+        assert job.data.train is not None and len(job.data.train) == count
+    with pytest.raises(DataError, match=r"data\.format=voc"):
+        place.job(f"data.root={root}", "data.format=voc")
+
+
+@shows("data.split.val", "data.split.seed", "data.split.group_by")
+def data_split(place: Place) -> None:
+    """How many images are held out, which, and which of them together; of the training set that is named."""
+    keys = ("data.root=null", split_of(place.data, "train"), "eval.every_epochs=0")
+
+    def names(*more: str) -> dict[str, list[str]]:
+        job = place.job(*keys, *more)
+        assert job.data.train is not None and job.data.val is not None
+        return {"train": job.data.train.file_names.to_pylist(), "val": job.data.val.file_names.to_pylist()}
+
+    few, many = names("data.split={val: 0.2}"), names("data.split={val: 0.6}")
+    assert 0 < len(few["val"]) < len(many["val"]) < 16
+    assert set(few["val"]) < set(many["val"]) and len({*few["train"], *few["val"]}) == 16
+    assert names("data.split={val: 0.2, seed: 5}")["val"] != few["val"]
+    paired = names(r"data.split={val: 0.5, group_by: '(\d)\.'}")
+    ends = {split: {name.partition(".")[0][-1] for name in found} for split, found in paired.items()}
+    assert not ends["train"] & ends["val"] and len(ends["train"] | ends["val"]) == 10
+
+
 @shows("data.train.annotations", "data.train.images", "data.val.annotations", "data.val.images")
 def annotations_and_images(place: Place) -> None:
     """Each of the four is read from where it says: the annotations of one set, copies of its images elsewhere."""

@@ -136,6 +136,7 @@ CASES = {
     "nothing": Case((), ()),
     "moved storage": Case(("run.storage",), ()),  # every case goes on with a copy in another storage
     "moved data": Case(("data.root",), ("data.root=$copy",)),
+    "named format": Case(("data.format",), ("data.format=coco",)),
     "data by its parts": Case(
         ("data.train.annotations", "data.train.images", "data.val.annotations", "data.val.images"),
         ("data.root=null", split("train", "$copy"), split("val", "$copy")),

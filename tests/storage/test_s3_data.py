@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from coco_folder import sound_folder
+from data.format_sets import FORMATS
 from defaults import augmentation
 from s3_server import S3Server
 from small_shards import write_small_shards
@@ -75,6 +76,16 @@ def test_a_folder_in_a_bucket_gives_the_same_batches(folder, local, s3: S3Server
     # The size of an object is asked for before it is read: pyarrow knows no other way.
     images = [r.kind for r in s3.requests() if r.path.endswith(".jpg")]
     assert images.count("GET") == images.count("HEAD") == len(images) // 2 == 6 * 8
+
+
+@pytest.mark.parametrize("name", ["yolo", "voc", "csv"])
+def test_other_formats_in_a_bucket_give_the_same_index(tmp_path, s3: S3Server, name):
+    root = FORMATS[name](tmp_path / "set")
+    uri = s3.upload(root, f"{s3.new_bucket()}/set")
+    for split in ("train", "val"):
+        index, remote = open_split(str(root), None, split), open_split(uri, None, split)
+        assert remote.fingerprint == index.fingerprint and remote.images_root.startswith(uri)
+        assert ImageReader(remote).read(3) == ImageReader(index).read(3)
 
 
 def test_images_of_a_batch_are_read_at_the_same_time(folder, s3: S3Server):

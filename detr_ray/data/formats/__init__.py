@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from detr_ray.addresses import LocationError, check_address, join
+from detr_ray.addresses import LocationError, check_address, parent, resolve
 from detr_ray.data.errors import DataError
+from detr_ray.data.formats.assembly import Reading
 from detr_ray.data.formats.coco import read_coco_index
+from detr_ray.data.formats.coco_folder import first_file_name
+from detr_ray.data.formats.recognition import DataSet, find_data_set
 from detr_ray.data.formats.shards import read_shard_index
+from detr_ray.data.holdout import Holdout
+from detr_ray.data.image_places import name_below
 from detr_ray.data.index import DatasetIndex
+
+__all__ = ["Reading", "SplitPlaces", "first_image", "open_split"]
 
 
 class SplitPlaces(Protocol):
@@ -19,31 +26,99 @@ class SplitPlaces(Protocol):
     shards: str | None
 
 
-def open_split(root: str | None, places: SplitPlaces | None, split: str, follow_links: bool = False) -> DatasetIndex:
+def open_split(
+    root: str | None,
+    places: SplitPlaces | None,
+    split: str,
+    follow_links: bool = False,
+    *,
+    data_format: str | None = None,
+    holdout: Holdout | None = None,
+    reading: Reading | None = None,
+) -> DatasetIndex:
     """Opens a split.
 
     Args:
-        root: folder or URI in COCO's layout (``annotations/instances_train2017.json``, ``train2017/``, and the same for
-            ``val``); used where ``places`` is None.
-        places: where the split lies otherwise.
+        root: folder or URI of a data set in one of the formats; used where ``places`` is None.
+        places: where the split lies otherwise; with ``holdout``, where all images lie.
         split: ``train`` or ``val``.
         follow_links: whether links in the folder of images may lead out of it.
+        data_format: the format of what lies in ``root``; None: what lies there tells.
+        holdout: how the images are divided, where the data set has no validation images of its own.
+        reading: how the data set is to be read.
 
     Raises:
         DataError: it is not there, or not what it should be; or an address holds credentials.
     """
+    reading = Reading() if reading is None else reading
+    _check_addresses(root, places, split)
+    if data_format is not None and places is not None:
+        raise DataError(f"data.format={data_format} is the format of what lies in data.root, which is not given")
+    if places is not None:
+        whole = _read(places.annotations, places.images, places.shards, follow_links)
+        return whole if holdout is None else holdout.part(whole, split)
+    if root is None:
+        raise DataError(f"no {split} data is given: set data.root or data.{split}")
+    found = find_data_set(root, data_format, follow_links)
+    if holdout is None:
+        _refuse_undivided(found, root, split)
+        return found.read(split, reading)
+    if "val" in found.splits:
+        raise DataError(f"{root} has validation images of its own: set data.split=null")
+    return holdout.part(found.read(_undivided(found), reading), split)
+
+
+def first_image(
+    root: str | None, places: SplitPlaces | None, split: str, follow_links: bool, data_format: str | None = None
+) -> tuple[str, str, str]:
+    """One image of a split, or a shard, found without reading all annotations.
+
+    Returns:
+        The folder of which it may not lead out, its name below that folder, and the key of the configuration that it
+        comes from.
+
+    Raises:
+        DataError: none can be found.
+        ValueError: its name is not text.
+    """
+    if places is not None and places.shards is not None:
+        folder = parent(places.shards) if places.shards.endswith(".parquet") else places.shards
+        return resolve(folder), "shard-00000.parquet", f"data.{split}.shards"
+    if places is not None:
+        assert places.annotations is not None and places.images is not None, "validated with the configuration"
+        name = first_file_name(resolve(places.annotations))
+        if name is None:
+            raise DataError(f"{places.annotations} does not name an image at its beginning")
+        images = resolve(places.images)
+        return images, name_below(images, name), f"data.{split}.images"
+    assert root is not None, "a split has a place"
+    found = find_data_set(root, data_format, follow_links)
+    place = found.first_image(split if split in found.splits else _undivided(found))
+    if place is None:
+        raise DataError(f"{root}: no image of {split} is found")
+    return resolve(root), place, f"data.root ({split})"
+
+
+def _check_addresses(root: str | None, places: SplitPlaces | None, split: str) -> None:
     given = (root,) if places is None else (places.annotations, places.images, places.shards)
     try:
         for location in filter(None, given):
             check_address(location)
     except LocationError as error:
         raise DataError(f"{split}: {error}") from error
-    if places is not None:
-        return _read(places.annotations, places.images, places.shards, follow_links)
-    if root is None:
-        raise DataError(f"no {split} data is given: set data.root or data.{split}")
-    annotations = join(root, "annotations", f"instances_{split}2017.json")
-    return _read(annotations, join(root, f"{split}2017"), None, follow_links)
+
+
+def _undivided(found: DataSet) -> str:
+    return "all" if "all" in found.splits else "train"
+
+
+def _refuse_undivided(found: DataSet, root: str, split: str) -> None:
+    """Refuses a data set that has not got a split, where it is not a file that is missing."""
+    if "all" in found.splits or (split == "val" and "train" in found.splits and "val" not in found.splits):
+        raise DataError(
+            f"{root} has no validation images of its own: hold out a tenth of the images by data.split={{val: 0.1}}, "
+            "or divide them into train and val"
+        )
 
 
 def _read(annotations: str | None, images: str | None, shards: str | None, follow_links: bool) -> DatasetIndex:

@@ -32,6 +32,7 @@ RECORD = "run.json"
 FREE_KEYS = (
     "run.storage",
     "data.root",
+    "data.format",
     "data.train.",
     "data.val.",
     "data.generate.",

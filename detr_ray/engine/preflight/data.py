@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 from detr_ray.config import Config, ConfigError
 from detr_ray.data.errors import DataError
-from detr_ray.data.formats import open_split
 from detr_ray.data.index import PROBLEMS, DatasetIndex
 from detr_ray.data.inspection import Inspection, common_cause, find_missing_storage, inspect_images, is_other_folder
 from detr_ray.data.label_map import LabelMap
 from detr_ray.data.statistics import BoxStatistics, count_boxes, find_misreadings
 from detr_ray.engine.checkpoints.run_directory import read_record
+from detr_ray.engine.configured_data import open_configured
 from detr_ray.engine.errors import CheckpointError
 from detr_ray.engine.job import choose_label_space, draw, generated_root, label_map_for
 from detr_ray.engine.preflight.findings import Level, Report
@@ -25,7 +25,10 @@ FEW_BOXES = 10
 """Classes with fewer training boxes are reported."""
 
 # Quirks that lose boxes or mix up names. The others were corrected without loss.
-_LOSSES = ("boxes_not_finite", "boxes_outside", "boxes_without_area", "category_names_repeated")
+_LOSSES = (
+    "boxes_not_finite", "boxes_outside", "boxes_without_area", "category_names_repeated", "rows_repeated",
+    "labels_without_image", "images_not_annotated", "images_without_size",
+)  # fmt: skip
 
 
 def check_generated(config: Config, report: Report) -> bool:
@@ -56,16 +59,16 @@ def check_generated(config: Config, report: Report) -> bool:
 def open_splits(config: Config, report: Report) -> dict[str, DatasetIndex]:
     """Opens the configured splits. A split that cannot be opened is reported and left out."""
     opened = {}
-    for split, places in (("train", config.data.train), ("val", config.data.val)):
-        if config.data.root is None and places is None:
+    for split in ("train", "val"):
+        if config.data.root is None and config.data.places(split) is None:
             if split == "val":
                 report.add(
                     "warning", DATA, "val: no validation data is given, so no AP is computed and no checkpoint is best",
-                    "set data.val.annotations and data.val.images",
+                    "set data.val.annotations and data.val.images, or data.split={val: 0.1}",
                 )  # fmt: skip
             continue
         try:
-            opened[split] = index = open_split(config.data.root, places, split, config.data.follow_links)
+            opened[split] = index = open_configured(config.data, split)
         except DataError as error:
             report.add("error", DATA, f"{split}: {error}")
             continue
@@ -92,9 +95,7 @@ def _check_quirks(split: str, index: DatasetIndex, report: Report) -> None:
         f"({index.source})" + (f"; {'; '.join(notes)}" if notes else ""),
     )  # fmt: skip
     if losses:
-        report.add(
-            "warning", DATA, f"{split}: {'; '.join(losses)}", "correct the annotation file if these are not meant"
-        )
+        report.add("warning", DATA, f"{split}: {'; '.join(losses)}", "correct the annotations if these are not meant")
     report.splits[split] = {
         "source": index.source,
         "fingerprint": index.fingerprint,

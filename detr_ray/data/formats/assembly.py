@@ -1,0 +1,193 @@
+"""From images and boxes as a reader found them to an index: sizes, ids, order, and what is left out, counted.
+
+For formats that have no ids. Images are numbered from 1 in the order of their names, boxes from 1 in the order of the
+images and of their rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+
+from detr_ray.data.errors import DataError, few
+from detr_ray.data.image_sizes import Progress, read_sizes
+from detr_ray.data.images import ImageReader
+from detr_ray.data.index import MOST_PIXELS_A_SIDE, DatasetIndex
+
+_DECIMALS = 6
+"""Boxes are rounded to a millionth of a pixel: what a fraction of an image's side says is then what it was made of."""
+_MOST_FINITE = 1e38
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a data set is to be read.
+
+    Attributes:
+        skip_unreadable: whether images whose size cannot be read are left out; else they are an error.
+        progress: told of the images whose header was read, and of all.
+    """
+
+    skip_unreadable: bool = False
+    progress: Progress | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StoredNames:
+    """Images in a folder, without anything else: enough to read them."""
+
+    file_names: pa.StringArray
+    images_root: str | None
+    follow_links: bool
+    shards: None = None
+
+
+@dataclass(slots=True)
+class Gathered:
+    """Images and boxes of one split, in any order.
+
+    Attributes:
+        in_fractions: whether boxes are fractions of the image's sides; else pixels.
+        drop_repeated: whether a box that an image has twice, with the same class, is taken once.
+        names: a name for each image, below the images' folder.
+        sizes: (height, width) that are stated; None where the image's header has to say it.
+        image_of: for each box, the place of its image in ``names``.
+        corners: left, top, right, bottom of each box.
+        category_ids: of each box.
+        is_crowd: of each box.
+        problems: what was put right or left out so far; see `PROBLEMS`.
+    """
+
+    in_fractions: bool = False
+    drop_repeated: bool = True
+    names: list[str] = field(default_factory=list)
+    sizes: list[tuple[int, int] | None] = field(default_factory=list)
+    image_of: list[int] = field(default_factory=list)
+    corners: list[tuple[float, float, float, float]] = field(default_factory=list)
+    category_ids: list[int] = field(default_factory=list)
+    is_crowd: list[bool] = field(default_factory=list)
+    problems: dict[str, int] = field(default_factory=dict)
+
+    def add_image(self, name: str, size: tuple[int, int] | None = None) -> int:
+        """Adds an image; gives its place."""
+        self.names.append(name)
+        self.sizes.append(size)
+        return len(self.names) - 1
+
+    def add_box(
+        self, image: int, category_id: int, corners: tuple[float, float, float, float], is_crowd: bool = False
+    ) -> None:
+        """Adds a box (left, top, right, bottom) to the image at a place."""
+        self.image_of.append(image)
+        self.category_ids.append(category_id)
+        self.corners.append(corners)
+        self.is_crowd.append(is_crowd)
+
+    def count(self, problem: str, number: int = 1) -> None:
+        """Counts something that was put right or left out."""
+        self.problems[problem] = self.problems.get(problem, 0) + number
+
+
+def assemble(
+    gathered: Gathered,
+    *,
+    categories: tuple[tuple[int, str], ...],
+    images_root: str,
+    source: str,
+    follow_links: bool,
+    reading: Reading,
+) -> DatasetIndex:
+    """Makes an index.
+
+    Args:
+        gathered: images and boxes; each image once.
+        categories: (id, name).
+        images_root: folder or URI that the names are relative to.
+        source: what to call the data set in messages.
+        follow_links: whether links in that folder may lead out of it.
+        reading: what happens with images whose size cannot be read.
+
+    Raises:
+        DataError: no images; or the size of one cannot be read, unless such are skipped.
+    """
+    if not gathered.names:
+        raise DataError(f"{source}: no image in it")
+    order = sorted(range(len(gathered.names)), key=gathered.names.__getitem__)
+    place_of = np.empty(len(order), np.int64)
+    place_of[order] = np.arange(len(order))
+    names = pa.array([gathered.names[i] for i in order], pa.string())
+    sizes, is_kept = _sizes(gathered, order, StoredNames(names, images_root, follow_links), source, reading)
+
+    image_of = place_of[np.array(gathered.image_of, np.int64)]
+    rows = np.argsort(image_of, kind="stable")
+    rows = rows[is_kept[image_of[rows]]]
+    rows = rows[_finite_and_first(gathered, rows)]
+    image_of = image_of[rows]
+    boxes = _to_xywh_px(gathered, rows, sizes[image_of])
+    image_ids = np.cumsum(is_kept)
+    problems = gathered.problems | {"category_names_repeated": len(categories) - len({name for _, name in categories})}
+    return DatasetIndex.of_annotations(
+        image_ids=image_ids[is_kept],
+        heights=sizes[is_kept, 0],
+        widths=sizes[is_kept, 1],
+        file_names=names.filter(pa.array(is_kept)),
+        annotated_ids=image_ids[image_of],
+        boxes_xywh_px=boxes,
+        category_ids=np.array(gathered.category_ids, np.int64)[rows],
+        areas=boxes[:, 2].clip(min=0) * boxes[:, 3].clip(min=0),
+        is_crowd=np.array(gathered.is_crowd, bool)[rows],
+        annotation_ids=np.arange(1, len(rows) + 1),
+        categories=categories,
+        source=source,
+        images_root=images_root,
+        follow_links=follow_links,
+        problems=problems,
+    )
+
+
+def _sizes(
+    gathered: Gathered, order: list[int], stored: StoredNames, source: str, reading: Reading
+) -> tuple[np.ndarray, np.ndarray]:
+    """``[I, 2]`` height and width of the images in their order, and which of them have one."""
+    stated = [gathered.sizes[i] for i in order]
+    sizes = np.array([size or (0, 0) for size in stated], np.int64).reshape(-1, 2)
+    missing = [place for place, size in enumerate(stated) if size is None]
+    if missing:
+        read, faults = read_sizes(ImageReader(stored), missing, reading.progress)
+        sizes[missing] = read
+        if faults and (not reading.skip_unreadable or len(faults) == len(order)):
+            raise DataError(
+                f"{source}: the size of {len(faults)} of {len(order)} images cannot be read "
+                f"({few(list(faults.values()), 3)}). Replace these files or take them out; data.on_bad_image=skip "
+                "leaves them out"
+            )
+        if faults:
+            gathered.count("images_without_size", len(faults))
+    return sizes, np.asarray((sizes > 0).all(axis=1) & (sizes <= MOST_PIXELS_A_SIDE).all(axis=1))
+
+
+def _finite_and_first(gathered: Gathered, rows: np.ndarray) -> np.ndarray:
+    """Which rows stay: finite boxes, each once; the others are counted."""
+    corners = np.array(gathered.corners, np.float64).reshape(-1, 4)[rows]
+    stays = (np.abs(corners) < _MOST_FINITE).all(axis=1)
+    gathered.count("boxes_not_finite", int((~stays).sum()))
+    if gathered.drop_repeated:
+        seen = set()
+        for place, row in enumerate(rows.tolist()):
+            key = (gathered.image_of[row], gathered.category_ids[row], gathered.corners[row])
+            if stays[place] and key in seen:
+                stays[place] = False
+                gathered.count("rows_repeated")
+            seen.add(key)
+    return stays
+
+
+def _to_xywh_px(gathered: Gathered, rows: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    corners = np.array(gathered.corners, np.float64).reshape(-1, 4)[rows]
+    if gathered.in_fractions:
+        corners = corners * np.concatenate([sizes[:, ::-1], sizes[:, ::-1]], axis=1)
+    corners[:, 2:] -= corners[:, :2]
+    # Adding 0 makes a zero of each negative one, which would be another number to the fingerprint.
+    return np.round(corners, _DECIMALS) + 0.0

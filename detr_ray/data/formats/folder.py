@@ -1,0 +1,189 @@
+"""The folder of a data set as the readers of formats see it: names, images and text files, here or in a bucket.
+
+Folders are listed when a reader asks for them, and once. Hidden files are left out: they are what file managers and
+archives leave (``.DS_Store``, ``._a.jpg``, ``__MACOSX``).
+"""
+
+from __future__ import annotations
+
+import codecs
+import os
+import posixpath
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+
+from detr_ray.addresses import LocationError, is_remote, is_uri, join, resolve
+from detr_ray.data.errors import DataError
+from detr_ray.data.image_places import refuse_link_outside
+from detr_ray.locations import list_files, list_names, read_bytes
+from detr_ray.printable import printable
+from detr_ray.retries import reason_of
+
+IMAGE_SUFFIXES = frozenset({
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".mpo", ".ppm", ".pgm", ".dib",
+})  # fmt: skip
+TRAIN_NAMES = ("train", "training")
+VAL_NAMES = ("val", "valid", "validation")
+SPLIT_NAMES = {"train": TRAIN_NAMES, "val": VAL_NAMES}
+"""How the folders and files of a split are called in exports."""
+
+_LOCAL_THREADS = 8
+_REMOTE_THREADS = 64
+_BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),  # begins as UTF-16's does
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+class Folder:
+    """A folder, listed lazily.
+
+    Args:
+        root: path or URI.
+        follow_links: whether links in it may lead out of it.
+
+    Attributes:
+        root: the same, absolute.
+        follow_links: as given.
+    """
+
+    def __init__(self, root: str, follow_links: bool = False) -> None:
+        self.root = resolve(root)
+        self.follow_links = follow_links
+        self._names: dict[str, dict[str, None]] = {}
+        self._files: dict[str, tuple[str, ...]] = {}
+        self._texts: dict[str, str] = {}
+
+    def location(self, name: str) -> str:
+        """Path or URI of what lies at ``name`` below the folder; the folder itself for an empty name."""
+        return join(self.root, name) if name else self.root
+
+    def names(self, below: str = "") -> Collection[str]:
+        """Sorted names of files and folders directly in a folder below; none where there is no such folder."""
+        if below not in self._names:
+            self._names[below] = dict.fromkeys(sorted(filter(_is_visible, self._list_names(below))))
+        return self._names[below]
+
+    def has(self, name: str) -> bool:
+        """Whether a file or folder of this name lies below the folder."""
+        above, _, last = name.rpartition("/")
+        return not name or last in self.names(above)
+
+    def files(self, below: str = "") -> tuple[str, ...]:
+        """All files below a folder, sorted, as paths below the root."""
+        if below not in self._files:
+            whole = self._files.get("")
+            if whole is not None:
+                self._files[below] = tuple(name for name in whole if name.startswith(f"{below}/"))
+            else:
+                self._files[below] = tuple(sorted(self._list_files(below)))
+        return self._files[below]
+
+    def images(self, below: str = "") -> list[str]:
+        """All image files below a folder, as paths below the root."""
+        return [name for name in self.files(below) if is_image(name)]
+
+    def text(self, name: str) -> str:
+        """The content of a text file, kept for the next call.
+
+        Raises:
+            DataError: it is not there, cannot be read, or is not text.
+        """
+        if name not in self._texts:
+            self._texts[name] = self._read_text(name)
+        return self._texts[name]
+
+    def texts(self, names: Sequence[str]) -> Iterator[str]:
+        """The contents of many text files, read in threads, in their order; see `text`."""
+        for name, raw in zip(names, self.contents(names), strict=True):
+            yield decode_text(self.location(name), raw)
+
+    def contents(self, names: Sequence[str]) -> Iterator[bytes]:
+        """The bytes of many files, read in threads, in their order; see `content`."""
+        threads = _REMOTE_THREADS if is_remote(self.root) else _LOCAL_THREADS
+        with ThreadPoolExecutor(threads, thread_name_prefix="labels") as pool:
+            yield from pool.map(self.content, names)
+
+    def _read_text(self, name: str) -> str:
+        return decode_text(self.location(name), self.content(name))
+
+    def content(self, name: str) -> bytes:
+        """The bytes of a file.
+
+        Raises:
+            DataError: it is not there or cannot be read, or a link leads out of the folder.
+        """
+        location = self.location(name)
+        try:
+            if not is_uri(self.root) and not self.follow_links:
+                refuse_link_outside(self.root, name, printable(location))
+            return read_bytes(location)
+        except FileNotFoundError as error:
+            raise DataError(f"{printable(location)}: no such file") from error
+        except OSError as error:
+            raise DataError(f"{printable(location)}: cannot be read: {reason_of(error)}") from error
+        except LocationError as error:
+            raise DataError(str(error)) from error
+
+    def _list_names(self, below: str) -> list[str]:
+        location = self.location(below)
+        if is_uri(location):
+            return list_names(location)
+        try:
+            return [path.name for path in Path(location).iterdir()]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def _list_files(self, below: str) -> Iterator[str]:
+        location = self.location(below)
+        if is_uri(location):
+            found = (file.name for file in list_files(location))
+            yield from (posixpath.join(below, name) for name in found if all(map(_is_visible, name.split("/"))))
+            return
+        seen = set()
+        # Links to folders are followed here and refused where a file is read, by a message that says why.
+        for path, folders, files in os.walk(location, followlinks=True):
+            folders[:] = [name for name in folders if _is_visible(name)]
+            real = os.path.realpath(path)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            above = posixpath.join(below, os.path.relpath(path, location)) if path != location else below
+            yield from (posixpath.join(above, name) for name in files if _is_visible(name))
+
+
+def is_image(name: str) -> bool:
+    """Whether a file is an image, by its name."""
+    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+
+
+def stem(name: str) -> str:
+    """A path without its last suffix."""
+    above, slash, last = name.rpartition("/")
+    return above + slash + (last.rpartition(".")[0] or last)
+
+
+def decode_text(location: str, raw: bytes) -> str:
+    """The text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark.
+
+    Raises:
+        DataError: it is in another encoding; names the line.
+    """
+    encoding = next((name for mark, name in _BYTE_ORDER_MARKS if raw.startswith(mark)), "utf-8")
+    try:
+        return raw.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{printable(location)}, line {line}: not {encoding.upper()} text (byte 0x{raw[error.start]:02x}): convert "
+            "the file to UTF-8, for example by iconv -f CP1252 -t UTF-8"
+        ) from error
+
+
+def _is_visible(name: str) -> bool:
+    return not name.startswith(".") and name != "__MACOSX"

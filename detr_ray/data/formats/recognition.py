@@ -1,0 +1,98 @@
+"""Which format a folder is in, by what lies there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from detr_ray.addresses import LocationError
+from detr_ray.data.errors import DataError, few
+from detr_ray.data.formats import coco_folder, csv_rows, shard_folder, voc, yolo
+from detr_ray.data.formats.assembly import Reading
+from detr_ray.data.formats.folder import Folder
+from detr_ray.data.index import DatasetIndex
+from detr_ray.printable import printable
+
+
+class DataSet(Protocol):
+    """A data set that was found in a folder.
+
+    A split is ``train``, ``val``, or ``all`` where the images are not divided.
+    """
+
+    @property
+    def splits(self) -> Sequence[str]:
+        """Which splits there are."""
+
+    def read(self, split: str, reading: Reading) -> DatasetIndex:
+        """Reads a split."""
+
+    def first_image(self, split: str) -> str | None:
+        """Name of an image, or of a file with images, below the folder; None if there is none."""
+
+
+class Format(Protocol):
+    """A module that reads a format."""
+
+    NAME: str
+    NEEDS: str
+
+    def find(self, folder: Folder) -> DataSet | None:
+        """The data set that lies in a folder in this format; None if it does not look like it."""
+
+
+_FORMATS: tuple[Format, ...] = (coco_folder, shard_folder, yolo, voc, csv_rows)
+NAMES = tuple(known.NAME for known in _FORMATS)
+
+
+def find_data_set(root: str, name: str | None, follow_links: bool) -> DataSet:
+    """The data set in a folder.
+
+    Args:
+        root: path or URI of the folder.
+        name: its format; None: what lies there tells.
+        follow_links: whether links in it may lead out of it.
+
+    Raises:
+        DataError: it is in none of the formats, or looks like several; says what each needs.
+    """
+    folder = Folder(root, follow_links)
+    if name is not None:
+        return _of_format(folder, name)
+    try:
+        usual = coco_folder.find(folder)
+        if usual is not None:  # before other folders are listed, which takes long in a bucket
+            return usual
+        found = {known.NAME: data for known in _FORMATS if (data := known.find(folder)) is not None}
+        names = folder.names()
+    except (OSError, LocationError):
+        names, found = [], {}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    if found:
+        raise DataError(
+            f"{printable(root)} looks like {' and '.join(found)}: say which it is by data.format={next(iter(found))}, "
+            "or remove what is of the other format"
+        )
+    if not names:  # empty, not there, or not to be reached: reading a file that has to be there says which
+        return coco_folder.CocoFolder(folder, {})
+    needs = "\n".join(f"  {known.NEEDS}" for known in _FORMATS)
+    raise DataError(
+        f"{printable(root)} holds no data set in a known format. There is {few(list(names))}. What lies in data.root "
+        f"is one of\n{needs}\nor give data.train.annotations and data.train.images"
+    )
+
+
+def _of_format(folder: Folder, name: str) -> DataSet:
+    known = next((known for known in _FORMATS if name == known.NAME), None)
+    if known is None:
+        raise DataError(f"data.format: {name!r} is not known; one of {', '.join(NAMES)}")
+    try:
+        found = known.find(folder)
+    except OSError as error:
+        raise DataError(f"{printable(folder.root)}: cannot be listed: {error}") from error
+    if found is None and known is not coco_folder:
+        raise DataError(
+            f"{printable(folder.root)} is not in the format of data.format={name}; what it needs is {known.NEEDS}"
+        )
+    return found or coco_folder.CocoFolder(folder, {})

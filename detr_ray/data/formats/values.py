@@ -1,0 +1,85 @@
+"""Values that text files hold: numbers and names, or an error that names file, line and value."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from detr_ray.data.errors import DataError, shown
+from detr_ray.data.formats.folder import Folder
+from detr_ray.printable import printable
+
+_DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+(e[+-]?\d+)?", re.IGNORECASE)
+CLASS_FILES = ("classes.txt", "obj.names")
+
+
+def at_line(location: str, line: int) -> str:
+    """What to call a line of a file in messages."""
+    return f"{printable(location)}, line {line}"
+
+
+def to_number(text: str, where: str) -> float:
+    """A number; NaN and infinity are numbers here.
+
+    Raises:
+        DataError: it is none, or has a decimal comma.
+    """
+    try:
+        if "_" not in text:  # Python takes 1_000 for a number
+            return float(text)
+    except ValueError:
+        pass
+    if _DECIMAL_COMMA.fullmatch(text.strip()):
+        raise DataError(f"{where}: {shown(text)} has a decimal comma: write decimal points ({text.replace(',', '.')})")
+    raise DataError(f"{where}: {shown(text)} is not a number")
+
+
+def to_class_number(text: str, names: Sequence[str], where: str, listed_in: str) -> int:
+    """A class number; ``2.0`` is taken for 2.
+
+    Args:
+        text: as the file has it.
+        names: the classes by number.
+        where: file and line.
+        listed_in: the file that lists the classes.
+
+    Raises:
+        DataError: no whole number, or not that of a class.
+    """
+    number = to_number(text, where)
+    if not number.is_integer():
+        raise DataError(f"{where}: the class number {shown(text)} is not a whole number")
+    if not 0 <= number < len(names):
+        raise DataError(
+            f"{where}: class number {int(number)}, but {printable(listed_in)} lists {len(names)} classes (0 to "
+            f"{len(names) - 1}): add the class there, or correct the line"
+        )
+    return int(number)
+
+
+def check_class_names(names: Sequence[str], listed_in: str) -> tuple[str, ...]:
+    """Class names without blanks around them.
+
+    Raises:
+        DataError: none at all, or an empty one.
+    """
+    found = tuple(name.strip() for name in names)
+    if not found:
+        raise DataError(f"{printable(listed_in)}: lists no classes")
+    if "" in found:
+        raise DataError(f"{printable(listed_in)}: class {found.index('')} has no name: give each class a name")
+    return found
+
+
+def read_class_file(folder: Folder) -> tuple[tuple[str, ...], str] | None:
+    """The classes that a file with one name a line lists, and the file's location; None where there is none."""
+    for name in CLASS_FILES:
+        if name in folder.names():
+            lines = folder.text(name).rstrip().splitlines()
+            return check_class_names(lines, folder.location(name)), folder.location(name)
+    return None
+
+
+def categories_of(names: Sequence[str]) -> tuple[tuple[int, str], ...]:
+    """Categories (id, name) of classes by number: the id is the number, from 0."""
+    return tuple(enumerate(names))

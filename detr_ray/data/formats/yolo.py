@@ -1,0 +1,237 @@
+"""YOLO: a text file of labels for each image, and a ``data.yaml`` that names the classes and the folders.
+
+A row is ``class x y width height``, the middle and the size of a box as fractions of the image's sides, or ``class x1
+y1 x2 y2 ...``, the outline of an object, of which the box around it is taken. Labels lie where the image lies, with
+``labels`` for ``images`` in the path, or beside the image. Without a ``data.yaml``, ``classes.txt`` names the classes
+and the folders are found by their names. The category id of a class is its number, from 0.
+"""
+
+from __future__ import annotations
+
+import math
+import posixpath
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from detr_ray.data.errors import DataError, few
+from detr_ray.data.formats.assembly import Gathered, Reading, assemble
+from detr_ray.data.formats.folder import SPLIT_NAMES, Folder, is_image, stem
+from detr_ray.data.formats.image_names import ImageFinder
+from detr_ray.data.formats.values import at_line, categories_of, read_class_file, to_class_number, to_number
+from detr_ray.data.formats.yolo_file import find_data_file, read_data_file
+from detr_ray.data.formats.yolo_ids import IDS_NAME, IdTable, read_ids
+from detr_ray.data.index import DatasetIndex
+from detr_ray.printable import printable
+
+NAME = "yolo"
+NEEDS = "YOLO: data.yaml (or classes.txt) with folders of images and of labels"
+
+_FRACTIONS_END = 2.0
+"""Beyond this a coordinate is not a fraction of an image that was rounded or drawn over its border."""
+_MOSTLY = 0.9
+
+
+@dataclass(frozen=True)
+class YoloFolder:
+    """A data set in YOLO's format.
+
+    Attributes:
+        folder: its folder.
+        names: the classes by number.
+        listed_in: the file that lists them.
+        sources: split -> folders of images, or text files that list images; below the folder.
+        has_keypoints: whether rows go on after the box with keypoints.
+    """
+
+    folder: Folder
+    names: tuple[str, ...]
+    listed_in: str
+    sources: Mapping[str, Sequence[str]]
+    has_keypoints: bool = False
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Which of ``train``, ``val`` and ``all`` there are."""
+        return tuple(self.sources)
+
+    def first_image(self, split: str) -> str | None:
+        """Name of an image below the folder; None if there is none."""
+        return next(iter(self._images(split)[1]), None)
+
+    def read(self, split: str, reading: Reading) -> DatasetIndex:
+        """Reads a split into an index.
+
+        Raises:
+            DataError: no images, no labels, or a row that is not what it should be; names the file and the line.
+        """
+        root, images = self._images(split)
+        what = f"{self.listed_in} ({split})"
+        if not images:
+            raise DataError(f"{what}: no images in {', '.join(map(self._shown, self.sources[split]))}")
+        labels = self._labels(images, what)
+        table = read_ids(self.folder, split)
+        gathered = Gathered(in_fractions=True, drop_repeated=table is None)
+        names = [posixpath.relpath(name, root) if root else name for name in images]
+        sizes = {} if table is None else table.sizes
+        places = {image: gathered.add_image(name, sizes.get(name)) for image, name in zip(images, names, strict=True)}
+        present = [image for image in images if image in labels]
+        for image, text in zip(present, self.folder.texts([labels[image] for image in present]), strict=True):
+            self._add_rows(gathered, places[image], labels[image], text)
+        self._refuse_pixels(gathered, what)
+        self._count(gathered, images, labels)
+        categories = categories_of(self.names)
+        index = assemble(
+            gathered, categories=categories, images_root=self.folder.location(root), source=what,
+            follow_links=self.folder.follow_links, reading=reading,
+        )  # fmt: skip
+        return index if table is None else self._with_ids(table, index)
+
+    def _with_ids(self, table: IdTable, index: DatasetIndex) -> DatasetIndex:
+        if len(table.category_ids) != len(self.names):
+            raise DataError(
+                f"{self._shown(IDS_NAME)} has ids of {len(table.category_ids)} classes, {self.listed_in} has "
+                f"{len(self.names)}: delete {IDS_NAME}, and images, boxes and classes are numbered anew"
+            )
+        return table.restore(index)
+
+    def _images(self, split: str) -> tuple[str, list[str]]:
+        """The folder that names of images are relative to, and the images; both below the data set's folder."""
+        folders, images = [], []
+        for source in self.sources[split]:
+            if source.endswith(".txt"):
+                images += self._listed(source)
+                folders.append("")
+                continue
+            found = self.folder.images(source)
+            inner = posixpath.join(source, "images")
+            folders.append(inner if found and all(name.startswith(f"{inner}/") for name in found) else source)
+            images += found
+        root = folders[0] if len(set(folders)) == 1 else posixpath.commonpath(folders) if "" not in folders else ""
+        return root, sorted(set(images))
+
+    def _listed(self, source: str) -> list[str]:
+        above = posixpath.dirname(source)
+        finder = ImageFinder(self.folder, (above, "", posixpath.join(above, "images")))
+        lines = [line.strip() for line in self.folder.text(source).splitlines()]
+        names = [line for line in lines if line]
+        found = [finder.find(name) for name in names]
+        missing = [name for name, place in zip(names, found, strict=True) if place is None]
+        if missing:
+            raise DataError(
+                f"{self._shown(source)}: lists {len(missing)} of {len(names)} images that are not there "
+                f"({few(missing, 3)}): take them out of the list, or put them into the folder"
+            )
+        return [name for name in found if name is not None]
+
+    def _labels(self, images: Sequence[str], what: str) -> dict[str, str]:
+        """Image -> its label file, for those that have one."""
+        labels = {}
+        for image in images:
+            for name in _label_names(image):
+                if self.folder.has(name):
+                    labels[image] = name
+                    break
+        if not labels:
+            looked = " and ".join(self._shown(name) for name in _label_names(images[0]))
+            raise DataError(f"{what}: none of {len(images)} images has a label file (for the first: {looked})")
+        taken: dict[str, str] = {}
+        for image, label in labels.items():
+            if label in taken:
+                raise DataError(
+                    f"{self._shown(label)}: belongs to two images, {printable(taken[label])} and {printable(image)}: "
+                    "rename or remove one of them"
+                )
+            taken[label] = image
+        return labels
+
+    def _add_rows(self, gathered: Gathered, image: int, label: str, text: str) -> None:
+        for number, line in enumerate(text.splitlines(), 1):
+            values = line.split()
+            if not values:
+                continue
+            where = at_line(self.folder.location(label), number)
+            corners = self._corners(values, where)
+            gathered.add_box(image, to_class_number(values[0], self.names, where, self.listed_in), corners)
+
+    def _corners(self, values: list[str], where: str) -> tuple[float, float, float, float]:
+        """Left, top, right, bottom of a row, as fractions."""
+        if len(values) == 5 or (self.has_keypoints and len(values) > 5):
+            x, y, width, height = (to_number(value, where) for value in values[1:5])
+            return x - width / 2, y - height / 2, x + width / 2, y + height / 2
+        if len(values) >= 7 and len(values) % 2:
+            numbers = [to_number(value, where) for value in values[1:]]
+            if not all(map(math.isfinite, numbers)):
+                return (math.nan,) * 4
+            return min(numbers[::2]), min(numbers[1::2]), max(numbers[::2]), max(numbers[1::2])
+        advice = "a row is: class x y width height, or: class and the corners of an outline, with blanks between"
+        if len(values) == 6:
+            advice += "; if the last value is a confidence, take it out"
+        raise DataError(f"{where}: {len(values)} values: {advice}")
+
+    def _refuse_pixels(self, gathered: Gathered, what: str) -> None:
+        far = sum(max(corners) > _FRACTIONS_END for corners in gathered.corners)
+        if far and far >= _MOSTLY * len(gathered.corners):
+            raise DataError(
+                f"{what}: {far} of {len(gathered.corners)} boxes have numbers above {_FRACTIONS_END:g}: they look like "
+                "pixels. YOLO's are fractions: divide x and width by the image's width, y and height by its height"
+            )
+
+    def _count(self, gathered: Gathered, images: Sequence[str], labels: Mapping[str, str]) -> None:
+        gathered.count("images_without_labels", len(images) - len(labels))
+        used = set(labels.values())
+        others = set(_listed_labels(self.folder, labels))
+        gathered.count("labels_without_image", len(others - used))
+
+    def _shown(self, name: str) -> str:
+        return printable(self.folder.location(name))
+
+
+def find(folder: Folder) -> YoloFolder | None:
+    """The data set that lies in a folder in this format; None if it does not look like it.
+
+    Raises:
+        DataError: a ``data.yaml`` that is not what it should be.
+    """
+    name = find_data_file(folder)
+    if name is not None:
+        about = read_data_file(folder, name)
+        sources = about.sources or _sources_by_name(folder)
+        return YoloFolder(folder, about.names, folder.location(name), sources, about.has_keypoints)
+    sources = _sources_by_name(folder)
+    if not any(_has_labels(folder, source) for listed in sources.values() for source in listed):
+        return None
+    classes = read_class_file(folder)
+    return None if classes is None else YoloFolder(folder, *classes, sources)
+
+
+def _sources_by_name(folder: Folder) -> dict[str, list[str]]:
+    """Folders of images by their names: ``images/train`` or ``train/images`` or ``train``; else ``images``."""
+    sources = {}
+    for split, names in SPLIT_NAMES.items():
+        for name in names:
+            places = (f"images/{name}", f"{name}/images", name)
+            found = next((place for place in places if folder.has(place) and not is_image(place)), None)
+            if found is not None:
+                sources[split] = [found]
+                break
+    return sources or {"all": ["images" if folder.has("images") else ""]}
+
+
+def _has_labels(folder: Folder, source: str) -> bool:
+    return any(folder.has(name) for image in folder.images(source)[:50] for name in _label_names(image))
+
+
+def _label_names(image: str) -> list[str]:
+    """Where the label file of an image may lie."""
+    parts = stem(image).split("/")
+    names = []
+    if "images" in parts[:-1]:
+        place = len(parts) - 2 - parts[:-1][::-1].index("images")
+        names.append("/".join([*parts[:place], "labels", *parts[place + 1 :]]) + ".txt")
+    return [*names, stem(image) + ".txt"]
+
+
+def _listed_labels(folder: Folder, labels: Mapping[str, str]) -> list[str]:
+    """All label files in the folders that hold those of the images."""
+    folders = {posixpath.dirname(name) for name in labels.values() if "labels" in name.split("/")[:-1]}
+    return [posixpath.join(above, name) for above in folders for name in folder.names(above) if name.endswith(".txt")]
