@@ -1,4 +1,4 @@
-"""Writes generated data, and packs data sets into shards."""
+"""Writes generated data, and writes data sets in other formats, shards among them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ DESCRIPTION = """Draw the generated data set that data.generate describes, if it
 
 With --shards, pack the training and the validation set into Parquet shards: a few large files with images and
 annotations instead of very many small ones. Training from shards gives the same results as training from the images,
-and reads faster from object storage."""
+and reads faster from object storage.
+
+With --to FORMAT --out FOLDER, write the data set in another format: coco, yolo or shards. Images are copied byte for
+byte; ids, names and boxes stay what they are."""
 
 SHARD_MEGABYTES = 256
 
@@ -28,6 +31,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shards", metavar="FOLDER", help="pack the splits into FOLDER/train and FOLDER/val; a path or URI"
     )
+    parser.add_argument("--to", metavar="FORMAT", help="write the splits in this format: coco, yolo or shards")
+    parser.add_argument("--out", metavar="FOLDER", help="the folder that --to writes; for shards a path or URI")
     parser.add_argument(
         "--shard-megabytes", metavar="MB", type=int, default=SHARD_MEGABYTES,
         help=f"start a new shard when the images of one reach this size (default {SHARD_MEGABYTES})",
@@ -40,22 +45,59 @@ def _prepare(config: Config, arguments: argparse.Namespace) -> int:
 
     if arguments.shard_megabytes < 1:
         raise ConfigError(f"--shard-megabytes: must be at least 1 (got {arguments.shard_megabytes})")
-    folder = None
-    if arguments.shards is not None:
-        check_address(arguments.shards)
-        folder = resolve(arguments.shards)
+    shards, converted = _targets(arguments)
+    folder = shards or converted
+    if folder is not None:
+        check_address(folder)
+        folder = resolve(folder)
     if config.data.generate is None and folder is None:
-        say("nothing to do: data.generate is not set, and no --shards FOLDER is given")
+        say("nothing to do: data.generate is not set, and neither --shards nor --to is given")
         return 0
     if config.data.generate is not None:
         _generate(config)
     train, val = open_data(config.data, say)
     if folder is not None:
         indexes = {"train": train} if val is None else {"train": train, "val": val}
-        _pack(indexes, folder, arguments.shard_megabytes)
-        say("\nto train from the shards:")
-        say(f"  {train_command(config, arguments.config, folder)}")
+        if converted is None:
+            _pack(indexes, folder, arguments.shard_megabytes)
+        else:
+            _convert(indexes, folder, arguments.to)
+        say(f"\nto train from the {'shards' if converted is None else 'folder'}:")
+        say(f"  {train_command(config, arguments.config, folder, is_root=converted is not None)}")
     return 0
+
+
+def _targets(arguments: argparse.Namespace) -> tuple[str | None, str | None]:
+    """The folder for shards, and the folder for another format."""
+    from detr_ray.data.formats.conversion import SHARDS, WRITTEN
+
+    if (arguments.to is None) != (arguments.out is None):
+        missing, given = ("--out FOLDER", "--to") if arguments.out is None else ("--to FORMAT", "--out")
+        raise ConfigError(f"{given}: needs {missing}")
+    if arguments.to is None:
+        return arguments.shards, None
+    if arguments.shards is not None:
+        raise ConfigError("--shards: is the same as --to shards --out FOLDER: give one of them")
+    if arguments.to not in WRITTEN:
+        raise ConfigError(f"--to: {arguments.to!r} cannot be written; one of {', '.join(WRITTEN)}")
+    return (arguments.out, None) if arguments.to == SHARDS else (None, arguments.out)
+
+
+def _convert(indexes: dict[str, DatasetIndex], folder: str, name: str) -> None:
+    """Writes the splits in another format."""
+    from detr_ray.data.formats.conversion import convert
+    from detr_ray.engine.reporting.progress import Pace
+
+    paces = {split: Pace(f"{split}: wrote", say) for split in indexes}
+
+    def progress(split: str, done: int, total: int, num_bytes: int) -> None:
+        paces[split](done, total, f"{num_bytes / 1e6:.0f} MB")
+
+    num_bytes = convert(indexes, folder, name, progress)
+    count = sum(map(len, indexes.values()))
+    say(f"wrote {count} images, {num_bytes / 1e6:.1f} MB, and their annotations: {folder}")
+    if "val" not in indexes:
+        say("there are no validation images: hold some out by data.split={val: 0.1}")
 
 
 def _generate(config: Config) -> None:
@@ -111,23 +153,28 @@ def _pack(indexes: dict[str, DatasetIndex], folder: str, shard_megabytes: int) -
         say(f"{split}: packed {len(index)} images, {size}, into {shards}, {rate:.0f} images/s: {place}")
 
 
-def train_command(config: Config, config_files: Sequence[str], folder: str) -> str:
-    """The command that trains from shards.
+def train_command(config: Config, config_files: Sequence[str], folder: str, is_root: bool = False) -> str:
+    """The command that trains from what was written.
 
     Args:
-        config: the configuration that the shards were made from.
+        config: the configuration that it was made from.
         config_files: its files. Keys that were given on the command line are not repeated.
         folder: contains the folders ``train`` and ``val`` with the shards.
+        is_root: whether it is a data set in another format instead.
     """
     from detr_ray.addresses import join
 
     data = config.data
-    places = {"root": data.root, "generate": data.generate, "train": data.train, "val": data.val}
+    places = {name: getattr(data, name) for name in ("root", "format", "split", "generate", "train", "val")}
     # A split has one source, so all other sources are set to null.
     overrides = [f"data.{name}=null" for name, value in places.items() if value is not None]
-    overrides.append(f"data.train.shards={join(folder, 'train')}")
-    if data.root is not None or data.val is not None:
-        overrides.append(f"data.val.shards={join(folder, 'val')}")
+    if is_root:
+        overrides = [override for override in overrides if not override.startswith("data.root=")]
+        overrides.append(f"data.root={folder}")
+    else:
+        overrides.append(f"data.train.shards={join(folder, 'train')}")
+        if data.has_val:
+            overrides.append(f"data.val.shards={join(folder, 'val')}")
     files = [part for name in config_files for part in ("--config", name)]
     return shlex.join(["python", "-m", "detr_ray.train", *files, *overrides])
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from coco_folder import CocoFolder, encoded, sound_folder
+from data.format_sets import FORMATS
 
 from detr_ray.check import main
 from detr_ray.config import load_config
@@ -25,6 +26,7 @@ from detr_ray.data.packing import write_shards
 from detr_ray.engine.optimizer import build_optimizer
 from detr_ray.engine.preflight.storage import checkpoint_bytes, within
 from detr_ray.model import build_model
+from detr_ray.runtime.shared_places import sample_files
 
 ROOT = Path(__file__).parents[1]
 
@@ -97,6 +99,26 @@ def test_a_sound_set_passes_and_nothing_is_left_behind(check, tmp_path):
     assert train["bad_images"] == [] and train["formats"] == {"JPEG": 12}
     assert train["fingerprint"] == open_split(str(root), None, "train").fingerprint
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report", "set"]
+
+
+# Formats
+
+
+@pytest.mark.parametrize("name", ["yolo", "voc", "csv"])
+def test_other_formats_are_checked_like_coco(check, tmp_path, name):
+    root = FORMATS[name](tmp_path / "set")
+    outcome = check(root, "train.global_batch_size=2")
+    assert outcome.code == 0 and outcome.messages("error") == []
+    train = outcome.report["splits"]["train"]
+    assert (train["images"], train["categories"], train["images_seen"]) == (12, 4, 12)
+    assert train["problems"]["boxes_clipped"] == 1
+    files, faults = sample_files(load_config(None, [f"data.root={root}"]))
+    assert list(files) == ["data.root (train)", "data.root (val)"] and not faults
+    assert all(Path(file).is_file() and str(root) in file for file in files.values())
+    file = sorted(root.rglob({"yolo": "labels/train/*.txt", "voc": "*.xml", "csv": "train.csv"}[name]))[0]
+    file.write_bytes(b"\xff\xfe\xff")
+    outcome = check(root)
+    assert outcome.code == 1 and file.name in " ".join(outcome.messages("error", "data"))
 
 
 # Images

@@ -47,7 +47,7 @@ def printed_config(lines: list[str]):
 
 def test_nothing_asked_for_is_nothing_to_do(prepare, tmp_path):
     assert prepare(f"data.root={tmp_path}/set") == (
-        0, ["nothing to do: data.generate is not set, and no --shards FOLDER is given"], ""
+        0, ["nothing to do: data.generate is not set, and neither --shards nor --to is given"], ""
     )  # fmt: skip
 
 
@@ -220,6 +220,53 @@ def test_shards_are_closed_at_their_size(prepare, tmp_path):
     code, _, errors = prepare(f"data.root={root}", "--shards", tmp_path / "others", "--shard-megabytes=0")
     assert code == 2
     assert errors.startswith("error: --shard-megabytes: must be at least 1")
+
+
+# Other formats
+
+
+@pytest.mark.parametrize("name", ["coco", "yolo", "shards"])
+def test_data_in_other_formats_and_the_printed_command(prepare, tmp_path, name):
+    root = sound_folder(tmp_path / "a set", num_train=6, num_val=2)
+    code, lines, errors = prepare(f"data.root={root}", "--to", name, "--out", tmp_path / "the copy")
+    assert (code, errors) == (0, "")
+    if name != "shards":
+        assert lines[2].startswith("wrote 8 images, ") and lines[2].endswith(f"{tmp_path}/the copy")
+    config = printed_config(lines)
+    for split in ("train", "val"):
+        back = open_split(config.data.root, config.data.places(split), split)
+        assert back.fingerprint == open_split(str(root), None, split).fingerprint
+    code, _, errors = prepare(f"data.root={root}", "--to", name, "--out", root)
+    assert code == 2 and str(root) in errors
+
+
+def test_a_divided_set_is_written_as_two_and_the_command_divides_no_more(prepare, tmp_path):
+    root = sound_folder(tmp_path / "set")
+    keys = [
+        f"data.train.annotations={root}/annotations/instances_train2017.json",
+        f"data.train.images={root}/train2017",
+    ]
+    code, lines, _ = prepare(*keys, "data.split={val: 0.3}", "--to", "yolo", "--out", tmp_path / "yolo")
+    assert code == 0
+    config = printed_config(lines)
+    assert config.data.split is None and config.data.train is None
+    parts = [open_split(config.data.root, None, split) for split in ("train", "val")]
+    assert sum(map(len, parts)) == 12 and min(map(len, parts)) > 0
+    code, lines, _ = prepare(*keys, "--to", "coco", "--out", tmp_path / "coco")
+    assert code == 0 and "there are no validation images: hold some out by data.split={val: 0.1}" in lines
+
+
+def test_formats_that_are_not_written_and_half_a_request_are_refused(prepare, tmp_path):
+    root = f"data.root={sound_folder(tmp_path / 'set')}"
+    for argv, message in (
+        (("--to", "voc", "--out", tmp_path / "o"), "--to: 'voc' cannot be written; one of coco, yolo, shards"),
+        (("--to", "yolo"), "--to: needs --out FOLDER"),
+        (("--out", tmp_path / "o"), "--out: needs --to FORMAT"),
+        (("--shards", tmp_path / "o", "--to", "yolo", "--out", tmp_path / "o"), "--shards: is the same as --to shards"),
+    ):
+        code, _, errors = prepare(root, *argv)
+        assert code == 2 and errors.startswith(f"error: {message}")
+    assert not (tmp_path / "o").exists()
 
 
 def test_packing_needs_data(prepare, tmp_path):

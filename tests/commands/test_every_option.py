@@ -312,6 +312,15 @@ def prepare_shards(place: Place) -> None:
         assert len(packed) == count and np.array_equal(packed.boxes_xywh_px, plain.boxes_xywh_px)
 
 
+@shows("prepare", "--to", "--out")
+def prepare_to(place: Place) -> None:
+    place.done("prepare", "--to", "yolo", "--out", place.folder / "yolo")
+    assert (place.folder / "yolo" / "data.yaml").is_file()
+    for split in ("train", "val"):
+        found, plain = open_split(str(place.folder / "yolo"), None, split), open_split(str(place.data), None, split)
+        assert found.fingerprint == plain.fingerprint
+
+
 class _Shards:
     annotations = images = None
 

@@ -186,8 +186,18 @@ def _finite_and_first(gathered: Gathered, rows: np.ndarray) -> np.ndarray:
 
 def _to_xywh_px(gathered: Gathered, rows: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     corners = np.array(gathered.corners, np.float64).reshape(-1, 4)[rows]
-    if gathered.in_fractions:
-        corners = corners * np.concatenate([sizes[:, ::-1], sizes[:, ::-1]], axis=1)
-    corners[:, 2:] -= corners[:, :2]
+    return fractions_to_xywh_px(corners, sizes[:, ::-1] if gathered.in_fractions else np.ones((len(rows), 2)))
+
+
+def fractions_to_xywh_px(corners: np.ndarray, widths_heights: np.ndarray) -> np.ndarray:
+    """Boxes as left, top, width, height in pixels, rounded.
+
+    Args:
+        corners: ``[A, 4]`` left, top, right, bottom as fractions of the image's sides.
+        widths_heights: ``[A, 2]`` width and height of each box's image; 1 where corners are in pixels.
+    """
+    boxes = corners * np.concatenate([widths_heights, widths_heights], axis=1)
+    boxes[:, 2:] -= boxes[:, :2]
     # Adding 0 makes a zero of each negative one, which would be another number to the fingerprint.
-    return np.round(corners, _DECIMALS) + 0.0
+    rounded: np.ndarray = np.round(boxes, _DECIMALS) + 0.0
+    return rounded

@@ -268,7 +268,7 @@ def _read_class_table(location: str, text: str) -> tuple[tuple[int, str], ...]:
             raise DataError(f"{where}: {shown(cells[1])} is not a number of a class: a row is name, number")
         if int(cells[1]) in categories:
             raise DataError(f"{where}: class number {int(cells[1])} is there twice: give each class its own")
-        categories[int(cells[1])] = cells[0]
+        categories[int(cells[1])] = cells[0].strip()
     return tuple(zip(categories, check_class_names(list(categories.values()), location), strict=True))
 
 

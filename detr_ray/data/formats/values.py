@@ -58,16 +58,17 @@ def to_class_number(text: str, names: Sequence[str], where: str, listed_in: str)
 
 
 def check_class_names(names: Sequence[str], listed_in: str) -> tuple[str, ...]:
-    """Class names without blanks around them.
+    """Class names, as they are.
 
     Raises:
         DataError: none at all, or an empty one.
     """
-    found = tuple(name.strip() for name in names)
+    found = tuple(names)
     if not found:
         raise DataError(f"{printable(listed_in)}: lists no classes")
-    if "" in found:
-        raise DataError(f"{printable(listed_in)}: class {found.index('')} has no name: give each class a name")
+    nameless = next((number for number, name in enumerate(found) if not name.strip()), None)
+    if nameless is not None:
+        raise DataError(f"{printable(listed_in)}: class {nameless} has no name: give each class a name")
     return found
 
 
@@ -75,7 +76,7 @@ def read_class_file(folder: Folder) -> tuple[tuple[str, ...], str] | None:
     """The classes that a file with one name a line lists, and the file's location; None where there is none."""
     for name in CLASS_FILES:
         if name in folder.names():
-            lines = folder.text(name).rstrip().splitlines()
+            lines = [line.strip() for line in folder.text(name).rstrip().splitlines()]
             return check_class_names(lines, folder.location(name)), folder.location(name)
     return None
 

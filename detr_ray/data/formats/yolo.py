@@ -69,7 +69,7 @@ class YoloFolder:
         if not images:
             raise DataError(f"{what}: no images in {', '.join(map(self._shown, self.sources[split]))}")
         labels = self._labels(images, what)
-        table = read_ids(self.folder, split)
+        table = self._ids(split)
         gathered = Gathered(in_fractions=True, drop_repeated=table is None)
         names = [posixpath.relpath(name, root) if root else name for name in images]
         sizes = {} if table is None else table.sizes
@@ -84,15 +84,16 @@ class YoloFolder:
             gathered, categories=categories, images_root=self.folder.location(root), source=what,
             follow_links=self.folder.follow_links, reading=reading,
         )  # fmt: skip
-        return index if table is None else self._with_ids(table, index)
+        return index if table is None else table.restore(index)
 
-    def _with_ids(self, table: IdTable, index: DatasetIndex) -> DatasetIndex:
-        if len(table.category_ids) != len(self.names):
+    def _ids(self, split: str) -> IdTable | None:
+        table = read_ids(self.folder, split)
+        if table is not None and len(table.category_ids) != len(self.names):
             raise DataError(
                 f"{self._shown(IDS_NAME)} has ids of {len(table.category_ids)} classes, {self.listed_in} has "
                 f"{len(self.names)}: delete {IDS_NAME}, and images, boxes and classes are numbered anew"
             )
-        return table.restore(index)
+        return table
 
     def _images(self, split: str) -> tuple[str, list[str]]:
         """The folder that names of images are relative to, and the images; both below the data set's folder."""
@@ -104,7 +105,8 @@ class YoloFolder:
                 continue
             found = self.folder.images(source)
             inner = posixpath.join(source, "images")
-            folders.append(inner if found and all(name.startswith(f"{inner}/") for name in found) else source)
+            has_inner = "images" not in source.split("/") and bool(found)
+            folders.append(inner if has_inner and all(name.startswith(f"{inner}/") for name in found) else source)
             images += found
         root = folders[0] if len(set(folders)) == 1 else posixpath.commonpath(folders) if "" not in folders else ""
         return root, sorted(set(images))
@@ -127,12 +129,12 @@ class YoloFolder:
         """Image -> its label file, for those that have one."""
         labels = {}
         for image in images:
-            for name in _label_names(image):
+            for name in label_names(image):
                 if self.folder.has(name):
                     labels[image] = name
                     break
         if not labels:
-            looked = " and ".join(self._shown(name) for name in _label_names(images[0]))
+            looked = " and ".join(self._shown(name) for name in label_names(images[0]))
             raise DataError(f"{what}: none of {len(images)} images has a label file (for the first: {looked})")
         taken: dict[str, str] = {}
         for image, label in labels.items():
@@ -218,10 +220,10 @@ def _sources_by_name(folder: Folder) -> dict[str, list[str]]:
 
 
 def _has_labels(folder: Folder, source: str) -> bool:
-    return any(folder.has(name) for image in folder.images(source)[:50] for name in _label_names(image))
+    return any(folder.has(name) for image in folder.images(source)[:50] for name in label_names(image))
 
 
-def _label_names(image: str) -> list[str]:
+def label_names(image: str) -> list[str]:
     """Where the label file of an image may lie."""
     parts = stem(image).split("/")
     names = []

@@ -32,14 +32,15 @@ class IdTable:
         category_ids: id of each class by number.
         image_ids: file name -> id.
         sizes: file name -> (height, width) that the boxes were made on.
-        row_ids: file name -> ids of the boxes in the rows of its label file.
-        entries: annotation id -> the whole annotation, where a row cannot say it.
+        annotation_ids: file name -> ids of its boxes, in their order.
+        entries: annotation id -> the whole annotation, where a row cannot say it; ``in_label_file`` says whether there
+            is a row as well.
     """
 
     category_ids: tuple[int, ...]
     image_ids: Mapping[str, int]
     sizes: Mapping[str, tuple[int, int]]
-    row_ids: Mapping[str, list[int]]
+    annotation_ids: Mapping[str, list[int]]
     entries: Mapping[int, dict[str, Any]]
 
     def restore(self, index: DatasetIndex) -> DatasetIndex:
@@ -72,30 +73,25 @@ class _Rows:
 
     def __init__(self, table: IdTable, index: DatasetIndex, image_ids: list[int]) -> None:
         self._table, self._index, self._image_ids = table, index, image_ids
-        known = [*table.entries, *(i for ids in table.row_ids.values() for i in ids)]
+        known = [*table.entries, *(i for ids in table.annotation_ids.values() for i in ids)]
         self._next_id = max(known, default=0) + 1
-        self._entries_of: dict[int, list[dict[str, Any]]] = {}
-        for entry in table.entries.values():
-            self._entries_of.setdefault(entry["image_id"], []).append(entry)
         self._found: list[dict[str, Any]] = []
         self.num_renumbered = 0
 
     def add(self, i: int, name: str) -> None:
         """Adds the annotations of image ``i``."""
         rows = range(self._index.first_box[i], self._index.first_box[i + 1])
-        ids = self._table.row_ids.get(name, [])
-        entries = self._entries_of.get(self._image_ids[i], [])
-        if len(ids) != len(rows):
-            self.num_renumbered += len(rows)
-            # What a row says goes over what an entry for it says.
-            entries = [entry for entry in entries if entry["id"] not in ids]
-            ids = list(range(self._next_id, self._next_id + len(rows)))
-            self._next_id += len(rows)
-        own = {entry["id"] for entry in entries}
-        self._found += [
-            self._of_row(i, row, number) for row, number in zip(rows, ids, strict=True) if number not in own
-        ]
-        self._found += entries
+        ids, entries = self._table.annotation_ids.get(name, []), self._table.entries
+        with_row = [number for number in ids if number not in entries or entries[number]["in_label_file"]]
+        if len(with_row) == len(rows):
+            row_of = dict(zip(with_row, rows, strict=True))
+            self._found += [entries.get(number) or self._of_row(i, row_of[number], number) for number in ids]
+            return
+        # The label file was changed: what its rows say goes over what is kept for them.
+        self.num_renumbered += len(rows)
+        self._found += [entries[number] for number in ids if number not in with_row]
+        self._found += [self._of_row(i, row, self._next_id + place) for place, row in enumerate(rows)]
+        self._next_id += len(rows)
 
     def _of_row(self, i: int, row: int, number: int) -> dict[str, Any]:
         index = self._index
@@ -109,8 +105,8 @@ class _Rows:
         }
 
     def columns(self) -> dict[str, np.ndarray]:
-        """The annotations as columns, in the order of their ids."""
-        found = sorted(self._found, key=lambda entry: entry["id"])
+        """The annotations as columns."""
+        found = self._found
         return {
             "annotation_ids": np.array([entry["id"] for entry in found], np.int64),
             "annotated_ids": np.array([entry["image_id"] for entry in found], np.int64),
@@ -145,6 +141,7 @@ def read_ids(folder: Folder, split: str) -> IdTable | None:
         entries.optional_floats("area")
         entries.optional_flags("iscrowd")
         entries.integers("image_id")
+        entries.values("in_label_file")
         if not set(entries.integers("category_id").tolist()) <= set(content["category_ids"]):
             raise broken
         sizes = zip(images.integers("height").tolist(), images.integers("width").tolist(), strict=True)

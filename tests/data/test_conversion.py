@@ -1,0 +1,146 @@
+"""Writing data sets in other formats: round trips keep ids, names, boxes and images; what cannot be written is refused.
+
+Run alone: ``pytest tests/data/test_conversion.py``. The command is tested in ``test_prepare.py``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from coco_folder import SIZE, encoded
+from format_sets import FORMATS
+
+from detr_ray.data.errors import DataError
+from detr_ray.data.formats import open_split
+from detr_ray.data.formats.coco import read_coco_index
+from detr_ray.data.formats.conversion import convert
+from detr_ray.data.images import ImageReader
+from detr_ray.data.index import DatasetIndex
+from detr_ray.data.packing import write_shards
+
+BOXES = {
+    "plain": [1.5, 2.25, 30, 20], "many digits": [1.1, 2.7, 10.123456, 9.87], "more digits": [3.12345678912, 2, 9, 9],
+    "over the border": [50, 40, 30, 20], "outside": [100, 4, 9, 9], "without area": [4, 4, 0, 9],
+    "negative": [9, 9, -4, 3], "whole": [0, 0, 64, 48],
+}  # fmt: skip
+
+
+def odd_set(root: Path) -> dict[str, DatasetIndex]:
+    """A COCO data set with all that YOLO cannot say: ids with gaps and in no order, crowds, areas of outlines."""
+    indexes = {}
+    for split, first in (("train", 40), ("val", 7)):
+        (root / split / "sub").mkdir(parents=True)
+        names = ["b.jpg", "a ü%20.png", "sub/b.jpg", "empty.jpeg"]
+        for number, name in enumerate(names):
+            (root / split / name).write_bytes(encoded(seed=number, orientation=6 if name == "b.jpg" else None))
+        images = [
+            {"id": first - 3 * i, "file_name": name, "height": SIZE[0], "width": SIZE[1]}
+            for i, name in enumerate(names)
+        ]
+        rows = [
+            {"id": 1000 - 7 * i, "image_id": first - 3 * (i % 3), "category_id": (90, 3)[i % 2], "bbox": box,
+             "area": box[2] * box[3] if i % 3 else 17.25, "iscrowd": int(name == "whole")}
+            for i, (name, box) in enumerate(BOXES.items())
+        ]  # fmt: skip
+        rows.append(rows[0] | {"id": 5})  # twice the same box is two boxes here
+        categories = [{"id": 90, "name": " no "}, {"id": 3, "name": "a: b\n#c"}, {"id": 17, "name": "never"}]
+        path = root / f"{split}.json"
+        path.write_text(json.dumps({"images": images, "annotations": rows, "categories": categories}))
+        indexes[split] = read_coco_index(str(path), str(root / split))
+    return indexes
+
+
+def assert_same(root: Path, indexes: dict[str, DatasetIndex]) -> None:
+    for split, index in indexes.items():
+        back = open_split(str(root), None, split)
+        assert back.fingerprint == index.fingerprint
+        images, theirs = ImageReader(back), ImageReader(index)
+        assert [images.read(i) for i in range(len(back))] == [theirs.read(i) for i in range(len(back))]
+
+
+def test_round_trips_lose_nothing(tmp_path):
+    indexes = odd_set(tmp_path / "odd")
+    here = indexes
+    for number, name in enumerate(("yolo", "coco", "shards", "yolo", "shards", "coco")):
+        root = tmp_path / f"{number}"
+        if name == "shards":
+            for split, index in here.items():
+                write_shards(index, root / split)
+        else:
+            convert(here, str(root), name)
+        assert_same(root, indexes)
+        here = {split: open_split(str(root), None, split) for split in indexes}
+        assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("name", ["voc", "csv", "yolo, outlines"])
+def test_every_format_can_become_another(tmp_path, name):
+    root = FORMATS[name](tmp_path / "set")
+    indexes = {split: open_split(str(root), None, split) for split in ("train", "val")}
+    for target in ("coco", "yolo"):
+        convert(indexes, str(tmp_path / target), target)
+        assert_same(tmp_path / target, indexes)
+
+
+def test_other_programs_find_yolo_as_they_want_it(tmp_path):
+    """Rows lie within the image and have area, classes count from 0, and crowds are no rows."""
+    convert(odd_set(tmp_path / "odd"), str(tmp_path / "yolo"), "yolo")
+    about = yaml.safe_load((tmp_path / "yolo" / "data.yaml").read_text())
+    assert about == {"train": "images/train", "val": "images/val", "names": {0: "a: b\n#c", 1: "never", 2: " no "}}
+    files = sorted((tmp_path / "yolo" / "labels" / "train").rglob("*.txt"))
+    assert [str(path.relative_to(tmp_path / "yolo/labels/train")) for path in files] == [
+        "a ü%20.txt", "b.txt", "empty.txt", "sub/b.txt",
+    ]  # fmt: skip
+    rows = np.array([[float(v) for v in line.split()] for path in files for line in path.read_text().splitlines()])
+    assert len(rows) == 5 and set(rows[:, 0]) <= {0, 2}
+    corners = np.concatenate([rows[:, 1:3] - rows[:, 3:] / 2, rows[:, 1:3] + rows[:, 3:] / 2])
+    assert corners.min() > -1e-9 and corners.max() < 1 + 1e-9 and (rows[:, 3:] > 0).all()
+
+
+def test_rows_that_were_changed_since_are_what_counts(tmp_path):
+    indexes = odd_set(tmp_path / "odd")
+    root = tmp_path / "yolo"
+    convert(indexes, str(root), "yolo")
+    (root / "labels/train/empty.txt").write_text("1 0.5 0.5 0.25 0.25\n")
+    index = open_split(str(root), None, "train")
+    assert index.problems["annotation_ids_renumbered"] == 1
+    assert index.image_ids.tolist() == indexes["train"].image_ids.tolist()
+    assert len(index.annotation_ids) == 1 + len(indexes["train"].annotation_ids)
+    (row,) = np.flatnonzero(index.category_ids == 17)
+    assert index.boxes_xywh_px[row].tolist() == [24, 18, 16, 12] and index.annotation_ids[row] == 1001
+    about = yaml.safe_load((root / "data.yaml").read_text())
+    (root / "data.yaml").write_text(yaml.safe_dump(about | {"names": ["one"]}))
+    with pytest.raises(DataError, match=r"ids\.json has ids of 3 classes, .*data\.yaml has 1: delete ids\.json"):
+        open_split(str(root), None, "train")
+    for content in ("{}", '{"format": 1}', '{"format": 1, "category_ids": [1], "splits": {"train": {"images": 3}}}'):
+        (root / "ids.json").write_text(content)
+        with pytest.raises(DataError, match=r"ids\.json: not what prepare wrote: delete it"):
+            open_split(str(root), None, "train")
+
+
+def test_what_cannot_be_written_leaves_nothing(tmp_path):
+    root = tmp_path / "odd"
+    indexes = odd_set(root)
+    (root / "train" / "b.jpg").unlink()
+    for name in ("coco", "yolo"):
+        with pytest.raises(DataError, match=r"train/b\.jpg: no such file"):
+            convert(indexes, str(tmp_path / "out"), name)
+    (root / "train" / "b.jpg").write_bytes(encoded())
+    (root / "train" / "b.png").write_bytes(encoded("PNG"))
+    content = json.loads((root / "train.json").read_text())
+    for name, message in {"b.png": "b.png and b.jpg would have one label file", "b": "YOLO finds images by"}.items():
+        (root / "train" / name).write_bytes(encoded("PNG"))
+        image = {"id": 1, "file_name": name, "height": SIZE[0], "width": SIZE[1]}
+        (root / "other.json").write_text(json.dumps(content | {"images": [*content["images"], image]}))
+        other = read_coco_index(str(root / "other.json"), str(root / "train"))
+        with pytest.raises(DataError, match=message):
+            convert({"train": other}, str(tmp_path / "out"), "yolo")
+    with pytest.raises(DataError, match=r"odd exists already: give a new or an empty folder"):
+        convert(indexes, str(root), "coco")
+    with pytest.raises(DataError, match=r"s3://bucket/x: give a folder of this machine"):
+        convert(indexes, "s3://bucket/x", "yolo")
+    assert [path.name for path in tmp_path.iterdir()] == ["odd"]
