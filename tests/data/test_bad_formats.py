@@ -103,6 +103,14 @@ def test_data_files_that_are_refused(tmp_path, content):
         read(put(tmp_path / "set", files))
 
 
+def test_a_data_file_that_grows_when_it_is_shown_is_refused_at_once(tmp_path):
+    """Lists of lists of one list, as text would have ten to the power of thirty entries."""
+    lists = [f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 10)}]" for n in range(1, 31)]
+    content = "\n".join(["l0: &l0 x", *lists, "names: [cat]", "nc: *l30", "train: [*l30]"])
+    with pytest.raises(DataError, match=r"data\.yaml: train is neither a folder nor a list of folders"):
+        read(put(tmp_path, {"data.yaml": content}))
+
+
 def test_class_names_stay_text(tmp_path):
     """What YAML would make truth values, numbers and null of."""
     names = "[yes, no, on, 1, 1.50, null, 'a: b', ~, 2024-01-01]"

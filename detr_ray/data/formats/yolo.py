@@ -199,11 +199,13 @@ def find(folder: Folder) -> YoloFolder | None:
         about = read_data_file(folder, name)
         sources = about.sources or _sources_by_name(folder)
         return YoloFolder(folder, about.names, folder.location(name), sources, about.has_keypoints)
+    classes = read_class_file(folder)  # first: without one, there is no need to list what may be large
+    if classes is None:
+        return None
     sources = _sources_by_name(folder)
     if not any(_has_labels(folder, source) for listed in sources.values() for source in listed):
         return None
-    classes = read_class_file(folder)
-    return None if classes is None else YoloFolder(folder, *classes, sources)
+    return YoloFolder(folder, *classes, sources)
 
 
 def _sources_by_name(folder: Folder) -> dict[str, list[str]]:

@@ -64,7 +64,7 @@ def read_data_file(folder: Folder, name: str) -> DataFile:
         raise DataError(f"{printable(location)}: no 'names': list the classes there, names: [cat, dog]")
     names = check_class_names(_names(content["names"], location), location)
     count = content.get("nc")
-    if count is not None and count != str(len(names)):
+    if isinstance(count, str) and count != str(len(names)):
         raise DataError(
             f"{printable(location)}: nc is {shown(count, quoted=False)}, but 'names' lists {len(names)}: correct one"
         )
@@ -125,7 +125,7 @@ def _source(folder: Folder, base: str, place: Any, key: str) -> str:
     the machine that they were written on: a path is looked for without its first folders as well.
     """
     if not isinstance(place, str):
-        raise DataError(f"{key} is neither a folder nor a list of folders: {shown(place)}")
+        raise DataError(f"{key} is neither a folder nor a list of folders")
     parts = _below(folder, place).split("/")
     candidates = [
         posixpath.join(above, *parts[start:]) for start in range(len(parts)) for above in dict.fromkeys((base, ""))
