@@ -27,7 +27,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(config: Config, arguments: argparse.Namespace) -> int:
-    from detr_ray.engine.preflight import Report, run_preflight, section
+    from detr_ray.engine.preflight.checks import run_preflight, section
+    from detr_ray.engine.preflight.findings import Report
 
     to_stdout = arguments.json == "-"
     tell = (lambda line: say(line, sys.stderr)) if to_stdout else say

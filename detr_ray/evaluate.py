@@ -66,7 +66,7 @@ def _share(text: str) -> float:
 
 
 def _evaluate(config: Config, arguments: argparse.Namespace) -> int:
-    from detr_ray.engine.preflight.storage import check_outputs
+    from detr_ray.engine.preflight.writing import check_outputs
 
     if arguments.picture:
         from detr_ray.viz import check_picture
@@ -95,7 +95,7 @@ def _evaluate(config: Config, arguments: argparse.Namespace) -> int:
 def _write(option: str, location: str, content: Callable[[], bytes]) -> bool:
     """Writes one of the files; an error is reported, so that the other files are still written."""
     from detr_ray.data.errors import DataError
-    from detr_ray.engine.preflight.storage import write_output
+    from detr_ray.engine.preflight.writing import write_output
     from detr_ray.retries import reason_of
 
     try:

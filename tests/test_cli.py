@@ -255,3 +255,12 @@ def test_command_is_dispatched_with_its_arguments(name, capsys):
         "interpolation: linear} (got x, from command line)\n"
         "error: train.epochs: must be at least 1 (got 0, from command line)\n"
     )
+
+
+def test_the_driver_of_a_run_imports_neither_the_model_nor_what_only_workers_need():
+    code = (
+        "import sys, detr_ray.runtime.launch; "
+        "print(*{'torchvision', 'torch._dynamo', 'scipy', 'mlflow', 'detr_ray.model'} & sys.modules.keys())"
+    )
+    done = run_python(code=code)
+    assert (done.stdout.strip(), done.returncode) == ("", 0), done.stderr

@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from detr_ray.config import Config, ConfigError
 from detr_ray.engine.checkpoints.run_directory import absolute_storage
 from detr_ray.engine.preflight.findings import Level, Report
-from detr_ray.engine.preflight.storage import within
+from detr_ray.engine.preflight.writing import within
 from detr_ray.engine.reporting.tracking_store import run_tracking_uri
 from detr_ray.runtime import node_probe
 from detr_ray.runtime.node_probe import Answer, Questions, code_facts, probe_node, reason_of

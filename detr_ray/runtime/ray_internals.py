@@ -61,16 +61,10 @@ INTERNALS = (
     Internal(f"{_TRAIN}.callbacks", "WorkingDirectorySetupCallback"),
     Internal(f"{_TRAIN}.callbacks.datasets", "DatasetsCallback"),
     Internal(f"{_TRAIN}.callbacks.state_manager", "StateManagerCallback", ("datasets",)),
-    # Gives back the workers' places when a driver that shares a Ray with others is killed; without it they stay taken.
-    Internal(
-        f"{_TRAIN}.callbacks.placement_group_callback", "PlacementGroupCleanerCallback", ("after_controller_start",)
-    ),
-    Internal(
-        f"{_TRAIN}.execution.controller.placement_group_cleaner",
-        "PlacementGroupCleaner",
-        ("start_monitoring", "_cleanup_placement_group"),
-    ),
-    Internal(f"{_TRAIN}.execution.controller.placement_group_cleaner", "is_actor_alive", ("actor_id", "timeout")),
+    # Left out by the trainer: `places` does the same without the dashboard.
+    Internal(f"{_TRAIN}.callbacks.placement_group_callback", "PlacementGroupCleanerCallback"),
+    # A resource that only the head node has; without it what frees the places of the dead could be lost with a node.
+    Internal("ray._common.constants", "HEAD_NODE_RESOURCE_NAME"),
     # Tells a worker that its node drains. The public way, `ray.train.get_preemption_info`, is a barrier over all
     # workers. Without it workers would not leave with a checkpoint before their node goes.
     Internal(f"{_TRAIN}.execution.context", "get_train_context"),

@@ -11,7 +11,7 @@ from detr_ray.addresses import is_uri, join
 from detr_ray.config import Config, ConfigError
 from detr_ray.data.formats import first_image
 from detr_ray.data.image_places import refuse_link_outside
-from detr_ray.engine.preflight.storage import first_missing, within
+from detr_ray.engine.preflight.writing import first_missing, within
 from detr_ray.locations import delete_file, delete_folder, list_files, make_folder
 from detr_ray.printable import printable
 from detr_ray.retries import Patience

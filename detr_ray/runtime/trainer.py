@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterable
@@ -20,10 +19,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from detr_ray.engine.errors import RunFailed
 from detr_ray.runtime.heartbeat import ControllerHeartbeat
 from detr_ray.runtime.job_status import Member, unpacked
+from detr_ray.runtime.places import free_places_after_death
 from detr_ray.runtime.ray_internals import (
     ControllerCallback,
     DatasetsCallback,
-    PlacementGroupCleaner,
     PlacementGroupCleanerCallback,
     StateManagerCallback,
     TrainController,
@@ -31,7 +30,6 @@ from detr_ray.runtime.ray_internals import (
     WorkerGroupStartupTimeoutError,
     WorkerHealthCheckFailedError,
     WorkingDirectorySetupCallback,
-    actor_is_alive,
     get_env_vars_to_propagate,
     placement_groups_of,
     remove_placement_group,
@@ -56,8 +54,8 @@ class Trainer(TorchTrainer):  # type: ignore[misc]
 
     Args:
         environment: environment variables of the controller and the workers; this process's own take precedence.
-        own_ray: whether Ray was started for this job alone. Then callbacks are left out that are of use where a
-            Ray is shared: it ends with this process, and nothing else waits for the places of the workers.
+        own_ray: whether Ray was started for this job alone. Then it ends with this process, and nothing else waits
+            for the places of the workers.
         keep_state: whether Ray Train keeps the run's state for the dashboard.
         arguments: see ``TorchTrainer``.
     """
@@ -73,13 +71,14 @@ class Trainer(TorchTrainer):  # type: ignore[misc]
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()
-        idle: tuple[type, ...] = (WorkingDirectorySetupCallback,)
+        idle: tuple[type, ...] = (WorkingDirectorySetupCallback, PlacementGroupCleanerCallback)
         if self._own_ray:
-            idle = (*idle, DatasetsCallback, PlacementGroupCleanerCallback)
+            idle = (*idle, DatasetsCallback)
+        else:
+            callbacks.append(FreePlacesCallback())
         if self._keep_state and not any(isinstance(callback, StateManagerCallback) for callback in callbacks):
             callbacks.append(StateManagerCallback(datasets=self.datasets))
-        callbacks = [callback for callback in callbacks if not isinstance(callback, idle)]
-        return [CleanerCallback() if isinstance(one, PlacementGroupCleanerCallback) else one for one in callbacks]
+        return [callback for callback in callbacks if not isinstance(callback, idle)]
 
     def _initialize_and_run_controller(self, **controller: Any) -> Any:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -88,32 +87,6 @@ class Trainer(TorchTrainer):  # type: ignore[misc]
         self.controller = ray.remote(**options)(TrainController).remote(**controller)
         ray.get(self.controller.run.remote())
         return ray.get(self.controller.get_result.remote())
-
-
-class Cleaner(PlacementGroupCleaner):  # type: ignore[misc]
-    """The actor that frees the workers' places when the controller has died, also without Ray's dashboard.
-
-    Ray Train's own asks the dashboard whether the controller lives, and frees places only once workers have begun.
-    """
-
-    def start_monitoring(self) -> Any:
-        """Begins to watch the controller."""
-        sys.modules[PlacementGroupCleaner.__module__].is_actor_alive = actor_is_alive  # type: ignore[attr-defined]
-        return super().start_monitoring()
-
-    def _cleanup_placement_group(self, placement_group: Any) -> None:
-        for group in placement_groups_of(self._controller_actor_id):
-            remove_placement_group(group)
-
-
-class CleanerCallback(PlacementGroupCleanerCallback):  # type: ignore[misc]
-    """Has the controller start `Cleaner` in place of Ray Train's own actor."""
-
-    def after_controller_start(self, train_run_context: Any) -> None:
-        """Starts it."""
-        module: Any = sys.modules[PlacementGroupCleanerCallback.__module__]
-        module.PlacementGroupCleaner = Cleaner
-        super().after_controller_start(train_run_context)
 
 
 def controller_environment(defaults: dict[str, str]) -> dict[str, str]:
@@ -219,6 +192,14 @@ def threads_given() -> int | None:
     """Torch threads that the user allows on this machine; in jobs and actors Ray sets the variable by itself."""
     given = os.environ.get("OMP_NUM_THREADS", "")
     return int(given) if given.isdigit() and cluster_address() is None and not runs_inside_ray() else None
+
+
+class FreePlacesCallback(ControllerCallback):  # type: ignore[misc]
+    """Frees the workers' places when the controller has died; in place of Ray Train's own, see `places`."""
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Begins to watch the controller."""
+        free_places_after_death()
 
 
 class StatusCallback(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]

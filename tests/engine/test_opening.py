@@ -14,7 +14,7 @@ from tiny import tiny_config
 from detr_ray.config import Config, ConfigError
 from detr_ray.data.errors import DataError
 from detr_ray.engine.job import open_data, prepare_job
-from detr_ray.engine.preflight import run_preflight
+from detr_ray.engine.preflight.checks import run_preflight
 from detr_ray.engine.stream.planned_data import refuse_positions_out_of_reach
 from detr_ray.model.position_encoding import LEARNED_LIMIT, LearnedPositionEncoding
 

@@ -11,7 +11,7 @@ from tiny import fit_here, make_dataset, tiny_config
 
 from detr_ray.config import ConfigError
 from detr_ray.engine.job import prepare_job
-from detr_ray.engine.preflight import run_preflight
+from detr_ray.engine.preflight.checks import run_preflight
 from detr_ray.engine.reporting.tracking_store import local_storage, run_tracking_uri
 from detr_ray.tracking import MemoryTracker
 

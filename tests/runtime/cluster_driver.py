@@ -93,7 +93,7 @@ def answer(call: str, file: str, overrides: list[str]) -> dict[str, Any]:
     """Looks at the cluster as the check command does, as training does, or only for workers."""
     from detr_ray.config import ConfigError, load_config
     from detr_ray.engine.checkpoints.run_directory import absolute_storage
-    from detr_ray.engine.preflight import Report
+    from detr_ray.engine.preflight.findings import Report
     from detr_ray.runtime.cluster_check import check_cluster, preflight_nodes
     from detr_ray.runtime.resources import plan_workers
 

@@ -197,11 +197,12 @@ def test_an_actor_trains_forks_and_leaves_nothing_behind_when_it_is_killed(datas
     wait_for(lambda: len(list(checkpoints.glob("step_*"))) > 0, 120)
     assert free_cpus() <= every_cpu - 2
     ray.kill(trial)
-    wait_for(lambda: free_cpus() == every_cpu, 30)
+    wait_for(lambda: free_cpus() == every_cpu, 60)
+    wait_for(lambda: not ray.util.list_named_actors(all_namespaces=True), 60)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float) -> None:
     give_up = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < give_up, f"{free_cpus()} CPUs are free"
+        assert time.monotonic() < give_up, (free_cpus(), ray.util.list_named_actors(all_namespaces=True))
         time.sleep(0.5)

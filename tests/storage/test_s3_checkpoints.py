@@ -20,7 +20,7 @@ from detr_ray.config import ConfigError
 from detr_ray.engine.checkpoints.run_directory import open_run
 from detr_ray.engine.checkpoints.store import CheckpointStore
 from detr_ray.engine.errors import CheckpointError
-from detr_ray.engine.preflight.storage import try_storage, within
+from detr_ray.engine.preflight.writing import try_storage, within
 from detr_ray.engine.validation.evaluation_job import find_checkpoint
 from detr_ray.model.weights import WeightsError, read_checkpoint
 from detr_ray.retries import AccessDenied, NoSuchObject, StorageError

@@ -17,7 +17,7 @@ from detr_ray.engine.configured_data import open_configured
 from detr_ray.engine.errors import CheckpointError
 from detr_ray.engine.job import choose_label_space, draw, generated_root, label_map_for
 from detr_ray.engine.preflight.findings import Level, Report
-from detr_ray.engine.preflight.storage import TIMEOUT_S, try_storage, within
+from detr_ray.engine.preflight.writing import TIMEOUT_S, try_storage, within
 from detr_ray.engine.reporting.progress import Pace, duration
 
 DATA, LABELS, IMAGES = "data", "labels", "images"

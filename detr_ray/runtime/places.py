@@ -1,0 +1,67 @@
+"""Frees the places of workers whose controller has died, in a Ray that others share.
+
+Ray keeps a placement group when the actor that made it has died. Ray Train has an actor for this too. That one asks
+the dashboard, which not every Ray has, looks only once, and imports all of Ray Train (see `ray_internals`).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+import ray
+
+from detr_ray.runtime.job_status import NAMESPACE
+from detr_ray.runtime.ray_internals import (
+    HEAD_NODE_RESOURCE_NAME,
+    actor_is_alive,
+    placement_groups_of,
+    remove_placement_group,
+)
+
+logger = logging.getLogger(__name__)
+
+LOOK_S = 1.0
+
+
+class PlacesOfDead:
+    """The actor. It ends when the controller has died and holds no place any more.
+
+    Args:
+        controller_id: of Ray Train's controller, in hexadecimal.
+    """
+
+    def __init__(self, controller_id: str) -> None:
+        self._controller_id = controller_id
+        threading.Thread(target=self._watch, args=(ray.get_runtime_context().current_actor,), daemon=True).start()
+
+    def _watch(self, this: ray.actor.ActorHandle) -> None:
+        while not self._is_over():
+            time.sleep(LOOK_S)
+        ray.kill(this)
+
+    def _is_over(self) -> bool:
+        """Frees what a dead controller holds; whether there was nothing left to free."""
+        try:
+            if actor_is_alive(self._controller_id):
+                return False
+            groups = placement_groups_of(self._controller_id)
+            for group in groups:
+                remove_placement_group(group)
+        except Exception:  # Ray's head is busy or away: it is asked again
+            logger.exception("the places of controller %s are not free yet", self._controller_id)
+            return False
+        return not groups
+
+
+def free_places_after_death() -> None:
+    """To be called in a controller: starts the actor that frees its places when it has died, whoever killed it."""
+    controller_id = ray.get_runtime_context().get_actor_id()
+    # Detached, and on the head node, so that it outlives the controller, its owner and their nodes.
+    ray.remote(num_cpus=0, max_restarts=-1)(PlacesOfDead).options(
+        name=f"places of {controller_id}",
+        namespace=NAMESPACE,
+        lifetime="detached",
+        resources={HEAD_NODE_RESOURCE_NAME: 0.001},
+    ).remote(controller_id)
