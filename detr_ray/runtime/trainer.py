@@ -71,13 +71,12 @@ class Trainer(TorchTrainer):  # type: ignore[misc]
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()
-        idle: tuple[type, ...] = (WorkingDirectorySetupCallback, PlacementGroupCleanerCallback)
-        if self._own_ray:
-            idle = (*idle, DatasetsCallback)
-        else:
+        if not self._own_ray:
             callbacks.append(FreePlacesCallback())
         if self._keep_state and not any(isinstance(callback, StateManagerCallback) for callback in callbacks):
             callbacks.append(StateManagerCallback(datasets=self.datasets))
+        # Workers get their data from `datasets`, not from the trainer.
+        idle = (WorkingDirectorySetupCallback, PlacementGroupCleanerCallback, DatasetsCallback)
         return [callback for callback in callbacks if not isinstance(callback, idle)]
 
     def _initialize_and_run_controller(self, **controller: Any) -> Any:

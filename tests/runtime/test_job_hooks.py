@@ -19,6 +19,7 @@ from detr_ray.config import Config, ConfigError
 from detr_ray.engine.hooks import Budget, Evaluated, JobHooks
 from detr_ray.engine.job import prepare_job
 from detr_ray.engine.reporting.progress import FitResult
+from detr_ray.runtime.job_status import NAMESPACE
 from detr_ray.runtime.launch import run_job
 from detr_ray.runtime.resources import plan_workers
 from detr_ray.runtime.session import is_own_ray
@@ -178,6 +179,10 @@ def free_cpus() -> float:
     return ray.available_resources().get("CPU", 0.0)
 
 
+def own_actors() -> list[str]:
+    return [each["name"] for each in ray.util.list_named_actors(all_namespaces=True) if each["namespace"] == NAMESPACE]
+
+
 @pytest.mark.ray
 @pytest.mark.timeout(250)
 @pytest.mark.usefixtures("shared_ray")
@@ -198,11 +203,11 @@ def test_an_actor_trains_forks_and_leaves_nothing_behind_when_it_is_killed(datas
     assert free_cpus() <= every_cpu - 2
     ray.kill(trial)
     wait_for(lambda: free_cpus() == every_cpu, 60)
-    wait_for(lambda: not ray.util.list_named_actors(all_namespaces=True), 60)
+    wait_for(lambda: not own_actors(), 60)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float) -> None:
     give_up = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < give_up, (free_cpus(), ray.util.list_named_actors(all_namespaces=True))
+        assert time.monotonic() < give_up, (free_cpus(), own_actors())
         time.sleep(0.5)
