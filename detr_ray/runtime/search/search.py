@@ -188,8 +188,9 @@ class _Search:
             self._control.end()
             if watch is not None:
                 watch.end_all()
-            self._records.end(status, self._files())
-        best = self._book.best
+            best = self._book.best
+            values = None if best is None else best_values(best, self._space, self._population)
+            self._records.end(status, {} if best is None else self._files(best, values or {}))
         return SearchResult(
             self._directory.name,
             self._directory.path,
@@ -200,20 +201,16 @@ class _Search:
             self._space.parameters,
             time.monotonic() - started,
             best,
-            None if best is None else best_values(best, self._space, self._population),
+            values,
             self._uri if self._config.tracking.enabled else None,
             "" if self._moves is None else self._moves.exploits(),
         )
 
-    def _files(self) -> dict[str, str]:
+    def _files(self, best: Trial, values: Mapping[str, Any]) -> dict[str, str]:
         """The configuration of the best trial, and the schedule that it lived through."""
-        best = self._book.best
-        if best is None:
-            return {}
-        chosen = with_values(self._config, best_values(best, self._space, self._population))
-        schedule = lived_by(best, self._space, self._population)
-        files = {BEST_CONFIG: chosen.to_yaml()}
+        files = {BEST_CONFIG: with_values(self._config, values).to_yaml()}
         if self._moves is not None:
+            schedule = lived_by(best, self._space, self._population)
             files |= {SCHEDULE: schedule, EXPLOITS: f"{self._moves.exploits()}\n"}
         return files
 
