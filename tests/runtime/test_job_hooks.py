@@ -192,9 +192,8 @@ def test_an_actor_trains_forks_and_leaves_nothing_behind_when_it_is_killed(datas
     config.write_text(tiny_config(dataset, tmp_path, *ON_RAY).to_yaml())
     assert is_own_ray()
     every_cpu = ray.cluster_resources()["CPU"]
+    run(tiny_config(dataset, tmp_path, "train.epochs=2", "run.name=whole"), JobHooks())
     trial = ray.remote(num_cpus=0)(Trial).remote()
-    whole = trial.fit.remote(str(config), ["train.epochs=2", "run.name=whole"])
-    assert ray.get(whole, timeout=200) == ("finished", [5, 10], 10)
     forked = trial.fit.remote(str(config), ["train.epochs=3", "run.name=forked", f"run.fork_from={tmp_path}/whole"])
     assert ray.get(forked, timeout=200) == ("finished", [15], 15)
     trial.fit.remote(str(config), ["train.epochs=500", "run.name=killed", "train.checkpoint_every_steps=1"])
