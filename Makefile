@@ -3,6 +3,7 @@
 # pydantic, PyYAML, Pillow and pytest are enough for it.
 PYTHON ?= python3
 VENV ?= .venv
+TESTS_AT_ONCE ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
@@ -30,8 +31,8 @@ cluster-up: $(READY)  ## start a real Ray cluster of three nodes on this machine
 cluster-down: $(READY)  ## end that cluster
 	$(BIN)/python cluster/local.py down
 
-test: $(READY)  ## run the tests (minutes)
-	$(BIN)/python -m pytest
+test: $(READY)  ## run the tests, two at a time (minutes); one: .venv/bin/python -m pytest FILE
+	$(BIN)/python -m pytest --numprocesses $(TESTS_AT_ONCE) --dist loadgroup --no-loadscope-reorder
 
 test-slow: $(READY)  ## run the proofs that take long: killed processes, real images learnt by heart
 	$(BIN)/python -m pytest -m slow

@@ -28,3 +28,22 @@ def shared_data() -> Path:
 def coco128(shared_data: Path) -> Path:
     """The first 128 images of COCO train2017 with their annotations."""
     return shared_data / "coco128"
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Says which tests share a process where several run at once: those of a file, and all that start Ray.
+
+    Those with Ray share one, and take longest: they begin first.
+    """
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    items.sort(key=lambda item: not _starts_ray(item))
+    for item in items:
+        group = "ray" if _starts_ray(item) else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
+def _starts_ray(item: pytest.Item) -> bool:
+    folders = {parent.name for parent in item.path.relative_to(Path(__file__).parent).parents}
+    return item.get_closest_marker("ray") is not None or not folders.isdisjoint({"runtime", "cluster"})
