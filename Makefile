@@ -32,7 +32,7 @@ cluster-down: $(READY)  ## end that cluster
 	$(BIN)/python cluster/local.py down
 
 test: $(READY)  ## run the tests, two at a time (minutes); one: .venv/bin/python -m pytest FILE
-	$(BIN)/python -m pytest --numprocesses $(TESTS_AT_ONCE) --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses $(TESTS_AT_ONCE) --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY)  ## run the proofs that take long: killed processes, real images learnt by heart
 	$(BIN)/python -m pytest -m slow

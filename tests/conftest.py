@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 # The models of the tests are tiny: more threads only wait for each other. Set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -30,20 +31,27 @@ def coco128(shared_data: Path) -> Path:
     return shared_data / "coco128"
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Says which tests share a process where several run at once: those of a file, and all that start Ray.
-
-    Those with Ray share one, and take longest: they begin first.
-    """
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    items.sort(key=lambda item: not _starts_ray(item))
-    for item in items:
-        group = "ray" if _starts_ray(item) else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
+# Tests that start Ray. Where several tests run at once (`make test`), these share a process, and begin first: they take
+# the longest.
+WITH_RAY = ("runtime/", "cluster/", "test_readme.py")
 
 
-def _starts_ray(item: pytest.Item) -> bool:
-    folders = {parent.name for parent in item.path.relative_to(Path(__file__).parent).parents}
-    return item.get_closest_marker("ray") is not None or not folders.isdisjoint({"runtime", "cluster"})
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Has the tests that start Ray begin first."""
+    items.sort(key=lambda item: not _starts_ray(item.nodeid))
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, which tests on a GPU do without
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Has the tests of a file share a process, and all that start Ray. Its marks of groups do nothing in pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "ray" if _starts_ray(nodeid) else nodeid.partition("::")[0]
+
+    return ByFile(config, log)
+
+
+def _starts_ray(nodeid: str) -> bool:
+    return nodeid.removeprefix("tests/").startswith(WITH_RAY)

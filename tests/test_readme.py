@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_readme_has_the_commands_that_a_stranger_needs() -> None:
     assert {re.match(r"python -m detr_ray\.(\w+)", line)[1] for line in OURS} == {  # type: ignore[index]
-        "train", "check", "evaluate", "prepare",
+        "train", "check", "evaluate", "prepare", "tune",
     }  # fmt: skip
     assert [line.split()[1] for line in BLOCKS if line.startswith("make ")] == ["quickstart", "test"]
 
@@ -51,7 +51,7 @@ def test_every_command_does_what_it_says(folder: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(folder)
     same_data = ("data.generate=null",)
     assert run("train", ["--config", "configs/quickstart.yaml", "run.name=NAME"], *same_data) == 0
-    for line in OURS:
+    for line in [line for line in OURS if ".tune" not in line]:
         _, _, module, *arguments = shlex.split(line)
         extra = same_data if "quickstart" in line else ("data.root=null",)
         if "eval.checkpoint=" in line:
@@ -62,6 +62,27 @@ def test_every_command_does_what_it_says(folder: Path, monkeypatch: pytest.Monke
     assert (folder / "found.png").is_file()
     assert (folder / "shards" / "val" / "index.parquet").is_file()
     assert (folder / "runs" / "mine" / "checkpoints").is_dir()
+
+
+@pytest.mark.ray
+def test_the_search_ends_with_a_command_that_trains_the_best(folder: Path, tmp_path: Path) -> None:
+    (line,) = [line for line in OURS if ".tune" in line]
+    python, *arguments = shlex.split(line)
+    smaller = [*TINY, "data.generate=null", "tracking.enabled=true", "data.max_images=null", "tune.trials=2"]
+    storage = f"run.storage={tmp_path}"
+    done = subprocess.run(
+        [sys.executable, *arguments, *smaller, storage],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert (python, done.returncode) == ("python", 0), f"{done.stdout}\n{done.stderr}"
+    assert re.search(r"^best +t00[01]: val/AP ", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(
+        r"^train it +python -m detr_ray\.train --config configs/tune/asha_lr\.yaml .*optim\.lr=", done.stdout, re.M
+    )
 
 
 def run(command: str, arguments: list[str], *extra: str) -> int:

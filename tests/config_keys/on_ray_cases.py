@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from detr_ray.engine.errors import RunFailed
 from detr_ray.runtime import datasets
 from detr_ray.runtime.datasets import RayBatches
 from detr_ray.runtime.launch import fit
+from detr_ray.runtime.search.search import run_search
 
 
 class Started(Exception):
@@ -152,3 +154,19 @@ def prefetch_batches(place: Place) -> None:
             of_planned_batches(place, take_one_and_wait(ahead + 2), f"data.prefetch_batches={ahead}")
     # The one that was taken, those that wait, and one for which there is no place yet.
     assert ready == [3, 8]
+
+
+@shows("tune.time_budget_s", on_ray=True)
+def time_budget_s(place: Place) -> None:
+    """Trials that would train for ever stop with a checkpoint, and no more are started."""
+    said: list[str] = []
+    rates = "tune.space={optim.lr: {loguniform: [1e-5, 1e-3]}}"
+    config = place.config(
+        rates, "tune.trials=3", "tune.max_concurrent=1", "tune.time_budget_s=20", "train.epochs=100000"
+    )
+    result = run_search(config, said.append)
+    assert result.status == "out of time" and result.seconds > 20
+    assert [trial.state for trial in result.trials] == ["stopped"], said
+    assert any("the time of the search is over (tune.time_budget_s=20)" in line for line in said)
+    if result.trials[0].history:
+        assert list(Path(result.path).glob("t000/checkpoints/step_*/model.pt"))

@@ -19,15 +19,11 @@ for _module in Path(__file__).parent.glob("*_cases.py"):
 
 KEYS = [key.path for key in all_keys() if not key.is_section]
 
-NOT_YET = {"tune.time_budget_s"}
-"""Keys that only a running search uses, and that have no case yet."""
-
-
 # A case that shows several keys runs once; its outcome is that of each of them.
 _OUTCOMES: dict[Case, BaseException | None] = {}
 
 
-@pytest.mark.parametrize("key", [key for key in KEYS if key not in RAY_CASES and key not in NOT_YET])
+@pytest.mark.parametrize("key", [key for key in KEYS if key not in RAY_CASES])
 def test_key_does_what_it_says(key: str, key_data: Path, tmp_path: Path) -> None:
     assert key in CASES, f"{key} has no case: write one in tests/config_keys that sees what it does where it is used"
     case = CASES[key]
@@ -44,4 +40,3 @@ def test_key_does_what_it_says(key: str, key_data: Path, tmp_path: Path) -> None
 
 def test_there_is_no_case_of_a_key_that_is_gone() -> None:
     assert (CASES.keys() | RAY_CASES.keys()) - set(KEYS) == set()
-    assert (CASES.keys() | RAY_CASES.keys()) & NOT_YET == set(), "take it out of the list"

@@ -22,6 +22,9 @@ BEST_CONFIG = "best.yaml"
 SCHEDULE = "schedule.yaml"
 EXPLOITS = "exploits.txt"
 
+Ending = Literal["finished", "stopped", "out of time"]
+_ENDED = {"finished": "finished", "stopped": "stopped", "out of time": "ended, as its time is over,"}
+
 
 @dataclasses.dataclass(frozen=True)
 class SearchResult:
@@ -30,7 +33,7 @@ class SearchResult:
     Attributes:
         name: of the search.
         path: its folder.
-        status: ``finished``, or ``stopped`` on request or by its time: it can go on.
+        status: ``finished``; ``stopped`` on request, or ``out of time`` (``tune.time_budget_s``): it can go on.
         metric: name of the metric.
         mode: whether more of it is better.
         trials: all of them.
@@ -45,7 +48,7 @@ class SearchResult:
 
     name: str
     path: str
-    status: Literal["finished", "stopped"]
+    status: Ending
     metric: str
     mode: Literal["max", "min"]
     trials: tuple[Trial, ...]
@@ -93,7 +96,7 @@ def summary(result: SearchResult, files: Sequence[str], overrides: Sequence[str]
     """
     names = list(result.parameters)
     lines = [
-        f"\nsearch {result.name} {result.status} after {duration(result.seconds)}",
+        f"\nsearch {result.name} {_ENDED[result.status]} after {duration(result.seconds)}",
         "",
         final_table(result.trials, names, result.metric, result.mode),
         "",
@@ -110,7 +113,7 @@ def summary(result: SearchResult, files: Sequence[str], overrides: Sequence[str]
         ]
     if result.exploits and result.best is not None:
         lines.append(f"its schedule      {join(result.path, SCHEDULE)}")
-    if result.status == "stopped":
+    if result.status != "finished":
         lines.append(f"go on             the same command with --resume tune.name={result.name}")
     lines.append(f"everything else   {result.path}")
     if result.tracking_uri is not None:

@@ -9,7 +9,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import ray
 import torch
@@ -25,7 +25,7 @@ from detr_ray.runtime.search.capacity import Capacity
 from detr_ray.runtime.search.control import Control
 from detr_ray.runtime.search.directory import SearchDirectory, open_search
 from detr_ray.runtime.search.records import SearchRecords
-from detr_ray.runtime.search.results import BEST_CONFIG, EXPLOITS, SCHEDULE, SearchResult, best_values, lived_by
+from detr_ray.runtime.search.results import BEST_CONFIG, EXPLOITS, SCHEDULE, Ending, SearchResult, best_values, lived_by
 from detr_ray.runtime.search.schedulers import build_scheduler
 from detr_ray.runtime.search.sources import Listed, OptunaTpe, Proposer, Source
 from detr_ray.runtime.search.trial_actor import Setup, Start, TrialActor
@@ -37,6 +37,7 @@ from detr_ray.search.new_population import new_population
 from detr_ray.search.reading import POPULATIONS
 from detr_ray.search.space import SearchSpace, with_values
 from detr_ray.search.trials import Trial
+from detr_ray.tracking import Status
 
 Say = Callable[[str], None]
 
@@ -173,7 +174,8 @@ class _Search:
         """Runs what is left of the search, and says what came of it."""
         self._announce()
         started = time.monotonic()
-        status: Literal["FINISHED", "KILLED", "FAILED"] = "FAILED"
+        status: Status = "FAILED"
+        ended: Ending = "stopped"
         watch: SearchWatch | None = None
         try:
             with stop_signals() as signals:
@@ -181,9 +183,13 @@ class _Search:
                     self._book, self._control, self._records, lambda: self._why_stop(signals), self._say
                 )
                 self._run_trials(watch)
-            status = "KILLED" if watch.stopping else "FINISHED"
-            if self._moves is not None and status == "FINISHED":
-                self._moves.end(self._config.train.keep_last)
+            if not watch.stopping:
+                ended = "finished"
+                if self._moves is not None:
+                    self._moves.end(self._config.train.keep_last)
+            elif self._is_over_time():
+                ended = "out of time"
+            status = "KILLED" if ended == "stopped" else "FINISHED"
         finally:
             self._control.end()
             if watch is not None:
@@ -194,7 +200,7 @@ class _Search:
         return SearchResult(
             self._directory.name,
             self._directory.path,
-            "stopped" if status == "KILLED" else "finished",
+            ended,
             self._settings.metric,
             self._settings.mode,
             tuple(self._book.trials),
@@ -231,9 +237,12 @@ class _Search:
     def _why_stop(self, signals: StopSignals) -> str:
         if signals.asked():
             return "asked to stop"
-        if self._deadline is not None and time.monotonic() > self._deadline:
+        if self._is_over_time():
             return f"the time of the search is over (tune.time_budget_s={self._settings.time_budget_s:g})"
         return ""
+
+    def _is_over_time(self) -> bool:
+        return self._deadline is not None and time.monotonic() > self._deadline
 
     def _run_trials(self, watch: SearchWatch) -> None:
         config, settings = self._config, self._settings
