@@ -1,15 +1,12 @@
 """One worker of a process group runs the whole training loop and saves what it ends with.
 
-python loop_worker.py CONFIG RANK WORLD_SIZE PORT OUT [STOP_AFTER]
-
 Workers other than the first have a storage of their own, in which there is nothing: what they know of checkpoints, rank
-0 told them. Where STOP_AFTER is given, the last worker asks to stop at that step.
+0 told them.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -24,14 +21,18 @@ from detr_ray.engine.loop import TrainingLoop
 from detr_ray.engine.stream.batches import LocalBatches
 from detr_ray.tracking import MemoryTracker
 
-ODD = {
-    "text": "plain",
-    "numbers": [torch.tensor(3), torch.tensor([True, False]), torch.arange(5, dtype=torch.float64)],
-    "half": (torch.randn(2, 3).bfloat16(), torch.randn(2, 3).half()),
-    "channels_last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
-    "empty": torch.zeros(0, 3),
-    "turned": torch.randn(4, 6).t(),
-}
+
+def odd(rank: int) -> dict[str, object]:
+    """Tensors of any type and layout, other ones in each worker."""
+    chance = torch.Generator().manual_seed(rank)
+    return {
+        "text": f"of {rank}",
+        "numbers": [torch.tensor(3), torch.tensor([True, False]), torch.arange(5, dtype=torch.float64)],
+        "half": (torch.randn(2, 3, generator=chance).bfloat16(), torch.randn(2, 3, generator=chance).half()),
+        "channels_last": torch.randn(2, 3, 4, 5, generator=chance).to(memory_format=torch.channels_last),
+        "empty": torch.zeros(0, 3),
+        "turned": torch.randn(4, 6, generator=chance).t(),
+    }
 
 
 class Context(DistributedContext):
@@ -54,18 +55,27 @@ class Context(DistributedContext):
         return "asked" if last and self._stop_after is not None and self._step + 1 >= self._stop_after else None
 
 
-def main() -> None:
-    config_path, rank, world_size, port, out, *stop_after = sys.argv[1:]
+def main(config_path: str, rank: int, world_size: int, port: int, out: str, *stop_after: str) -> None:
+    """Runs it.
+
+    Args:
+        config_path: the configuration.
+        rank: of this worker.
+        world_size: workers.
+        port: where they meet.
+        out: where each saves, with its rank added.
+        stop_after: where given, the last worker asks to stop at that step.
+    """
     torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "WORLD_SIZE": world_size}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
     dist.init_process_group("gloo")
-    own_storage = [] if rank == "0" else [f"run.storage={out}.storage.{rank}"]
+    own_storage = [] if rank == 0 else [f"run.storage={out}.storage.{rank}"]
     job = prepare_job(load_config(config_path, own_storage), lambda line: None)
-    context = Context(int(rank), int(world_size), int(stop_after[0]) if stop_after else None)
-    batches = LocalBatches(job.data.plan(int(world_size), int(rank)), *job.data.loaders())
+    context = Context(rank, world_size, int(stop_after[0]) if stop_after else None)
+    batches = LocalBatches(job.data.plan(world_size, rank), *job.data.loaders())
     tracker = MemoryTracker()
-    # Each worker's own random numbers, but for what rank 0 says.
-    ended: dict[str, object] = {"told": context.broadcast(ODD), "gathered": context.gather_to_first(int(rank))}
+    ended: dict[str, object] = {"told": context.broadcast(odd(rank)), "gathered": context.gather_to_first(rank)}
     try:
         loop = TrainingLoop(job, context, batches, tracker)
         result = loop.run()
@@ -78,7 +88,3 @@ def main() -> None:
         ended |= {"failed": str(error), "agreed": error.agreed}
     torch.save(ended | {"lines": context.lines, "metrics": tracker.metrics}, Path(f"{out}.{rank}"))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,14 +1,8 @@
-"""One worker of a process group takes a few steps with plain SGD and saves its gradients.
-
-python one_worker.py CONFIG RANK WORLD_SIZE PORT STEPS OUT [POISONED]
-
-Where POISONED is given, the last worker's model gives NaN at that step. Every worker then saves what it saw.
-"""
+"""One worker of a process group takes a few steps with plain SGD and saves its gradients."""
 
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -35,27 +29,38 @@ class RecordingSgd(torch.optim.SGD):
         super().step()
 
 
-def main() -> None:
-    config_path, rank, world_size, port, steps, out, *poisoned = sys.argv[1:]
+def main(config_path: str, rank: int, world_size: int, port: int, steps: str, out: str, *poisoned: str) -> None:
+    """Runs it.
+
+    Args:
+        config_path: the configuration.
+        rank: of this worker.
+        world_size: workers.
+        port: where they meet.
+        steps: how many.
+        out: where rank 0 saves; the others add their rank.
+        poisoned: where given, the last worker's model gives NaN at that step. Every worker then saves what it saw.
+    """
     torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "WORLD_SIZE": world_size}
-    if int(world_size) > 1:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    if world_size > 1:
         dist.init_process_group("gloo")
     job = prepare_job(load_config(config_path), lambda line: None)
     model = job.build_detector().model
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    context = DistributedContext(int(rank), int(world_size))
+    context = DistributedContext(rank, world_size)
     optimizer = RecordingSgd([p for p in model.parameters() if p.requires_grad])
     step = TrainStep(
         model, job.build_detector().criterion, optimizer, context,
         seed=job.config.run.seed, skip_nonfinite=job.config.train.on_nonfinite == "skip",
     )  # fmt: skip
-    batches = LocalBatches(job.data.plan(int(world_size), int(rank)), *job.data.loaders())
+    batches = LocalBatches(job.data.plan(world_size, rank), *job.data.loaders())
     norms, losses, skipped = [], [], []
     meters = Meters(context, job.config.train.global_batch_size)
     for number, micro_batches in enumerate(batches.train_batches(0, int(steps))):
         handle = None
-        if poisoned and number == int(poisoned[0]) and int(rank) == int(world_size) - 1:
+        if poisoned and number == int(poisoned[0]) and rank == world_size - 1:
             handle = model.transformer.register_forward_hook(lambda module, inputs, output: output * float("nan"))
         try:
             outcome = step(number, micro_batches)
@@ -76,10 +81,6 @@ def main() -> None:
     else:
         logged = meters.metrics(meters.totals(StepTimes()))
         found = {"gradients": optimizer.gradients, "norms": norms, "losses": losses, "logged": logged}
-        torch.save(found, Path(out) if int(rank) == 0 else Path(f"{out}.{rank}"))
-    if int(world_size) > 1:
+        torch.save(found, Path(out) if rank == 0 else Path(f"{out}.{rank}"))
+    if world_size > 1:
         dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

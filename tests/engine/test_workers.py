@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import loop_worker
+import one_worker
 import pytest
 import torch
+from forked_workers import start_workers
 from recorded import assert_same_weights, final_weights
 from tiny import make_dataset, tiny_config
 from torchvision.models import resnet18
 
 from detr_ray.config import Config
-
-WORKER = Path(__file__).parent / "one_worker.py"
-LOOP_WORKER = Path(__file__).parent / "loop_worker.py"
 
 
 @pytest.fixture(scope="module")
@@ -41,45 +38,26 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
-
-
-def start_workers(
+def take_steps(
     config_file: Path, world_size: int, out: Path, *overrides: str, steps: int, poisoned: str | None = None
 ) -> None:
     from detr_ray.config import load_config
 
     own = out.with_suffix(".yaml")
     own.write_text(load_config(config_file, overrides).to_yaml())
-    start_processes(WORKER, own, world_size, str(steps), str(out), *([] if poisoned is None else [poisoned]))
-
-
-def start_processes(program: Path, config_file: Path, world_size: int, *arguments: str) -> None:
-    port = free_port()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(program), str(config_file), str(rank), str(world_size), str(port), *arguments],
-            stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(world_size)
-    ]  # fmt: skip
-    errors = [process.communicate(timeout=240)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * world_size, errors
+    start_workers(one_worker.main, own, world_size, str(steps), str(out), *([] if poisoned is None else [poisoned]))
 
 
 def run_loops(config: Config, world_size: int, out: Path, stop_after: int | None = None) -> list[dict[str, Any]]:
     """Runs the whole loop in several processes; what each of them ended with."""
     path = out.with_suffix(".yaml")
     path.write_text(config.to_yaml())
-    start_processes(LOOP_WORKER, path, world_size, str(out), *([] if stop_after is None else [str(stop_after)]))
+    start_workers(loop_worker.main, path, world_size, str(out), *([] if stop_after is None else [str(stop_after)]))
     return [torch.load(f"{out}.{rank}", weights_only=True) for rank in range(world_size)]
 
 
 def run_workers(config_file: Path, world_size: int, out: Path, *overrides: str, steps: int) -> dict[str, Any]:
-    start_workers(config_file, world_size, out, *overrides, steps=steps)
+    take_steps(config_file, world_size, out, *overrides, steps=steps)
     return torch.load(out, weights_only=True)
 
 
@@ -128,7 +106,7 @@ def test_workers_agree_where_the_backbone_is_frozen(config_file: Path, alone: di
 
 def test_a_step_that_is_not_finite_on_one_worker_is_left_out_on_all(config_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    start_workers(config_file, 2, out, "train.on_nonfinite=skip", steps=3, poisoned="1")
+    take_steps(config_file, 2, out, "train.on_nonfinite=skip", steps=3, poisoned="1")
     first, second = (torch.load(f"{out}.{rank}", weights_only=True) for rank in (0, 1))
     assert first["skipped"] == second["skipped"] == [False, True, False]
     assert all(torch.equal(value, second["moved"][name]) for name, value in first["moved"].items())
@@ -139,7 +117,7 @@ def test_a_step_that_is_not_finite_on_one_worker_ends_all_with_the_same_message(
     config_file: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    start_workers(config_file, 2, out, steps=3, poisoned="1")
+    take_steps(config_file, 2, out, steps=3, poisoned="1")
     first, second = (Path(f"{out}.{rank}").read_text() for rank in (0, 1))
     assert first == second
     assert first.startswith("True\nstep 1: not finite")
@@ -223,9 +201,9 @@ def test_workers_count_different_unreadable_images_together(damaged: Path, strai
 
 
 def test_what_the_first_worker_tells_arrives_as_it_was(straight: list[dict[str, Any]]) -> None:
-    """Tensors of any type and layout, anywhere in plain data; see `ODD` in the worker."""
+    """Tensors of any type and layout, anywhere in plain data; see `odd` in the worker."""
     told, arrived = straight[0]["told"], straight[1]["told"]
-    assert arrived.keys() == told.keys() and arrived["text"] == "plain" and arrived["empty"].shape == (0, 3)
+    assert arrived.keys() == told.keys() and arrived["text"] == "of 0" and arrived["empty"].shape == (0, 3)
     for a, b in zip(values_of(told), values_of(arrived), strict=True):
         assert (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride()) and torch.equal(a, b)
     assert straight[0]["gathered"] == [0, 1] and straight[1]["gathered"] is None

@@ -1,0 +1,44 @@
+"""Processes of a process group, forked from a server that has imported what they need: imports take seconds in each."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+HERE = Path(__file__).parent
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["one_worker", "loop_worker", "torchvision.models"])  # the first model imports the last
+
+
+def start_workers(main: Callable[..., None], config_file: Path, world_size: int, *arguments: str) -> None:
+    """Runs ``main(config_file, rank, world_size, port, *arguments)`` in so many processes; all of them must succeed."""
+    port = free_port()
+    before = os.environ.get("PYTHONPATH")
+    # The server does not get this process's sys.path.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent), str(HERE.parents[1]), before or ""])
+    try:
+        processes = [
+            FORKS.Process(target=main, args=(str(config_file), rank, world_size, port, *arguments))
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+    finally:
+        os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+    give_up = time.monotonic() + 240
+    for process in processes:
+        process.join(max(0.0, give_up - time.monotonic()))
+        process.kill()
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * world_size, "standard error has the reasons"
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
