@@ -25,7 +25,7 @@ from detr_ray.data.packing import write_shards
 BOXES = {
     "plain": [1.5, 2.25, 30, 20], "many digits": [1.1, 2.7, 10.123456, 9.87], "more digits": [3.12345678912, 2, 9, 9],
     "over the border": [50, 40, 30, 20], "outside": [100, 4, 9, 9], "without area": [4, 4, 0, 9],
-    "negative": [9, 9, -4, 3], "whole": [0, 0, 64, 48],
+    "negative": [9, 9, -4, 3], "whole": [0, 0, 64, 48], "left of the border": [-5, -3, 20, 20],
 }  # fmt: skip
 
 
@@ -96,7 +96,7 @@ def test_other_programs_find_yolo_as_they_want_it(tmp_path):
         "a ü%20.txt", "b.txt", "empty.txt", "sub/b.txt",
     ]  # fmt: skip
     rows = np.array([[float(v) for v in line.split()] for path in files for line in path.read_text().splitlines()])
-    assert len(rows) == 5 and set(rows[:, 0]) <= {0, 2}
+    assert len(rows) == 6 and set(rows[:, 0]) <= {0, 2}
     corners = np.concatenate([rows[:, 1:3] - rows[:, 3:] / 2, rows[:, 1:3] + rows[:, 3:] / 2])
     assert corners.min() > -1e-9 and corners.max() < 1 + 1e-9 and (rows[:, 3:] > 0).all()
 
