@@ -33,7 +33,7 @@ def coco128(shared_data: Path) -> Path:
 
 # Tests that start Ray. Where several tests run at once (`make test`), these share a process, and begin first: they take
 # the longest.
-WITH_RAY = ("runtime/", "cluster/", "test_readme.py")
+WITH_RAY = ("runtime/", "cluster/")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

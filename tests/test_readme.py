@@ -64,6 +64,7 @@ def test_every_command_does_what_it_says(folder: Path, monkeypatch: pytest.Monke
     assert (folder / "runs" / "mine" / "checkpoints").is_dir()
 
 
+@pytest.mark.slow  # a search starts many processes; a short one is in tests/config_keys/on_ray_cases.py
 @pytest.mark.ray
 def test_the_search_ends_with_a_command_that_trains_the_best(folder: Path, tmp_path: Path) -> None:
     (line,) = [line for line in OURS if ".tune" in line]

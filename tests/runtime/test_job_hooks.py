@@ -127,7 +127,8 @@ def test_a_run_is_the_child_of_its_parent(dataset: Path, tmp_path: Path) -> None
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("shared_ray")
 class TestOnRay:
-    @pytest.mark.parametrize("place", ["thread", pytest.param("event loop", marks=pytest.mark.slow)])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("place", ["thread", "event loop"])
     def test_hooks(self, place: str, dataset: Path, tmp_path: Path) -> None:
         told_and_stopped(PLACES[place], tiny_config(dataset, tmp_path, *ON_RAY, *LONG))
 
