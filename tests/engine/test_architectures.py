@@ -32,6 +32,7 @@ ARCHITECTURES = {
     ),
 }
 ALL = pytest.mark.parametrize("architecture", ARCHITECTURES)
+WITH_ALL_OPTIONS = pytest.mark.parametrize("architecture", ["deformable_detr with all options"])
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def configured(dataset: Path, folder: Path, architecture: str, *overrides: str) 
     return tiny_config(dataset, folder, *keys, *ARCHITECTURES[architecture], *overrides)
 
 
-@pytest.mark.parametrize("architecture", ["deformable_detr with all options"])
+@WITH_ALL_OPTIONS
 def test_neither_workers_nor_accumulation_change_the_gradient(dataset: Path, tmp_path: Path, architecture: str) -> None:
     """Frozen batch norm, so that an image's features do not depend on the others'."""
     torch.manual_seed(0)
@@ -66,7 +67,7 @@ def test_neither_workers_nor_accumulation_change_the_gradient(dataset: Path, tmp
         assert float((gradient - expected).norm() / expected.norm()) < 1e-4
 
 
-@ALL
+@WITH_ALL_OPTIONS
 def test_stopping_and_going_on_is_never_having_stopped(dataset: Path, tmp_path: Path, architecture: str) -> None:
     settings = ("model.dropout=0.1", "optim.ema_decay=0.9", "optim.lr_factors={sampling_offsets: 0.1}")
     fit_here(configured(dataset, tmp_path, architecture, "run.name=straight", *settings))
@@ -77,7 +78,7 @@ def test_stopping_and_going_on_is_never_having_stopped(dataset: Path, tmp_path: 
     assert_same_weights(tmp_path / "stopped", tmp_path / "straight", steps=6)
 
 
-@ALL
+@WITH_ALL_OPTIONS
 def test_it_trains_in_bf16_and_is_evaluated(dataset: Path, tmp_path: Path, architecture: str) -> None:
     tracker = MemoryTracker()
     rates = ("optim.lr=1e-3", "optim.lr_backbone=1e-3", "train.epochs=5", "eval.every_epochs=0")
