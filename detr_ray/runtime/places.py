@@ -44,15 +44,18 @@ class PlacesOfDead:
     def _is_over(self) -> bool:
         """Frees what a dead controller holds; whether there was nothing left to free."""
         try:
-            if actor_is_alive(self._controller_id):
-                return False
-            groups = placement_groups_of(self._controller_id)
-            for group in groups:
-                remove_placement_group(group)
+            return not actor_is_alive(self._controller_id) and free_places(self._controller_id)
         except Exception:  # Ray's head is busy or away: it is asked again
             logger.exception("the places of controller %s are not free yet", self._controller_id)
             return False
-        return not groups
+
+
+def free_places(controller_id: str) -> bool:
+    """Frees what a controller holds; whether there was nothing left to free. Ray takes a moment for each place."""
+    groups = placement_groups_of(controller_id)
+    for group in groups:
+        remove_placement_group(group)
+    return not groups
 
 
 def free_places_after_death() -> None:

@@ -148,7 +148,7 @@ def free_resources() -> dict[str, dict[str, float]]:
     return __getattr__("state").available_resources_per_node()
 
 
-def actor_is_alive(actor_id: str, timeout: float = 0.0) -> bool:
+def actor_is_alive(actor_id: str) -> bool:
     """Whether an actor lives. The public State API asks the dashboard, which not every Ray has."""
     return __getattr__("state").actor_table(actor_id).get("State") not in (None, "DEAD")
 

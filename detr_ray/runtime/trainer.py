@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from detr_ray.engine.errors import RunFailed
 from detr_ray.runtime.heartbeat import ControllerHeartbeat
 from detr_ray.runtime.job_status import Member, unpacked
-from detr_ray.runtime.places import free_places_after_death
+from detr_ray.runtime.places import free_places, free_places_after_death
 from detr_ray.runtime.ray_internals import (
     ControllerCallback,
     DatasetsCallback,
@@ -32,7 +32,6 @@ from detr_ray.runtime.ray_internals import (
     WorkingDirectorySetupCallback,
     get_env_vars_to_propagate,
     placement_groups_of,
-    remove_placement_group,
     runs_inside_ray,
 )
 from detr_ray.runtime.session import cluster_address
@@ -177,9 +176,7 @@ class Attempt:
         for worker in workers:
             ray.kill(unpacked(worker.actor))
         give_up = time.monotonic() + ENDED_WITHIN_S
-        while (groups := placement_groups_of(_id_of(controller))) and time.monotonic() < give_up:
-            for group in groups:
-                remove_placement_group(group)
+        while not free_places(_id_of(controller)) and time.monotonic() < give_up:
             time.sleep(0.2)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
-HERE = Path(__file__).parent
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["one_worker", "loop_worker", "torchvision.models"])  # the first model imports the last
 
@@ -17,18 +18,14 @@ FORKS.set_forkserver_preload(["one_worker", "loop_worker", "torchvision.models"]
 def start_workers(main: Callable[..., None], config_file: Path, world_size: int, *arguments: str) -> None:
     """Runs ``main(config_file, rank, world_size, port, *arguments)`` in so many processes; all of them must succeed."""
     port = free_port()
-    before = os.environ.get("PYTHONPATH")
-    # The server does not get this process's sys.path.
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent), str(HERE.parents[1]), before or ""])
-    try:
-        processes = [
-            FORKS.Process(target=main, args=(str(config_file), rank, world_size, port, *arguments))
-            for rank in range(world_size)
-        ]
+    processes = [
+        FORKS.Process(target=main, args=(str(config_file), rank, world_size, port, *arguments))
+        for rank in range(world_size)
+    ]
+    # The server, which the first start starts, does not get this process's sys.path.
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
         for process in processes:
             process.start()
-    finally:
-        os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
     give_up = time.monotonic() + 240
     for process in processes:
         process.join(max(0.0, give_up - time.monotonic()))

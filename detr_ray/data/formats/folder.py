@@ -23,9 +23,7 @@ from detr_ray.retries import reason_of
 IMAGE_SUFFIXES = frozenset({
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".mpo", ".ppm", ".pgm", ".dib",
 })  # fmt: skip
-TRAIN_NAMES = ("train", "training")
-VAL_NAMES = ("val", "valid", "validation")
-SPLIT_NAMES = {"train": TRAIN_NAMES, "val": VAL_NAMES}
+SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation")}
 """How the folders and files of a split are called in exports."""
 
 _LOCAL_THREADS = 8

@@ -41,6 +41,7 @@ class VocFolder:
     folder: Folder
     files: Mapping[str, Sequence[str]]
     missing: Mapping[str, int] = field(default_factory=dict)
+    _parsed: dict[str, VocImage] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -94,8 +95,12 @@ class VocFolder:
         return sorted(found)
 
     def _parse(self, files: Sequence[str]) -> Iterator[VocImage]:
-        for file, raw in zip(files, self.folder.contents(files), strict=True):
-            yield read_annotation(file, self.folder.location(file), raw)
+        new = [file for file in files if file not in self._parsed]
+        contents = self.folder.contents(new)
+        for file in files:
+            if file not in self._parsed:
+                self._parsed[file] = read_annotation(file, self.folder.location(file), next(contents))
+            yield self._parsed[file]
 
     def _shown(self, name: str) -> str:
         return printable(self.folder.location(name))

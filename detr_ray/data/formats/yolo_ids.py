@@ -95,13 +95,10 @@ class _Rows:
 
     def _of_row(self, i: int, row: int, number: int) -> dict[str, Any]:
         index = self._index
-        return {
+        return annotation_of(index, i, row) | {
             "id": number,
             "image_id": self._image_ids[i],
             "category_id": self._table.category_ids[index.category_ids[row]],
-            "bbox": index.boxes_xywh_px[row].tolist(),
-            "area": float(index.areas[row]),
-            "iscrowd": int(index.is_crowd[row]),
         }
 
     def columns(self) -> dict[str, np.ndarray]:
@@ -115,6 +112,18 @@ class _Rows:
             "areas": np.array([entry["area"] for entry in found], np.float64),
             "is_crowd": np.array([entry["iscrowd"] for entry in found], bool),
         }
+
+
+def annotation_of(index: DatasetIndex, i: int, row: int) -> dict[str, Any]:
+    """The annotation at a row, which is of image ``i``, in COCO's form."""
+    return {
+        "id": int(index.annotation_ids[row]),
+        "image_id": int(index.image_ids[i]),
+        "category_id": int(index.category_ids[row]),
+        "bbox": index.boxes_xywh_px[row].tolist(),
+        "area": float(index.areas[row]),
+        "iscrowd": int(index.is_crowd[row]),
+    }
 
 
 def read_ids(folder: Folder, split: str) -> IdTable | None:

@@ -16,7 +16,7 @@ from detr_ray.data.errors import DataError
 from detr_ray.data.formats import yolo
 from detr_ray.data.formats.assembly import fractions_to_xywh_px
 from detr_ray.data.formats.folder import is_image, stem
-from detr_ray.data.formats.yolo_ids import IDS_NAME, dump_ids
+from detr_ray.data.formats.yolo_ids import IDS_NAME, annotation_of, dump_ids
 from detr_ray.data.index import DatasetIndex
 from detr_ray.printable import printable
 
@@ -73,7 +73,7 @@ def _write_split(index: DatasetIndex, folder: Path, split: str) -> dict[str, Any
                 "annotation_ids": index.annotation_ids[here].tolist(),
             }
         )
-        entries += [_entry(index, i, row) | {"in_label_file": bool(has_row[row])} for row in here if not is_exact[row]]
+        entries += [annotation_of(index, i, row) | {"in_label_file": bool(has_row[row])} for row in here if not is_exact[row]]
     return {"images": images, "annotations": entries}
 
 
@@ -95,17 +95,6 @@ def _rows(index: DatasetIndex) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     has_row = ~index.is_crowd & (extent > 0).all(axis=1)
     is_exact = has_row & (boxes == index.boxes_xywh_px).all(axis=1) & (boxes[:, 2] * boxes[:, 3] == index.areas)
     return rows, has_row, is_exact
-
-
-def _entry(index: DatasetIndex, i: int, row: int) -> dict[str, Any]:
-    return {
-        "id": int(index.annotation_ids[row]),
-        "image_id": int(index.image_ids[i]),
-        "category_id": int(index.category_ids[row]),
-        "bbox": index.boxes_xywh_px[row].tolist(),
-        "area": float(index.areas[row]),
-        "iscrowd": int(index.is_crowd[row]),
-    }
 
 
 def _refuse_names(names: list[str], split: str) -> None:

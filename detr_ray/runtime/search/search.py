@@ -53,6 +53,7 @@ _ENVIRONMENT = {
 # They warn of result files of Tune's that are not written, and of calls that wait for an actor.
 _LOUD = ("ray.tune.analysis.experiment_analysis", "ray.tune.utils.util")
 
+ASKED = "asked to stop"
 MOST_STARTS = 1_000_000
 STOPPED_WITHIN_S = 180.0
 
@@ -187,7 +188,7 @@ class _Search:
                 ended = "finished"
                 if self._moves is not None:
                     self._moves.end(self._config.train.keep_last)
-            elif self._is_over_time():
+            elif watch.stopping != ASKED:
                 ended = "out of time"
             status = "KILLED" if ended == "stopped" else "FINISHED"
         finally:
@@ -236,13 +237,10 @@ class _Search:
 
     def _why_stop(self, signals: StopSignals) -> str:
         if signals.asked():
-            return "asked to stop"
-        if self._is_over_time():
+            return ASKED
+        if self._deadline is not None and time.monotonic() > self._deadline:
             return f"the time of the search is over (tune.time_budget_s={self._settings.time_budget_s:g})"
         return ""
-
-    def _is_over_time(self) -> bool:
-        return self._deadline is not None and time.monotonic() > self._deadline
 
     def _run_trials(self, watch: SearchWatch) -> None:
         config, settings = self._config, self._settings
