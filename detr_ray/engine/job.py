@@ -25,7 +25,7 @@ from detr_ray.data.statistics import count_boxes, find_misreadings
 from detr_ray.engine.checkpoints.fork import Fork, find_fork
 from detr_ray.engine.checkpoints.info import CheckpointInfo
 from detr_ray.engine.checkpoints.run_directory import RunDirectory, open_run, read_record
-from detr_ray.engine.configured_data import open_configured
+from detr_ray.engine.configured_data import ConfiguredData
 from detr_ray.engine.reporting.progress import Pace
 from detr_ray.engine.reporting.tracking_store import check_tracking, run_tracking_uri
 from detr_ray.engine.stream.planned_data import PlannedData, refuse_positions_out_of_reach
@@ -102,8 +102,9 @@ def open_data(data: DataConfig, say: Say) -> OpenedData:
         DataError: it cannot be read, or is not what it should be.
     """
     generate_data(data, say)
-    train = _open_split(data, "train", say)
-    val = _open_split(data, "val", say) if data.has_val else None
+    configured = ConfiguredData(data)
+    train = _open_split(data, configured, "train", say)
+    val = _open_split(data, configured, "val", say) if data.has_val else None
     return train, val
 
 
@@ -120,7 +121,7 @@ def open_evaluation_data(data: DataConfig, say: Say) -> DatasetIndex:
             "data.val.images=FOLDER"
         )
     generate_data(data, say)
-    return _open_split(data, "val", say)
+    return _open_split(data, ConfiguredData(data), "val", say)
 
 
 def generate_data(data: DataConfig, say: Say) -> None:
@@ -158,8 +159,8 @@ def generated_root(data: DataConfig) -> Path:
     return root
 
 
-def _open_split(data: DataConfig, split: str, say: Say) -> DatasetIndex:
-    index = open_configured(data, split, Pace(f"{split}: read the sizes of", say))
+def _open_split(data: DataConfig, configured: ConfiguredData, split: str, say: Say) -> DatasetIndex:
+    index = configured.open(split, Pace(f"{split}: read the sizes of", say))
     if data.max_images is not None:
         index = index.first(data.max_images)
     problems = ", ".join(f"{count} {PROBLEMS[kind]}" for kind, count in index.problems.items() if count)

@@ -31,7 +31,7 @@ from recorded import final_weights
 from tiny import fit_here, tiny_config
 
 from detr_ray.data.errors import DataError
-from detr_ray.data.formats import Reading, open_split
+from detr_ray.data.formats import Reading, open_split, open_undivided
 from detr_ray.data.holdout import Holdout
 from detr_ray.data.images import ImageReader
 from detr_ray.data.index import DatasetIndex
@@ -163,7 +163,7 @@ def test_yolo_without_a_data_file(tmp_path, coco):
     root = write_yolo(tmp_path / "set", "images")
     (root / "data.yaml").unlink()
     (root / "classes.txt").write_text("\n".join(NAMES) + "\n", encoding="utf-8")
-    parts = [open_split(str(root), None, split, holdout=Holdout(0.3)) for split in ("train", "val")]
+    parts = [Holdout(0.3).part(open_undivided(str(root), None), split) for split in ("train", "val")]
     assert sum(map(len, parts)) == 17 and min(map(len, parts)) > 1
     assert all(dict(part.categories) == dict(enumerate(NAMES)) for part in parts)
 
@@ -269,7 +269,7 @@ def frames(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Pat
 
 def divided(root: Path, **values) -> dict[str, set[str]]:
     parts = {
-        split: open_split(str(root), None, split, holdout=Holdout(**values)).file_names.to_pylist()
+        split: Holdout(**values).part(open_undivided(str(root), None), split).file_names.to_pylist()
         for split in ("train", "val")
     }
     assert not set(parts["train"]) & set(parts["val"])
@@ -295,7 +295,7 @@ def test_each_class_is_on_both_sides_if_it_can_be(frames):
     root = frames(10, 1)  # 5 classes of two images each
     for seed in range(6):
         for split in ("train", "val"):
-            index = open_split(str(root), None, split, holdout=Holdout(0.2, seed=seed))
+            index = Holdout(0.2, seed=seed).part(open_undivided(str(root), None), split)
             assert len(set(index.category_ids.tolist())) == 6
             assert len(index.categories) == 6
 
@@ -316,12 +316,12 @@ def test_a_divided_set_is_its_images_and_nothing_else(coco, tmp_path):
     write_shards(whole, tmp_path / "shards")
     packed = SimpleNamespace(annotations=None, images=None, shards=str(tmp_path / "shards"))
     for split in ("train", "val"):
-        part = open_split(None, places, split, holdout=Holdout(0.4))
+        part = Holdout(0.4).part(open_undivided(None, places), split)
         assert 0 < len(part) < 12
         content = json.loads((coco / "annotations/instances_train2017.json").read_text())
         boxes = [entry["bbox"] for entry in content["annotations"] if entry["image_id"] in part.image_ids]
         assert part.boxes_xywh_px.tolist() == boxes
-        assert_same(open_split(None, packed, split, holdout=Holdout(0.4)), part)
+        assert_same(Holdout(0.4).part(open_undivided(None, packed), split), part)
 
 
 def test_links_out_of_the_folder_are_read_only_if_that_is_meant(tmp_path, coco):

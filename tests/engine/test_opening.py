@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from coco_folder import CocoFolder, encoded
 from defaults import augmentation
+from PIL import Image
 from tiny import tiny_config
 
-from detr_ray.config import Config, ConfigError
+from detr_ray.config import Config, ConfigError, DataConfig
 from detr_ray.data.errors import DataError
+from detr_ray.engine.configured_data import ConfiguredData
 from detr_ray.engine.job import open_data, prepare_job
 from detr_ray.engine.preflight.checks import run_preflight
 from detr_ray.engine.stream.planned_data import refuse_positions_out_of_reach
@@ -245,3 +247,19 @@ def test_no_draw_exceeds_the_largest_side(seed: int) -> None:
 
 def test_the_published_sizes_are_within_reach() -> None:
     assert augmentation().largest_side(np.array([[480, 640], [640, 427]])) == 1250
+
+
+def test_a_set_that_is_divided_is_read_once(tmp_path):
+    """The sizes of its images are in their headers: each is read for the first split, and none for the second."""
+    root = tmp_path / "set"
+    sizes = [(20 + number, 30) for number in range(9)]
+    (root / "images").mkdir(parents=True)
+    for number, size in enumerate(sizes):
+        Image.new("RGB", size).save(root / "images" / f"{number}.png")
+    (root / "labels.csv").write_text("".join(f"images/{number}.png,1,1,9,9,cat\n" for number in range(9)))
+    configured = ConfiguredData(DataConfig(root=str(root), split={"val": 0.3}))
+    told: list[tuple[int, int]] = []
+    train = configured.open("train", lambda *counts: told.append(counts))
+    assert told == [(9, 9)]
+    val = configured.open("val", lambda *counts: told.append(counts))
+    assert told == [(9, 9)] and len(train) + len(val) == 9 and len(val) > 0

@@ -11,11 +11,10 @@ from detr_ray.data.formats.coco import read_coco_index
 from detr_ray.data.formats.coco_folder import first_file_name
 from detr_ray.data.formats.recognition import DataSet, find_data_set
 from detr_ray.data.formats.shards import read_shard_index
-from detr_ray.data.holdout import Holdout
 from detr_ray.data.image_places import name_below
 from detr_ray.data.index import DatasetIndex
 
-__all__ = ["Reading", "SplitPlaces", "first_image", "open_split"]
+__all__ = ["Reading", "SplitPlaces", "first_image", "open_split", "open_undivided"]
 
 
 class SplitPlaces(Protocol):
@@ -33,39 +32,61 @@ def open_split(
     follow_links: bool = False,
     *,
     data_format: str | None = None,
-    holdout: Holdout | None = None,
     reading: Reading | None = None,
 ) -> DatasetIndex:
     """Opens a split.
 
     Args:
         root: folder or URI of a data set in one of the formats; used where ``places`` is None.
-        places: where the split lies otherwise; with ``holdout``, where all images lie.
+        places: where the split lies otherwise.
         split: ``train`` or ``val``.
         follow_links: whether links in the folder of images may lead out of it.
         data_format: the format of what lies in ``root``; None: what lies there tells.
-        holdout: how the images are divided, where the data set has no validation images of its own.
         reading: how the data set is to be read.
 
     Raises:
         DataError: it is not there, or not what it should be; or an address holds credentials.
     """
-    reading = Reading() if reading is None else reading
+    found = _found(root, places, split, follow_links, data_format)
+    if isinstance(found, DatasetIndex):
+        return found
+    _refuse_undivided(found, str(root), split)
+    return found.read(split, Reading() if reading is None else reading)
+
+
+def open_undivided(
+    root: str | None,
+    places: SplitPlaces | None,
+    follow_links: bool = False,
+    *,
+    data_format: str | None = None,
+    reading: Reading | None = None,
+) -> DatasetIndex:
+    """Opens all images of a data set that has no validation images of its own; see `open_split`.
+
+    Raises:
+        DataError: it has some; or as for a split.
+    """
+    found = _found(root, places, "train", follow_links, data_format)
+    if isinstance(found, DatasetIndex):
+        return found
+    if "val" in found.splits:
+        raise DataError(f"{root} has validation images of its own: set data.split=null")
+    return found.read(_undivided(found), Reading() if reading is None else reading)
+
+
+def _found(
+    root: str | None, places: SplitPlaces | None, split: str, follow_links: bool, data_format: str | None
+) -> DatasetIndex | DataSet:
+    """The index of what lies at places, else the data set in a folder."""
     _check_addresses(root, places, split)
     if data_format is not None and places is not None:
         raise DataError(f"data.format={data_format} is the format of what lies in data.root, which is not given")
     if places is not None:
-        whole = _read(places.annotations, places.images, places.shards, follow_links)
-        return whole if holdout is None else holdout.part(whole, split)
+        return _read(places.annotations, places.images, places.shards, follow_links)
     if root is None:
         raise DataError(f"no {split} data is given: set data.root or data.{split}")
-    found = find_data_set(root, data_format, follow_links)
-    if holdout is None:
-        _refuse_undivided(found, root, split)
-        return found.read(split, reading)
-    if "val" in found.splits:
-        raise DataError(f"{root} has validation images of its own: set data.split=null")
-    return holdout.part(found.read(_undivided(found), reading), split)
+    return find_data_set(root, data_format, follow_links)
 
 
 def first_image(

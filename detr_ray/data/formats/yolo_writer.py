@@ -73,7 +73,9 @@ def _write_split(index: DatasetIndex, folder: Path, split: str) -> dict[str, Any
                 "annotation_ids": index.annotation_ids[here].tolist(),
             }
         )
-        entries += [annotation_of(index, i, row) | {"in_label_file": bool(has_row[row])} for row in here if not is_exact[row]]
+        entries += [
+            annotation_of(index, i, row) | {"in_label_file": bool(has_row[row])} for row in here if not is_exact[row]
+        ]
     return {"images": images, "annotations": entries}
 
 

@@ -13,7 +13,7 @@ from detr_ray.data.inspection import Inspection, common_cause, find_missing_stor
 from detr_ray.data.label_map import LabelMap
 from detr_ray.data.statistics import BoxStatistics, count_boxes, find_misreadings
 from detr_ray.engine.checkpoints.run_directory import read_record
-from detr_ray.engine.configured_data import open_configured
+from detr_ray.engine.configured_data import ConfiguredData
 from detr_ray.engine.errors import CheckpointError
 from detr_ray.engine.job import choose_label_space, draw, generated_root, label_map_for
 from detr_ray.engine.preflight.findings import Level, Report
@@ -58,7 +58,7 @@ def check_generated(config: Config, report: Report) -> bool:
 
 def open_splits(config: Config, report: Report) -> dict[str, DatasetIndex]:
     """Opens the configured splits. A split that cannot be opened is reported and left out."""
-    opened = {}
+    configured, opened = ConfiguredData(config.data), {}
     for split in ("train", "val"):
         if config.data.root is None and config.data.places(split) is None:
             if split == "val":
@@ -68,7 +68,7 @@ def open_splits(config: Config, report: Report) -> dict[str, DatasetIndex]:
                 )  # fmt: skip
             continue
         try:
-            opened[split] = index = open_configured(config.data, split)
+            opened[split] = index = configured.open(split)
         except DataError as error:
             report.add("error", DATA, f"{split}: {error}")
             continue
