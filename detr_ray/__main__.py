@@ -15,6 +15,7 @@ COMMANDS = {
     "evaluate": "score a checkpoint on a validation set",
     "check": "look for problems in data, storage and tracking before a run",
     "prepare": "generate a data set, or pack one into shards",
+    "watch": "follow a run that is being trained",
     "send": "send records that the tracking store did not take",
 }
 """Modules with a ``main(argv) -> int``, and what each does."""

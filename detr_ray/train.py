@@ -6,9 +6,15 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from detr_ray.cli import EXIT_INTERRUPTED, run_command, say
 from detr_ray.config import Config
+from detr_ray.progress_bar import StepsBar
+
+if TYPE_CHECKING:
+    from detr_ray.engine.hooks import JobHooks
+    from detr_ray.engine.job import TrainJob
 
 DESCRIPTION = """Train a detector on Ray workers.
 
@@ -29,7 +35,8 @@ def _fit(config: Config, started: float) -> int:
     from detr_ray.runtime.launch import fit
     from detr_ray.tracking import viewing_hint
 
-    result = fit(config, say)
+    with StepsBar() as bar:
+        result = fit(config, bar.say, lambda job: _hooks(job, bar))
     if result.status == "nothing to do":
         say(f"nothing left to do: run {result.run_name} finished all {result.step} steps before")
     elif result.status == "stopped":
@@ -47,6 +54,13 @@ def _fit(config: Config, started: float) -> int:
     if config.tracking.enabled:
         say(f"curves            {viewing_hint(run_tracking_uri(config))}")
     return EXIT_INTERRUPTED if result.status == "stopped" else 0
+
+
+def _hooks(job: TrainJob, bar: StepsBar) -> JobHooks:
+    from detr_ray.engine.hooks import JobHooks
+
+    bar.begin(job.total_steps)
+    return JobHooks(on_step=bar.step)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 
 
 @host_process_as_before()
-def fit(config: Config, say: Say = lambda line: None) -> FitResult:
+def fit(
+    config: Config, say: Say = lambda line: None, hooks_of: Callable[[TrainJob], JobHooks] = lambda job: JobHooks()
+) -> FitResult:
     """Trains what a configuration describes, or goes on with it.
 
     The process that calls it is afterwards as it was before; see `host_process_as_before`.
@@ -42,6 +44,7 @@ def fit(config: Config, say: Say = lambda line: None) -> FitResult:
     Args:
         config: the whole configuration.
         say: shows the user a line of progress.
+        hooks_of: gives what the prepared job asks and tells.
 
     Returns:
         How the run ended.
@@ -51,7 +54,8 @@ def fit(config: Config, say: Say = lambda line: None) -> FitResult:
         DataError: the data is not usable.
         RunFailed: the run began and cannot go on.
     """
-    return run_job(prepare_job(config, say), say=say)
+    job = prepare_job(config, say)
+    return run_job(job, hooks_of(job), say)
 
 
 @host_process_as_before()

@@ -10,6 +10,7 @@ import importlib
 import io
 import json
 import re
+import shutil
 import socket
 import time
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from detr_ray.runtime.search.results import SearchResult
 from detr_ray.search import Trial
 from detr_ray.search.confirmation import Confirmation, compare
 from detr_ray.tracking import MlflowTracker, Timing
+from detr_ray.tracking.run_progress import RunProgress
 
 
 class Place:
@@ -343,6 +345,20 @@ def prepare_shard_megabytes(place: Place) -> None:
     assert counts[0] > counts[1] == 1
     code, _, err = place.call("prepare", root, "--shards", place.folder / "none", "--shard-megabytes", 0)
     assert code == 2 and "--shard-megabytes" in err
+
+
+# watch
+
+
+@shows("watch", "--once")
+def watch_once(place: Place) -> None:
+    """Says how far a run is that goes on for ever, and returns."""
+    run = place.folder / "going-on"
+    shutil.copytree(place.run, run)
+    begun = RunProgress("going-on", total_steps=8, steps_per_epoch=4, step=3, written=time.time())
+    (run / "progress.json").write_bytes(begun.to_json())
+    code, out, err = place.call("watch", run, "--once")
+    assert (code, err) == (0, "") and out.startswith("run going-on: running, step 3/8 (38%), epoch 0.75 of 2")
 
 
 # send

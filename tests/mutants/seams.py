@@ -4,7 +4,7 @@ from __future__ import annotations
 
 TESTS = (
     "tests/seams", "tests/config_keys", "tests/commands", "tests/data", "tests/engine", "tests/loss", "tests/model",
-    "tests/evaluation", "tests/viz", "tests/search", "tests/test_cli.py", "tests/test_check.py",
+    "tests/evaluation", "tests/viz", "tests/search", "tests/test_cli.py", "tests/test_check.py", "tests/test_watch.py",
     "tests/test_prepare.py",
 )  # fmt: skip
 """Without Ray, so that a change is tried in seconds."""
@@ -29,6 +29,8 @@ MODULES = (
     "detr_ray/engine/checkpoints/fork.py",
     "detr_ray/engine/reporting/records.py",
     "detr_ray/engine/reporting/tracking_store.py",
+    "detr_ray/engine/reporting/watching.py",
+    "detr_ray/tracking/run_progress.py",
     "detr_ray/structures.py",
     "detr_ray/data/loader.py",
     "detr_ray/data/planner.py",
@@ -62,6 +64,8 @@ MODULES = (
     "detr_ray/search/tables.py",
     "detr_ray/runtime/launch.py",
     "detr_ray/train.py",
+    "detr_ray/watch.py",
+    "detr_ray/progress_bar.py",
     "detr_ray/evaluate.py",
     "detr_ray/check.py",
     "detr_ray/prepare.py",

@@ -1,4 +1,4 @@
-"""A run in a bucket leaves in MLflow what a run in a folder leaves, its models included."""
+"""A run in a bucket leaves in MLflow what a run in a folder leaves, its models included, and can be watched there."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from s3_server import S3Server
 from tiny import make_dataset, tiny_config
 
+from detr_ray import watch
 from detr_ray.addresses import join
 from detr_ray.detector.artifact import MODEL_FILE
 from detr_ray.engine.reporting.tracking_store import local_storage
@@ -51,6 +52,11 @@ def test_a_run_in_a_bucket_sends_its_models(
         (tmp_path / kind).mkdir()
         assert stored_bytes(uri, run.info.run_id, f"checkpoints/{kind}/{MODEL_FILE}", tmp_path / kind) == written
     assert not list(tmp_path.glob("upload-*")), "no copy stays"
+
+    assert watch.main([join(storage, "mine")]) == 0
+    seen = capsys.readouterr().out
+    assert "  step 2/2  loss" in seen and f"AP {result.metrics['val/AP']:.3f}" in seen
+    assert "run mine: finished, step 2/2 (100%), epoch 1.00 of 1" in seen
 
     # What is gone from the bucket until it is sent is left out and counted.
     tracker = MlflowTracker(tmp_path / "late", uri=uri, experiment="late", run_name="late")

@@ -11,6 +11,7 @@ from detr_ray import __version__
 from detr_ray.config import flatten
 from detr_ray.engine.reporting.tracking_store import local_storage, tracking_folder
 from detr_ray.tracking import PARENT_TAG, MlflowTracker, NullTracker, Tracker
+from detr_ray.tracking.run_progress import ProgressTracker, RunProgress
 
 if TYPE_CHECKING:
     from detr_ray.engine.job import TrainJob
@@ -19,9 +20,17 @@ if TYPE_CHECKING:
 def open_tracker(job: TrainJob) -> Tracker:
     """The tracker of a run's rank 0, with the run's configuration and origin already in it.
 
+    It also keeps the run's progress in the run's folder, whether or not there is an MLflow store.
+
     Args:
         job: the run. Started again, it goes on with the same MLflow run.
     """
+    return ProgressTracker(
+        _records_of(job), job.run.path, RunProgress(job.run.name, job.total_steps, job.steps_per_epoch)
+    )
+
+
+def _records_of(job: TrainJob) -> Tracker:
     config, data = job.config, job.data
     assert data.train is not None
     if not config.tracking.enabled:
