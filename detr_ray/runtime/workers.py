@@ -102,7 +102,7 @@ class Workers:
             result = None
             if lost is None:
                 if "failed" in outcome:
-                    raise RunFailed(outcome["failed"])
+                    raise RunFailed(outcome["failed"], agreed=True)
                 result = outcome["result"]
             leave, step = (result.leave, result.step) if isinstance(result, FitResult) else (None, 0)
             if leave in ("asked", "resized") and not signals.asked():

@@ -111,8 +111,9 @@ def test_an_unreadable_image_is_named_and_nothing_is_tried_again(tmp_path: Path)
     path = sorted((dataset / "train2017").iterdir())[5]
     path.write_bytes(path.read_bytes()[:200])
     config = tiny_config(dataset, tmp_path, "train.launcher=ray", "train.num_workers=2", "run.name=bad")
-    with pytest.raises(RunFailed, match=path.name):
+    with pytest.raises(RunFailed, match=path.name) as failure:
         fit(config)
+    assert failure.value.agreed, "a search starts the trial again otherwise"
 
 
 def test_more_workers_than_the_cluster_has_are_refused_at_once(dataset: Path, tmp_path: Path) -> None:

@@ -190,7 +190,10 @@ class _Search:
                     self._moves.end(self._config.train.keep_last)
             elif watch.stopping != ASKED:
                 ended = "out of time"
-            status = "KILLED" if ended == "stopped" else "FINISHED"
+            if ended == "stopped":
+                status = "KILLED"
+            elif self._book.best is not None:
+                status = "FINISHED"
         finally:
             self._control.end()
             if watch is not None:

@@ -241,6 +241,15 @@ def test_an_interrupted_search_stops_in_seconds_and_says_how_to_go_on(dataset: P
     assert children(tmp_path)["t000"].info.status == "KILLED"
 
 
+def test_a_search_of_which_nothing_came_has_failed(dataset: Path, tmp_path: Path) -> None:
+    space = "tune.space={optim.lr: {grid: [1.0e+30]}, optim.clip_max_norm: {grid: [0]}}"
+    search = Search(dataset, tmp_path, space, "tune.searcher=grid", "train.launcher=ray")
+    code, text = search.run()
+    assert code == 1 and "no trial gave a value of val/AR100" in text, text
+    assert search.trials()[0].attempts == 1, "what all workers agree on would fail again"
+    assert {name: run.info.status for name, run in children(tmp_path).items()} == {"search": "FAILED", "t000": "FAILED"}
+
+
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 150) -> None:
     give_up = time.monotonic() + seconds
     while not condition():
