@@ -49,12 +49,29 @@ class ModelOutput(LayerOutput):
     Attributes:
         aux_outputs: of the earlier decoder layers, first layer first.
         enc_outputs: of the encoder, for each of its cells.
+        interm_outputs: of the encoder, for the cells that became queries.
         one_to_many_outputs: of further queries, several of which are to find the same box; last layer and earlier ones.
+        dn_outputs: of denoising queries, which start from noised copies of the boxes; last layer and earlier ones.
     """
 
     aux_outputs: NotRequired[list[LayerOutput]]
     enc_outputs: NotRequired[LayerOutput]
+    interm_outputs: NotRequired[LayerOutput]
     one_to_many_outputs: NotRequired[ModelOutput]
+    dn_outputs: NotRequired[DenoisingOutput]
+
+
+class DenoisingOutput(ModelOutput):
+    """Predictions of denoising queries.
+
+    In each group as many queries are to find boxes as the image with the most boxes has: query ``i`` of a group box
+    ``i`` of its image, where the image has that one. As many again are to find nothing.
+
+    Attributes:
+        groups: into how many groups of the same size the queries are divided.
+    """
+
+    groups: int
 
 
 class Detections(TypedDict):
@@ -102,6 +119,20 @@ class PaddedBatch:
     bad_image_ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
+class StepInfo(NamedTuple):
+    """What all micro-batches of a step share, whichever worker has them.
+
+    Attributes:
+        seed: of the run.
+        step: the optimizer step.
+        most_boxes: boxes of the image of the global batch that has the most.
+    """
+
+    seed: int
+    step: int
+    most_boxes: int
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """One micro-batch on the device, ready for the model.
@@ -115,6 +146,7 @@ class Batch:
         orig_sizes: ``[B, 2]`` int64 (height, width) on the host.
         padded_pixels: pixels of the padded batch, B x H x W.
         image_pixels: pixels without padding.
+        step_info: of the step that it is trained in; None in evaluation.
     """
 
     images: Tensor
@@ -125,6 +157,7 @@ class Batch:
     orig_sizes: Tensor
     padded_pixels: int
     image_pixels: int
+    step_info: StepInfo | None = None
 
 
 class PixelStatistics(NamedTuple):
@@ -144,7 +177,7 @@ def padding_mask(sizes: Tensor, height: int, width: int) -> Tensor:
     return (rows >= sizes[:, 0, None, None]) | (columns >= sizes[:, 1, None, None])
 
 
-def _copied(array: np.ndarray, device: torch.device) -> Tensor:
+def copied(array: np.ndarray, device: torch.device) -> Tensor:
     """Copies an array to a device, into writable memory (arrays from the object store are read-only)."""
     if device.type == "cpu":
         return torch.from_numpy(np.require(array, requirements=["W", "C"]))
@@ -177,7 +210,13 @@ class HostCopy:
         return self._host
 
 
-def to_device(padded: PaddedBatch, device: torch.device, pixels: PixelStatistics, channels_last: bool = False) -> Batch:
+def to_device(
+    padded: PaddedBatch,
+    device: torch.device,
+    pixels: PixelStatistics,
+    channels_last: bool = False,
+    step_info: StepInfo | None = None,
+) -> Batch:
     """Copies a padded batch to a device (images as uint8) and normalises it there.
 
     Args:
@@ -185,22 +224,23 @@ def to_device(padded: PaddedBatch, device: torch.device, pixels: PixelStatistics
         device: the target device.
         pixels: statistics for the normalisation, from the model.
         channels_last: whether images have the channels-last memory format.
+        step_info: of the step that it is trained in; None in evaluation.
     """
     height, width = padded.images.shape[2:]
     padded_pixels = padded.images.shape[0] * height * width
     image_pixels = int(padded.sizes.astype(np.int64).prod(axis=1).sum())
 
     # In the memory order of the array: channels last.
-    images = _copied(padded.images.transpose(0, 2, 3, 1), device).permute(0, 3, 1, 2)
+    images = copied(padded.images.transpose(0, 2, 3, 1), device).permute(0, 3, 1, 2)
     images = images.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    mean, std = (_copied(np.array(values, np.float32) * 255, device) for values in pixels)
+    mean, std = (copied(np.array(values, np.float32) * 255, device) for values in pixels)
     images = images.to(torch.float32).sub_(mean.view(1, 3, 1, 1)).div_(std.view(1, 3, 1, 1))
     mask = None
     if image_pixels < padded_pixels:
-        mask = padding_mask(_copied(padded.sizes.astype(np.int64), device), height, width)
+        mask = padding_mask(copied(padded.sizes.astype(np.int64), device), height, width)
         images.masked_fill_(mask[:, None], 0.0)
 
-    labels, boxes = _copied(padded.labels, device), _copied(padded.boxes_cxcywh, device)
+    labels, boxes = copied(padded.labels, device), copied(padded.boxes_cxcywh, device)
     counts = padded.counts.tolist()
     targets = [
         Target(labels=image_labels, boxes=image_boxes)
@@ -215,4 +255,5 @@ def to_device(padded: PaddedBatch, device: torch.device, pixels: PixelStatistics
         orig_sizes=torch.from_numpy(padded.orig_sizes.astype(np.int64)),
         padded_pixels=padded_pixels,
         image_pixels=image_pixels,
+        step_info=step_info,
     )

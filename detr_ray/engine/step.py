@@ -1,9 +1,10 @@
 """One optimizer step: forward, loss, backward and update over a worker's micro-batches.
 
 Before the forward pass all workers add up a few numbers in one small all-reduce. These are the normalisers of the loss
-over the global batch, so that neither the number of workers nor accumulation changes the gradient; and whether a worker
-failed or was asked to stop, so that all workers stop after the same step. The random numbers of a step (dropout) depend
-on seed, step and rank alone, so that a resumed run draws the same numbers as an uninterrupted one.
+over the global batch, and each worker's largest number of boxes of an image, so that neither the number of workers nor
+accumulation changes the gradient; and whether a worker failed or was asked to stop, so that all workers stop after the
+same step. The random numbers of a step (dropout) depend on seed, step and rank alone, so that a resumed run draws the
+same numbers as an uninterrupted one.
 
 On a GPU, the CPU waits for the device once a step: for the costs of the matching, which the CPU solves. At that point
 it also reads whether the previous update was finite, which needs no further wait.
@@ -26,7 +27,7 @@ from detr_ray.engine.nonfinite import describe_nonfinite, float_tensors
 from detr_ray.engine.optimizer import clipped_update
 from detr_ray.loss import NonFiniteOutputs, SetCriterion
 from detr_ray.model.detection_model import DetectionModel
-from detr_ray.structures import Batch, HostCopy, ModelOutput, PaddedBatch, to_device
+from detr_ray.structures import Batch, HostCopy, ModelOutput, PaddedBatch, StepInfo, to_device
 
 MOST_COMPILED = 512
 """Most versions of a compiled model, one for each input shape; further shapes run uncompiled."""
@@ -176,12 +177,12 @@ class TrainStep:
                 settings do not allow that.
         """
         outcome = StepOutcome(num_micro_batches=len(micro_batches))
-        normalisers = self._agree(step, micro_batches, outcome)
+        normalisers, info = self._agree(step, micro_batches, outcome)
         seed_step(self._seed, step, self.context.rank)
         self._wrapped.train()
         nonfinite: str | None = None
         for number, padded in enumerate(micro_batches):
-            batch = to_device(padded, self.context.device, self.model.pixels, self._channels_last)
+            batch = to_device(padded, self.context.device, self.model.pixels, self._channels_last, info)
             is_last = number == len(micro_batches) - 1
             with nullcontext() if is_last else self.context.no_sync(self._wrapped):
                 report = self._forward_backward(step, batch, normalisers, outcome)
@@ -193,7 +194,9 @@ class TrainStep:
         self._update(step, outcome, nonfinite)
         return outcome
 
-    def _agree(self, step: int, micro_batches: Sequence[PaddedBatch], outcome: StepOutcome) -> list[float]:
+    def _agree(
+        self, step: int, micro_batches: Sequence[PaddedBatch], outcome: StepOutcome
+    ) -> tuple[list[float], StepInfo]:
         """Sums the normalisers over all workers; also finds out whether a worker failed or was asked to stop."""
         started = time.perf_counter()
         self.context.enter("summing over workers", step)
@@ -202,9 +205,13 @@ class TrainStep:
         failed = bool(outcome.bad_images) and not self._skip_bad_images
         reason = self.context.leave_reason()
         own = np.sum([self.criterion.normalisers(padded.counts.tolist()) for padded in micro_batches], axis=0)
+        # A place a worker, so that the sum holds everyone's and one all-reduce is enough.
+        most_here = np.zeros(self.context.world_size)
+        most_here[self.context.rank] = max(int(padded.counts.max(initial=0)) for padded in micro_batches)
         # On the CPU, so that nothing waits for the device.
-        numbers = torch.tensor([*own.tolist(), failed, reason is not None], dtype=torch.float64)
-        *normalisers, failures, leaving = self.context.all_reduce_sum(numbers).tolist()
+        numbers = torch.tensor([*own.tolist(), *most_here.tolist(), failed, reason is not None], dtype=torch.float64)
+        *summed, failures, leaving = self.context.all_reduce_sum(numbers).tolist()
+        normalisers, most_boxes = summed[: len(own)], summed[len(own) :]
         if failures:
             lines = [line for lines in self.context.gather(outcome.bad_images) for line in lines]
             shown = "\n  ".join(lines[:20])
@@ -217,7 +224,7 @@ class TrainStep:
         if leaving:
             outcome.leave = most_urgent(self.context.gather(reason))
         self.times.forward += time.perf_counter() - started
-        return normalisers
+        return normalisers, StepInfo(self._seed, step, int(max(most_boxes)))
 
     def _forward_backward(
         self, step: int, batch: Batch, normalisers: Sequence[float], outcome: StepOutcome

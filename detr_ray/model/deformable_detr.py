@@ -9,35 +9,26 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from detr_ray.architectures import published_values
 from detr_ray.model.backbones.resnet import ResNetBackbone
-from detr_ray.model.deformable_transformer import DeformableTransformer, Pyramid, valid_ratios
-from detr_ray.model.detection_model import DetectionModel, WeightNames
-from detr_ray.model.detr import BoxHead
-from detr_ray.model.features import Backbone, FeatureLevel, shrink_mask
+from detr_ray.model.deformable_transformer import DeformableTransformer, TransformerSizes
+from detr_ray.model.detection_model import DetectionModel, WeightNames, output_of_layers
+from detr_ray.model.features import Backbone
+from detr_ray.model.heads import moved, new_box_head, new_class_head
 from detr_ray.model.position_encoding import SinePositionEncoding, waves
+from detr_ray.model.proposals import best_cells, cell_anchors
+from detr_ray.model.pyramid import Pyramid, build_pyramid, input_projections, strides_for
 from detr_ray.structures import LayerOutput, ModelOutput
 
 if TYPE_CHECKING:
     from detr_ray.config import ModelConfig
 
-PRIOR = 0.01
-"""Probability that every class starts with."""
 QUERY_TEMPERATURE = 10000.0
-_SMALLEST, _LARGEST = 0.01, 0.99
-"""Proposals whose centre or size is beyond these are left out."""
-
-
-def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
-    """The logit of values in 0..1, kept ``eps`` away from both ends."""
-    x = x.clamp(0, 1)
-    return (x.clamp(min=eps) / (1 - x).clamp(min=eps)).log()
 
 
 class Queries(NamedTuple):
@@ -104,7 +95,7 @@ class DeformableDetr(DetectionModel):
             self.query_embed = nn.Embedding(all_queries, 2 * dim)
         elif mixed_query_selection:
             self.query_embed = nn.Embedding(all_queries, dim)
-        self.input_proj = _input_projections(backbone.channels, num_levels, dim)
+        self.input_proj = input_projections(backbone.channels, num_levels, dim)
         self.backbone = nn.ModuleList([backbone, position_encoding])
         heads = [f"class_embed.{number}" for number in range(len(self.class_embed))]
         self.weight_names = WeightNames(
@@ -121,12 +112,7 @@ class DeformableDetr(DetectionModel):
 
     def _add_heads(self, dim: int, num_classes: int) -> None:
         """Heads of classes and boxes: one for all layers; with refinement one a layer, with two stages one more."""
-        class_head, box_head = nn.Linear(dim, num_classes), BoxHead(dim)
-        nn.init.constant_(class_head.bias, -math.log((1 - PRIOR) / PRIOR))
-        last = box_head.layers[-1]
-        assert isinstance(last, nn.Linear)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        class_head, box_head = new_class_head(dim, num_classes), new_box_head(dim)
         layers = len(self.transformer.decoder.layers)
         heads = layers + self.two_stage if self.box_refine else 1
         self.class_embed = nn.ModuleList([copy.deepcopy(class_head) for _ in range(heads)])
@@ -144,25 +130,14 @@ class DeformableDetr(DetectionModel):
             ValueError: the section's values do not go together.
         """
         values, dim = published_values(cfg_model), cfg_model.hidden_dim
-        levels, last = values["num_feature_levels"], cfg_model.backbone_stride
-        strides = tuple(stride for stride in (8, 16, 32) if stride <= last)[-levels:]
+        levels = values["num_feature_levels"]
+        strides = strides_for(levels, finest=8, coarsest=cfg_model.backbone_stride)
         return cls(
             backbone=ResNetBackbone(
                 cfg_model.backbone, norm=cfg_model.backbone_norm, strides=strides, dilation=cfg_model.dilation
             ),
             position_encoding=SinePositionEncoding(dim, values["position_temperature"], values["position_offset"]),
-            transformer=DeformableTransformer(
-                dim,
-                cfg_model.num_heads,
-                levels,
-                values["encoder_points"],
-                values["decoder_points"],
-                cfg_model.dim_feedforward,
-                cfg_model.encoder_layers,
-                cfg_model.decoder_layers,
-                cfg_model.dropout,
-                values["two_stage"],
-            ),
+            transformer=DeformableTransformer(TransformerSizes.from_config(cfg_model), values["two_stage"]),
             dim=dim,
             num_levels=levels,
             num_classes=num_classes,
@@ -189,7 +164,7 @@ class DeformableDetr(DetectionModel):
                 twins |= {f"transformer.decoder.{tensor}": tensor for tensor in tensors}
         return twins
 
-    def forward(self, images: Tensor, mask: Tensor | None = None, targets: Any = None) -> ModelOutput:
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> ModelOutput:
         """Predicts a set of objects an image.
 
         Under autocast, the vectors that layers add to, references and heads keep the parameters' own precision.
@@ -197,56 +172,26 @@ class DeformableDetr(DetectionModel):
         Args:
             images: ``[B, 3, H, W]`` float, normalised with ``pixels``.
             mask: ``[B, H, W]`` bool, True on padding; None where no image is padded (same result, less work).
-            targets: not used.
 
         Returns:
             Logits and boxes of the last decoder layer; with ``aux_loss`` those of the earlier layers; with two stages
             those of all cells of the encoder; in training those of the one-to-many queries, where there are some.
         """
-        pyramid = self._pyramid(self.backbone[0](images, mask), mask)
-        memory = Pyramid(
-            self.transformer.encoder(pyramid).to(pyramid.cells.dtype),
-            pyramid.positions,
-            pyramid.padding,
-            pyramid.sizes,
-            pyramid.valid_ratios,
-        )
+        backbone, encoding = self.backbone
+        levels = backbone(images, mask)
+        pyramid = build_pyramid(levels, mask, self.input_proj, encoding, self.transformer.level_embed)
+        memory = pyramid.with_cells(self.transformer.encoder(pyramid))
         main = self.num_queries
         count = main + (self.one_to_many_queries if self.training else 0)
         queries = self._proposed_queries(memory, count) if self.two_stage else self._learned_queries(memory, count)
         logits, boxes_cxcywh = self._decode(queries, memory)
-        output = self._output([part[:, :, :main] for part in (logits, boxes_cxcywh)])
+        output = output_of_layers(logits[:, :, :main], boxes_cxcywh[:, :, :main], self.aux_loss)
         if queries.proposals is not None:
             output["enc_outputs"] = queries.proposals
         if count > main:
-            output["one_to_many_outputs"] = self._output([part[:, :, main:] for part in (logits, boxes_cxcywh)])
+            more = output_of_layers(logits[:, :, main:], boxes_cxcywh[:, :, main:], self.aux_loss)
+            output["one_to_many_outputs"] = more
         return output
-
-    def _pyramid(self, levels: Sequence[FeatureLevel], mask: Tensor | None) -> Pyramid:
-        """The projected cells of all levels, one after the other."""
-        precision = self.transformer.level_embed.dtype
-        cells, positions, paddings, sizes = [], [], [], []
-        for number, project in enumerate(self.input_proj):
-            if number < len(levels):
-                source, padding, _ = levels[number]
-                features = project(source).to(precision)
-            else:
-                features = project(levels[-1].features if number == len(levels) else features).to(precision)
-                padding = None if mask is None else shrink_mask(mask, *features.shape[-2:])
-            cells.append(features.flatten(2).transpose(1, 2))
-            positions.append(
-                self.backbone[1](features, padding).flatten(1, 2).to(precision) + self.transformer.level_embed[number]
-            )
-            paddings.append(padding)
-            sizes.append((features.shape[-2], features.shape[-1]))
-        flat = [padding.flatten(1) for padding in paddings if padding is not None]
-        return Pyramid(
-            cells=torch.cat(cells, dim=1),
-            positions=torch.cat(positions, dim=1),
-            padding=torch.cat(flat, dim=1) if flat else None,
-            sizes=tuple(sizes),
-            valid_ratios=valid_ratios(paddings, cells[0].device),
-        )
 
     def _learned_queries(self, memory: Pyramid, count: int) -> Queries:
         batch = len(memory.cells)
@@ -261,17 +206,14 @@ class DeformableDetr(DetectionModel):
         Where there are fewer usable cells than queries, the best ones serve again.
         """
         transformer = self.transformer
-        anchors, is_usable = _anchors(memory)
+        anchors, is_usable = cell_anchors(memory)
         with torch.autocast(memory.cells.device.type, enabled=False):
             usable_cells = memory.cells.masked_fill(~is_usable[..., None], 0.0)
             cells = transformer.enc_output_norm(transformer.enc_output(usable_cells))
             logits = self.class_embed[-1](cells)
             box_logits = (self.bbox_embed[-1](cells) + anchors).masked_fill(~is_usable[..., None], torch.inf)
             # The encoder's loss trains class 0 to say that there is an object, whatever its class.
-            ranking = logits[..., 0].detach().masked_fill(~is_usable, -torch.inf)
-            best = ranking.topk(min(count, ranking.shape[1]), dim=1).indices
-            rank = torch.arange(count, device=best.device) % is_usable.sum(1, keepdim=True).clamp(min=1)
-            chosen = best.take_along_dim(rank, dim=1)
+            chosen = best_cells(logits[..., 0], is_usable, count)
             references = box_logits.detach().take_along_dim(chosen[..., None], dim=1).sigmoid()
             described = waves(references * (2 * math.pi), cells.shape[-1] // 2, QUERY_TEMPERATURE)
             placed = transformer.pos_trans_norm(transformer.pos_trans(described.flatten(2).to(cells.dtype)))
@@ -295,11 +237,11 @@ class DeformableDetr(DetectionModel):
                 objects = objects.to(references.dtype)
                 logits.append(self.class_embed[head](objects))
                 change = self.bbox_embed[head](objects)
-                boxes.append(_moved(start, change))
+                boxes.append(moved(start, change))
                 if self.box_refine:
-                    moved = _moved(references, change) if self.look_forward_twice else boxes[-1]
-                    references = moved.detach()
-                    start = moved if self.look_forward_twice else references
+                    refined = moved(references, change) if self.look_forward_twice else boxes[-1]
+                    references = refined.detach()
+                    start = refined if self.look_forward_twice else references
         return torch.stack(logits), torch.stack(boxes)
 
     def _allowed(self, objects: Tensor) -> Tensor | None:
@@ -308,62 +250,3 @@ class DeformableDetr(DetectionModel):
             return None
         is_main = torch.arange(objects.shape[1], device=objects.device) < self.num_queries
         return is_main[:, None] == is_main
-
-    def _output(self, predictions: Sequence[Tensor]) -> ModelOutput:
-        """Predictions of all layers as an output."""
-        logits, boxes_cxcywh = predictions
-        output = ModelOutput(pred_logits=logits[-1], pred_boxes=boxes_cxcywh[-1])
-        if self.aux_loss:
-            output["aux_outputs"] = [
-                LayerOutput(pred_logits=layer_logits, pred_boxes=layer_boxes)
-                for layer_logits, layer_boxes in zip(logits[:-1], boxes_cxcywh[:-1], strict=True)
-            ]
-        return output
-
-
-def _moved(references: Tensor, change: Tensor) -> Tensor:
-    """Boxes ``[B, Q, 4]``: references (points or boxes) moved by a change of their logits."""
-    logits = inverse_sigmoid(references)
-    if references.shape[-1] == 2:
-        return (change + nn.functional.pad(logits, (0, 2))).sigmoid()
-    return (change + logits).sigmoid()
-
-
-def _anchors(memory: Pyramid) -> tuple[Tensor, Tensor]:
-    """The box that each cell's proposal starts from, and which cells propose.
-
-    Returns:
-        ``[B or 1, S, 4]`` logits of (cx, cy, w, h): the cell's middle, a twentieth of the image in the first map, and
-        twice as much in each further one; and ``[B, S]`` bool, False in the padding and at the very border.
-    """
-    sizes = torch.cat(
-        [
-            torch.full((height * width, 2), 0.05 * 2.0**level, device=memory.cells.device)
-            for level, (height, width) in enumerate(memory.sizes)
-        ]
-    )
-    centres = memory.centres()
-    boxes_cxcywh = torch.cat((centres, sizes.expand(len(centres), -1, -1)), dim=-1)
-    is_usable = ((boxes_cxcywh > _SMALLEST) & (boxes_cxcywh < _LARGEST)).all(-1).expand(len(memory.cells), -1)
-    if memory.padding is not None:
-        is_usable = is_usable & ~memory.padding
-    return inverse_sigmoid(boxes_cxcywh), is_usable
-
-
-def _input_projections(channels: Sequence[int], num_levels: int, dim: int) -> nn.ModuleList:
-    """Convolutions to the transformer's vector length: of the backbone's maps, then of coarser ones made of the last.
-
-    The first further map is made of the backbone's last one, each of the others of the map before.
-    """
-    projections = nn.ModuleList()
-    for level in range(num_levels):
-        if level < len(channels):
-            convolution = nn.Conv2d(channels[level], dim, kernel_size=1)
-        else:
-            source = channels[-1] if level == len(channels) else dim
-            convolution = nn.Conv2d(source, dim, kernel_size=3, stride=2, padding=1)
-        nn.init.xavier_uniform_(convolution.weight)
-        assert convolution.bias is not None
-        nn.init.zeros_(convolution.bias)
-        projections.append(nn.Sequential(convolution, nn.GroupNorm(math.gcd(32, dim), dim)))
-    return projections

@@ -8,73 +8,21 @@ Letters: ``B`` images, ``S`` cells of all maps, ``L`` maps, ``Q`` queries.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detr_ray.architectures import published_values
 from detr_ray.model.attention import MultiheadAttention
-from detr_ray.model.deformable_attention import DeformableAttention, MapSizes
+from detr_ray.model.deformable_attention import DeformableAttention
+from detr_ray.model.pyramid import Pyramid
 
-
-@dataclass(frozen=True)
-class Pyramid:
-    """The cells of several maps, the one with the most cells first, row by row.
-
-    Attributes:
-        cells: ``[B, S, dim]``.
-        positions: ``[B or 1, S, dim]``.
-        padding: ``[B, S]`` bool, True on padding; None where nothing is padded.
-        sizes: height and width of each map.
-        valid_ratios: ``[B or 1, L, 2]``, share of each map's (width, height) that is no padding.
-    """
-
-    cells: Tensor
-    positions: Tensor
-    padding: Tensor | None
-    sizes: MapSizes
-    valid_ratios: Tensor
-
-    def centres(self) -> Tensor:
-        """Centres of all cells, ``[B or 1, S, 2]`` (x, y) in 0..1 of the unpadded image; beyond 1 in the padding."""
-        return torch.cat(
-            [
-                _cell_middles(height, width, self.cells.device) / self.valid_ratios[:, level, None]
-                for level, (height, width) in enumerate(self.sizes)
-            ],
-            dim=1,
-        )
-
-    def in_each_map(self, places: Tensor) -> Tensor:
-        """Points or boxes ``[B, Q, 2 or 4]`` of the unpadded image as ``[B, Q, L, 2 or 4]`` of each padded map."""
-        ratios = self.valid_ratios if places.shape[-1] == 2 else self.valid_ratios.repeat(1, 1, 2)
-        return places[:, :, None] * ratios[:, None]
-
-
-def _cell_middles(height: int, width: int, device: torch.device) -> Tensor:
-    """Middles of the cells of a map, ``[height * width, 2]`` (x, y) in 0..1 of the map, row by row."""
-    y, x = torch.meshgrid(
-        (torch.arange(height, device=device, dtype=torch.float32) + 0.5) / height,
-        (torch.arange(width, device=device, dtype=torch.float32) + 0.5) / width,
-        indexing="ij",
-    )
-    return torch.stack((x, y), dim=-1).flatten(0, 1)
-
-
-def valid_ratios(paddings: Sequence[Tensor | None], device: torch.device) -> Tensor:
-    """Share of each map's (width, height) that is no padding, ``[B or 1, L, 2]``, from masks ``[B, h, w]``.
-
-    Padding is at the right and at the bottom, so that the first row and the first column say it.
-    """
-    ratios = []
-    for padding in paddings:
-        if padding is None:
-            return torch.ones(1, len(paddings), 2, device=device)
-        valid = ~padding
-        ratios.append(torch.stack((valid[:, 0].float().mean(1), valid[:, :, 0].float().mean(1)), dim=-1))
-    return torch.stack(ratios, dim=1)
+if TYPE_CHECKING:
+    from detr_ray.config import ModelConfig
 
 
 class FeedForward(nn.Module):
@@ -201,10 +149,11 @@ class DeformableDecoder(nn.Module):
         self.layers = nn.ModuleList(layers)
 
 
-class DeformableTransformer(nn.Module):
-    """Encoder and decoder with their parameters' init, and what makes queries out of cells.
+@dataclass(frozen=True)
+class TransformerSizes:
+    """What a transformer over a pyramid is made of.
 
-    Args:
+    Attributes:
         dim: length of the vectors.
         num_heads: attention heads.
         num_levels: maps.
@@ -214,30 +163,80 @@ class DeformableTransformer(nn.Module):
         encoder_layers: number of encoder layers.
         decoder_layers: number of decoder layers, at least 1.
         dropout: share dropped in training.
-        two_stage: queries are made of the encoder's cells instead of learned.
+    """
+
+    dim: int
+    num_heads: int
+    num_levels: int
+    encoder_points: int
+    decoder_points: int
+    dim_feedforward: int
+    encoder_layers: int
+    decoder_layers: int
+    dropout: float
+
+    @classmethod
+    def from_config(cls, cfg_model: ModelConfig) -> Self:
+        """Those of a config's ``model`` section."""
+        values = published_values(cfg_model)
+        return cls(
+            cfg_model.hidden_dim,
+            cfg_model.num_heads,
+            values["num_feature_levels"],
+            values["encoder_points"],
+            values["decoder_points"],
+            cfg_model.dim_feedforward,
+            cfg_model.encoder_layers,
+            cfg_model.decoder_layers,
+            cfg_model.dropout,
+        )
+
+
+class PyramidTransformer(nn.Module):
+    """Encoder and decoder over a pyramid, and a vector for each of its maps. What makes queries is added by subclasses.
+
+    Args:
+        sizes: what it is made of.
+        decoder: makes the decoder of its layers.
     """
 
     def __init__(
         self,
-        dim: int,
-        num_heads: int,
-        num_levels: int,
-        encoder_points: int,
-        decoder_points: int,
-        dim_feedforward: int,
-        encoder_layers: int,
-        decoder_layers: int,
-        dropout: float,
-        two_stage: bool,
+        sizes: TransformerSizes,
+        decoder: Callable[[list[DeformableDecoderLayer]], DeformableDecoder] = DeformableDecoder,
     ) -> None:
         super().__init__()
-        if decoder_layers < 1:
-            raise ValueError(f"the decoder needs at least one layer, not {decoder_layers}")
-        of_encoder = (dim, num_heads, num_levels, encoder_points, dim_feedforward, dropout)
-        of_decoder = (dim, num_heads, num_levels, decoder_points, dim_feedforward, dropout)
-        self.encoder = DeformableEncoder([DeformableEncoderLayer(*of_encoder) for _ in range(encoder_layers)])
-        self.decoder = DeformableDecoder([DeformableDecoderLayer(*of_decoder) for _ in range(decoder_layers)])
-        self.level_embed = nn.Parameter(torch.empty(num_levels, dim))
+        if sizes.decoder_layers < 1:
+            raise ValueError(f"the decoder needs at least one layer, not {sizes.decoder_layers}")
+        of_all = (sizes.dim, sizes.num_heads, sizes.num_levels)
+        of_encoder = (*of_all, sizes.encoder_points, sizes.dim_feedforward, sizes.dropout)
+        of_decoder = (*of_all, sizes.decoder_points, sizes.dim_feedforward, sizes.dropout)
+        self.encoder = DeformableEncoder([DeformableEncoderLayer(*of_encoder) for _ in range(sizes.encoder_layers)])
+        self.decoder = decoder([DeformableDecoderLayer(*of_decoder) for _ in range(sizes.decoder_layers)])
+        self.level_embed = nn.Parameter(torch.empty(sizes.num_levels, sizes.dim))
+
+    def reset_parameters(self) -> None:
+        """First weights, of all that has been added until now."""
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+        for module in self.modules():
+            if isinstance(module, DeformableAttention):
+                module.reset_parameters()
+        nn.init.normal_(self.level_embed)
+
+
+class DeformableTransformer(PyramidTransformer):
+    """The transformer of Deformable DETR.
+
+    Args:
+        sizes: what it is made of.
+        two_stage: queries are made of the encoder's cells instead of learned.
+    """
+
+    def __init__(self, sizes: TransformerSizes, two_stage: bool) -> None:
+        super().__init__(sizes)
+        dim = sizes.dim
         if two_stage:
             self.enc_output = nn.Linear(dim, dim)
             self.enc_output_norm = nn.LayerNorm(dim)
@@ -245,15 +244,5 @@ class DeformableTransformer(nn.Module):
             self.pos_trans_norm = nn.LayerNorm(2 * dim)
         else:
             self.reference_points = nn.Linear(dim, 2)
-        self._reset_parameters()
-
-    def _reset_parameters(self) -> None:
-        for parameter in self.parameters():
-            if parameter.dim() > 1:
-                nn.init.xavier_uniform_(parameter)
-        for module in self.modules():
-            if isinstance(module, DeformableAttention):
-                module.reset_parameters()
-        if hasattr(self, "reference_points"):
             nn.init.zeros_(self.reference_points.bias)
-        nn.init.normal_(self.level_embed)
+        self.reset_parameters()

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from detr_ray.structures import Batch, ModelOutput, PixelStatistics
+from detr_ray.structures import Batch, LayerOutput, ModelOutput, PixelStatistics
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class WeightNames:
         backbone: what the names of the backbone's own tensors start with.
         signs: beginnings of names of which a file of this architecture has at least one.
         object_heads: modules like the class heads whose first row says whether there is an object of any class.
+        class_tables: tensors with a row a class, and one more behind them.
     """
 
     class_heads: tuple[str, ...]
@@ -32,6 +33,7 @@ class WeightNames:
     backbone: str
     signs: tuple[str, ...]
     object_heads: tuple[str, ...] = ()
+    class_tables: tuple[str, ...] = ()
 
     def classes_in(self, state: Mapping[str, Tensor]) -> int | None:
         """Classes without no-object of the first class head in a state dict; None where it has no such head."""
@@ -51,22 +53,19 @@ class DetectionModel(nn.Module):
         num_queries: objects that can be found in one image.
         pixels: how images have to be normalised.
         weight_names: which tensors depend on what.
-        uses_targets: whether ``forward`` needs the targets in training (denoising does).
     """
 
     num_classes: int
     num_queries: int
     pixels: PixelStatistics
     weight_names: WeightNames
-    uses_targets: bool = False
 
-    def forward(self, images: Tensor, mask: Tensor | None = None, targets: Any = None) -> ModelOutput:
-        """Predicts a set of objects an image.
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> ModelOutput:
+        """Predicts a set of objects an image. What a model takes beside that is its own matter (``inputs_of``).
 
         Args:
             images: ``[B, 3, H, W]`` float, normalised with ``pixels``.
             mask: ``[B, H, W]`` bool, True on padding; None where no image is padded (same result, less work).
-            targets: one an image, in training of models that use them.
         """
         raise NotImplementedError
 
@@ -82,7 +81,7 @@ class DetectionModel(nn.Module):
 
     def inputs_of(self, batch: Batch) -> tuple[Any, ...]:
         """The arguments of ``forward`` for a batch."""
-        return (batch.images, batch.mask, batch.targets) if self.uses_targets else (batch.images, batch.mask)
+        return batch.images, batch.mask
 
     def parameter_groups(self) -> dict[str, list[str]]:
         """Names of all parameters by the key of `optim` that says their learning rate, in the order of the groups.
@@ -94,3 +93,20 @@ class DetectionModel(nn.Module):
             "lr": [name for name in names if not name.startswith("backbone.")],
             "lr_backbone": [name for name in names if name.startswith("backbone.")],
         }
+
+
+def output_of_layers(logits: Tensor, boxes_cxcywh: Tensor, every_layer: bool) -> ModelOutput:
+    """Predictions of decoder layers as a model gives them.
+
+    Args:
+        logits: ``[L, B, Q, num_logits]``, the first layer first.
+        boxes_cxcywh: ``[L, B, Q, 4]`` in 0..1.
+        every_layer: give the earlier layers as well as the last.
+    """
+    output = ModelOutput(pred_logits=logits[-1], pred_boxes=boxes_cxcywh[-1])
+    if every_layer:
+        output["aux_outputs"] = [
+            LayerOutput(pred_logits=layer_logits, pred_boxes=layer_boxes)
+            for layer_logits, layer_boxes in zip(logits[:-1], boxes_cxcywh[:-1], strict=True)
+        ]
+    return output

@@ -7,41 +7,22 @@ from a configuration, and which of its tensors depend on what. Knows nothing of 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detr_ray.architectures import published_values
 from detr_ray.model.backbones.resnet import ResNetBackbone
-from detr_ray.model.detection_model import DetectionModel, WeightNames
+from detr_ray.model.detection_model import DetectionModel, WeightNames, output_of_layers
 from detr_ray.model.features import Backbone
+from detr_ray.model.heads import BoxHead
 from detr_ray.model.position_encoding import LearnedPositionEncoding, SinePositionEncoding
 from detr_ray.model.transformer import Transformer
-from detr_ray.structures import LayerOutput, ModelOutput
+from detr_ray.structures import ModelOutput
 
 if TYPE_CHECKING:
     from detr_ray.config import ModelConfig
-
-
-class BoxHead(nn.Module):
-    """A perceptron of three layers, from an object's vector to its box before the sigmoid.
-
-    Args:
-        dim: length of the vectors, and hidden width.
-    """
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, 4)])
-
-    def forward(self, objects: Tensor) -> Tensor:
-        """``[..., dim]`` -> ``[..., 4]``."""
-        for layer in self.layers[:-1]:
-            objects = F.relu(layer(objects))
-        out: Tensor = self.layers[-1](objects)
-        return out
 
 
 class Detr(DetectionModel):
@@ -118,7 +99,7 @@ class Detr(DetectionModel):
             aux_loss=cfg_model.aux_loss,
         )
 
-    def forward(self, images: Tensor, mask: Tensor | None = None, targets: Any = None) -> ModelOutput:
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> ModelOutput:
         """Predicts a set of objects an image.
 
         Under autocast, the vectors that layers add to and the heads keep the parameters' own precision: rounded to
@@ -127,7 +108,6 @@ class Detr(DetectionModel):
         Args:
             images: ``[B, 3, H, W]`` float, normalised with ``pixels``.
             mask: ``[B, H, W]`` bool, True on padding; None where no image is padded (same result, less work).
-            targets: not used.
 
         Returns:
             Logits and boxes of the last decoder layer; with ``aux_loss`` those of the earlier layers as well.
@@ -148,13 +128,7 @@ class Detr(DetectionModel):
             objects = objects.to(precision)
             logits = self.class_embed(objects)
             boxes_cxcywh = self.bbox_embed(objects).sigmoid()
-        output = ModelOutput(pred_logits=logits[-1], pred_boxes=boxes_cxcywh[-1])
-        if self.aux_loss:
-            output["aux_outputs"] = [
-                LayerOutput(pred_logits=layer_logits, pred_boxes=layer_boxes)
-                for layer_logits, layer_boxes in zip(logits[:-1], boxes_cxcywh[:-1], strict=True)
-            ]
-        return output
+        return output_of_layers(logits, boxes_cxcywh, self.aux_loss)
 
 
 def _position_encoding(cfg_model: ModelConfig) -> SinePositionEncoding | LearnedPositionEncoding:

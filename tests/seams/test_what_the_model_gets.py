@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from observing import Forward, Observed, observe, prepare, small_config, without_validation
+from observing import Forward, Observed, observe, small_config, without_validation
 from tiny import make_dataset
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
@@ -20,7 +20,7 @@ from detr_ray.data.index import DatasetIndex
 from detr_ray.data.sample import Crop, Flip, Resize, SamplePlan
 from detr_ray.model.backbones.resnet import ResNetBackbone
 from detr_ray.model.detr import Detr
-from detr_ray.structures import ModelOutput, PixelStatistics
+from detr_ray.structures import Batch, PixelStatistics, StepInfo
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
@@ -126,25 +126,22 @@ def test_pixels_are_normalised_as_the_backbone_says(
         assert 100 < in_bytes.amax() < 255.5
 
 
-def test_a_model_that_uses_targets_gets_those_of_its_images_in_training(
+def test_a_model_may_ask_for_more_of_a_batch_than_its_images(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given: list[Any] = []
-    forward = Detr.forward
+    """Its targets, and what all micro-batches of the step share."""
+    given: list[Batch] = []
 
-    def with_targets(model: Detr, images: Tensor, mask: Tensor | None = None, targets: Any = None) -> ModelOutput:
-        given.append((model.training, targets))
-        return forward(model, images, mask)
+    def noting(model: Detr, batch: Batch) -> tuple[Any, ...]:
+        given.append(batch)
+        return batch.images, batch.mask
 
-    monkeypatch.setattr(Detr, "uses_targets", True)
-    monkeypatch.setattr(Detr, "forward", with_targets)
-    config = small_config(dataset, tmp_path, "train.max_steps=1")
-    seen = prepare(config)
-    losses: list[Any] = []
-    seen.loop.criterion.register_forward_pre_hook(lambda _, inputs: losses.append(inputs[1]))
-    seen.loop.run()
-    assert [targets for training, targets in given if training] == losses != []
-    assert all(targets is None for training, targets in given if not training)
+    monkeypatch.setattr(Detr, "inputs_of", noting)
+    seen = observe(small_config(dataset, tmp_path, "train.micro_batch_size=2", "run.seed=5"), stop_after=2)
+    assert [batch.targets for batch in given] == [loss.targets for loss in seen.losses]
+    most = [max(len(t["labels"]) for batch in given[2 * s : 2 * s + 2] for t in batch.targets) for s in (0, 1)]
+    assert [batch.step_info for batch in given] == [StepInfo(5, step, most[step]) for step in (0, 0, 1, 1)]
+    assert [batch.positions.tolist() for batch in given] == [[0, 1], [2, 3], [4, 5], [6, 7]]
 
 
 def boxes_of(seen: Observed, root: Path, sample: SamplePlan) -> tuple[list[int], Tensor]:

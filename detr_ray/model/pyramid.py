@@ -1,0 +1,155 @@
+"""A pyramid: feature maps of several resolutions as one sequence of cells, in the transformer's vector length.
+
+Knows feature maps, their padding and position encodings; knows nothing of attention, queries or classes.
+
+Letters: ``B`` images, ``S`` cells of all maps, ``L`` maps, ``Q`` queries.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from detr_ray.model.deformable_attention import MapSizes
+from detr_ray.model.features import FeatureLevel, shrink_mask
+
+
+@dataclass(frozen=True)
+class Pyramid:
+    """The cells of several maps, the one with the most cells first, row by row.
+
+    Attributes:
+        cells: ``[B, S, dim]``.
+        positions: ``[B or 1, S, dim]``.
+        padding: ``[B, S]`` bool, True on padding; None where nothing is padded.
+        sizes: height and width of each map.
+        valid_ratios: ``[B or 1, L, 2]``, share of each map's (width, height) that is no padding.
+    """
+
+    cells: Tensor
+    positions: Tensor
+    padding: Tensor | None
+    sizes: MapSizes
+    valid_ratios: Tensor
+
+    def with_cells(self, cells: Tensor) -> Pyramid:
+        """The same with other cells, in the precision of these."""
+        return replace(self, cells=cells.to(self.cells.dtype))
+
+    def centres(self) -> Tensor:
+        """Centres of all cells, ``[B or 1, S, 2]`` (x, y) in 0..1 of the unpadded image; beyond 1 in the padding."""
+        return torch.cat(
+            [
+                _cell_middles(height, width, self.cells.device) / self.valid_ratios[:, level, None]
+                for level, (height, width) in enumerate(self.sizes)
+            ],
+            dim=1,
+        )
+
+    def in_each_map(self, places: Tensor) -> Tensor:
+        """Points or boxes ``[B, Q, 2 or 4]`` of the unpadded image as ``[B, Q, L, 2 or 4]`` of each padded map."""
+        ratios = self.valid_ratios if places.shape[-1] == 2 else self.valid_ratios.repeat(1, 1, 2)
+        return places[:, :, None] * ratios[:, None]
+
+
+def _cell_middles(height: int, width: int, device: torch.device) -> Tensor:
+    """Middles of the cells of a map, ``[height * width, 2]`` (x, y) in 0..1 of the map, row by row."""
+    y, x = torch.meshgrid(
+        (torch.arange(height, device=device, dtype=torch.float32) + 0.5) / height,
+        (torch.arange(width, device=device, dtype=torch.float32) + 0.5) / width,
+        indexing="ij",
+    )
+    return torch.stack((x, y), dim=-1).flatten(0, 1)
+
+
+def valid_ratios(paddings: Sequence[Tensor | None], device: torch.device) -> Tensor:
+    """Share of each map's (width, height) that is no padding, ``[B or 1, L, 2]``, from masks ``[B, h, w]``.
+
+    Padding is at the right and at the bottom, so that the first row and the first column say it.
+    """
+    ratios = []
+    for padding in paddings:
+        if padding is None:
+            return torch.ones(1, len(paddings), 2, device=device)
+        valid = ~padding
+        ratios.append(torch.stack((valid[:, 0].float().mean(1), valid[:, :, 0].float().mean(1)), dim=-1))
+    return torch.stack(ratios, dim=1)
+
+
+def strides_for(num_levels: int, finest: int, coarsest: int) -> tuple[int, ...]:
+    """Strides of the maps that a pyramid takes from its backbone: the coarsest ones, at most as many as it has levels.
+
+    Args:
+        num_levels: maps of the pyramid.
+        finest: smallest stride that is taken.
+        coarsest: stride of the backbone's last map.
+    """
+    strides = (4, 8, 16, 32)
+    return tuple(stride for stride in strides if finest <= stride <= coarsest)[-num_levels:]
+
+
+def input_projections(channels: Sequence[int], num_levels: int, dim: int) -> nn.ModuleList:
+    """Convolutions to the transformer's vector length: of the backbone's maps, then of coarser ones made of the last.
+
+    The first further map is made of the backbone's last one, each of the others of the map before.
+
+    Args:
+        channels: of the backbone's maps.
+        num_levels: maps of the pyramid, at least as many.
+        dim: the transformer's vector length.
+    """
+    projections = nn.ModuleList()
+    for level in range(num_levels):
+        if level < len(channels):
+            convolution = nn.Conv2d(channels[level], dim, kernel_size=1)
+        else:
+            source = channels[-1] if level == len(channels) else dim
+            convolution = nn.Conv2d(source, dim, kernel_size=3, stride=2, padding=1)
+        nn.init.xavier_uniform_(convolution.weight)
+        assert convolution.bias is not None
+        nn.init.zeros_(convolution.bias)
+        projections.append(nn.Sequential(convolution, nn.GroupNorm(math.gcd(32, dim), dim)))
+    return projections
+
+
+def build_pyramid(
+    levels: Sequence[FeatureLevel],
+    mask: Tensor | None,
+    projections: nn.ModuleList,
+    position_encoding: nn.Module,
+    level_embed: Tensor,
+) -> Pyramid:
+    """The projected cells of all levels, one after the other.
+
+    Args:
+        levels: the backbone's maps.
+        mask: ``[B, H, W]`` bool at the images' resolution, True on padding; None where nothing is padded.
+        projections: as `input_projections` makes them; more than levels.
+        position_encoding: gives vectors of where the cells of a map lie, such as `SinePositionEncoding`.
+        level_embed: ``[L, dim]``, which map a cell is of. The pyramid has its precision.
+    """
+    precision = level_embed.dtype
+    cells, positions, paddings, sizes = [], [], [], []
+    for number, project in enumerate(projections):
+        if number < len(levels):
+            source, padding, _ = levels[number]
+            features = project(source).to(precision)
+        else:
+            features = project(levels[-1].features if number == len(levels) else features).to(precision)
+            padding = None if mask is None else shrink_mask(mask, *features.shape[-2:])
+        cells.append(features.flatten(2).transpose(1, 2))
+        positions.append(position_encoding(features, padding).flatten(1, 2).to(precision) + level_embed[number])
+        paddings.append(padding)
+        sizes.append((features.shape[-2], features.shape[-1]))
+    flat = [padding.flatten(1) for padding in paddings if padding is not None]
+    return Pyramid(
+        cells=torch.cat(cells, dim=1),
+        positions=torch.cat(positions, dim=1),
+        padding=torch.cat(flat, dim=1) if flat else None,
+        sizes=tuple(sizes),
+        valid_ratios=valid_ratios(paddings, cells[0].device),
+    )
