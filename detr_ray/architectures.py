@@ -8,6 +8,7 @@ from typing import Any
 ARCHITECTURES = {
     "detr": "detr_ray.model.detr:Detr.from_config",
     "deformable_detr": "detr_ray.model.deformable_detr:DeformableDetr.from_config",
+    "dino": "detr_ray.model.dino:Dino.from_config",
 }
 """Value of ``model.architecture`` -> ``module:function`` that builds the model from the ``model`` section and the
 number of classes. The function is not imported here, so that reading a configuration does not import torch."""
@@ -34,6 +35,21 @@ PUBLISHED: dict[str, dict[str, Mapping[str, Any]]] = {
             "position_offset": -0.5,
         },
         "loss": {"class_loss": "focal", "cost_class": 2.0, "ce": 2.0},
+    },
+    "dino": {
+        "model": {
+            "dropout": 0.0,
+            "num_queries": 900,
+            "num_feature_levels": 4,
+            "encoder_points": 4,
+            "decoder_points": 4,
+            "denoising_queries": 100,
+            "denoising_label_noise": 0.5,
+            "denoising_box_noise": 1.0,
+            "position_temperature": 20.0,
+            "position_offset": 0.0,
+        },
+        "loss": {"class_loss": "focal", "cost_class": 2.0},
     },
 }
 """Value of ``model.architecture`` -> section -> values of the published model, where they are not the section's

@@ -20,6 +20,12 @@ def cxcywh_to_xyxy(boxes_cxcywh: Tensor) -> Tensor:
     return torch.stack((cx - 0.5 * w, cy - 0.5 * h, cx + 0.5 * w, cy + 0.5 * h), dim=-1)
 
 
+def xyxy_to_cxcywh(boxes_xyxy: Tensor) -> Tensor:
+    """Converts ``[..., 4]`` boxes from corners to centre and size."""
+    left, top, right, bottom = boxes_xyxy.unbind(-1)
+    return torch.stack(((left + right) / 2, (top + bottom) / 2, right - left, bottom - top), dim=-1)
+
+
 def area(boxes_xyxy: Tensor) -> Tensor:
     """Area of ``[..., 4]`` corner boxes; zero for boxes with negative width or height."""
     size = (boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]).clamp(min=0)

@@ -1,4 +1,4 @@
-"""Numbers of the published Deformable DETR for weights that a rule gives: reading them, and the rule itself.
+"""Numbers of the published Deformable DETR and DINO for weights that a rule gives: reading them, and the rule itself.
 
 ``load_family_golden(shared_data, name)`` reads a case of ``golden_family``; ``family_config(golden)`` is its
 configuration; ``load_family_weights(model, golden)`` gives a model its weights under the published names.
@@ -75,10 +75,12 @@ def family_config(golden: FamilyGolden, *overrides: str) -> Config:
         "num_feature_levels": "num_feature_levels", "hidden_dim": "hidden_dim", "nheads": "num_heads",
         "dim_feedforward": "dim_feedforward", "enc_layers": "encoder_layers", "dec_layers": "decoder_layers",
         "dec_n_points": "decoder_points", "enc_n_points": "encoder_points", "num_queries": "num_queries",
-        "with_box_refine": "box_refine", "two_stage": "two_stage",
+        "with_box_refine": "box_refine", "two_stage": "two_stage", "dn_number": "denoising_queries",
+        "dn_label_noise_ratio": "denoising_label_noise", "dn_box_noise_scale": "denoising_box_noise",
     }  # fmt: skip
+    architecture = {"deformable": "deformable_detr", "dino": "dino"}[golden.described["family"]]
     given = [f"model.{key}={json.dumps(of_file[name])}" for name, key in names.items() if name in of_file]
-    return load_config(None, ["model.architecture=deformable_detr", "model.dropout=0", *given, *overrides])
+    return load_config(None, [f"model.architecture={architecture}", "model.dropout=0", *given, *overrides])
 
 
 def load_family_weights(model: DetectionModel, golden: FamilyGolden) -> None:

@@ -43,10 +43,13 @@ SMALLEST = (
 
 @dataclass(frozen=True)
 class Forward:
-    """What a model was given, how it stood, with which seed of random numbers, and what it gave."""
+    """What a model was given, how it stood, with which seed of random numbers, and what it gave; ``more`` is what some
+    models are given beside images and mask.
+    """
 
     images: Tensor
     mask: Tensor | None
+    more: tuple[Any, ...]
     training: bool
     with_gradient: bool
     autocast: torch.dtype | None
@@ -208,10 +211,11 @@ def copies(named: Any) -> dict[str, Tensor]:
 
 
 def _forward(model: DetectionModel, inputs: tuple, output: ModelOutput) -> Forward:
-    images, mask = inputs
+    images, mask, *more = inputs
     return Forward(
         images.detach().clone(),
         None if mask is None else mask.clone(),
+        tuple(more),
         model.training,
         torch.is_grad_enabled(),
         torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None,
@@ -249,4 +253,4 @@ def _detached(output: Any) -> Any:
         return output.detach().clone()
     if isinstance(output, dict):
         return {name: _detached(value) for name, value in output.items()}
-    return [_detached(value) for value in output]
+    return [_detached(value) for value in output] if isinstance(output, list | tuple) else output

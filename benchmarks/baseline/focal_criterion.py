@@ -1,5 +1,5 @@
 # ruff: noqa: D102 - what forward() does is what its class says
-"""The plain set loss of Deformable DETR: layer by layer, costs of all queries with the boxes of all images."""
+"""The plain set loss of Deformable DETR and DINO: layer by layer, costs of all queries with the boxes of all images."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from torchvision.ops import generalized_box_iou
 from benchmarks.baseline.criterion import corners
 
 ALPHA, GAMMA = 0.25, 2.0
-WEIGHTS = {"loss_ce": 2.0, "loss_bbox": 5.0, "loss_giou": 2.0}
-"""Of the losses, and of the costs in the matching."""
 
 
 class PlainFocalMatcher(nn.Module):
@@ -40,11 +38,14 @@ class PlainFocalMatcher(nn.Module):
 
 
 class PlainFocalCriterion(nn.Module):
-    """Focal class loss and box losses of each decoder layer and of the encoder's cells, with weights 2, 5 and 2."""
+    """Focal class loss and box losses of each decoder layer, of the encoder's cells and of denoising queries, with
+    weights 5 and 2 for boxes.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, class_weight: float) -> None:
         super().__init__()
         self.matcher = PlainFocalMatcher()
+        self.weights = {"loss_ce": class_weight, "loss_bbox": 5.0, "loss_giou": 2.0}
 
     def forward(self, outputs: dict, targets: list[dict]) -> dict[str, Tensor]:
         losses = self._layer(outputs, targets)
@@ -54,11 +55,33 @@ class PlainFocalCriterion(nn.Module):
             objects = [{"labels": torch.zeros_like(t["labels"]), "boxes": t["boxes"]} for t in targets]
             of_encoder = self._layer(outputs["enc_outputs"], objects)
             losses.update({f"{name}_enc": value for name, value in of_encoder.items()})
+        if "interm_outputs" in outputs:
+            chosen = self._layer(outputs["interm_outputs"], targets)
+            losses.update({f"{name}_interm": value for name, value in chosen.items()})
+        if "dn_outputs" in outputs:
+            losses.update(self._denoising(outputs["dn_outputs"], targets))
         return losses
 
-    def _layer(self, outputs: dict, targets: list[dict]) -> dict[str, Tensor]:
-        num_boxes = max(sum(len(target["labels"]) for target in targets), 1)
-        pairs = self.matcher(outputs, targets)
+    def _denoising(self, outputs: dict, targets: list[dict]) -> dict[str, Tensor]:
+        groups = outputs["groups"]
+        size = outputs["pred_logits"].shape[1] // groups
+        pairs = []
+        for target in targets:
+            boxes = torch.arange(len(target["labels"]))
+            starts = torch.arange(groups)[:, None] * size
+            pairs.append(((starts + boxes).flatten(), boxes.repeat(groups)))
+        losses = {}
+        layers = {f"_dn_{number}": layer for number, layer in enumerate(outputs["aux_outputs"])}
+        for suffix, layer in (layers | {"_dn": outputs}).items():
+            found = self._layer(layer, targets, pairs, groups)
+            losses.update({name + suffix: value for name, value in found.items()})
+        return losses
+
+    def _layer(
+        self, outputs: dict, targets: list[dict], pairs: list | None = None, repeats: int = 1
+    ) -> dict[str, Tensor]:
+        num_boxes = max(sum(len(target["labels"]) for target in targets), 1) * repeats
+        pairs = pairs or self.matcher(outputs, targets)
         logits = outputs["pred_logits"].float()
         wanted = torch.zeros_like(logits)
         for image, (queries, boxes) in enumerate(pairs):
@@ -78,5 +101,5 @@ class PlainFocalCriterion(nn.Module):
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         """Weighted sum of all layers' losses."""
-        kinds = {name: next(kind for kind in WEIGHTS if name.startswith(kind)) for name in losses}
-        return torch.stack([WEIGHTS[kinds[name]] * value for name, value in losses.items()]).sum()
+        kinds = {name: next(kind for kind in self.weights if name.startswith(kind)) for name in losses}
+        return torch.stack([self.weights[kinds[name]] * value for name, value in losses.items()]).sum()

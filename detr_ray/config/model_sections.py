@@ -40,6 +40,9 @@ OPTIONAL_KEYS = (
     "look_forward_twice",
     "one_to_many_queries",
     "one_to_many_copies",
+    "denoising_queries",
+    "denoising_label_noise",
+    "denoising_box_noise",
 )
 """Keys of `model` that some architectures have; those of an architecture are in its published values."""
 
@@ -52,7 +55,8 @@ class ModelConfig(Section):
 
     architecture: Architecture = "detr"
     """Architecture of the detector. `detr`: Carion et al. 2020. `deformable_detr`: Zhu et al. 2020; reads several
-    feature maps at few points, and learns in a tenth of the epochs."""
+    feature maps at few points, and learns in a tenth of the epochs. `dino`: Zhang et al. 2022; the same with queries
+    that the encoder places and denoising in training, and learns soonest."""
     backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
     """Network that computes image features."""
     backbone_norm: Literal["frozen", "batch"] = "frozen"
@@ -71,11 +75,11 @@ class ModelConfig(Section):
     """Position embedding of the transformer: fixed sine waves, or learned (`detr` alone)."""
     position_temperature: Positive | None = None
     """Longest wavelength of the sine waves, in units of an image's side divided by two pi. null: as published, 10000
-    for `detr` and `deformable_detr`."""
+    for `detr` and `deformable_detr`, 20 for `dino`."""
     position_offset: Number | None = None
     """Added to the number of a cell, counted from 1, before it is divided by the number of cells. null: as published, 0
-    for `detr` and -0.5 for `deformable_detr`. Weights must be used with the temperature and the offset that they were
-    trained with."""
+    for `detr` and `dino`, -0.5 for `deformable_detr`. Weights must be used with the temperature and the offset that
+    they were trained with."""
     hidden_dim: Count = 256
     """Width of the transformer."""
     num_heads: Count = 8
@@ -87,17 +91,19 @@ class ModelConfig(Section):
     decoder_layers: Count = 6
     """Layers of the decoder."""
     dropout: Annotated[Share, Field(lt=1)] = 0.1
-    """Dropout in the transformer."""
+    """Dropout in the transformer. `dino` has 0 by default."""
     pre_norm: bool = False
     """Normalise before each part of a transformer layer instead of after it (`detr` alone)."""
     num_queries: Count = 100
     """Number of queries: the largest number of objects that the model can find in one image. `deformable_detr` has 300
-    by default."""
+    by default, `dino` 900."""
     num_feature_levels: Annotated[Count, Field(le=8)] | None = None
-    """Feature maps that `deformable_detr` reads: the last three stages of the backbone that `model.backbone_stride`
-    leaves from stride 8 on, or fewer, and then maps of half the resolution of the one before. null: as published, 4."""
+    """Feature maps that `deformable_detr` and `dino` read: the last three stages of the backbone that
+    `model.backbone_stride` leaves from stride 8 on, or fewer, and then maps of half the resolution of the one before.
+    `dino` begins at stride 4 with 5 maps or more. null: as published, 4."""
     encoder_points: Count | None = None
-    """Points that each head of `deformable_detr` reads in each feature map, in the encoder. null: as published, 4."""
+    """Points that each head of `deformable_detr` and `dino` reads in each feature map, in the encoder. null: as
+    published, 4."""
     decoder_points: Count | None = None
     """The same in the decoder."""
     box_refine: bool | None = None
@@ -114,6 +120,15 @@ class ModelConfig(Section):
     null: 0."""
     one_to_many_copies: Count | None = None
     """With `model.one_to_many_queries`: how many of them are to find each object. null: as published, 6."""
+    denoising_queries: CountOrZero | None = None
+    """About how many further queries of `dino` start, in training, from boxes moved a little, to find them; as many
+    start from boxes moved further, to find nothing. More where an image has more boxes. 0: none. null: as published,
+    100."""
+    denoising_label_noise: Share | None = None
+    """Half of this share of the denoising queries get another label than their box's. null: as published, 0.5."""
+    denoising_box_noise: NonNegative | None = None
+    """How far the corners of the denoising queries' boxes are moved. 1: by up to half the box's width and height, and
+    by up to its width and height where nothing is to be found. null: as published, 1."""
     aux_loss: bool = True
     """Apply the loss to every decoder layer, not only to the last."""
     init_from: Text | None = None
@@ -179,8 +194,8 @@ class LossConfig(Section):
 
     class_loss: Literal["softmax", "focal", "vfl", "mal"] = "softmax"
     """Loss of the classes, which also says what a class costs in the matching and how scores are read. `softmax`:
-    cross-entropy with a class for no-object (`detr` alone). The others have a sigmoid a class, and the defaults of
-    `deformable_detr`: `focal`: sigmoid focal loss, its default. `vfl`: varifocal loss, where scores learn how well
+    cross-entropy with a class for no-object (`detr` alone). The others have a sigmoid a class, for all other
+    architectures: `focal`: sigmoid focal loss, their default. `vfl`: varifocal loss, where scores learn how well
     boxes fit. `mal`: matchability-aware loss, the same with more weight on boxes that do not fit yet."""
     focal_alpha: Share | None = None
     """Weight of the class loss where an object is (`focal`) or where there is none (`vfl`). null: 0.25 and 0.75."""
@@ -189,7 +204,7 @@ class LossConfig(Section):
     and 1.5 for `mal`."""
 
     cost_class: Weight = 1.0
-    """Weight of the class when queries are matched with boxes. `deformable_detr` has 2 by default."""
+    """Weight of the class when queries are matched with boxes. `deformable_detr` and `dino` have 2 by default."""
     cost_bbox: Weight = 5.0
     """Weight of the L1 distance of boxes in the matching."""
     cost_giou: Weight = 2.0

@@ -17,7 +17,9 @@ from detr_ray.boxes import cxcywh_to_xyxy, generalized_iou, iou
 from detr_ray.loss.class_losses import ClassLoss, SoftmaxLoss
 from detr_ray.loss.matcher import HungarianMatcher
 from detr_ray.loss.prediction_sets import (
+    ChosenCells,
     DecoderLayers,
+    Denoising,
     EncoderCells,
     Matches,
     OneToMany,
@@ -142,7 +144,8 @@ class SetCriterion(nn.Module):
         norms = [normalisers[2 * number : 2 * number + 2] for number, one in enumerate(found) if one is not None]
         losses: dict[str, Tensor] = {}
         for one, active, pairs, (box_norm, class_norm) in zip(sets, activations, all_pairs, norms, strict=True):
-            losses |= self._losses(one, active, pairs, _at_least_one(box_norm), _one_if_zero(class_norm))
+            box_norm, class_norm = one.repeats * _at_least_one(box_norm), one.repeats * _one_if_zero(class_norm)
+            losses |= self._losses(one, active, pairs, box_norm, class_norm)
         return losses
 
     def total(self, losses: Mapping[str, Tensor]) -> Tensor:
@@ -226,6 +229,12 @@ def build_criterion(
     if getattr(model, "two_stage", False):
         sources.append(EncoderCells())
         suffixes.append("_enc")
+    if getattr(model, "architecture", "detr") == "dino":
+        sources.append(ChosenCells())
+        suffixes.append("_interm")
+    if getattr(model, "denoising_queries", 0):
+        sources.append(Denoising())
+        suffixes += ["_dn", *(f"_dn_{layer}" for layer in range(num_layers - 1))]
     if getattr(model, "one_to_many_queries", 0):
         sources.append(OneToMany(model.one_to_many_copies))
         suffixes += ["_one2many", *(f"_{layer}_one2many" for layer in range(num_layers - 1))]

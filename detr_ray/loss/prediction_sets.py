@@ -43,6 +43,7 @@ class PredictionSet:
         targets: what the queries are to find.
         pairs: which query is to find which target; None where the matcher decides.
         weight: of all losses of this set in the total, beside the losses' own weights.
+        repeats: how many queries are to find each target; losses are divided by so many times the normalisers.
     """
 
     suffixes: tuple[str, ...]
@@ -51,6 +52,7 @@ class PredictionSet:
     targets: FlatTargets
     pairs: Matches | None = None
     weight: float = 1.0
+    repeats: int = 1
 
 
 class PredictionSource(Protocol):
@@ -110,6 +112,55 @@ class EncoderCells:
         flat = flatten_targets(targets, cells["pred_logits"].device)
         objects = replace(flat, labels=torch.zeros_like(flat.labels))
         return PredictionSet(("_enc",), cells["pred_logits"].float()[None], cells["pred_boxes"].float()[None], objects)
+
+
+class ChosenCells:
+    """What the encoder predicts for the cells that became queries, matched with the image's boxes (DINO)."""
+
+    def normalisers(self, counts: Sequence[int], class_loss: ClassLoss) -> tuple[float, float]:
+        """The number of boxes, and the class loss's own."""
+        return float(sum(counts)), class_loss.normaliser(counts, 0)
+
+    def predictions(self, outputs: ModelOutput, targets: Sequence[Target]) -> PredictionSet | None:
+        """The predictions under ``interm_outputs``; names of their losses end with ``_interm``."""
+        if "interm_outputs" not in outputs:
+            return None
+        cells = outputs["interm_outputs"]
+        flat = flatten_targets(targets, cells["pred_logits"].device)
+        return PredictionSet(("_interm",), cells["pred_logits"].float()[None], cells["pred_boxes"].float()[None], flat)
+
+
+class Denoising:
+    """Queries that start from noised boxes: which box each is to find is known (DINO, Zhang et al. 2022)."""
+
+    def normalisers(self, counts: Sequence[int], class_loss: ClassLoss) -> tuple[float, float]:
+        """The number of boxes, and the class loss's own; of one group."""
+        return float(sum(counts)), class_loss.normaliser(counts, 0)
+
+    def predictions(self, outputs: ModelOutput, targets: Sequence[Target]) -> PredictionSet | None:
+        """The predictions under ``dn_outputs``; names of their losses end with ``_dn``, or ``_dn_0`` and so on."""
+        if "dn_outputs" not in outputs:
+            return None
+        groups = outputs["dn_outputs"]["groups"]
+        logits, boxes_cxcywh = _stacked(outputs["dn_outputs"])
+        flat = flatten_targets(targets, logits.device)
+        suffixes = (*(f"_dn_{layer}" for layer in range(len(logits) - 1)), "_dn")
+        pairs = _pairs_of_groups(flat.counts, groups, logits.shape[2] // groups, len(logits))
+        return PredictionSet(suffixes, logits, boxes_cxcywh, flat, pairs, repeats=groups)
+
+
+def _pairs_of_groups(counts: Sequence[int], groups: int, queries: int, layers: int) -> Matches:
+    """Query ``i`` of each group of so many queries with box ``i`` of its image, in every layer."""
+    boxes = torch.tensor(counts).repeat_interleave(groups)  # of each image and group
+    place = torch.arange(int(boxes.sum())) - (boxes.cumsum(0) - boxes).repeat_interleave(boxes)
+    first_query = (torch.arange(groups) * queries).repeat(len(counts)).repeat_interleave(boxes)
+    images = torch.arange(len(counts)).repeat_interleave(groups).repeat_interleave(boxes)
+    first_target = torch.tensor((0, *counts[:-1])).cumsum(0)
+    return Matches(
+        images=images,
+        queries=(first_query + place).expand(layers, -1),
+        targets=(first_target[images] + place).expand(layers, -1),
+    )
 
 
 class OneToMany:

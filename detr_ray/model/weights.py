@@ -257,6 +257,9 @@ def _fitting_part(names: WeightNames, name: str, value: Tensor, target: Tensor, 
     """The part of the file's ``value`` that the model's ``target`` can take; None where the shapes speak against it."""
     if names.is_class_row(name) and value.shape[1:] == target.shape[1:]:
         return _Part([here for here, _ in rows.pairs], value[[there for _, there in rows.pairs]], rows.note)
+    if name in names.class_tables and value.shape[1:] == target.shape[1:]:
+        pairs = [*rows.pairs, (len(target) - 1, len(value) - 1)]
+        return _Part([here for here, _ in pairs], value[[there for _, there in pairs]], rows.note)
     if value.shape == target.shape:
         return _Part(..., value, "")
     if name.rpartition(".")[0] in names.object_heads and value.shape[1:] == target.shape[1:]:

@@ -13,6 +13,7 @@ SECTIONS = (
     "augment",
     "model",
     "deformable",
+    "dino",
     "loss",
     "optim",
     "train",

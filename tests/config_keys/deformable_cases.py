@@ -30,7 +30,7 @@ def refused(*overrides: str) -> str:
 
 @shows("model.position_temperature", "model.position_offset")
 def positions(place: Place) -> None:
-    for overrides, expected in ((DEFORMABLE, (10000, -0.5)), ((), (10000, 0))):
+    for overrides, expected in ((DEFORMABLE, (10000, -0.5)), ((), (10000, 0)), (("model.architecture=dino",), (20, 0))):
         encoding = place.model(*overrides).backbone[1]
         assert (encoding.temperature, encoding.offset) == expected
     encoding = place.model("model.position_temperature=20", "model.position_offset=0.25").backbone[1]

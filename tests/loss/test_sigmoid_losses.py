@@ -12,7 +12,7 @@ from detr_ray.boxes import cxcywh_to_xyxy, iou
 from detr_ray.config import LossConfig, load_config
 from detr_ray.loss import SetCriterion, build_criterion
 from detr_ray.loss.sigmoid_losses import FocalLoss
-from detr_ray.structures import LayerOutput, ModelOutput, Target
+from detr_ray.structures import DenoisingOutput, LayerOutput, ModelOutput, Target
 
 CLASSES, QUERIES = 4, 6
 COUNTS = (3, 0, 2)
@@ -121,17 +121,27 @@ def test_errors_speak_of_sigmoid_outputs() -> None:
     assert (losses["cardinality_error"].item(), losses["class_error"].item()) == (1.0, 0.0)
 
 
-def test_a_plain_criterion_layer_by_layer_gives_the_same() -> None:
-    """The one that the benchmark of a step compares with."""
+def drawn_layer(queries: int, seed: int) -> LayerOutput:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(len(COUNTS), queries, CLASSES, generator=generator)
+    return LayerOutput(pred_logits=logits, pred_boxes=random_boxes(len(COUNTS), queries, generator=generator))
+
+
+@pytest.mark.parametrize("architecture", ["deformable_detr", "dino"])
+def test_a_plain_criterion_layer_by_layer_gives_the_same(architecture: str) -> None:
+    """The one that the benchmark of a step compares with; of DINO with two groups of three boxes."""
     output, targets = drawn()
     first, _ = drawn()
-    cells = ModelOutput(
-        pred_logits=torch.randn(3, 9, CLASSES, generator=torch.Generator().manual_seed(5)),
-        pred_boxes=random_boxes(3, 9, generator=torch.Generator().manual_seed(6)),
-    )
-    layers = ModelOutput(**output, aux_outputs=[LayerOutput(**first)], enc_outputs=cells)
-    config = load_config(None, ["model.architecture=deformable_detr", "model.two_stage=true"])
-    ours, plain = build_criterion(config, CLASSES), PlainFocalCriterion()
+    layers = ModelOutput(**output, aux_outputs=[LayerOutput(**first)])
+    overrides = [f"model.architecture={architecture}"]
+    if architecture == "dino":
+        layers["interm_outputs"] = drawn_layer(QUERIES, 5)
+        layers["dn_outputs"] = DenoisingOutput(**drawn_layer(12, 6), aux_outputs=[drawn_layer(12, 7)], groups=2)
+    else:
+        layers["enc_outputs"] = drawn_layer(9, 5)
+        overrides.append("model.two_stage=true")
+    config = load_config(None, overrides)
+    ours, plain = build_criterion(config, CLASSES), PlainFocalCriterion(config.loss.ce)
     found, expected = ours(layers, targets), plain(layers, targets)
     assert {name for name in found if name.startswith("loss")} == expected.keys()
     for name, value in expected.items():

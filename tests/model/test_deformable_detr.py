@@ -1,6 +1,6 @@
 """Deformable DETR: names and sizes of the published models, its options, and what it makes of odd input.
 
-Its numbers against the published code: ``test_deformable_detr_goldens.py``.
+Its numbers against the published code: ``test_family_goldens.py``.
 """
 
 from __future__ import annotations

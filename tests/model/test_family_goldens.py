@@ -1,4 +1,7 @@
-"""Deformable DETR against the numbers of the published code: outputs, losses, matches, gradients, detections."""
+"""Deformable DETR and DINO against the numbers of the published code: outputs, losses, matches, gradients, detections.
+
+DINO's denoising queries start from the noise that was recorded there.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,14 @@ from family_goldens import (
     load_family_golden,
     load_family_weights,
 )  # fmt: skip
+from torch import Tensor
 
 from detr_ray.detector import postprocess
 from detr_ray.loss import SetCriterion, build_criterion
-from detr_ray.model import DetectionModel, build_model, published_state_dict
-from detr_ray.structures import ModelOutput
+from detr_ray.model import DetectionModel, build_model, deformable_detr, dino, published_state_dict
+from detr_ray.model.denoising import DenoisingQueries
+from detr_ray.model.proposals import best_cells
+from detr_ray.structures import LayerOutput, ModelOutput
 
 
 class Case:
@@ -34,10 +40,20 @@ class Case:
         self.model: DetectionModel = build_model(config.model, golden.settings["num_classes"])
         load_family_weights(self.model, golden)
         self.criterion: SetCriterion = build_criterion(config, golden.settings["num_classes"])
-        self.output: ModelOutput = self.model.train()(golden.arrays["images"], golden.arrays["mask"])
+        inputs = (golden.arrays["images"], golden.arrays["mask"], *denoising(golden))
+        self.output: ModelOutput = self.model.train()(*inputs)
 
 
-@pytest.fixture(scope="module", params=["deformable_base", "deformable_two_stage"])
+def denoising(golden: FamilyGolden) -> tuple[DenoisingQueries, ...]:
+    """The recorded denoising queries, where there are any."""
+    if "dn/labels" not in golden.arrays:
+        return ()
+    names = ("labels", "reference_logits", "groups")
+    labels, logits, groups = (golden.arrays[f"dn/{name}"] for name in names)
+    return (DenoisingQueries(labels, logits, int(groups)),)
+
+
+@pytest.fixture(scope="module", params=["deformable_base", "deformable_two_stage", "dino_4scale"])
 def case(request: pytest.FixtureRequest, shared_data: Path) -> Case:
     return Case(load_family_golden(shared_data, request.param))
 
@@ -46,16 +62,52 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) 
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
 
+def outputs_of(case: Case) -> dict[str, LayerOutput]:
+    """Each of a case's predictions by the beginning of its names in the file."""
+    outputs: dict[str, LayerOutput] = {}
+    for start, output in {"": case.output, "dn/": case.output.get("dn_outputs")}.items():
+        if output is not None:
+            outputs |= {f"{start}aux{number}/": layer for number, layer in enumerate(output["aux_outputs"])}
+            outputs[start] = output
+    others = {"enc/": "enc_outputs", "interm/": "interm_outputs"}
+    return outputs | {start: case.output[name] for start, name in others.items() if name in case.output}
+
+
 def test_outputs_of_all_layers(case: Case) -> None:
-    layers = {"": case.output} | {f"aux{number}/": layer for number, layer in enumerate(case.output["aux_outputs"])}
-    for name, layer in layers.items():
-        assert_close(layer["pred_boxes"], case.golden.arrays[f"{name}pred_boxes"], BOXES)
-        assert_close(layer["pred_logits"], case.golden.arrays[f"{name}pred_logits"], LOGITS)
-    if "enc/pred_boxes" in case.golden.arrays:
-        cells = case.output["enc_outputs"]
-        assert_close(cells["pred_boxes"], case.golden.arrays["enc/pred_boxes"], BOXES)
-        assert_close(cells["pred_logits"][..., 0], case.golden.arrays["enc/logits_channel0"], LOGITS)
-        assert_close(cells["pred_logits"].amax(-1), case.golden.arrays["enc/logits_max"], LOGITS)
+    arrays, compared = case.golden.arrays, set()
+    for start, output in outputs_of(case).items():
+        logits = output["pred_logits"]
+        parts = {"pred_boxes": output["pred_boxes"], "pred_logits": logits, "logits_channel0": logits[..., 0]}
+        if start == "enc/":
+            parts["logits_max"] = logits.amax(-1)
+        for part, found in parts.items():
+            if f"{start}{part}" in arrays:
+                compared.add(f"{start}{part}")
+                assert_close(found, arrays[f"{start}{part}"], BOXES if part == "pred_boxes" else LOGITS)
+    recorded = {name for name in arrays if "pred_" in name and not name.startswith("eval/")}
+    assert recorded <= compared
+
+
+def test_chosen_cells_and_what_is_found_in_evaluation(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays, noted = case.golden.arrays, []
+
+    def noting(scores: Tensor, is_usable: Tensor, count: int) -> Tensor:
+        noted.append((scores, best_cells(scores, is_usable, count)))
+        return noted[-1][1]
+
+    for module in (deformable_detr, dino):
+        monkeypatch.setattr(module, "best_cells", noting)
+    with torch.no_grad():
+        output = case.model.eval()(arrays["images"], arrays["mask"])
+    case.model.train()
+    prefix = "eval/" if "eval/pred_logits" in arrays else ""
+    assert_close(output["pred_logits"], arrays[f"{prefix}pred_logits"], LOGITS)
+    assert_close(output["pred_boxes"], arrays[f"{prefix}pred_boxes"], BOXES)
+    assert "dn_outputs" not in output and bool(noted) == ("enc/top" in arrays)
+    for scores, chosen in noted:
+        assert torch.equal(chosen, arrays["enc/top"])
+        ranked_by = "enc/logits_max" if prefix else "enc/logits_channel0"
+        assert_close(scores, arrays[ranked_by], LOGITS)
 
 
 def test_losses_matches_and_gradients(case: Case) -> None:
