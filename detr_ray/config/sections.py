@@ -62,19 +62,30 @@ class OptimConfig(Section):
     """Learning rate of everything but the backbone: a number, or a schedule over epochs such as
     `{points: [[0, 1e-4], [50, 1e-5]], interpolation: cosine}`, which `optim.schedule` is applied to as to a number."""
     lr_backbone: RateOrZero = 1e-5
-    """Learning rate of the backbone, in the same forms. 0 freezes it, as in the original: its weights (including
-    learned position embeddings) and its batch norm statistics do not change, the optimizer keeps no state for it, and
-    its gradients do not count in the gradient norm."""
+    """Learning rate of the backbone (and of learned position embeddings, as in the original), in the same forms. 0 is
+    the same as `optim.freeze=["backbone.*"]`."""
+    freeze: tuple[Text, ...] = ()
+    """What does not train: names of parameters or modules, or patterns of them as for file names, such as
+    `["backbone.*"]` or `["backbone.0.body.layer[12]", "*.norm"]`. These weights do not change, nothing is computed for
+    them in the backward pass, and the optimizer keeps no state for them; modules that are frozen as a whole keep their
+    batch norm statistics and have no dropout."""
     lr_factors: dict[Text, Positive] = Field(default={})
     """Factors of the learning rates of parameters whose names contain a text, such as `{sampling_offsets: 0.1,
     reference_points: 0.1}`; the first text that fits counts."""
+    layer_decay: Annotated[Positive, Field(le=1)] = 1
+    """Factor of the backbone's learning rate for each of its layers (for a ResNet: its stages, and the stem) that lies
+    behind a weight: the last layer has `lr_backbone`, the one before it `layer_decay` times that, and so on. 1: all
+    have the same rate."""
     weight_decay: NonNegative = 1e-4
     """Weight decay."""
+    decay_norms_and_biases: bool = True
+    """Whether weight decay also holds for norms and biases, as in the original; false: for matrices and kernels alone.
+    """
     clip_max_norm: NonNegative = 0.1
     """Gradients with a larger norm are scaled down to it; 0 turns this off."""
     schedule: Literal["constant", "step", "multistep", "cosine"] = "step"
     """How both learning rates change. `step`: times gamma every `step_epochs`. `multistep`: times gamma at each of
-    `milestones`. `cosine`: down to `min_lr_factor` at the end."""
+    `milestones`. `cosine`: down to `min_lr_factor` at the end, from the warm-up or from `flat_epochs` on."""
     step_epochs: Positive = 200
     """Epochs between two drops of the schedule `step`."""
     milestones: tuple[Positive, ...] = ()
@@ -85,6 +96,9 @@ class OptimConfig(Section):
     """Epochs over which the learning rates climb from near 0 at the start."""
     min_lr_factor: Share = 0
     """Factor of the learning rates at the end of the schedule `cosine`."""
+    flat_epochs: NonNegative = 0
+    """Epochs at the start, those of the warm-up among them, before the schedule `cosine` begins to fall (flat-cosine).
+    """
     ema_decay: Annotated[Share, Field(lt=1)] = 0
     """Decay of a moving average of the weights, which is evaluated instead of them. 0: no average. Common:
     0.9997."""
@@ -99,6 +113,8 @@ class OptimConfig(Section):
             yield Violation(("milestones",), "must ascend")
         if self.schedule == "multistep" and not self.milestones:
             yield Violation(("milestones", "schedule"), "must name at least one epoch for optim.schedule=multistep")
+        if self.flat_epochs and self.schedule != "cosine":
+            yield Violation(("flat_epochs", "schedule"), f"means nothing for optim.schedule={self.schedule}")
 
 
 class TrainConfig(Section):
@@ -247,10 +263,11 @@ class Config(Section):
                 ("train.compile", "model.architecture"),
                 f"cannot be used with {self.model.architecture}: compiling its backward pass does not end in good time",
             )
-        if self.optim.warmup_epochs >= self.train.epochs:
-            yield Violation(
-                ("optim.warmup_epochs", "train.epochs"), f"must be less than train.epochs ({self.train.epochs})"
-            )
+        for name in ("warmup_epochs", "flat_epochs"):
+            if getattr(self.optim, name) >= self.train.epochs:
+                yield Violation(
+                    (f"optim.{name}", "train.epochs"), f"must be less than train.epochs ({self.train.epochs})"
+                )
 
     def _loss_rules(self) -> Iterator[Violation]:
         loss, architecture = self.loss, self.model.architecture

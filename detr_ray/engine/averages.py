@@ -59,7 +59,7 @@ class RunningStatistics:
         norms = [
             name
             for name, part in model.named_modules()
-            if isinstance(part, nn.BatchNorm2d) and part.weight.requires_grad  # a frozen backbone's stay as they are
+            if isinstance(part, nn.BatchNorm2d) and any(p.requires_grad for p in part.parameters())  # others stay
         ]
         self._copies = [_statistics(part, norms) for part in (model, averaged_model) if part is not None]
 

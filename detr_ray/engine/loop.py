@@ -18,7 +18,7 @@ from detr_ray.engine.checkpoints.training_state import TrainingState
 from detr_ray.engine.context import LeaveReason, WorkerContext
 from detr_ray.engine.cpu import HeldMemory, warn_of_slow_precision
 from detr_ray.engine.errors import RunFailed
-from detr_ray.engine.optimizer import LearningRates
+from detr_ray.engine.optimizer import LearningRates, rates_in_use
 from detr_ray.engine.reporting.meters import Meters, StreamRecord
 from detr_ray.engine.reporting.progress import FitResult, duration, step_line
 from detr_ray.engine.step import StepOutcome, StepTimes, TrainStep
@@ -172,7 +172,7 @@ class TrainingLoop:
         self._check_skipped(settle=True)
         metrics = self._meters.metrics(self._meters.totals(self._train_step.times))
         metrics["train/epoch"] = self.step / self.job.steps_per_epoch
-        metrics |= {f"optim/{group['rate']}": group["lr"] for group in self.optimizer.param_groups}
+        metrics |= {f"optim/{name}": rate for name, rate in rates_in_use(self.optimizer).items()}
         for name, weight in self.criterion.loss_weights.items():
             metrics[f"loss/weight/{name.removeprefix('loss_')}"] = weight
         if metrics["train/bad_images"]:

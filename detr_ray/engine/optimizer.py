@@ -1,4 +1,4 @@
-"""AdamW over the model's parameter groups, and its learning rates as pure functions of the epoch."""
+"""AdamW over the model's parameters, and its learning rates as pure functions of the epoch."""
 
 from __future__ import annotations
 
@@ -9,34 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from detr_ray.engine.parameters import Rate, group_rates, is_norm_or_bias, rate_factors
 from detr_ray.model.detection_model import DetectionModel
 from detr_ray.schedules import Curve, Product, Scheduled, constant, value_at
 
 if TYPE_CHECKING:
     from detr_ray.config import OptimConfig
-
-
-Rate = float | Scheduled
-
-
-def group_rates(model: DetectionModel, optim: OptimConfig) -> dict[str, Rate]:
-    """The configured learning rate of each of the model's parameter groups: a number or a schedule."""
-    return {group: getattr(optim, group) for group in model.parameter_groups()}
-
-
-def freeze_groups(model: DetectionModel, rates: Mapping[str, Rate]) -> None:
-    """Keeps groups whose rate is 0 as they are: without gradients, so in no optimizer, no norm and no backward pass.
-
-    The model keeps a backbone without gradients in evaluation mode, so that its statistics stay too.
-
-    Args:
-        model: the model; says which groups it has.
-        rates: learning rate of each group. A schedule freezes nothing.
-    """
-    for group, names in model.parameter_groups().items():
-        if rates[group] == 0:
-            for name in names:
-                model.get_parameter(name).requires_grad_(False)
 
 
 def build_optimizer(
@@ -45,49 +23,49 @@ def build_optimizer(
     *,
     weight_decay: float,
     lr_factors: Mapping[str, float] | None = None,
+    layer_decay: float = 1.0,
+    decay_norms_and_biases: bool = True,
 ) -> torch.optim.AdamW:
-    """AdamW over what trains, in the model's parameter groups, which are split where names have factors of their own.
+    """AdamW over what trains, in the model's parameter groups, which are split where parameters differ in more.
 
     Each group keeps its name under ``rate``, its factor under ``factor``, the names of its parameters under ``names``,
-    and its full rate at the start under ``initial_lr``.
+    and its full rate at the start under ``initial_lr``. The first group of each rate has the factor 1, and may be empty.
 
     Args:
         model: the model; says which groups it has.
         rates: learning rate of each group.
-        weight_decay: of all.
+        weight_decay: of all, or of all but norms and biases.
         lr_factors: part of a parameter's name -> what its learning rate is multiplied with; the first that fits counts.
+        layer_decay: factor of the learning rate for each layer of the backbone that lies behind a parameter's.
+        decay_norms_and_biases: whether norms and biases decay too.
     """
+    factors = rate_factors(model, lr_factors or {}, layer_decay)
     groups: list[dict[str, object]] = []
     for group, names in model.parameter_groups().items():
         rate = value_at(rates[group], 0.0)
-        for factor, members in _by_factor(names, lr_factors or {}).items():
+        split: dict[tuple[float, float], list[str]] = {(1.0, weight_decay): []}
+        for name in names:
+            decays = decay_norms_and_biases or not is_norm_or_bias(model.get_parameter(name))
+            split.setdefault((factors[name], weight_decay if decays else 0.0), []).append(name)
+        for (factor, decay), members in split.items():
             trained = [name for name in members if model.get_parameter(name).requires_grad]
             groups.append(
                 {
                     "params": [model.get_parameter(name) for name in trained],
                     "lr": rate * factor,
                     "initial_lr": rate * factor,
+                    "weight_decay": decay,
                     "rate": group,
                     "factor": factor,
                     "names": trained,
                 }
             )
-    return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
+    return torch.optim.AdamW(groups, fused=True)
 
 
-def _by_factor(names: Sequence[str], lr_factors: Mapping[str, float]) -> dict[float, list[str]]:
-    """Names by the factor of their learning rate; those without one come first, even where there are none."""
-    found: dict[float, list[str]] = {1.0: []}
-    for name in names:
-        factor = next((value for part, value in lr_factors.items() if part in name), 1.0)
-        found.setdefault(factor, []).append(name)
-    return found
-
-
-def unused_factors(model: DetectionModel, lr_factors: Mapping[str, float]) -> list[str]:
-    """Entries of ``lr_factors`` that no name of a parameter contains."""
-    names = [name for name, _ in model.named_parameters()]
-    return [part for part in lr_factors if not any(part in name for name in names)]
+def rates_in_use(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Name of each rate -> its value now, without the factors of single parameters."""
+    return {group["rate"]: group["lr"] for group in reversed(optimizer.param_groups) if group["factor"] == 1}
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
@@ -175,18 +153,21 @@ def learning_rate_factor(
     gamma: float,
     warmup_epochs: float,
     min_lr_factor: float,
+    flat_epochs: float = 0.0,
 ) -> Product:
     """What the learning rates are multiplied with over the epochs: a warm-up times a decay.
 
     Args:
         schedule: ``constant``; ``step`` (times ``gamma`` every ``step_epochs``); ``multistep`` (times ``gamma`` at each
-            of ``milestones``); ``cosine`` (from 1 after the warm-up to ``min_lr_factor`` at ``epochs``).
+            of ``milestones``); ``cosine`` (from 1 after the warm-up and ``flat_epochs`` to ``min_lr_factor`` at
+            ``epochs``).
         epochs: length of the run.
         step_epochs: period of ``step``.
         milestones: epochs of ``multistep``, ascending.
         gamma: factor at each drop.
         warmup_epochs: the factor climbs in a straight line from (nearly) 0 to 1 over so many epochs.
         min_lr_factor: where ``cosine`` ends.
+        flat_epochs: epoch at which ``cosine`` begins to fall at the earliest.
     """
     if schedule == "constant":
         decay = constant(1.0)
@@ -196,7 +177,7 @@ def learning_rate_factor(
             drops = [step_epochs * k for k in range(1, int(epochs / step_epochs) + 1)]
         decay = Curve(((0.0, 1.0), *((drop, gamma ** (k + 1)) for k, drop in enumerate(drops))), "constant")
     elif schedule == "cosine":
-        decay = Curve(((warmup_epochs, 1.0), (epochs, min_lr_factor)), "cosine")
+        decay = Curve(((max(warmup_epochs, flat_epochs), 1.0), (epochs, min_lr_factor)), "cosine")
     else:
         raise ValueError(f"unknown schedule {schedule!r}: constant, step, multistep or cosine")
     warmup = Curve(((0.0, 1e-3), (warmup_epochs, 1.0))) if warmup_epochs > 0 else constant(1.0)
@@ -232,6 +213,7 @@ class LearningRates:
             gamma=optim.gamma,
             warmup_epochs=optim.warmup_epochs,
             min_lr_factor=optim.min_lr_factor,
+            flat_epochs=optim.flat_epochs,
         )
         return cls(group_rates(model, optim), factor)
 

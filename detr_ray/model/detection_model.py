@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 
+from detr_ray.model.features import Backbone
 from detr_ray.structures import Batch, LayerOutput, ModelOutput, PixelStatistics
 
 
@@ -79,6 +80,18 @@ class DetectionModel(nn.Module):
         """The backbone's network, whose tensors have the names of the backbone's own weight files."""
         return self.get_submodule(self.weight_names.backbone.removesuffix("."))
 
+    @property
+    def named_backbone(self) -> tuple[str, Backbone]:
+        """The backbone and its name."""
+        return next((name, part) for name, part in self.named_modules() if isinstance(part, Backbone))
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets training mode, but for modules none of whose parameters train: they keep their statistics, too."""
+        super().train(mode)
+        if mode:
+            _evaluate_frozen(self)
+        return self
+
     def inputs_of(self, batch: Batch) -> tuple[Any, ...]:
         """The arguments of ``forward`` for a batch."""
         return batch.images, batch.mask
@@ -110,3 +123,17 @@ def output_of_layers(logits: Tensor, boxes_cxcywh: Tensor, every_layer: bool) ->
             for layer_logits, layer_boxes in zip(logits[:-1], boxes_cxcywh[:-1], strict=True)
         ]
     return output
+
+
+def _evaluate_frozen(part: nn.Module) -> set[bool]:
+    """Puts modules with parameters of which none trains into evaluation mode.
+
+    Returns:
+        Whether the parameters of the part train: both answers where some do; empty where it has no parameters.
+    """
+    found = {parameter.requires_grad for parameter in part.parameters(recurse=False)}
+    for child in part.children():
+        found |= _evaluate_frozen(child)
+    if found == {False}:
+        part.eval()
+    return found

@@ -33,8 +33,11 @@ class Backbone(nn.Module):
         channels: channels of each map.
         strides: pixels of the image a cell of each map, ascending.
         pixels: how the images have to be normalised.
+        layers: what the names of the parameters of each layer start with, from the image on; for learning rates that
+            fall from layer to layer.
     """
 
+    layers: tuple[tuple[str, ...], ...] = ()
     channels: tuple[int, ...]
     strides: tuple[int, ...]
     pixels: PixelStatistics

@@ -49,6 +49,32 @@ def lr_factors(place: Place) -> None:
         place.job("optim.lr_factors={bbox_embet: 0.5}")
 
 
+@shows("optim.freeze")
+def freeze(place: Place) -> None:
+    """Weights and statistics stay; the rest trains. A pattern of nothing is refused with the nearest name."""
+    keys = ("optim.lr=1e-2", "optim.lr_backbone=1e-2")
+    seen = place.train(*keys, "optim.freeze=[backbone.0.body.layer1, '*.norm2.*']", stop_after=2)
+    assert not [n for n in seen.updates[1].gradients if ".layer1." in n or ".norm2." in n]
+    begun, (_, saved, training) = place.job(*keys).build_detector().model.state_dict(), seen.checkpoint()
+    same = {name for name, value in saved["model"].items() if torch.equal(value, begun[name])}
+    assert same == {name for name in begun if ".layer1." in name or ".norm2." in name}
+    kept = [name for group in training["optimizer"]["param_groups"] for name in group["names"]]
+    assert not same & set(kept)
+    with pytest.raises(ConfigError, match=r"optim.freeze: .* fits 'transformer.encodr\*'; nearest: transformer.encoder"):
+        place.job("optim.freeze=['transformer.encodr*']")
+
+
+@shows("optim.layer_decay")
+def layer_decay(place: Place) -> None:
+    """Adam's first update is of the rate's size, which halves from layer to layer, down to the stem."""
+    seen = place.train("optim.lr_backbone=8e-3", "optim.weight_decay=0", "optim.layer_decay=0.5", stop_after=1)
+    before = seen.updates[0].weights
+    moved = {n: float((after - before[n]).abs().max()) for n, after in seen.models[0].named_parameters()}
+    found = [moved[f"backbone.0.body.{name}.weight"] for name in ("layer2.1.conv2", "layer1.0.conv1", "conv1")]
+    assert found == pytest.approx([8e-3, 4e-3, 2e-3], rel=0.02)
+    assert seen.metric("optim/lr_backbone") == [8e-3], "the rate of the last layer is logged"
+
+
 @shows("optim.weight_decay")
 def weight_decay(place: Place) -> None:
     """Decoupled: the rate times the decay is taken off each weight, beside what the gradient does."""
@@ -58,6 +84,17 @@ def weight_decay(place: Place) -> None:
     for name, without in plain.models[0].named_parameters():
         rate = 1e-3 if name.startswith("backbone.") else 1e-2
         torch.testing.assert_close(after[name], without - rate * 2 * before[name], rtol=1e-4, atol=1e-6)
+
+
+@shows("optim.decay_norms_and_biases")
+def decay_norms_and_biases(place: Place) -> None:
+    """Without a gradient to speak of, what decays shrinks by the rate times the decay, and the rest stays."""
+    keys = ("optim.lr=1e-2", "optim.lr_backbone=1e-2", "model.dropout=0", "optim.decay_norms_and_biases=false")
+    plain, decayed = (place.train(*keys, f"optim.weight_decay={decay}", stop_after=1) for decay in (0, 2))
+    after, before = dict(decayed.models[0].named_parameters()), decayed.updates[0].weights
+    for name, without in plain.models[0].named_parameters():
+        decay = 0 if name.endswith("bias") or "norm" in name or ".bn" in name or "downsample.1" in name else 2
+        torch.testing.assert_close(after[name], without - 1e-2 * decay * before[name], rtol=1e-4, atol=1e-6)
 
 
 @shows("optim.clip_max_norm")
@@ -100,6 +137,17 @@ def warmup_epochs(place: Place) -> None:
 def min_lr_factor(place: Place) -> None:
     found = rates(place, "optim.schedule=cosine", "optim.min_lr_factor=0.4")
     assert found[2] == pytest.approx(0.7) and found[0] == pytest.approx(1)
+
+
+@shows("optim.flat_epochs")
+def flat_epochs(place: Place) -> None:
+    assert rates(place, "optim.schedule=cosine", "optim.flat_epochs=0.5") == pytest.approx([1, 1, 1, 0.5])
+    for wrong, message in (
+        ("optim.schedule=step", "optim.flat_epochs: means nothing for optim.schedule=step"),
+        ("optim.schedule=cosine", "optim.flat_epochs: must be less than train.epochs"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            place.config("optim.flat_epochs=1", wrong)
 
 
 @shows("optim.ema_decay")

@@ -179,11 +179,14 @@ def test_what_does_not_fit_is_refused_with_both_values(
 
 
 def test_a_backbone_that_was_frozen_cannot_train(dataset: Path, tmp_path: Path) -> None:
-    fit_here(config(dataset, tmp_path, "run.name=frozen", "optim.lr_backbone=0"), stop_after=1)
-    with pytest.raises(ConfigError, match=r"optim\.lr_backbone: the other run has 0"):
+    keys = ("optim.lr_backbone=0", "optim.freeze=[class_embed]")
+    fit_here(config(dataset, tmp_path, "run.name=frozen", *keys), stop_after=1)
+    with pytest.raises(ConfigError) as refused:
         prepare_job(fork(dataset, tmp_path, tmp_path / "frozen"), lambda line: None)
+    assert "optim.freeze: the other run has '[class_embed]', this one '[]'" in str(refused.value)
+    assert "optim.lr_backbone: the other run has 0" in str(refused.value)
     fit_here(config(dataset, tmp_path, "run.name=trained"), stop_after=1)
-    result = fit_here(fork(dataset, tmp_path, tmp_path / "trained", "optim.lr_backbone=0"))
+    result = fit_here(fork(dataset, tmp_path, tmp_path / "trained", *keys))
     assert result.step == STEPS
 
 

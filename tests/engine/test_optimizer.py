@@ -14,13 +14,13 @@ from torch import nn
 from detr_ray.config import Schedule
 from detr_ray.engine.optimizer import (
     LearningRates,
-    Rate,
     build_optimizer,
     clipped_update,
-    freeze_groups,
     learning_rate_factor,
+    rates_in_use,
     restore_optimizer,
 )
+from detr_ray.engine.parameters import Rate, freeze
 from detr_ray.model import build_model
 from detr_ray.schedules import Curve, constant
 
@@ -77,6 +77,16 @@ def test_warmup_climbs_to_the_full_rate() -> None:
     assert rates[40] == pytest.approx(0.1)
 
 
+def test_flat_cosine_is_a_warmup_a_flat_part_and_torchs_cosine() -> None:
+    curve = factor("cosine", warmup_epochs=2, flat_epochs=5, epochs=15, min_lr_factor=0.5)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(sgd(), 10, eta_min=0.5)
+    assert [curve.at(epoch) for epoch in (1, 2, 4.9)] == pytest.approx([0.5, 1, 1], abs=1e-3)
+    assert [curve.at(epoch) for epoch in range(5, 15)] == pytest.approx(torch_rates(cosine, 10))
+    assert curve.at(15) == pytest.approx(0.5)
+    late = factor("cosine", warmup_epochs=4, flat_epochs=1)
+    assert late.at(2) == pytest.approx(0.5, abs=1e-3), "the warm-up is whole"
+
+
 def test_the_original_drops_after_200_epochs() -> None:
     curve = factor("step", epochs=300)
     assert [curve.at(epoch) for epoch in (0, 199.99, 200, 299)] == pytest.approx([1, 1, 0.1, 0.1])
@@ -107,7 +117,7 @@ def test_the_backbone_has_a_rate_of_its_own() -> None:
 def test_a_rate_may_be_a_schedule_which_the_factor_multiplies() -> None:
     model = small_detector()
     rates: dict[str, Rate] = {"lr": Schedule(points=((1, 4e-4), (3, 2e-4))), "lr_backbone": 1e-5}
-    freeze_groups(model, rates)
+    freeze(model, rates)
     optimizer = build_optimizer(model, rates, weight_decay=0)
     assert [group["initial_lr"] for group in optimizer.param_groups] == [4e-4, 1e-5]
     torch.save(optimizer.state_dict(), file := io.BytesIO())
@@ -117,6 +127,37 @@ def test_a_rate_may_be_a_schedule_which_the_factor_multiplies() -> None:
     for epoch, expected in ((0.0, [4e-4, 1e-5]), (2.0, [2.25e-4, 0.75e-5]), (4.0, [1e-4, 0.5e-5])):
         found.set(optimizer, epoch)
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(expected)
+
+
+def test_groups_are_split_by_factor_and_decay_and_hold_each_parameter_once() -> None:
+    model = small_detector("batch")
+    optimizer = build_optimizer(
+        model, {"lr": 1e-3, "lr_backbone": 1e-4}, weight_decay=0.1, lr_factors={"layer4.0": 0.5, "class_embed": 2.0},
+        layer_decay=0.5, decay_norms_and_biases=False,
+    )  # fmt: skip
+    found = {name: group for group in optimizer.param_groups for name in group["names"]}
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert sorted(name for group in optimizer.param_groups for name in group["names"]) == sorted(trained)
+    for group in optimizer.param_groups:
+        assert [id(model.get_parameter(name)) for name in group["names"]] == list(map(id, group["params"]))
+    expected = {
+        "backbone.0.body.layer4.1.conv1.weight": (1e-4, 0.1),
+        "backbone.0.body.layer4.0.conv1.weight": (0.5e-4, 0.1),
+        "backbone.0.body.layer4.1.bn1.weight": (1e-4, 0.0),
+        "backbone.0.body.layer2.0.conv1.weight": (0.25e-4, 0.1),
+        "backbone.0.body.bn1.bias": (1e-4 / 16, 0.0),
+        "backbone.1.row_embed.weight": (1e-4, 0.1),
+        "class_embed.weight": (2e-3, 0.1),
+        "class_embed.bias": (2e-3, 0.0),
+        "transformer.encoder.layers.0.norm1.weight": (1e-3, 0.0),
+        "transformer.encoder.layers.0.self_attn.in_proj_weight": (1e-3, 0.1),
+    }
+    for name, (rate, decay) in expected.items():
+        assert (found[name]["lr"], found[name]["weight_decay"]) == (pytest.approx(rate), decay), name
+    assert rates_in_use(optimizer) == {"lr": 1e-3, "lr_backbone": 1e-4}
+    LearningRates({"lr": 1e-3, "lr_backbone": 1e-4}, constant(0.5)).set(optimizer, 1.0)
+    assert rates_in_use(optimizer) == {"lr": 5e-4, "lr_backbone": 5e-5}
+    assert found["class_embed.bias"]["lr"] == pytest.approx(1e-3)
 
 
 def small_network() -> nn.Module:
@@ -228,7 +269,7 @@ def test_restoring_keeps_the_options_that_the_optimizer_was_built_with() -> None
 def test_a_backbone_without_a_rate_takes_no_part(norm: str) -> None:
     model = small_detector(norm)
     earlier = build_optimizer(model, {"lr": 1e-4, "lr_backbone": 0}, weight_decay=1e-4)
-    freeze_groups(model, {"lr": 1.0, "lr_backbone": 0.0})
+    freeze(model, {"lr": 1.0, "lr_backbone": 0.0})
     optimizer = build_optimizer(model, {"lr": 1e-4, "lr_backbone": 0}, weight_decay=1e-4)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.train()

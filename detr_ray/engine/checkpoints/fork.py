@@ -79,6 +79,8 @@ def _may_differ(key: str, before: Any, now: Any) -> bool:
         return bool(before) == bool(now)  # an average begins with a run
     if key == "optim.lr_backbone":
         return before != 0  # a backbone that was frozen has no moments
+    if key == "optim.freeze":
+        return before == "[]"
     return any(key == name or (name.endswith(".") and key.startswith(name)) for name in FORK_KEYS)
 
 

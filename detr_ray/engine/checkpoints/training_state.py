@@ -13,7 +13,8 @@ from detr_ray.engine.checkpoints.info import CheckpointInfo
 from detr_ray.engine.checkpoints.run_checkpoints import RunCheckpoints
 from detr_ray.engine.context import WorkerContext
 from detr_ray.engine.errors import CheckpointError, RunFailed
-from detr_ray.engine.optimizer import build_optimizer, group_rates, restore_optimizer
+from detr_ray.engine.optimizer import build_optimizer, restore_optimizer
+from detr_ray.engine.parameters import group_rates
 from detr_ray.engine.step import TrainStep
 
 if TYPE_CHECKING:  # see the loop
@@ -53,6 +54,8 @@ class TrainingState:
             group_rates(self.model, config.optim),
             weight_decay=config.optim.weight_decay,
             lr_factors=config.optim.lr_factors,
+            layer_decay=config.optim.layer_decay,
+            decay_norms_and_biases=config.optim.decay_norms_and_biases,
         )
         self.ema = ModelEma(self.model, config.optim.ema_decay) if config.optim.ema_decay else None
         self.statistics = RunningStatistics(self.model, self.ema.module if self.ema else None, context)

@@ -9,7 +9,7 @@ from detr_ray.addresses import LocationError, local_path
 from detr_ray.config import Config
 from detr_ray.detector import build_skeleton
 from detr_ray.engine.checkpoints.run_directory import absolute_storage
-from detr_ray.engine.optimizer import freeze_groups, group_rates
+from detr_ray.engine.parameters import freeze, group_rates
 from detr_ray.engine.preflight.findings import Report
 from detr_ray.engine.preflight.writing import TIMEOUT_S, try_storage, within
 from detr_ray.retries import reason_of
@@ -43,7 +43,7 @@ def checkpoint_bytes(config: Config, num_classes: int) -> tuple[int, int]:
     """
     model = build_skeleton(config.model, num_classes)
     state = sum(value.numel() for value in model.state_dict().values())
-    freeze_groups(model, group_rates(model, config.optim))
+    freeze(model, group_rates(model, config.optim), config.optim.freeze)
     trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
     model_file = state * (2 if config.optim.ema_decay else 1) * _BYTES_PER_NUMBER
     return model_file + 2 * trained * _BYTES_PER_NUMBER, model_file

@@ -21,6 +21,7 @@ from detr_ray.data.planner import split_global_batch
 from detr_ray.data.sample import SamplePlan
 from detr_ray.detector import build_skeleton
 from detr_ray.engine.cpu import slow_precision
+from detr_ray.engine.job import refuse_misnamed_parameters
 from detr_ray.engine.preflight.findings import Level, Report
 from detr_ray.engine.stream.planned_data import PlannedData, refuse_positions_out_of_reach
 from detr_ray.model.weights import WeightsError, load_backbone_weights, load_initial_weights, read_checkpoint
@@ -156,11 +157,15 @@ def check_plan(config: Config, opened: dict[str, DatasetIndex], label_map: Label
             f"{left_out} of {len(train)} images are left out of each epoch (others each time): they fill no batch",
             "choose train.global_batch_size so that the number of images divided by it leaves a smaller remainder",
         )  # fmt: skip
-    try:
-        refuse_positions_out_of_reach(config, config.model, train, opened.get("val"))
-    except ConfigError as error:
-        for line in error.errors:
-            report.add("error", TRAINING, line)
+    for refuse in (
+        lambda: refuse_positions_out_of_reach(config, config.model, train, opened.get("val")),
+        lambda: refuse_misnamed_parameters(config),
+    ):
+        try:
+            refuse()
+        except ConfigError as error:
+            for line in error.errors:
+                report.add("error", TRAINING, line)
     labels = label_map or LabelMap.contiguous(train.categories)
     sizes = _check_shapes(PlannedData(config, train, opened.get("val"), labels), min(steps, steps_per_epoch), report)
     _check_enlargement(train, sizes, report)

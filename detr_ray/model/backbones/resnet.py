@@ -10,8 +10,6 @@ Knows images and strides; knows nothing of padding, positions, attention or file
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Self
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import resnet
@@ -163,6 +161,7 @@ class ResNetBackbone(Backbone):
         channels: channels of each map.
         strides: pixels of the image a cell of each map.
         pixels: the ImageNet statistics.
+        layers: the stem and each stage.
 
     Raises:
         ValueError: a value is none of these, or dilation is asked of a network of basic blocks.
@@ -187,16 +186,13 @@ class ResNetBackbone(Backbone):
             replace_stride_with_dilation=[dilation and stage == stages[-1] for stage in (2, 3, 4)],
         )
         self.body = ResNetBody(network, stages)
+        self.layers = (("body.conv1.", "body.bn1."), *((f"body.layer{n}.",) for n in range(1, stages[-1] + 1)))
         widest = 2048 if name in ("resnet50", "resnet101") else 512
         self.channels = tuple(widest * stride // 32 for stride in strides)
         self.strides = (*strides[:-1], strides[-1] // 2 if dilation else strides[-1])
         if norm == "frozen":
             for frozen in (self.body.conv1, self.body.get_submodule("layer1")):
                 frozen.requires_grad_(False)
-
-    def train(self, mode: bool = True) -> Self:
-        """Sets training mode; a backbone none of whose weights train keeps its statistics too, in evaluation mode."""
-        return super().train(mode and any(parameter.requires_grad for parameter in self.parameters()))
 
     def maps(self, images: Tensor) -> tuple[Tensor, ...]:
         """The kept stages' features."""
