@@ -38,7 +38,8 @@ def _fit(config: Config, started: float) -> int:
     with StepsBar() as bar:
         result = fit(config, bar.say, lambda job: _hooks(job, bar))
     if result.status == "nothing to do":
-        say(f"nothing left to do: run {result.run_name} finished all {result.step} steps before")
+        steps = f"after step {result.step}" if result.ended_early else f"all {result.step} steps"
+        say(f"nothing left to do: run {result.run_name} finished {steps} before")
     elif result.status == "stopped":
         say(f"stopped after step {result.step}; the same command with run.name={result.run_name} goes on from there")
     else:
@@ -46,6 +47,8 @@ def _fit(config: Config, started: float) -> int:
             f"\nfinished {result.step} steps: {duration(result.train_s)} in the training loop, "
             f"{duration(time.perf_counter() - started)} in all"
         )
+    if result.ended_early:
+        say(f"ended early: {result.ended_early}")
     if result.table:
         say("\n" + result.table + "\n")
     if result.best_checkpoint is not None:

@@ -103,6 +103,11 @@ class OptimConfig(Section):
     """Decay of a moving average of the weights, which is evaluated instead of them. 0: no average. Common:
     0.9997."""
 
+    @property
+    def names_parameters(self) -> bool:
+        """Whether it speaks of parameters by name, which only the model knows."""
+        return bool(self.lr_factors or self.freeze) or self.layer_decay != 1
+
     def rules(self) -> Iterator[Violation]:
         """Rates must not be 0, except for a backbone that never trains; milestones must ascend."""
         if isinstance(self.lr, Schedule) and self.lr.is_zero:
@@ -115,6 +120,18 @@ class OptimConfig(Section):
             yield Violation(("milestones", "schedule"), "must name at least one epoch for optim.schedule=multistep")
         if self.flat_epochs and self.schedule != "cosine":
             yield Violation(("flat_epochs", "schedule"), f"means nothing for optim.schedule={self.schedule}")
+
+
+class EarlyStoppingConfig(Section):
+    """Ends a training that has stopped getting better. Its run counts as finished."""
+
+    patience: Count = 10
+    """Number of validations in a row without a better score, after which the run ends. Schedules follow `train.epochs`
+    all the same."""
+    min_delta: NonNegative = 0
+    """How much the score must rise above the best one before, to count as better."""
+    metric: Text = "val/AP"
+    """Score that is looked at: `val/AP`, `val/AP50`, ... or `val/AP/NAME` for a class."""
 
 
 class TrainConfig(Section):
@@ -172,6 +189,8 @@ class TrainConfig(Section):
     """With a range of `train.num_workers`: seconds between two checks whether there is room for more workers."""
     max_steps: Count | None = None
     """Optimizer steps after which the run ends early. Schedules still follow `train.epochs`."""
+    early_stopping: EarlyStoppingConfig | None = None
+    """Ends the run early once validation gets no better: `{patience: 10}`. null: never."""
     record_stream: bool = False
     """Write which images each worker saw at each step into the run's folder, as `stream/rank-*.jsonl`."""
 
@@ -256,13 +275,20 @@ class Config(Section):
         self.__dict__["loss"] = self.loss.for_architecture(self.model.architecture)
 
     def rules(self) -> Iterator[Violation]:
-        """The warm-up must end before the run; the class loss and compiling must suit the architecture."""
+        """The warm-up must end before the run; early stopping needs validations; the class loss and compiling must
+        suit the architecture.
+        """
         yield from self._loss_rules()
         if self.train.compile and self.model.architecture != "detr":
             yield Violation(
                 ("train.compile", "model.architecture"),
                 f"cannot be used with {self.model.architecture}: compiling its backward pass does not end in good time",
             )
+        if self.train.early_stopping is not None:
+            if not self.eval.every_epochs:
+                yield Violation(("train.early_stopping", "eval.every_epochs"), "needs eval.every_epochs of at least 1")
+            if self.data.train is not None and not self.data.has_val:
+                yield Violation(("train.early_stopping", "data.val"), "needs validation images: set data.val")
         for name in ("warmup_epochs", "flat_epochs"):
             if getattr(self.optim, name) >= self.train.epochs:
                 yield Violation(

@@ -29,6 +29,7 @@ from detr_ray.engine.configured_data import ConfiguredData
 from detr_ray.engine.reporting.progress import Pace
 from detr_ray.engine.reporting.tracking_store import check_tracking, run_tracking_uri
 from detr_ray.engine.stream.planned_data import PlannedData, refuse_positions_out_of_reach
+from detr_ray.engine.validation.early_stopping import refuse_unknown_score
 from detr_ray.retries import reason_of
 
 if TYPE_CHECKING:  # a driver builds neither, and torchvision's models alone take a second to import
@@ -241,7 +242,10 @@ def prepare_job(config: Config, say: Say, opened: OpenedData | None = None) -> T
         WeightsError: the weights to start from cannot be had, or do not fit.
     """
     config.check_training()
-    refuse_misnamed_parameters(config)
+    if config.optim.names_parameters:
+        from detr_ray.engine.parameters import refuse_misnamed
+
+        refuse_misnamed(config)
     if config.train.compile and config.data.pad_multiple == 1:
         say(
             "WARNING: train.compile compiles the model anew for each shape that batches have, and data sets of photos "
@@ -257,6 +261,7 @@ def prepare_job(config: Config, say: Say, opened: OpenedData | None = None) -> T
     fork = find_fork(config, record)
     space = choose_label_space(config, train, lambda: _is_official(config.model.init_from), record, fork)
     label_map = label_map_for(space, train, val)
+    refuse_unknown_score(config, label_map.names)
     data = PlannedData(config, train, val, label_map)
     refuse_positions_out_of_reach(config, config.model, train, val)
     fingerprints = {"train": train.fingerprint} | ({} if val is None else {"val": val.fingerprint})
@@ -282,239 +287,6 @@ def prepare_job(config: Config, say: Say, opened: OpenedData | None = None) -> T
         run_tracking_uri(config),
         None if fork is None else fork.checkpoint,
     )
-
-
-def refuse_misnamed_parameters(config: Config) -> None:
-    """Refuses keys of `optim` that speak of parameters by name, where this model has none of these.
-
-    Raises:
-        ConfigError: it names all of them.
-    """
-    optim = config.optim
-    if not (optim.lr_factors or optim.freeze or optim.layer_decay != 1):
-        return
-    from detr_ray.detector import build_skeleton
-    from detr_ray.engine.parameters import refuse_misnamed
-
-    refuse_misnamed(build_skeleton(config.model, num_classes=1), optim)
-
-
-def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        assert self.data.train is not None
-        return total_steps(self.config, len(self.data.train))
-
-    def build_detector(self) -> Detector:
-        """The model with its first weights, the same on every worker, and its loss."""
-        from detr_ray.engine.parameters import freeze, group_rates
-
-        detector = _first_detector(self.config, self.data.label_map.num_classes)
-        if self.initial_weights is not None:
-            detector.model.load_state_dict(self.initial_weights)
-        optim = self.config.optim
-        freeze(detector.model, group_rates(detector.model, optim), optim.freeze)
-        return detector
-
-
-def open_data(data: DataConfig, say: Say) -> OpenedData:
-    """Opens the training and the validation set, generating them first where the configuration says so.
-
-    Raises:
-        ConfigError: no data is configured.
-        DataError: it cannot be read, or is not what it should be.
-    """
-    generate_data(data, say)
-    configured = ConfiguredData(data)
-    train = _open_split(data, configured, "train", say)
-    val = _open_split(data, configured, "val", say) if data.has_val else None
-    return train, val
-
-
-def open_evaluation_data(data: DataConfig, say: Say) -> DatasetIndex:
-    """Opens the validation set alone.
-
-    Raises:
-        ConfigError: none is configured.
-        DataError: it cannot be read, or is not what it should be.
-    """
-    if not data.has_val:
-        raise ConfigError(
-            "data.val: no validation data is given; set data.root=FOLDER, or data.val.annotations=FILE and "
-            "data.val.images=FOLDER"
-        )
-    generate_data(data, say)
-    return _open_split(data, ConfiguredData(data), "val", say)
-
-
-def generate_data(data: DataConfig, say: Say) -> None:
-    """Writes the generated data set that a configuration asks for, if it is not there yet."""
-    if data.generate is None:
-        return
-    root = generated_root(data)
-    if not root.exists():
-        say(f"drawing {data.generate.num_train} + {data.generate.num_val} images into {root}")
-    try:
-        draw(data)
-    except OSError as error:
-        raise DataError(f"data.root: the data set cannot be written into {root}: {error}") from error
-
-
-def draw(data: DataConfig, progress: Callable[[int, int], None] | None = None) -> None:
-    """Draws the generated data set that a configuration asks for; if it is there, checks that it is the same.
-
-    Args:
-        data: with ``generate``.
-        progress: told of the images drawn and of all.
-
-    Raises:
-        DataError: its folder holds something else.
-        OSError: it cannot be written.
-    """
-    assert data.generate is not None
-    generate_dataset(generated_root(data), DrawingParameters(**data.generate.model_dump()), progress)
-
-
-def generated_root(data: DataConfig) -> Path:
-    """The folder of a generated data set."""
-    root = None if data.root is None else local_path(data.root)
-    assert root is not None, "validated with the configuration"
-    return root
-
-
-def _open_split(data: DataConfig, configured: ConfiguredData, split: str, say: Say) -> DatasetIndex:
-    index = configured.open(split, Pace(f"{split}: read the sizes of", say))
-    if data.max_images is not None:
-        index = index.first(data.max_images)
-    problems = ", ".join(f"{count} {PROBLEMS[kind]}" for kind, count in index.problems.items() if count)
-    say(f"{split}: {len(index)} images, {len(index.category_ids)} annotations" + (f" ({problems})" if problems else ""))
-    if split == "train" and not count_boxes(index).per_image.any():
-        raise DataError(
-            f"{index.source}: there is not one box to learn from: none that lies inside of its image and is no crowd"
-        )
-    for misreading in find_misreadings(index):
-        if misreading.ruins:
-            raise DataError(f"{index.source}: {misreading.message}. {misreading.advice}")
-    _look_at_images(index, split, data.on_bad_image == "skip", say)
-    return index
-
-
-def _look_at_images(index: DatasetIndex, split: str, skip: bool, say: Say) -> None:
-    """Finds now, and not when the workers have started, what is wrong with all images, or many.
-
-    A few images are looked at, all over the set: of one that is sorted, the first may be bad and the others not.
-
-    Raises:
-        DataError: none of them can be used, or the storage fails; or one of the validation set cannot, where bad images
-            are not skipped: else the run would end after its first epoch.
-    """
-    rows = np.unique(np.linspace(0, len(index) - 1, min(len(index), _IMAGES_LOOKED_AT)).astype(np.int64))
-    bad = inspect_images(index, only=rows.tolist()).bad
-    failed = next((image for image in bad if image.storage_failed), None)
-    if failed is not None:
-        raise DataError(f"{failed.file}: {failed.reason}")
-    if not bad:
-        return
-    cause = common_cause(bad, len(rows))
-    if not cause and is_other_folder(bad, len(rows)):
-        cause = f"Is the folder right (data.{split}.images, or data.root)?"
-    message = (
-        f"{bad[0].file}: {bad[0].reason} ({split}: {len(bad)} of {len(rows)} images that were looked at cannot be "
-        f"used). {cause or 'The check command names all of them'}"
-    )
-    if len(bad) == len(rows) or (split == "val" and not skip):
-        raise DataError(message)
-    if not skip:
-        say(f"WARNING: {message}; the run ends at the first of them, unless data.on_bad_image=skip")
-
-
-def label_map_for(space: str, train: DatasetIndex, val: DatasetIndex | None) -> LabelMap:
-    """The labels of a training set in one of the two spaces.
-
-    Raises:
-        DataError: its categories do not fit the space, or those of the validation set do not fit it.
-    """
-    label_map = LabelMap.for_space(space, train.categories, train.source)
-    if val is not None:
-        label_map.check_covers(val.categories, val.source)
-    return label_map
-
-
-def has_coco_categories(index: DatasetIndex) -> bool:
-    """Whether all categories of a data set are COCO's, by id and name."""
-    try:
-        LabelMap.for_space("coco91", index.categories, index.source)
-    except DataError:
-        return False
-    return True
-
-
-def prepare_job(config: Config, say: Say, opened: OpenedData | None = None) -> TrainJob:
-    """Opens the data, the initial weights and the run's directory.
-
-    Args:
-        config: what to train.
-        say: shows the user a line.
-        opened: the data of this configuration where it was opened before (`open_data`).
-
-    Raises:
-        ConfigError: the configuration does not fit the data, the storage or an earlier run of that name.
-        DataError: the data is not usable.
-        WeightsError: the weights to start from cannot be had, or do not fit.
-    """
-    config.check_training()
-    refuse_misnamed_parameters(config)
-    if config.train.compile and config.data.pad_multiple == 1:
-        say(
-            "WARNING: train.compile compiles the model anew for each shape that batches have, and data sets of photos "
-            "have hundreds of them; set data.pad_multiple, to 64 for example"
-        )
-    train, val = opened or open_data(config.data, say)
-    if len(train) < config.train.global_batch_size:
-        raise DataError(
-            f"{train.source} has {len(train)} images, fewer than one global batch; "
-            f"set train.global_batch_size (now {config.train.global_batch_size}) to {len(train)} or less"
-        )
-    record = read_record(config.run.name, config.run.storage)
-    fork = find_fork(config, record)
-    space = choose_label_space(config, train, lambda: _is_official(config.model.init_from), record, fork)
-    label_map = label_map_for(space, train, val)
-    data = PlannedData(config, train, val, label_map)
-    refuse_positions_out_of_reach(config, config.model, train, val)
-    fingerprints = {"train": train.fingerprint} | ({} if val is None else {"val": val.fingerprint})
-    if fork is not None:
-        fork.refuse_misfit(config, fingerprints, total_steps(config, len(train)))
-    check_tracking(config, say)
-    run = open_run(
-        config.run.name, config.run.storage, flatten(config), fingerprints, config.to_yaml(), space,
-        None if fork is None else fork.checkpoint.path, say, record,
-    )  # fmt: skip
-    weights = None
-    try:
-        is_first_start = run.checkpoints.latest() is None
-    except OSError as error:
-        raise ConfigError(f"run.storage: the checkpoints of {run.path} cannot be listed: {reason_of(error)}") from error
-    if is_first_start and fork is None:
-        weights = _initial_weights(config, label_map, say)
-    return TrainJob(
-        data,
-        run,
-        weights,
-        code_version(Path.cwd()),
-        run_tracking_uri(config),
-        None if fork is None else fork.checkpoint,
-    )
-
-
-def _refuse_unused_factors(config: Config) -> None:
-    """Refuses factors of learning rates that are of no parameter, which are misspelt or meant for another model."""
-    if not config.optim.lr_factors:
-        return
-    from detr_ray.detector import build_skeleton
-    from detr_ray.engine.optimizer import unused_factors
-
-    unused = unused_factors(build_skeleton(config.model, num_classes=1), config.optim.lr_factors)
-    if unused:
-        raise ConfigError(f"optim.lr_factors: no parameter of this model has a name with {', '.join(unused)}")
 
 
 def total_steps(config: Config, num_images: int) -> int:

@@ -94,20 +94,21 @@ class TrainingLoop:
         started = time.perf_counter()
         unscored = self.validation.unscored()
         status: Literal["finished", "stopped", "nothing to do"] = "finished"
-        if self.step >= self.job.total_steps and not unscored:
+        if (self.step >= self.job.total_steps or self.validation.verdict) and not unscored:
             status = "nothing to do"
         elif self.context.rank == 0:
             warn_of_slow_precision(self.job.config.train.precision, self.context)
         try:
-            self.validation.make_up(unscored)
-            leave = self._train() or self.validation.finish()
+            leave = self.validation.make_up(unscored) or self._train() or self.validation.finish()
         finally:
             self.validation.drop()
         self.context.enter("leaving", self.step)
         return self._result("stopped" if leave else status, leave, time.perf_counter() - started)
 
     def _train(self) -> LeaveReason | None:
-        """Takes the steps that are left; why it stopped before their end."""
+        """Takes the steps that are left; why it stopped before their end, unless it ended early."""
+        if self.validation.verdict:
+            return None
         waiting_since = self._wait_for_data()
         for micro_batches in self.batches.train_batches(self.step, self.job.total_steps):
             self._train_step.times.data_wait += time.perf_counter() - waiting_since
@@ -126,9 +127,30 @@ class TrainingLoop:
             if self._checkpoint_due():
                 self._save(PATIENTLY if self.step >= self.job.total_steps else ONCE)
             if self.validation.falls_on(self.step):
-                self.validation.begin()
+                leave = self.validation.begin()
+                ends = self.step < self.job.total_steps and bool(self.validation.verdict)
+                if ends:
+                    self._end_early()
+                if leave and leave != "abandoned":
+                    self._save_unless_saved(BRIEFLY)
+                if leave or ends:
+                    return leave
             waiting_since = self._wait_for_data()
         return None
+
+    def _save_unless_saved(self, pauses: Sequence[float]) -> None:
+        """Writes the checkpoint of this step if that failed before."""
+        if self.checkpoints.latest is None or self.checkpoints.latest.step < self.step:
+            self._save(pauses)
+
+    def _end_early(self) -> None:
+        self._save_unless_saved(PATIENTLY)
+        if self.step % self.job.config.train.log_every_steps:
+            self._log()
+        if self.context.rank == 0:
+            with self.inessential("tags cannot be recorded"):
+                self.tracker.set_tags({"run.ended_early": self.validation.verdict})
+            self.context.say(f"ending after step {self.step}: {self.validation.verdict}")
 
     def _wait_for_data(self) -> float:
         self.context.enter("waiting for data", self.step)
@@ -236,7 +258,7 @@ class TrainingLoop:
                 held=self.job.hold_evaluated and self.validation.falls_on(self.step),
                 pauses=pauses,
             )
-        if problem and self.step >= self.job.total_steps:
+        if problem and pauses is PATIENTLY:
             raise RunFailed(
                 f"run.storage: the last checkpoint could not be written: {problem}; mend the storage, then the same "
                 "command goes on from the checkpoint before",
@@ -265,4 +287,5 @@ class TrainingLoop:
             table=self.validation.table,
             train_s=seconds,
             leave=leave,
+            ended_early="" if leave or self.step >= self.job.total_steps else self.validation.verdict,
         )

@@ -29,7 +29,7 @@ def build_optimizer(
     """AdamW over what trains, in the model's parameter groups, which are split where parameters differ in more.
 
     Each group keeps its name under ``rate``, its factor under ``factor``, the names of its parameters under ``names``,
-    and its full rate at the start under ``initial_lr``. The first group of each rate has the factor 1, and may be empty.
+    and its full rate at the start under ``initial_lr``. The first group of each rate has the factor 1; it may be empty.
 
     Args:
         model: the model; says which groups it has.

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from detr_ray.config.errors import ConfigError
+from detr_ray.detector import build_skeleton
 from detr_ray.model.detection_model import DetectionModel
 from detr_ray.schedules import Scheduled
 
 if TYPE_CHECKING:
-    from detr_ray.config import OptimConfig
+    from detr_ray.config import Config, OptimConfig
 
 
 Rate = float | Scheduled
@@ -63,16 +64,13 @@ def _with_modules(name: str) -> Iterator[str]:
         name = name.rpartition(".")[0]
 
 
-def refuse_misnamed(model: DetectionModel, optim: OptimConfig) -> None:
-    """Refuses names that are of no parameter, which are misspelt or meant for another model.
-
-    Args:
-        model: the model; a skeleton is enough.
-        optim: what is said of its parameters.
+def refuse_misnamed(config: Config) -> None:
+    """Refuses names in `optim` that are of no parameter of the model, and freezing all of it.
 
     Raises:
         ConfigError: all faults at once.
     """
+    model, optim = build_skeleton(config.model, num_classes=1), config.optim
     names = [name for name, _ in model.named_parameters()]
     faults = []
     unused = [part for part in optim.lr_factors if not any(part in name for name in names)]

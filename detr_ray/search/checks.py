@@ -82,6 +82,8 @@ def _settings(config: Config) -> Iterator[str]:
                 f"train.max_steps: must be null with tune.scheduler={tune.scheduler}, which counts epochs; set "
                 "train.epochs"
             )
+        if config.train.early_stopping is not None:
+            yield f"train.early_stopping: must be null with tune.scheduler={tune.scheduler}, which compares all trials"
         if tune.trials < 2:
             yield f"tune.trials: must be at least 2 with tune.scheduler={tune.scheduler}: trials copy each other"
     elif tune.grace_epochs > epochs:

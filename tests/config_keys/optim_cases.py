@@ -60,7 +60,9 @@ def freeze(place: Place) -> None:
     assert same == {name for name in begun if ".layer1." in name or ".norm2." in name}
     kept = [name for group in training["optimizer"]["param_groups"] for name in group["names"]]
     assert not same & set(kept)
-    with pytest.raises(ConfigError, match=r"optim.freeze: .* fits 'transformer.encodr\*'; nearest: transformer.encoder"):
+    with pytest.raises(
+        ConfigError, match=r"optim.freeze: .* fits 'transformer.encodr\*'; nearest: transformer.encoder"
+    ):
         place.job("optim.freeze=['transformer.encodr*']")
 
 

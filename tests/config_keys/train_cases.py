@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from config_keys.registry import Place, shows
+from scripted_scores import script_scores
 
 from detr_ray.config import ConfigError
 from detr_ray.engine.errors import RunFailed
@@ -136,6 +137,19 @@ def max_steps(place: Place) -> None:
     whole = place.train("optim.schedule=cosine")
     assert len(seen.updates) == 3 and seen.result is not None and seen.result.status == "finished"
     assert [update.rates for update in seen.updates] == [update.rates for update in whole.updates[:3]]
+
+
+@shows("train.early_stopping.patience", "train.early_stopping.min_delta", "train.early_stopping.metric")
+def early_stopping(place: Place) -> None:
+    """After so many validations without a better score, the run is finished."""
+    for number, (keys, steps) in enumerate(
+        [("patience: 4", 20), ("patience: 2, min_delta: 0.05", 12), ("patience: 1, metric: val/AP50", 8)]
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            script_scores(patch, {"AP": [0.1, 0.12, 0.14, 0.13, 0.16], "AP50": [0.5, 0.4, 0.6, 0.7, 0.8]})
+            config = (f"run.name={number}", "train.epochs=5", f"train.early_stopping={{{keys}}}")
+            seen = place.train_and_validate(*config)
+        assert seen.result is not None and (seen.result.status, seen.result.step) == ("finished", steps), keys
 
 
 @shows("train.record_stream")

@@ -187,6 +187,10 @@ CASES = {
         ("train.worker_resource", "train.use_gpu", "train.num_workers"),
         ("train.worker_resource=special", "train.use_gpu=null", "train.num_workers=1"),
     ),
+    "early stopping": Case(
+        tuple(f"train.early_stopping.{name}" for name in ("patience", "min_delta", "metric")),
+        ("train.early_stopping={patience: 9, min_delta: 0.5, metric: val/AP50}",),
+    ),
     "an end in between": Case(("train.max_steps",), (), between=("train.max_steps=5",)),
     "evaluation": Case(
         tuple(f"eval.{name}" for name in (

@@ -59,6 +59,7 @@ FREE_KEYS = (
     "train.resize_check_s",
     "train.record_stream",
     "train.max_steps",
+    "train.early_stopping.",
     "eval.",
     "tracking.",
     "tune.",

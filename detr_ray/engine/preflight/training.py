@@ -21,7 +21,7 @@ from detr_ray.data.planner import split_global_batch
 from detr_ray.data.sample import SamplePlan
 from detr_ray.detector import build_skeleton
 from detr_ray.engine.cpu import slow_precision
-from detr_ray.engine.job import refuse_misnamed_parameters
+from detr_ray.engine.parameters import refuse_misnamed
 from detr_ray.engine.preflight.findings import Level, Report
 from detr_ray.engine.stream.planned_data import PlannedData, refuse_positions_out_of_reach
 from detr_ray.model.weights import WeightsError, load_backbone_weights, load_initial_weights, read_checkpoint
@@ -159,7 +159,7 @@ def check_plan(config: Config, opened: dict[str, DatasetIndex], label_map: Label
         )  # fmt: skip
     for refuse in (
         lambda: refuse_positions_out_of_reach(config, config.model, train, opened.get("val")),
-        lambda: refuse_misnamed_parameters(config),
+        lambda: refuse_misnamed(config),
     ):
         try:
             refuse()

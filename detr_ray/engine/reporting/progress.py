@@ -100,6 +100,7 @@ class FitResult:
         table: the 12 COCO numbers of the last evaluation, for people.
         train_s: seconds this process spent in the loop, evaluations included.
         leave: why it stopped before its end.
+        ended_early: why it is finished before its last step; empty where it is not.
     """
 
     run_name: str
@@ -112,3 +113,4 @@ class FitResult:
     table: str = ""
     train_s: float = 0.0
     leave: LeaveReason | None = None
+    ended_early: str = ""

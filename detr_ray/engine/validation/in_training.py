@@ -22,6 +22,7 @@ from detr_ray.engine.context import LeaveReason, WorkerContext
 from detr_ray.engine.errors import CheckpointError
 from detr_ray.engine.hooks import Evaluated
 from detr_ray.engine.reporting.progress import evaluation_line
+from detr_ray.engine.validation.early_stopping import EarlyStopping
 from detr_ray.engine.validation.scoring import BackgroundScoring, Scored
 
 if TYPE_CHECKING:  # see the loop
@@ -67,6 +68,7 @@ class Validation:
         self.metrics: dict[str, float] = dict((latest.metrics if latest else None) or {})
         self.table = ""
         self._left_out: LeaveReason | None = None  # why the last evaluation was not begun
+        self._early_stopping = EarlyStopping.of(job, context, state.step)
 
     def falls_on(self, step: int) -> bool:
         """Whether the weights after so many steps are to be evaluated."""
@@ -75,6 +77,11 @@ class Validation:
             return False
         every = self._job.config.eval.every_epochs
         return at_end or (every > 0 and step // self._job.steps_per_epoch % every == 0)
+
+    @property
+    def verdict(self) -> str:
+        """Why the run ends before its last step; empty while it goes on. The same on every worker."""
+        return "" if self._early_stopping is None else self._early_stopping.verdict(self._job.steps_per_epoch)
 
     def unscored(self) -> list[CheckpointInfo]:
         """The checkpoints of an earlier process that are still to be evaluated; the same on every worker."""
@@ -86,21 +93,37 @@ class Validation:
         # Written by a release that did not note what is due, or while there was no validation set.
         return [*found, latest] if self.falls_on(latest.step) else found
 
-    def make_up(self, unscored: Sequence[CheckpointInfo]) -> None:
-        """Evaluates checkpoints of an earlier process, the last of them while training goes on."""
+    def make_up(self, unscored: Sequence[CheckpointInfo]) -> LeaveReason | None:
+        """Evaluates checkpoints of an earlier process, the last of them while training goes on.
+
+        Returns:
+            See `begin`.
+        """
         for info in unscored:
             model = self._current if info.step == self._state.step else self._model_of(info)
-            if model is not None and self._begin(model, info.step) is not None:
-                return
+            if model is not None and (reason := self._begin(model, info.step)) is not None:
+                return reason if self._early_stopping is not None else None
+        return self._await_decision()
 
-    def begin(self) -> None:
+    def begin(self) -> LeaveReason | None:
         """Finds objects with the weights as they are now; what was found is scored while training goes on.
 
         Where the workers are to leave while the scores before are awaited, it does nothing: the evaluation stays due.
+        Scores that may end the run are awaited.
+
+        Returns:
+            With early stopping: why the workers are to leave now, before it is known whether the run ends here.
         """
         self._left_out = self._begin(self._current, self._state.step)
         while self._left_out == "resized" and self._state.step >= self._job.total_steps:
             self._left_out = self._begin(self._current, self._state.step)
+        return None if self._early_stopping is None else self._left_out or self._await_decision()
+
+    def _await_decision(self) -> LeaveReason | None:
+        scoring, rule = self._scoring, self._early_stopping
+        if scoring is None or rule is None or not scoring.pending or not rule.next_may_be_last:
+            return None
+        return self._wait(scoring)
 
     def collect(self) -> None:
         """Notes the numbers of the last evaluation if they are there."""
@@ -144,6 +167,8 @@ class Validation:
     def _learn(self, found: Scored | None) -> None:
         if found is not None and found.metrics:
             self.metrics = found.metrics
+            if self._early_stopping is not None:
+                self._early_stopping.note(found.step, found.metrics)
             path = self._checkpoints.path_of(found.step)
             self._context.report(Evaluated(found.step, found.metrics, path))
 
@@ -162,6 +187,7 @@ class Validation:
             self._tracker.log_metrics(scored.metrics, scored.step)
             tables = f"{self.table}\n\n{scored.scores.category_table()}\n"
             self._tracker.log_text(tables, f"evaluation/epoch_{epoch:07.2f}.txt")
+        self._keep(scored)
         self._checkpoints.note(scored.step, {k: v for k, v in scored.metrics.items() if k.count("/") == 1})
         best = self._checkpoints.best
         is_best = best is not None and best.step == scored.step
@@ -169,6 +195,16 @@ class Validation:
         if best is not None and is_best:
             with self._inessential("the best checkpoint cannot be recorded"):
                 self._tracker.log_file(join(best.path, MODEL_FILE), "checkpoints/best")
+
+    def _keep(self, scored: Scored) -> None:
+        """Keeps the scores before they are noted in the checkpoint: what is not noted there is evaluated again."""
+        if self._early_stopping is None:
+            return
+        from detr_ray.engine.checkpoints.evaluation_scores import write_scores
+
+        self._early_stopping.note(scored.step, scored.metrics)
+        with self._inessential("scores cannot be kept for train.early_stopping (it is tried again)"):
+            write_scores(self._job.run.path, self._job.data.measured_on, self._early_stopping.scores)
 
     def _model_of(self, info: CheckpointInfo) -> DetectionModel | None:
         """The model that a checkpoint's evaluation is of; None where the checkpoint cannot be read."""

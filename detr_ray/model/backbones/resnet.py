@@ -10,6 +10,7 @@ Knows images and strides; knows nothing of padding, positions, attention or file
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import resnet
