@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
@@ -154,4 +154,16 @@ _COUNT_OR_RANGE = _branch((list, tuple), RANGE_BRANCH, COUNT_BRANCH)
 CountOrRange = Annotated[
     Annotated[Count, Tag(COUNT_BRANCH)] | Annotated[tuple[Count, Count], Tag(RANGE_BRANCH)],
     _COUNT_OR_RANGE,
+]
+
+
+AUTO_BRANCH, IMAGES_BRANCH = "<auto>", "<images>"
+
+
+_AUTO_OR_COUNT = _branch((str,), AUTO_BRANCH, IMAGES_BRANCH)
+
+# A number, or the word auto.
+CountOrAuto = Annotated[
+    Annotated[Literal["auto"], Tag(AUTO_BRANCH)] | Annotated[Count, Tag(IMAGES_BRANCH)],
+    _AUTO_OR_COUNT,
 ]

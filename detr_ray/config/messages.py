@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from detr_ray.config.fields import COUNT_BRANCH, NUMBER_BRANCH, RULE_ERROR
+from detr_ray.config.fields import AUTO_BRANCH, COUNT_BRANCH, IMAGES_BRANCH, NUMBER_BRANCH, RULE_ERROR
 from detr_ray.config.yaml_format import format_inline
 from detr_ray.printable import shortened
 
@@ -85,6 +85,10 @@ def findings(error: ValidationError) -> Iterator[Finding]:
             message += f" or a schedule such as {_SCHEDULE_FORM}"
         if COUNT_BRANCH in raw and message == _WHOLE:
             message += " or a range such as [2, 8]"
+        if IMAGES_BRANCH in raw and message == _WHOLE:
+            message += " or auto"
+        if AUTO_BRANCH in raw:
+            message += " or a whole number"
         names = [part for part in path if isinstance(part, str)]
         is_missing = detail["type"] == "missing"
         # For a missing key, the faulty key is its section.

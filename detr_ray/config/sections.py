@@ -18,6 +18,7 @@ from detr_ray.config.data_sections import DataConfig
 from detr_ray.config.errors import ConfigError
 from detr_ray.config.fields import (
     Count,
+    CountOrAuto,
     CountOrRange,
     CountOrZero,
     Name,
@@ -141,9 +142,11 @@ class TrainConfig(Section):
     """Passes over the training images."""
     global_batch_size: Count = 16
     """Images of one optimizer step, over all workers. Each worker gets a share of them; shares need not be equal."""
-    micro_batch_size: Count | None = None
+    micro_batch_size: CountOrAuto | None = None
     """Largest number of images in one forward pass. A worker with a larger share accumulates gradients over several
-    passes. Changes memory, not results. null: the whole share in one pass."""
+    passes. Changes memory, not results. null: the whole share in one pass. `auto`: the largest number for which the
+    largest batch of the plan fits into memory, tried out before the first step: on a GPU in nine tenths of its free
+    memory, on CPUs in half of the machine's (or the container's), which its workers share."""
     num_workers: CountOrRange | None = None
     """Number of training workers. `[least, most]`: as many as the cluster has room for; workers are added and removed
     as nodes come and go, and batches and results stay the same. null: one for each GPU of the cluster, or one if there
@@ -202,7 +205,7 @@ class TrainConfig(Section):
     def rules(self) -> Iterator[Violation]:
         """Batches must be divisible among the workers; launcher and precision must suit the workers."""
         batch = self.global_batch_size
-        if self.micro_batch_size is not None and self.micro_batch_size > batch:
+        if isinstance(self.micro_batch_size, int) and self.micro_batch_size > batch:
             yield Violation(
                 ("micro_batch_size", "global_batch_size"), f"must not exceed train.global_batch_size ({batch})"
             )
@@ -216,6 +219,8 @@ class TrainConfig(Section):
             )
         if self.launcher == "local" and most > 1:
             yield Violation(("num_workers", "launcher"), "must be 1 or null with train.launcher=local")
+        if self.micro_batch_size == "auto" and self.compile:
+            yield Violation(("micro_batch_size", "compile"), "must be a number or null with train.compile")
         if self.precision == "fp16" and self.use_gpu is False:
             yield Violation(("precision", "use_gpu"), "needs a GPU, but train.use_gpu is false: take bf16 or fp32")
 

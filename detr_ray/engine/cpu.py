@@ -54,6 +54,43 @@ def resident_bytes() -> int:
         return 0
 
 
+def free_bytes() -> int:
+    """Memory that processes may still take: of the machine, or of the container where that is less; 0 if unknown."""
+    found = [_in_meminfo("MemAvailable:")]
+    for folder, most, used in (
+        ("/sys/fs/cgroup", "memory.max", "memory.current"),
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # no such limit: "max"
+            limit, taken = (int(Path(folder, name).read_text()) for name in (most, used))
+            found.append(max(limit - taken, 1))
+    return min(found)
+
+
+def _in_meminfo(name: str) -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(name)), 0)
+
+
+class PeakMemory:
+    """The most memory that this process held since it was made.
+
+    Raises:
+        OSError: the system does not say; Linux does.
+    """
+
+    def __init__(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is what is held now
+
+    def read(self) -> int:
+        """In bytes."""
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+
+
 def give_back_freed_memory() -> None:
     """Has glibc's allocator return what is free between blocks that are in use."""
     with contextlib.suppress(OSError, AttributeError):

@@ -18,6 +18,7 @@ from detr_ray.engine.checkpoints.training_state import TrainingState
 from detr_ray.engine.context import LeaveReason, WorkerContext
 from detr_ray.engine.cpu import HeldMemory, warn_of_slow_precision
 from detr_ray.engine.errors import RunFailed
+from detr_ray.engine.micro_batches import micro_batch_size
 from detr_ray.engine.optimizer import LearningRates, rates_in_use
 from detr_ray.engine.reporting.meters import Meters, StreamRecord
 from detr_ray.engine.reporting.progress import FitResult, duration, step_line
@@ -61,6 +62,8 @@ class TrainingLoop:
         self._rates = LearningRates.of(self.model, config.optim, config.train.epochs)
         # Before the model is wrapped: wrapping compares it between workers.
         training = self.state.restore(self.checkpoints)
+        if config.train.micro_batch_size == "auto":
+            batches.limit_micro_batches(micro_batch_size(job, context, self.state))
         self._train_step = TrainStep(
             self.model,
             self.criterion,

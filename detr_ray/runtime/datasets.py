@@ -50,8 +50,8 @@ def _opened(ref: ray.ObjectRef) -> tuple[PlannedData, BatchLoader | None, BatchL
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(ref: ray.ObjectRef, world_size: int, rank: int) -> WorkerPlan:
-    return _opened(ref)[0].plan(world_size, rank)
+def _plan(ref: ray.ObjectRef, world_size: int, rank: int, micro_batch_size: int | None) -> WorkerPlan:
+    return _opened(ref)[0].plan(world_size, rank, micro_batch_size)
 
 
 class ScheduleCalmly(ExecutionCallback):  # type: ignore[misc]
@@ -78,20 +78,31 @@ class PlannedBatches:
         rank: the worker that the batches are for.
         per_step: micro-batches of a step.
         first: number of row 0's micro-batch.
+        micro_batch_size: most images of a micro-batch; None for no limit.
     """
 
-    def __init__(self, data: ray.ObjectRef, split: str, world_size: int, rank: int, per_step: int, first: int) -> None:
+    def __init__(
+        self,
+        data: ray.ObjectRef,
+        split: str,
+        world_size: int,
+        rank: int,
+        per_step: int,
+        first: int,
+        micro_batch_size: int | None = None,
+    ) -> None:
         self._first = first
         self._data = data
         self._split = split
         self._world_size = world_size
         self._rank = rank
         self._per_step = per_step
+        self._micro_batch_size = micro_batch_size
 
     def __call__(self, rows: pa.Table) -> Iterator[pa.Table]:
         """Loads the micro-batches of some rows."""
         _, train_loader, evaluation_loader = _opened(self._data)
-        plan = _plan(self._data, self._world_size, self._rank)
+        plan = _plan(self._data, self._world_size, self._rank, self._micro_batch_size)
         numbers = [self._first + row for row in rows["id"].to_pylist()]
         if self._split == TRAIN:
             loader, batches = train_loader, [self._micro_batch(plan, number) for number in numbers]
@@ -141,6 +152,10 @@ class RayBatches:
                 yield step
                 step = []
 
+    def limit_micro_batches(self, size: int) -> None:
+        """See `BatchSource`."""
+        self._plan.micro_batch_size = size
+
     def evaluation_batches(self) -> Iterator[PaddedBatch]:
         """See `BatchSource`."""
         batches = self._plan.evaluation
@@ -150,7 +165,9 @@ class RayBatches:
     def _stream(self, split: str, rows: range, per_step: int, per_task: int) -> Iterator[PaddedBatch]:
         def segments() -> Iterator[PaddedBatch]:
             for start in range(rows.start, rows.stop, SEGMENT_TASKS * per_task):
-                load = PlannedBatches(self._data_ref, split, self._world_size, self._rank, per_step, start)
+                load = PlannedBatches(
+                    self._data_ref, split, self._world_size, self._rank, per_step, start, self._plan.micro_batch_size
+                )
                 yield from self._segment(load, min(SEGMENT_TASKS * per_task, rows.stop - start), per_task)
 
         return in_background(segments, self._prefetch)

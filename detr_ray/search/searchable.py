@@ -29,6 +29,7 @@ NOT_SEARCHED: dict[str, str] = {
     "data.prefetch_batches": _NO_EFFECT,
     "data.follow_links": _NO_EFFECT,
     "train.max_steps": "ends trials at different lengths: they could not be compared",
+    "train.early_stopping.": "ends trials at different lengths: they could not be compared",
     "train.micro_batch_size": _NO_EFFECT,
     "train.num_workers": _NO_EFFECT,
     "train.use_gpu": _NO_EFFECT,

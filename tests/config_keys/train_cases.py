@@ -10,6 +10,7 @@ from config_keys.registry import Place, shows
 from scripted_scores import script_scores
 
 from detr_ray.config import ConfigError
+from detr_ray.engine import loop
 from detr_ray.engine.errors import RunFailed
 from detr_ray.runtime.launch import fit
 
@@ -30,6 +31,10 @@ def global_batch_size(place: Place) -> None:
 def micro_batch_size(place: Place) -> None:
     seen = place.train("train.micro_batch_size=2", stop_after=2)
     assert [len(forward.images) for forward in seen.training] == [2, 2, 2, 2] and len(seen.updates) == 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "micro_batch_size", lambda job, context, state: 3)
+        seen = place.train("train.micro_batch_size=auto", stop_after=1)
+    assert [len(forward.images) for forward in seen.training] == [2, 2]
 
 
 @shows("train.precision")

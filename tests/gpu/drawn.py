@@ -178,6 +178,9 @@ class DrawnJob:
         for step in range(first_step, last_step):
             yield [draw_batch(seed=step)]
 
+    def limit_micro_batches(self, size: int) -> None:
+        raise NotImplementedError
+
     def evaluation_batches(self) -> Iterator[PaddedBatch]:
         """As `BatchSource`."""
         yield draw_batch(seed=99)

@@ -186,7 +186,7 @@ def _check_shapes(data: PlannedData, steps: int, report: Report) -> np.ndarray:
     config = data.config
     # With the smallest number of workers, each has the largest share.
     workers = config.train.worker_range[0] if config.train.worker_range else None
-    most = config.train.micro_batch_size
+    most = None if config.train.micro_batch_size == "auto" else config.train.micro_batch_size
     plan = data.plan(1, 0)
     samples, largest, largest_batch = [], (0, 0), (0, 0, 0)
     for step in range(min(steps, max(1, _MOST_PLANNED // config.train.global_batch_size))):
@@ -198,6 +198,7 @@ def _check_shapes(data: PlannedData, steps: int, report: Report) -> np.ndarray:
                 largest_batch = max(largest_batch, _padded(part), key=math.prod)
     count, height, width = largest_batch
     share = f"{workers} workers" if workers else "one worker; more workers share it"
+    share += "; cut as memory allows" if config.train.micro_batch_size == "auto" else ""
     message = (
         f"largest training image {largest[0]}x{largest[1]} (height x width), largest batch of a forward pass "
         f"{count} x {height}x{width} ({share})"

@@ -23,6 +23,10 @@ class BatchSource(Protocol):
         """This worker's micro-batches of each step ``first_step..last_step-1``, in order."""
         ...
 
+    def limit_micro_batches(self, size: int) -> None:
+        """Cuts micro-batches of at most so many images from now on."""
+        ...
+
     def evaluation_batches(self) -> Iterator[PaddedBatch]:
         """This worker's share of the validation set; over all workers, every image once."""
         ...
@@ -36,7 +40,7 @@ class WorkerPlan:
         evaluation: gives all batches of the validation set; called when they are first needed.
         world_size: number of workers.
         rank: this worker.
-        micro_batch_size: most images of one forward pass; None for no limit.
+        micro_batch_size: most images of one forward pass; None for no limit. May be changed between steps.
     """
 
     def __init__(
@@ -50,7 +54,7 @@ class WorkerPlan:
         self._planner = planner
         self._world_size = world_size
         self._rank = rank
-        self._micro_batch_size = micro_batch_size
+        self.micro_batch_size = micro_batch_size
         self._plan_evaluation = evaluation
 
     @functools.cached_property
@@ -62,7 +66,7 @@ class WorkerPlan:
         """This worker's micro-batches of one step."""
         assert self._planner is not None, "an evaluation has no training steps"
         size = self._planner.global_batch_size
-        bounds = share_bounds(size, self._world_size, self._rank, self._micro_batch_size)
+        bounds = share_bounds(size, self._world_size, self._rank, self.micro_batch_size)
         return [self._planner.samples(step, first, last) for first, last in bounds]
 
 
@@ -96,6 +100,10 @@ class LocalBatches:
             return [self._train_loader.load(samples) for samples in self._plan.step(step)]
 
         yield from self._ahead(load, range(first_step, last_step))
+
+    def limit_micro_batches(self, size: int) -> None:
+        """See `BatchSource`."""
+        self._plan.micro_batch_size = size
 
     def evaluation_batches(self) -> Iterator[PaddedBatch]:
         """See `BatchSource`."""

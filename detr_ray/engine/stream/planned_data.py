@@ -71,13 +71,24 @@ class PlannedData:
             and (mine.data, mine.train, mine.eval, mine.run.seed) == (its.data, its.train, its.eval, its.run.seed)
         )
 
-    def plan(self, world_size: int, rank: int) -> WorkerPlan:
-        """One worker's part of the plan. All parts that one process asks for use one planner."""
-        planner = None if self.train is None else self._planner
-        return WorkerPlan(planner, lambda: self._evaluation, world_size, rank, self.config.train.micro_batch_size)
+    def plan(self, world_size: int, rank: int, micro_batch_size: int | None = None) -> WorkerPlan:
+        """One worker's part of the plan. All parts that one process asks for use one planner.
+
+        Args:
+            world_size: number of workers.
+            rank: the worker.
+            micro_batch_size: most images of one forward pass; None for what is configured, or for no limit where that
+                is still to be found out (``auto``).
+        """
+        configured = self.config.train.micro_batch_size
+        most = micro_batch_size or (None if configured == "auto" else configured)
+        return WorkerPlan(
+            None if self.train is None else self.planner, lambda: self._evaluation, world_size, rank, most
+        )
 
     @functools.cached_property
-    def _planner(self) -> Planner:
+    def planner(self) -> Planner:
+        """The plan of the training stream."""
         config = self.config
         assert self.train is not None
         return Planner(
@@ -106,7 +117,7 @@ class PlannedData:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_planner", "_evaluation")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("planner", "_evaluation")}
 
     def loaders(self) -> tuple[BatchLoader | None, BatchLoader | None]:
         """Loaders of training and of validation samples."""
