@@ -26,9 +26,10 @@ from benchmarks.harness import Row
 from benchmarks.pipeline import COCO128
 from benchmarks.step import QUICKSTART
 from detr_ray.config import load_config
+from detr_ray.data.evaluation_plan import plan_evaluation
 from detr_ray.data.formats import open_split
 from detr_ray.data.loader import BatchLoader
-from detr_ray.data.planner import Planner, plan_evaluation, share_bounds
+from detr_ray.data.planner import Planner, share_bounds
 from detr_ray.engine.context import LocalContext
 from detr_ray.engine.job import prepare_job
 from detr_ray.engine.loop import TrainingLoop

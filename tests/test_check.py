@@ -335,6 +335,21 @@ def test_steps_and_shapes_are_those_of_training(check, tmp_path):
     assert "forward pass 2 x 48x64 (one worker" in one_by_one[1]
 
 
+def test_what_an_epoch_takes_is_counted(check, tmp_path):
+    root = sound_folder(tmp_path / "set", num_train=12)
+    outcome = check(root, "data.balance={repeat_threshold: 1, background: 0}")
+    message = next(line for line in outcome.messages("ok", "training") if "data.balance" in line)
+    assert "samples of 12 images (data.balance); 0.0% of them have no box" in message
+    assert not any("data.balance" in line for line in check(root).messages("ok", "training"))
+
+
+def test_names_of_parameters_are_those_of_the_model(check, tmp_path):
+    root = sound_folder(tmp_path / "set", num_train=12)
+    outcome = check(root, "optim.freeze=[backbon.*]", "optim.lr_factors={nothing: 2}")
+    faults = "\n".join(outcome.messages("error", "training"))
+    assert "fits 'backbon.*'; nearest: backbone" in faults and "has a name with nothing" in faults
+
+
 def test_too_few_images_for_a_step_is_an_error(check, tmp_path):
     root = sound_folder(tmp_path / "set", num_train=5)
     outcome = check(root, "train.global_batch_size=6")

@@ -97,6 +97,20 @@ class AugmentConfig(Section):
             )
 
 
+class BalanceConfig(Section):
+    """How often an epoch takes each training image. An epoch then has another number of samples than there are images;
+    which ones, and their order, follow from seed and epoch as always.
+    """
+
+    repeat_threshold: Share = 0
+    """Images of rare classes are repeated (LVIS's repeat factor sampling): a class that is on a share f of the images
+    below this threshold has the factor `sqrt(repeat_threshold / f)`, and an image is taken as often as the largest
+    factor of its classes says. 0: each image once. Common: 0.001 for hundreds of classes, up to 0.5 for a few."""
+    background: Annotated[Share, Field(lt=1)] | None = None
+    """Share of an epoch's samples that have no box: images without objects are taken less often, or repeated, to make
+    it. null: each once."""
+
+
 class GenerateConfig(Section):
     """Generated data: drawn shapes on cluttered backgrounds, in COCO format. For a first run without a download."""
 
@@ -158,6 +172,8 @@ class DataConfig(Section):
     overfit a few images. null: all."""
     augment: AugmentConfig = AugmentConfig()
     """Augmentation of training images."""
+    balance: BalanceConfig = BalanceConfig()
+    """How often an epoch takes each training image."""
     window: Count | None = None
     """Number of samples that are sorted by shape together, so that images of similar shape share a batch. More: less
     padding, less shuffling. null: 4096, or 64 global batches if that is more."""

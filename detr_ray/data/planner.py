@@ -10,7 +10,6 @@ Knows nothing of boxes, pixels, files or processes, and of the augmentation what
 from __future__ import annotations
 
 import bisect
-import heapq
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,9 +20,14 @@ import numpy as np
 
 from detr_ray.data.errors import DataError
 from detr_ray.data.grouping import order_by_shape
-from detr_ray.data.sample import Partner, SamplePlan, Step, resized_sizes
+from detr_ray.data.sample import Partner, SamplePlan, Step
 
 CACHED_WINDOWS = 4
+
+_ONCE = 1 << 20
+"""How often images are taken is counted in such parts, so that sums are exact on every machine."""
+_REPEATS = 2**32 - 1
+"""The stream of random words that says which images are repeated; those of the windows have smaller numbers."""
 
 
 class PlannedSizes(Protocol):
@@ -79,6 +83,9 @@ class Planner:
     An epoch is a permutation of the images, of which the last ``images % global_batch_size`` are left out (others in
     each epoch). Each window of it is grouped into global batches of like shape, which then come in random order.
 
+    Where images are repeated, an epoch takes an image that is to be taken 2.3 times two or three times: by chance, but
+    so that an epoch has as many samples as the numbers add up to.
+
     Where the images lie in shards, an epoch may take a few shards at a time, in random order, and shuffle the images of
     these together. A window then has images of one such group of shards. Those that are too few for a last batch of the
     group come with the next group.
@@ -96,6 +103,7 @@ class Planner:
         window: int = 4096,
         shard_of: np.ndarray | None = None,
         shards_at_a_time: int | None = None,
+        repeats: np.ndarray | None = None,
     ) -> None:
         """Plans for one data set; nothing is drawn yet.
 
@@ -112,21 +120,24 @@ class Planner:
             shard_of: ``[I]`` number of the file that each image lies in; needed with ``shards_at_a_time`` alone.
             shards_at_a_time: so many shards are shuffled together; None for all images. Another value gives another
                 stream.
+            repeats: ``[I]`` how often an epoch takes each image on average; None for once.
 
         Raises:
             DataError: there are not enough images for one step.
         """
-        if len(image_ids) < global_batch_size:
+        self._repeats = None if repeats is None else np.round(repeats * _ONCE).astype(np.int64)
+        self.epoch_samples = len(image_ids) if self._repeats is None else int(self._repeats.sum()) // _ONCE
+        if self.epoch_samples < global_batch_size:
             raise DataError(
-                f"{len(image_ids)} training images are too few for one step of train.global_batch_size="
-                f"{global_batch_size}; set train.global_batch_size to {len(image_ids)} or less"
+                f"{self.epoch_samples} training images are too few for one step of train.global_batch_size="
+                f"{global_batch_size}; set train.global_batch_size to {self.epoch_samples} or less"
             )
         self.sizes = np.stack([heights, widths], axis=1).astype(np.int32)
         self.image_ids = np.asarray(image_ids, dtype=np.int64)
         self.seed = seed
         self.global_batch_size = global_batch_size
         self._size_policy = size_policy
-        self.steps_per_epoch = len(image_ids) // global_batch_size
+        self.steps_per_epoch = self.epoch_samples // global_batch_size
         self._steps_at_most = max(1, window // global_batch_size)
         self._even_bounds = _cut_evenly(0, self.steps_per_epoch, self._steps_at_most)
         self._shards: tuple[np.ndarray, ...] = ()
@@ -206,7 +217,7 @@ class Planner:
         if bounds is None:
             images = np.cumsum([sum(map(len, group)) for group in self._shard_groups(epoch)])
             # A batch that two groups share goes with the second.
-            ends = np.unique([0, *images // self.global_batch_size]).tolist()
+            ends = np.unique([0, *(images // self.global_batch_size).clip(max=self.steps_per_epoch)]).tolist()
             pieces = [_cut_evenly(start, end, self._steps_at_most)[:-1] for start, end in pairwise(ends)]
             bounds = self._bounds[epoch] = (*chain.from_iterable(pieces), self.steps_per_epoch)
             if len(self._bounds) > CACHED_WINDOWS:
@@ -214,11 +225,14 @@ class Planner:
         return bounds
 
     def _shard_groups(self, epoch: int) -> list[list[np.ndarray]]:
-        """The rows of the shards that an epoch shuffles together, group by group."""
+        """The rows of the shards that an epoch shuffles together, group by group; repeated ones as often as it does."""
         assert self._shards_at_a_time is not None
         order = _random_order(self._words(epoch, 0), len(self._shards)).tolist()
+        shards, times = self._shards, self._times_taken(epoch)
+        if times is not None:
+            shards = tuple(np.repeat(rows, times[rows]) for rows in shards)
         return [
-            [self._shards[shard] for shard in order[start : start + self._shards_at_a_time]]
+            [shards[shard] for shard in order[start : start + self._shards_at_a_time]]
             for start in range(0, len(order), self._shards_at_a_time)
         ]
 
@@ -232,10 +246,27 @@ class Planner:
     def _shuffle(self, epoch: int) -> np.ndarray:
         words = self._words(epoch, 0)
         if self._shards_at_a_time is None:
-            return _random_order(words, len(self.image_ids))
+            times = self._times_taken(epoch)
+            rows = np.arange(len(self.image_ids)) if times is None else np.repeat(np.arange(len(times)), times)
+            return rows[_random_order(words, len(rows))]
         words.random_raw(len(self._shards))  # those that the order of the shards was drawn from
         parts = [np.concatenate(group) for group in self._shard_groups(epoch)]
         return np.concatenate([part[_random_order(words, len(part))] for part in parts])
+
+    def _times_taken(self, epoch: int) -> np.ndarray | None:
+        """How often an epoch takes each image, ``[I]``; None: each once.
+
+        Systematic sampling (Madow 1949): the images' numbers are laid end to end in random order, and marks at distance
+        1 that begin at a random place say which image is taken.
+        """
+        if self._repeats is None:
+            return None
+        words = self._words(epoch, _REPEATS)
+        order = _random_order(words, len(self._repeats))
+        ends = self._repeats[order].cumsum() + int(words.random_raw()) % _ONCE
+        times = np.empty(len(order), np.int64)
+        times[order] = ends // _ONCE - (ends - self._repeats[order]) // _ONCE
+        return times
 
     def _window(self, epoch: int, number: int) -> _Window:
         key = (epoch, number)
@@ -260,7 +291,7 @@ class Planner:
         return _Window(rows, draws, batches[_random_order(words, len(batches))].ravel())
 
     def _words(self, epoch: int, stream: int) -> np.random.PCG64:
-        """A source of random words for one purpose: stream 0 shuffles the epoch, the others are its windows'."""
+        """A source of random words for one purpose: stream 0 shuffles the epoch, most others are its windows'."""
         return np.random.PCG64(np.random.SeedSequence([self.seed, epoch, stream]))
 
 
@@ -345,56 +376,3 @@ def _pieces(first: int, last: int, count: int) -> list[tuple[int, int]]:
     least, longer = divmod(last - first, count)
     bounds = [first + piece * least + min(piece, longer) for piece in range(count + 1)]
     return list(pairwise(bounds))
-
-
-def plan_evaluation(
-    heights: np.ndarray, widths: np.ndarray, image_ids: np.ndarray, *, size: int, max_size: int, batch_size: int
-) -> list[tuple[SamplePlan, ...]]:
-    """Batches for evaluation: every image once, nothing random, no padding.
-
-    What the model sees of an image depends neither on the batch size nor on the other images.
-
-    Args:
-        heights: ``[I]`` pixels of the stored images.
-        widths: ``[I]`` pixels.
-        image_ids: ``[I]``.
-        size: length of the short side, pixels.
-        max_size: most that the long side may have, pixels.
-        batch_size: most images of a batch; images of different final sizes never share one.
-
-    Returns:
-        Batches, those of the largest images first. A sample's position is its place in this order.
-    """
-    sizes = resized_sizes(np.stack([heights, widths], axis=1), np.array(size), max_size).astype(np.int64)
-    order = np.lexsort((np.arange(len(sizes)), -sizes[:, 1], -sizes[:, 0], -sizes.prod(axis=1)))
-    plans = [
-        SamplePlan(position, index, image_id, (final[0], final[1]))
-        for position, (index, image_id, final) in enumerate(
-            zip(order.tolist(), np.asarray(image_ids)[order].tolist(), sizes[order].tolist(), strict=True)
-        )
-    ]
-    new_size = np.flatnonzero((np.diff(sizes[order], axis=0) != 0).any(axis=1)) + 1
-    bounds = [0, *new_size.tolist(), len(plans)]
-    return [
-        tuple(plans[first : min(first + batch_size, stop)])
-        for start, stop in pairwise(bounds)
-        for first in range(start, stop, batch_size)
-    ]
-
-
-def split_evaluation(
-    batches: Sequence[tuple[SamplePlan, ...]], world_size: int, rank: int
-) -> list[tuple[SamplePlan, ...]]:
-    """One worker's part of the evaluation: whole batches, with about as many pixels as any other worker's.
-
-    Each batch goes, in the order given, to the worker that has the fewest pixels so far. Some workers get nothing where
-    there are fewer batches than workers.
-    """
-    loads = [(0, worker) for worker in range(world_size)]
-    mine = []
-    for batch in batches:
-        pixels, worker = loads[0]
-        if worker == rank:
-            mine.append(batch)
-        heapq.heapreplace(loads, (pixels + sum(plan.size[0] * plan.size[1] for plan in batch), worker))
-    return mine

@@ -56,6 +56,17 @@ class BoxStatistics:
 
 def count_boxes(index: DatasetIndex) -> BoxStatistics:
     """Counts what `DatasetIndex.training_instances` would give for every image."""
+    image_of, category_ids = learnt_boxes(index)
+    ids, counts = np.unique(category_ids, return_counts=True)
+    found = dict(zip(ids.tolist(), counts.tolist(), strict=True))
+    return BoxStatistics(
+        per_image=np.bincount(image_of, minlength=len(index)),
+        per_category={category_id: found.get(category_id, 0) for category_id, _ in index.categories},
+    )
+
+
+def learnt_boxes(index: DatasetIndex) -> tuple[np.ndarray, np.ndarray]:
+    """Row of the image, and category id, of each box that `DatasetIndex.training_instances` would give."""
     annotations_per_image = np.diff(index.first_box)
     image_of = np.repeat(np.arange(len(index)), annotations_per_image)
     boxes = index.boxes_xywh_px.astype(np.float32)
@@ -64,12 +75,7 @@ def count_boxes(index: DatasetIndex) -> BoxStatistics:
     widths, heights = index.widths[image_of], index.heights[image_of]
     has_area = (right.clip(0, widths) > left.clip(0, widths)) & (bottom.clip(0, heights) > top.clip(0, heights))
     learnt = ~index.is_crowd & has_area
-    ids, counts = np.unique(index.category_ids[learnt], return_counts=True)
-    found = dict(zip(ids.tolist(), counts.tolist(), strict=True))
-    return BoxStatistics(
-        per_image=np.bincount(image_of[learnt], minlength=len(index)),
-        per_category={category_id: found.get(category_id, 0) for category_id, _ in index.categories},
-    )
+    return image_of[learnt], index.category_ids[learnt]
 
 
 @dataclass(frozen=True, slots=True)

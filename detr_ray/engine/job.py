@@ -75,14 +75,12 @@ class TrainJob:
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of one pass over the training set."""
-        assert self.data.train is not None
-        return len(self.data.train) // self.config.train.global_batch_size
+        return self.data.planner.steps_per_epoch
 
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        assert self.data.train is not None
-        return total_steps(self.config, len(self.data.train))
+        return total_steps(self.config, self.steps_per_epoch)
 
     def build_detector(self) -> Detector:
         """The model with its first weights, the same on every worker, and its loss."""
@@ -266,7 +264,7 @@ def prepare_job(config: Config, say: Say, opened: OpenedData | None = None) -> T
     refuse_positions_out_of_reach(config, config.model, train, val)
     fingerprints = {"train": train.fingerprint} | ({} if val is None else {"val": val.fingerprint})
     if fork is not None:
-        fork.refuse_misfit(config, fingerprints, total_steps(config, len(train)))
+        fork.refuse_misfit(config, fingerprints, total_steps(config, data.planner.steps_per_epoch))
     check_tracking(config, say)
     run = open_run(
         config.run.name, config.run.storage, flatten(config), fingerprints, config.to_yaml(), space,
@@ -289,9 +287,9 @@ def prepare_job(config: Config, say: Say, opened: OpenedData | None = None) -> T
     )
 
 
-def total_steps(config: Config, num_images: int) -> int:
+def total_steps(config: Config, steps_per_epoch: int) -> int:
     """Optimizer steps of a whole run."""
-    steps = config.train.epochs * (num_images // config.train.global_batch_size)
+    steps = config.train.epochs * steps_per_epoch
     return steps if config.train.max_steps is None else min(steps, config.train.max_steps)
 
 
@@ -388,6 +386,7 @@ def run_summary(job: TrainJob) -> str:
     train = job.config.train
     assert job.data.train is not None
     return (
-        f"run {job.run.name}: {job.data.label_map.num_classes} classes, {len(job.data.train)} images, "
-        f"{job.steps_per_epoch} steps an epoch of {train.global_batch_size} images, {job.total_steps} steps in all"
+        f"run {job.run.name}: {job.data.label_map.num_classes} classes, {len(job.data.train)} images"
+        + ("" if job.data.repeats is None else f", {job.data.planner.epoch_samples} samples an epoch (data.balance)")
+        + f", {job.steps_per_epoch} steps an epoch of {train.global_batch_size} images, {job.total_steps} steps in all"
     )

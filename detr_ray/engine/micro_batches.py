@@ -2,9 +2,9 @@
 
 Each worker takes forward passes, losses and backward passes of made-up images, of the shapes that the plan's largest
 micro-batches have. On a GPU it tries the whole share, and then halves the range of sizes. On a CPU a process that takes
-too much memory is killed, so the need of one, two and four images is measured and the rest follows from it. All workers
-then take the smallest of their answers. What was found is kept in the run's folder, and a run that goes on with the same
-workers takes it from there. Nothing of the model changes, and neither do results: accumulation is exact.
+too much memory is killed, so the need of one to four images is measured and the rest follows from it. All workers then
+take the smallest of their answers. What was found is kept in the run's folder; a run that goes on with the same workers
+takes it from there. Nothing of the model changes, and neither do results: accumulation is exact.
 """
 
 from __future__ import annotations

@@ -246,6 +246,30 @@ def reduced_decoding(place: Place) -> None:
     assert all((a == b).all() for a, b in zip(pixels("data.reduced_decoding=50"), pixels(), strict=True))
 
 
+@shows("data.balance.repeat_threshold", "data.balance.background")
+def balance(place: Place) -> None:
+    """More samples of images with rare classes, and the share without boxes, in a longer epoch that trains."""
+    root = make_dataset(place.folder / "some_empty", num_train=16, num_val=2, max_objects=1, empty_fraction=0.4)
+    train = open_split(str(root), None, "train")
+    empty = {int(i) for i, count in zip(train.image_ids, np.diff(train.first_box), strict=True) if not count}
+    rare = min(dict(train.categories), key=lambda category: int((train.category_ids == category).sum()) or 99)
+    with_rare = {int(train.image_ids[i]) for i in range(16) if rare in train.category_ids[train.first_box[i] :][:1]}
+    epoch_of = {}
+    for name, keys in (("plain", ""), ("repeated", "repeat_threshold: 1"), ("fewer", "background: 0.1")):
+        epoch = place.job(f"data.root={root}", f"data.balance={{{keys}}}")
+        ids = [
+            s.image_id
+            for s in place.samples(f"data.root={root}", f"data.balance={{{keys}}}", steps=epoch.steps_per_epoch)
+        ]
+        epoch_of[name] = ids
+    share = {name: sum(i in empty for i in ids) / len(ids) for name, ids in epoch_of.items()}
+    assert share["plain"] == len(empty) / 16 and share["fewer"] <= 0.2 < share["plain"]
+    assert len(epoch_of["repeated"]) > 16 and set(epoch_of["repeated"]) <= set(epoch_of["plain"])
+    assert sum(i in with_rare for i in epoch_of["repeated"]) > sum(i in with_rare for i in epoch_of["plain"])
+    seen = place.train(f"data.root={root}", "data.balance={repeat_threshold: 1}")
+    assert len(seen.updates) == len(epoch_of["repeated"]) // 4
+
+
 def broken(place: Place, split: str = "train", count: int = 2) -> Path:
     root = place.folder / f"broken-{split}"
     shutil.copytree(place.data, root)

@@ -11,17 +11,11 @@ import pytest
 from defaults import augmentation
 
 from detr_ray.data.errors import DataError
+from detr_ray.data.evaluation_plan import plan_evaluation, split_evaluation
 from detr_ray.data.formats.coco import read_coco_index
 from detr_ray.data.grouping import order_by_shape
 from detr_ray.data.index import DatasetIndex
-from detr_ray.data.planner import (
-    Planner,
-    plan_evaluation,
-    sample_seeds,
-    share_bounds,
-    split_evaluation,
-    split_global_batch,
-)
+from detr_ray.data.planner import Planner, sample_seeds, share_bounds, split_global_batch
 from detr_ray.data.sample import Crop, Flip, Resize, SamplePlan
 
 COMMON_SIZES = np.array([[480, 640], [640, 480], [427, 640], [640, 427], [500, 375], [333, 500], [612, 612]])

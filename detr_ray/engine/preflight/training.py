@@ -15,10 +15,13 @@ import torch
 from torchvision.models import get_model_weights
 
 from detr_ray.config import Config, ConfigError
+from detr_ray.data.balance import takings
+from detr_ray.data.errors import DataError
 from detr_ray.data.index import DatasetIndex
 from detr_ray.data.label_map import LabelMap
 from detr_ray.data.planner import split_global_batch
 from detr_ray.data.sample import SamplePlan
+from detr_ray.data.statistics import count_boxes
 from detr_ray.detector import build_skeleton
 from detr_ray.engine.cpu import slow_precision
 from detr_ray.engine.parameters import refuse_misnamed
@@ -41,6 +44,7 @@ _SMALL_SIDE_PX = 160
 _MOST_LEFT_OUT = 0.1
 _MOST_ENLARGED = 2.0
 _MOST_PLANNED = 200_000
+_MOST_REPEATED = 20
 
 
 def starts_from_official_weights(config: Config) -> bool:
@@ -145,16 +149,22 @@ def check_plan(config: Config, opened: dict[str, DatasetIndex], label_map: Label
             f"set train.global_batch_size to {len(train)} or less",
         )  # fmt: skip
         return
-    steps_per_epoch = len(train) // batch
+    data = PlannedData(config, train, opened.get("val"), label_map or LabelMap.contiguous(train.categories))
+    try:
+        steps_per_epoch, samples = data.planner.steps_per_epoch, data.planner.epoch_samples
+    except DataError as error:
+        report.add("error", TRAINING, str(error))
+        return
+    _check_balance(data, report)
     steps = math.ceil(config.train.epochs * steps_per_epoch)
     if config.train.max_steps is not None:
         steps = min(steps, config.train.max_steps)
     report.add("ok", TRAINING, f"steps: {steps_per_epoch} an epoch, {steps} in all, of {batch} images each")
-    left_out = len(train) % batch
-    if left_out > _MOST_LEFT_OUT * len(train):
+    left_out = samples % batch
+    if left_out > _MOST_LEFT_OUT * samples:
         report.add(
             "warning", TRAINING,
-            f"{left_out} of {len(train)} images are left out of each epoch (others each time): they fill no batch",
+            f"{left_out} of {samples} images are left out of each epoch (others each time): they fill no batch",
             "choose train.global_batch_size so that the number of images divided by it leaves a smaller remainder",
         )  # fmt: skip
     for refuse in (
@@ -166,10 +176,31 @@ def check_plan(config: Config, opened: dict[str, DatasetIndex], label_map: Label
         except ConfigError as error:
             for line in error.errors:
                 report.add("error", TRAINING, line)
-    labels = label_map or LabelMap.contiguous(train.categories)
-    sizes = _check_shapes(PlannedData(config, train, opened.get("val"), labels), min(steps, steps_per_epoch), report)
+    sizes = _check_shapes(data, min(steps, steps_per_epoch), report)
     _check_enlargement(train, sizes, report)
     _check_length(config, len(train), steps * batch, float(np.median(sizes[:, 1:].min(axis=1))), report)
+
+
+def _check_balance(data: PlannedData, report: Report) -> None:
+    """Says what an epoch takes where images are repeated."""
+    repeats, train = data.repeats, data.train
+    if repeats is None or train is None:
+        return
+    of_classes = takings(train, repeats)
+    background = count_boxes(train).per_image == 0
+    share = float(repeats[background].sum() / repeats.sum())
+    names = [f"{t.name}: {t.images} images, taken {t.factor:.2f} times: {t.samples:.0f} samples" for t in of_classes]
+    report.add(
+        "ok", TRAINING,
+        f"an epoch has {data.planner.epoch_samples} samples of {len(train)} images (data.balance); {share:.1%} of them "
+        f"have no box ({background.sum()} images); classes by how often their images are taken:", names=names,
+    )  # fmt: skip
+    most = float(repeats.max())
+    if most > _MOST_REPEATED:
+        report.add(
+            "warning", TRAINING, f"images are taken up to {most:.0f} times in an epoch: they may be learnt by heart",
+            "lower data.balance.repeat_threshold or background",
+        )  # fmt: skip
 
 
 def _check_precision(config: Config, report: Report) -> None:

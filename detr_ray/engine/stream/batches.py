@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
+from detr_ray.data.evaluation_plan import split_evaluation
 from detr_ray.data.loader import BatchLoader
-from detr_ray.data.planner import Planner, share_bounds, split_evaluation
+from detr_ray.data.planner import Planner, share_bounds
 from detr_ray.data.sample import SamplePlan
 from detr_ray.structures import PaddedBatch
 

@@ -15,10 +15,12 @@ import numpy as np
 
 from detr_ray.config import Config, ConfigError, ModelConfig
 from detr_ray.data.augmentation import DetrAugmentation
+from detr_ray.data.balance import Balance
+from detr_ray.data.evaluation_plan import plan_evaluation
 from detr_ray.data.index import DatasetIndex
 from detr_ray.data.label_map import LabelMap
 from detr_ray.data.loader import BatchLoader
-from detr_ray.data.planner import Planner, plan_evaluation
+from detr_ray.data.planner import Planner
 from detr_ray.data.sample import SamplePlan
 from detr_ray.engine.stream.batches import WorkerPlan
 
@@ -101,7 +103,14 @@ class PlannedData:
             window=config.data.window or max(MIN_WINDOW, MIN_WINDOW_BATCHES * config.train.global_batch_size),
             shard_of=None if self.train.shards is None else self.train.shards.file_of,
             shards_at_a_time=config.data.shard_window,
+            repeats=self.repeats,
         )
+
+    @property
+    def repeats(self) -> np.ndarray | None:
+        """How often an epoch takes each training image on average; None: each once."""
+        assert self.train is not None
+        return Balance(**self.config.data.balance.model_dump()).repeats(self.train)
 
     @functools.cached_property
     def _evaluation(self) -> list[tuple[SamplePlan, ...]]:
