@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from detr_ray.config.fields import Count, CountOrZero, Counts, Number, Section, Seed, Share, Text, Violation
+from detr_ray.config.fields import Count, CountOrZero, Counts, Number, Positive, Section, Seed, Share, Text, Violation
 
 
 class SplitConfig(Section):
@@ -36,6 +36,25 @@ class SplitConfig(Section):
             yield Violation(("annotations", "images", "shards"), "is missing: images are given, so it must be too")
         elif self.images is None:
             yield Violation(("images", "annotations", "shards"), "is missing: annotations are given, so it must be too")
+
+
+class SourceConfig(SplitConfig):
+    """One of several training sets: the training images of a folder, or those of an annotation file, or shards."""
+
+    root: Text | None = None
+    """Folder or URI of a data set in any of the formats; replaces `annotations`, `images` and `shards`."""
+    format: Text | None = None
+    """Format of what lies in `root`. null: what lies there tells."""
+    weight: Positive = 1
+    """How often an epoch takes each of its images, on average."""
+
+    def rules(self) -> Iterator[Violation]:
+        """Either a root, or what a split needs."""
+        given = [name for name in ("annotations", "images", "shards") if getattr(self, name) is not None]
+        if self.root is None:
+            yield from super().rules()
+        elif given:
+            yield Violation(("root", *given), f"cannot go together with {', '.join(given)}")
 
 
 class HoldoutConfig(Section):
@@ -161,6 +180,11 @@ class DataConfig(Section):
     """Training images that are not in `data.root`."""
     val: SplitConfig | None = None
     """Validation images that are not in `data.root`."""
+    sources: tuple[SourceConfig, ...] = ()
+    """Several training sets that are trained together, in place of `data.root` and `data.train`: a list such as
+    `[{root: A, weight: 2}, {annotations: FILE, images: FOLDER}]`. The training images of each are taken, `weight` times
+    in an epoch; with `data.split` all of its images, some of which are held out. Classes of the same name are one
+    class; the first set keeps its category ids, which those of `data.val` must agree with."""
     label_space: Literal["auto", "contiguous", "coco91"] = "auto"
     """Meaning of a class index. `contiguous`: position among the annotation file's categories, sorted by id. `coco91`:
     COCO's own category id, as in the published weights. `auto`: coco91 if `model.init_from` holds published weights and
@@ -205,6 +229,11 @@ class DataConfig(Section):
     read."""
 
     @property
+    def has_train(self) -> bool:
+        """Whether there are to be training images."""
+        return self.root is not None or self.train is not None or bool(self.sources)
+
+    @property
     def has_val(self) -> bool:
         """Whether there are to be validation images."""
         return self.root is not None or self.val is not None or self.split is not None
@@ -218,11 +247,15 @@ class DataConfig(Section):
         for name in ("train", "val"):
             if self.root is not None and getattr(self, name) is not None:
                 yield Violation((name, "root"), "cannot go together with data.root: set one of them to null")
+        for name in ("root", "train"):
+            if self.sources and getattr(self, name) is not None:
+                yield Violation(("sources", name), f"cannot go together with data.{name}: set one of them to null")
         if self.split is not None and self.val is not None:
             yield Violation(("split", "val"), "cannot go together with data.val: set one of them to null")
         if self.generate is not None and self.root is None:
             yield Violation(("root", "generate"), "is missing: it is the folder that data.generate writes into")
         elif self.generate is not None and self.root is not None and "://" in self.root.removeprefix("file://"):
             yield Violation(("root", "generate"), "must be a local folder: data.generate draws into it")
-        if self.shard_window is not None and (self.train is None or self.train.shards is None):
+        in_shards = [place.shards is not None for place in (self.train, *self.sources) if place is not None]
+        if self.shard_window is not None and not any(in_shards):
             yield Violation(("shard_window", "train"), "needs data.train.shards: there are no shards to take in turn")

@@ -33,6 +33,7 @@ _MESSAGES = {
     "model_attributes_type": "must hold keys, not a value",
     "dict_type": "must hold keys, not a value",
     "missing": "is missing",
+    "extra_forbidden": "is not known here",
 }
 _TEMPLATES = {
     "greater_than": "must be more than {gt}",
@@ -65,8 +66,7 @@ class Finding:
     @property
     def place(self) -> str:
         """The key as users write it, with indices in brackets."""
-        text = ".".join(part for part in self.path if isinstance(part, str))
-        return text + "".join(f"[{part}]" for part in self.path if isinstance(part, int))
+        return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in self.path).removeprefix(".")
 
 
 def findings(error: ValidationError) -> Iterator[Finding]:

@@ -39,9 +39,11 @@ class Key:
 
 
 def nested_section(annotation: Any) -> type[Section] | None:
-    """The section class in the type of a field (for a weight: `Schedule`); None for plain values."""
+    """The section class in the type of a field (for a weight: `Schedule`); None for plain values and lists."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
+    if get_origin(annotation) is tuple:
+        return None
     found = (nested_section(argument) for argument in get_args(annotation))
     return next((section for section in found if section is not None), None)
 
@@ -98,6 +100,8 @@ def _kind(annotation: Any, metadata: Any = ()) -> str:
     if origin is Literal:
         return " or ".join(str(choice) for choice in arguments)
     if origin is tuple:
+        if nested_section(arguments[0]) is not None:
+            return "list"
         if arguments[-1] is Ellipsis:
             return f"list of {_kind(arguments[0])}"
         return f"list of {len(arguments)}: {_kind(arguments[0])}"

@@ -292,7 +292,7 @@ class Config(Section):
         if self.train.early_stopping is not None:
             if not self.eval.every_epochs:
                 yield Violation(("train.early_stopping", "eval.every_epochs"), "needs eval.every_epochs of at least 1")
-            if self.data.train is not None and not self.data.has_val:
+            if self.data.has_train and not self.data.has_val:
                 yield Violation(("train.early_stopping", "data.val"), "needs validation images: set data.val")
         for name in ("warmup_epochs", "flat_epochs"):
             if getattr(self.optim, name) >= self.train.epochs:
@@ -342,7 +342,7 @@ class Config(Section):
         """
         refuse_credentials(self.to_dict())
         errors = []
-        if self.data.root is None and self.data.train is None:
+        if not self.data.has_train:
             errors.append(
                 "data.root: no training data is given; set data.root=FOLDER, or "
                 "data.train.annotations=FILE and data.train.images=FOLDER"

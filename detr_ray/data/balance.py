@@ -22,10 +22,13 @@ class Balance:
         repeat_threshold: images of a class that is on a smaller share of the images are repeated (`repeat_factors`);
             0: none are.
         background: share of an epoch's samples that have no box; None: as it comes.
+        source_weights: how often an epoch takes the images of each of a merged data set's sources, before the other
+            two are applied; empty: once.
     """
 
     repeat_threshold: float = 0.0
     background: float | None = None
+    source_weights: tuple[float, ...] = ()
 
     def repeats(self, index: DatasetIndex) -> np.ndarray | None:
         """How often an epoch takes each image on average, ``[I]`` float64; None: each once.
@@ -33,9 +36,12 @@ class Balance:
         Raises:
             DataError: there are no images of the kind that is to have a share.
         """
-        if not self.repeat_threshold and self.background is None:
+        is_weighted = any(weight != 1 for weight in self.source_weights)
+        if not self.repeat_threshold and self.background is None and not is_weighted:
             return None
         repeats = repeat_factors(index, self.repeat_threshold)
+        if is_weighted and index.sources is not None:
+            repeats *= np.array(self.source_weights)[index.sources.of]
         if self.background is None:
             return repeats
         image_of, _ = learnt_boxes(index)
@@ -46,8 +52,9 @@ class Balance:
                 "every image has some; set it to null"
             )
         objects = float(repeats[~is_background].sum())
-        wanted = objects * self.background / (1 - self.background)
-        repeats[is_background] = wanted / max(int(is_background.sum()), 1)
+        if is_background.any():
+            wanted = objects * self.background / (1 - self.background)
+            repeats[is_background] *= wanted / float(repeats[is_background].sum())
         return repeats
 
 

@@ -20,7 +20,7 @@ from detr_ray.data.decoding import decode_image, reduction
 from detr_ray.data.errors import DataError
 from detr_ray.data.image_headers import ImageError, ImageHeader, read_header
 from detr_ray.data.image_places import missing, name_below, refuse_link_outside
-from detr_ray.data.index import ShardPlaces
+from detr_ray.data.index import ShardPlaces, Sources
 from detr_ray.data.ranges import OpenFiles, Span, join_parts
 from detr_ray.locations import open_location
 from detr_ray.printable import printable
@@ -50,6 +50,10 @@ class StoredImages(Protocol):
         """Where they lie in shards."""
 
     @property
+    def sources(self) -> Sources | None:
+        """The data sets that they are of, where they lie in the folders of several."""
+
+    @property
     def follow_links(self) -> bool:
         """Whether links in the folder may lead out of it."""
 
@@ -61,30 +65,35 @@ class ImageReader:
     processes. One reader may be used by several threads.
 
     Args:
-        index: says where the images lie (``images_root`` or ``shards``) and what they are called: a `DatasetIndex`.
+        index: says where the images lie and what they are called: a `DatasetIndex`.
 
     Attributes:
         is_remote: whether they lie beyond a network; several reads at a time then take about as long as one.
     """
 
     def __init__(self, index: StoredImages) -> None:
-        if (index.images_root is None) == (index.shards is None):
+        folders = (index.images_root,) if index.images_root is not None else index.sources and index.sources.folders
+        if bool(folders) == (index.shards is not None):
             raise ValueError("an index has its images either in a folder or in shards")
         self._file_names = index.file_names
         # Absolute: the processes that it is sent to may have other working folders.
-        self._images_root = None if index.images_root is None else resolve(index.images_root)
+        self._folders = tuple(resolve(folder) for folder in folders or ())
+        self._folder_of = None if index.sources is None else index.sources.of
         self._follow_links = index.follow_links
         self._shards = index.shards
         self._shard_files = OpenFiles(() if index.shards is None else index.shards.files)
-        places = index.shards.files if index.shards is not None else (index.images_root or "",)
-        self.is_remote = any(map(is_remote, places))
+        self.is_remote = any(map(is_remote, self._folders if index.shards is None else index.shards.files))
 
     def name(self, i: int) -> str:
         """What to call image ``i`` in messages: its location, or its file name and its shard; on one line."""
         file_name = self._file_names[i].as_py()
         if self._shards is not None:
             return f"{printable(file_name)} in {self._shards.files[self._shards.file_of[i]]}"
-        return printable(join(self._images_root or "", file_name))
+        return printable(join(self._folder(i), file_name))
+
+    def _folder(self, i: int) -> str:
+        """The folder that the name of image ``i`` is relative to."""
+        return self._folders[0 if self._folder_of is None else int(self._folder_of[i])]
 
     def read(self, i: int) -> bytes:
         """The encoded bytes of image ``i``.
@@ -126,7 +135,7 @@ class ImageReader:
             num_bytes = min(num_bytes, length)
             span = Span(int(self._shards.file_of[i]), offset + length - num_bytes, num_bytes, (0,))
             return length, self._read_span(span, i)
-        with self._open(i, name_below(self._images_root or "", self._file_names[i].as_py())) as file:
+        with self._open(i, name_below(self._folder(i), self._file_names[i].as_py())) as file:
             length = file.seek(0, os.SEEK_END)
             file.seek(-min(num_bytes, length), os.SEEK_END)
             return length, file.read()
@@ -162,7 +171,7 @@ class ImageReader:
             raise DataError(f"{self.name(i)}: cannot be read: {reason_of(error)}") from error
 
     def _read_file(self, i: int, num_bytes: int | None) -> bytes:
-        root = self._images_root or ""
+        root = self._folder(i)
         name = name_below(root, self._file_names[i].as_py())
 
         def read_local() -> bytes:
@@ -175,10 +184,11 @@ class ImageReader:
             with file_system.open_input_file(f"{folder}/{name}") as file:
                 return file.read(num_bytes)
 
-        return patiently(self.name(i), read_remote if self.is_remote else read_local, remote=self.is_remote)
+        remote = is_remote(root)
+        return patiently(self.name(i), read_remote if remote else read_local, remote=remote)
 
     def _open(self, i: int, name: str) -> IO[bytes]:
-        root = self._images_root or ""
+        root = self._folder(i)
         try:
             if not self._follow_links:
                 refuse_link_outside(root, name, self.name(i))

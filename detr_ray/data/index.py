@@ -73,6 +73,21 @@ class ShardPlaces:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Sources:
+    """The data sets that a merged one is made of.
+
+    Attributes:
+        names: what to call each in messages.
+        folders: folder or URI of each one's images; empty where the images lie in shards.
+        of: ``[I]`` int32, number of the data set that each image is of.
+    """
+
+    names: tuple[str, ...]
+    folders: tuple[str, ...]
+    of: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class DatasetIndex:
     """Images and annotations of one split; ``I`` images by rising id, ``A`` annotations grouped by image.
 
@@ -89,9 +104,11 @@ class DatasetIndex:
         annotation_ids: ``[A]`` int64, unique.
         categories: (id, name) by rising id.
         source: what to call the data set in messages.
-        images_root: folder or URI that the file names are relative to; None where the images lie in shards.
+        images_root: folder or URI that the file names are relative to; None where the images lie in shards, or in the
+            folders of several ``sources``.
         shards: where the images lie in shards; None where they are files in a folder.
         follow_links: whether links in that folder may lead out of it.
+        sources: the data sets that this one is merged from (`merging.py`); None where it is one.
         problems: what was put right or left out on the way, counted; the keys are those of `PROBLEMS`. The reader gives
             its own; what can be seen in the columns is added when the index is made.
         fingerprint: sha256 of the content, the same wherever and in whichever format the data set lies.
@@ -112,6 +129,7 @@ class DatasetIndex:
     images_root: str | None = None
     shards: ShardPlaces | None = None
     follow_links: bool = False
+    sources: Sources | None = None
     problems: dict[str, int] = field(default_factory=dict)
     fingerprint: str = field(init=False)
 
@@ -200,6 +218,9 @@ class DatasetIndex:
                 offsets=shards.offsets[rows],
                 lengths=shards.lengths[rows],
             )
+        sources = self.sources
+        if sources is not None:
+            sources = replace(sources, of=sources.of[rows])
         return replace(
             self,
             **{name: getattr(self, name)[rows] for name in ("image_ids", "heights", "widths")},
@@ -208,6 +229,7 @@ class DatasetIndex:
             annotation_ids=self.annotation_ids[boxes],
             first_box=first_box,
             shards=shards,
+            sources=sources,
             problems={key: n for key, n in self.problems.items() if key not in _box_problems(self)},
         )
 

@@ -92,14 +92,9 @@ def find_missing_storage(index: DatasetIndex) -> dict[int, str]:
         OSError: the storage does not answer.
     """
     if index.shards is None:
-        assert index.images_root is not None, "an index has its images in a folder or in shards"
-        try:
-            kind = file_info(index.images_root).type
-        except LocationError as error:
-            raise DataError(str(error)) from error
-        if kind == fs.FileType.Directory:
-            return {}
-        return {-1: f"{index.images_root}: {'no such folder' if kind == fs.FileType.NotFound else 'is no folder'}"}
+        roots = (index.images_root,) if index.sources is None else index.sources.folders
+        faulty = [(root, fault) for root in roots if root is not None and (fault := _fault_of_folder(root))]
+        return {-1: f"{faulty[0][0]}: {faulty[0][1]}"} if faulty else {}
     wanted = np.zeros(len(index.shards.files), np.int64)
     np.maximum.at(wanted, index.shards.file_of, index.shards.offsets + index.shards.lengths)
     folders = {parent(location) for location in index.shards.files}
@@ -111,6 +106,16 @@ def find_missing_storage(index: DatasetIndex) -> dict[int, str]:
         elif sizes[location] < num_bytes:
             faults[number] = f"{location}: the shard ends {num_bytes - sizes[location]} bytes too early"
     return faults
+
+
+def _fault_of_folder(folder: str) -> str:
+    try:
+        kind = file_info(folder).type
+    except LocationError as error:
+        raise DataError(str(error)) from error
+    if kind == fs.FileType.Directory:
+        return ""
+    return "no such folder" if kind == fs.FileType.NotFound else "is no folder"
 
 
 def inspect_images(

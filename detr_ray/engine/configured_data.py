@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from detr_ray.config import DataConfig
+from detr_ray.config.data_sections import SourceConfig
 from detr_ray.data.formats import Reading, open_split, open_undivided
 from detr_ray.data.holdout import Holdout
 from detr_ray.data.index import DatasetIndex
+from detr_ray.data.merging import merge
 
 
 class ConfiguredData:
@@ -34,6 +36,12 @@ class ConfiguredData:
             DataError: it cannot be read, or is not what it should be.
         """
         data, reading = self._data, Reading(self._data.on_bad_image == "skip", progress)
+        if data.sources and (split == "train" or data.split is not None):
+            if self._undivided is None:
+                self._undivided = merge([self._open_source(source, reading) for source in data.sources])
+            if data.split is None:
+                return self._undivided
+            return Holdout(**data.split.model_dump()).part(self._undivided, split)
         places = data.places(split)
         if data.split is None:
             return open_split(data.root, places, split, data.follow_links, data_format=data.format, reading=reading)
@@ -42,3 +50,10 @@ class ConfiguredData:
                 data.root, places, data.follow_links, data_format=data.format, reading=reading
             )
         return Holdout(**data.split.model_dump()).part(self._undivided, split)
+
+    def _open_source(self, source: SourceConfig, reading: Reading) -> DatasetIndex:
+        """One of several data sets: its training images, or all where some are to be held out."""
+        data, places = self._data, source if source.root is None else None
+        if data.split is not None:
+            return open_undivided(source.root, places, data.follow_links, data_format=source.format, reading=reading)
+        return open_split(source.root, places, "train", data.follow_links, data_format=source.format, reading=reading)

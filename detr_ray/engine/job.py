@@ -26,10 +26,10 @@ from detr_ray.engine.checkpoints.fork import Fork, find_fork
 from detr_ray.engine.checkpoints.info import CheckpointInfo
 from detr_ray.engine.checkpoints.run_directory import RunDirectory, open_run, read_record
 from detr_ray.engine.configured_data import ConfiguredData
+from detr_ray.engine.early_stopping import refuse_unknown_score
 from detr_ray.engine.reporting.progress import Pace
 from detr_ray.engine.reporting.tracking_store import check_tracking, run_tracking_uri
 from detr_ray.engine.stream.planned_data import PlannedData, refuse_positions_out_of_reach
-from detr_ray.engine.validation.early_stopping import refuse_unknown_score
 from detr_ray.retries import reason_of
 
 if TYPE_CHECKING:  # a driver builds neither, and torchvision's models alone take a second to import

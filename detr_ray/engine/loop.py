@@ -62,7 +62,7 @@ class TrainingLoop:
         self._rates = LearningRates.of(self.model, config.optim, config.train.epochs)
         # Before the model is wrapped: wrapping compares it between workers.
         training = self.state.restore(self.checkpoints)
-        if config.train.micro_batch_size == "auto":
+        if config.train.micro_batch_size == "auto" and self.step < job.total_steps:
             batches.limit_micro_batches(micro_batch_size(job, context, self.state))
         self._train_step = TrainStep(
             self.model,

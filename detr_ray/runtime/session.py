@@ -84,8 +84,12 @@ def _lacks_data(config: Config) -> bool:
     """Whether some of the data is plainly not where the configuration says."""
     data = config.data
     places = [
-        place for split in (data.train, data.val) if split for place in (split.annotations, split.images, split.shards)
+        place
+        for split in (data.train, data.val, *data.sources)
+        if split
+        for place in (split.annotations, split.images, split.shards)
     ]
+    places += [source.root for source in data.sources]
     if data.generate is None:
         places.append(data.root)
     paths = [local_path(place) for place in places if place]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from detr_ray.addresses import is_uri, join
 from detr_ray.config import Config, ConfigError
-from detr_ray.data.formats import first_image
+from detr_ray.data.formats import SplitPlaces, first_image
 from detr_ray.data.image_places import refuse_link_outside
 from detr_ray.engine.preflight.writing import first_missing, within
 from detr_ray.locations import delete_file, delete_folder, list_files, make_folder
@@ -111,13 +111,18 @@ def sample_files(config: Config) -> tuple[dict[str, str], dict[str, str]]:
         included: only the driver reads them.
     """
     data, files, faults = config.data, {}, {}
-    for split in ("train", "val"):
-        places = data.places(split)
-        if places is None and data.root is None:
+    wanted: list[tuple[str, str | None, SplitPlaces | None, str | None, str]] = [
+        ("train", source.root, None if source.root else source, source.format, f"data.sources[{number}]")
+        for number, source in enumerate(data.sources)
+    ]
+    wanted += [(split, data.root, data.places(split), data.format, "") for split in ("train", "val")]
+    for split, data_root, places, data_format, named in wanted:
+        if places is None and data_root is None:
             continue
-        key = f"data.root ({split})" if places is None else f"data.{split}.images"
+        key = named or (f"data.root ({split})" if places is None else f"data.{split}.images")
         try:
-            root, name, key = first_image(data.root, places, split, data.follow_links, data.format)
+            root, name, key_of_place = first_image(data_root, places, split, data.follow_links, data_format)
+            key = named or key_of_place
             location = join(root, name)
             if not data.follow_links and not is_uri(root):
                 refuse_link_outside(root, name, printable(location))

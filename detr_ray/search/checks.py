@@ -60,7 +60,7 @@ def _settings(config: Config) -> Iterator[str]:
             f"tune.metric: {tune.metric} is never reported; there are {', '.join(METRICS)}, and val/AP/NAME for a "
             "category"
         )
-    elif not config.data.has_val and config.data.train is not None:
+    elif not config.data.has_val and config.data.has_train:
         yield f"tune.metric: {tune.metric} needs validation images: set data.val"
     if tune.scheduler == "none":
         return

@@ -20,6 +20,7 @@ NOT_SEARCHED: dict[str, str] = {
     "data.root": _DATA,
     "data.format": _DATA,
     "data.split.": _DATA,
+    "data.sources": _DATA,
     "data.train.": _DATA,
     "data.val.": _DATA,
     "data.generate.": _DATA,

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from coco_folder import encoded
 from config_keys.registry import Place, shows
+from observing import observe
 from PIL import Image
 from storage.small_shards import write_small_shards
 from tiny import make_dataset
@@ -246,28 +247,38 @@ def reduced_decoding(place: Place) -> None:
     assert all((a == b).all() for a, b in zip(pixels("data.reduced_decoding=50"), pixels(), strict=True))
 
 
+@shows("data.sources")
+def sources(place: Place) -> None:
+    """The images of both, one of them twice; it trains."""
+    other = make_dataset(place.folder / "other", num_train=4, num_val=1)
+    keys = ("data.root=null", f"data.sources=[{{root: {place.data}}}, {{root: {other}, weight: 2}}]")
+    job = place.job(*keys)
+    assert job.data.train is not None and len(job.data.train) == 20 and job.steps_per_epoch == (16 + 2 * 4) // 4
+    indices = [sample.index for sample in place.samples(*keys, steps=job.steps_per_epoch)]
+    assert sorted(indices) == sorted([*range(20), *range(16, 20)])
+    assert len(observe(place.config(*keys)).updates) == 6
+
+
 @shows("data.balance.repeat_threshold", "data.balance.background")
 def balance(place: Place) -> None:
     """More samples of images with rare classes, and the share without boxes, in a longer epoch that trains."""
     root = make_dataset(place.folder / "some_empty", num_train=16, num_val=2, max_objects=1, empty_fraction=0.4)
     train = open_split(str(root), None, "train")
-    empty = {int(i) for i, count in zip(train.image_ids, np.diff(train.first_box), strict=True) if not count}
-    rare = min(dict(train.categories), key=lambda category: int((train.category_ids == category).sum()) or 99)
-    with_rare = {int(train.image_ids[i]) for i in range(16) if rare in train.category_ids[train.first_box[i] :][:1]}
-    epoch_of = {}
-    for name, keys in (("plain", ""), ("repeated", "repeat_threshold: 1"), ("fewer", "background: 0.1")):
-        epoch = place.job(f"data.root={root}", f"data.balance={{{keys}}}")
-        ids = [
-            s.image_id
-            for s in place.samples(f"data.root={root}", f"data.balance={{{keys}}}", steps=epoch.steps_per_epoch)
-        ]
-        epoch_of[name] = ids
-    share = {name: sum(i in empty for i in ids) / len(ids) for name, ids in epoch_of.items()}
-    assert share["plain"] == len(empty) / 16 and share["fewer"] <= 0.2 < share["plain"]
-    assert len(epoch_of["repeated"]) > 16 and set(epoch_of["repeated"]) <= set(epoch_of["plain"])
-    assert sum(i in with_rare for i in epoch_of["repeated"]) > sum(i in with_rare for i in epoch_of["plain"])
+    is_empty = np.diff(train.first_box) == 0
+    classes, counts = np.unique(train.category_ids, return_counts=True)
+    is_rare = np.zeros(16, bool)
+    is_rare[~is_empty] = train.category_ids == classes[counts.argmin()]
+
+    def taken(*keys: str) -> np.ndarray:
+        steps = place.job(f"data.root={root}", *keys).steps_per_epoch
+        return np.bincount([s.index for s in place.samples(f"data.root={root}", *keys, steps=steps)], minlength=16)
+
+    plain, repeated, fewer = taken(), taken("data.balance.repeat_threshold=1"), taken("data.balance.background=0.1")
+    assert (plain == 1).all() and is_empty.mean() > 0.2
+    assert repeated.sum() > 16 and (repeated[is_rare] >= 2).all() and (repeated[is_empty] <= 1).all()
+    assert fewer[is_empty].sum() <= 2 and (fewer[~is_empty] <= 1).all()
     seen = place.train(f"data.root={root}", "data.balance={repeat_threshold: 1}")
-    assert len(seen.updates) == len(epoch_of["repeated"]) // 4
+    assert len(seen.updates) == repeated.sum() // 4
 
 
 def broken(place: Place, split: str = "train", count: int = 2) -> Path:

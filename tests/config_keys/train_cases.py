@@ -148,11 +148,16 @@ def max_steps(place: Place) -> None:
 def early_stopping(place: Place) -> None:
     """After so many validations without a better score, the run is finished."""
     for number, (keys, steps) in enumerate(
-        [("patience: 4", 20), ("patience: 2, min_delta: 0.05", 12), ("patience: 1, metric: val/AP50", 8)]
+        [("patience: 1", 8), ("patience: 1, min_delta: 0.05", 4), ("patience: 2, metric: val/AP50", 6)]
     ):
         with pytest.MonkeyPatch.context() as patch:
-            script_scores(patch, {"AP": [0.1, 0.12, 0.14, 0.13, 0.16], "AP50": [0.5, 0.4, 0.6, 0.7, 0.8]})
-            config = (f"run.name={number}", "train.epochs=5", f"train.early_stopping={{{keys}}}")
+            script_scores(patch, {"AP": [0.1, 0.12, 0.14, 0.13], "AP50": [0.5, 0.4, 0.5, 0.7]})
+            config = (
+                f"run.name={number}",
+                "train.epochs=5",
+                "train.global_batch_size=8",
+                f"train.early_stopping={{{keys}}}",
+            )
             seen = place.train_and_validate(*config)
         assert seen.result is not None and (seen.result.status, seen.result.step) == ("finished", steps), keys
 

@@ -6,16 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from observing import small_config
-from recorded import final_weights
 from scripted_scores import script_scores
 from tiny import fit_here, make_dataset
 
 from detr_ray.config import Config, ConfigError
+from detr_ray.engine.early_stopping import EarlyStopping
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.job import prepare_job
-from detr_ray.engine.validation.early_stopping import EarlyStopping
 from detr_ray.tracking import MemoryTracker
 
 AP = [0.1, 0.3, 0.2, 0.3, 0.9, 0.9]
@@ -65,7 +63,7 @@ def test_an_evaluation_without_the_score_does_not_count() -> None:
     assert not rule.verdict(10) and rule.next_may_be_last
     rule.note(30, {"val/AP": 0.25})
     assert rule.verdict(10) == (
-        "val/AP has not risen above 0.2500, which it had at epoch 1, in 1 validations (train.early_stopping)"
+        "val/AP has not risen above 0.2500, which it had at epoch 1, in 1 validation (train.early_stopping)"
     )
 
 
@@ -83,15 +81,12 @@ def test_a_run_that_ends_early_is_finished_and_stays_so(
     assert result.best_checkpoint is not None and result.best_checkpoint.endswith("step_00000002")
     again = fit_here(configured(dataset, tmp_path))
     assert (again.status, again.step, again.ended_early) == ("nothing to do", END, result.ended_early)
-    straight = fit_here(configured(dataset, tmp_path / "other", "train.early_stopping=null"))
     script_scores(monkeypatch, {"AP": AP[END:]})
     longer = fit_here(configured(dataset, tmp_path, "train.early_stopping={patience: 3}"))
-    assert (straight.step, longer.status, longer.step) == (STEPS, "finished", STEPS)
-    first, second = (final_weights(folder / "a", STEPS) for folder in (tmp_path, tmp_path / "other"))
-    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert (longer.status, longer.step, longer.ended_early) == ("finished", STEPS, "")
 
 
-@pytest.mark.parametrize("stop_after", [2, 3, 4])
+@pytest.mark.parametrize("stop_after", [2, 4])
 def test_stopping_and_going_on_changes_nothing(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int
 ) -> None:
@@ -141,4 +136,4 @@ def test_what_cannot_be_is_refused(dataset: Path, tmp_path: Path, overrides: tup
     with pytest.raises(ConfigError, match=r"train\.early_stopping") as refused:
         prepare_job(configured(dataset, tmp_path, *overrides), lambda line: None)
     assert message.replace("or a class", "val/AP/NAME for a class (") in str(refused.value)
-    prepare_job(configured(dataset, tmp_path, "train.early_stopping={metric: val/AP/circle}"), lambda line: None)
+    prepare_job(configured(dataset, tmp_path, "train.early_stopping={metric: val/AP/ring}"), lambda line: None)

@@ -101,7 +101,7 @@ def test_patterns_are_of_parameters_and_of_modules(dataset: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("backbone.0.boddy.*", "no parameter or module of this model has a name that fits 'backbone.0.boddy.*'; "
+        ("backbone.0.bodx.*", "no parameter or module of this model has a name that fits 'backbone.0.bodx.*'; "
          "nearest: backbone.0.body"),
         ("zzz", "its parts: transformer, class_embed, bbox_embed, query_embed, input_proj, backbone"),
         ("*", "nothing is left to train"),

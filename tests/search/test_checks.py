@@ -181,7 +181,8 @@ def test_keys_that_are_not_searched_exist_and_say_why() -> None:
     for key, reason in NOT_SEARCHED.items():
         example = {"run.": "run.name", "tune.": "tune.seed", "tracking.": "tracking.uri", "eval.": "eval.size",
                    "data.train.": "data.train.images", "data.val.": "data.val.images",
-                   "data.generate.": "data.generate.seed", "data.split.": "data.split.val"}.get(key, key)  # fmt: skip
+                   "data.generate.": "data.generate.seed", "data.split.": "data.split.val",
+                   "train.early_stopping.": "train.early_stopping.patience"}.get(key, key)  # fmt: skip
         assert fault_of_key(example) == reason
     assert fault_of_key("run.seed") is None and fault_of_key("data.window") is None
 

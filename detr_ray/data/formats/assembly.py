@@ -42,6 +42,7 @@ class StoredNames:
     images_root: str | None
     follow_links: bool
     shards: None = None
+    sources: None = None
 
 
 @dataclass(slots=True)

@@ -60,7 +60,8 @@ def open_splits(config: Config, report: Report) -> dict[str, DatasetIndex]:
     """Opens the configured splits. A split that cannot be opened is reported and left out."""
     configured, opened = ConfiguredData(config.data), {}
     for split in ("train", "val"):
-        if config.data.root is None and config.data.places(split) is None:
+        from_sources = bool(config.data.sources) and (split == "train" or config.data.split is not None)
+        if config.data.root is None and config.data.places(split) is None and not from_sources:
             if split == "val":
                 report.add(
                     "warning", DATA, "val: no validation data is given, so no AP is computed and no checkpoint is best",

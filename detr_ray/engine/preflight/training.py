@@ -167,10 +167,14 @@ def check_plan(config: Config, opened: dict[str, DatasetIndex], label_map: Label
             f"{left_out} of {samples} images are left out of each epoch (others each time): they fill no batch",
             "choose train.global_batch_size so that the number of images divided by it leaves a smaller remainder",
         )  # fmt: skip
-    for refuse in (
-        lambda: refuse_positions_out_of_reach(config, config.model, train, opened.get("val")),
-        lambda: refuse_misnamed(config),
-    ):
+
+    def positions() -> None:
+        refuse_positions_out_of_reach(config, config.model, train, opened.get("val"))
+
+    def names() -> None:
+        refuse_misnamed(config)
+
+    for refuse in (positions, names):
         try:
             refuse()
         except ConfigError as error:

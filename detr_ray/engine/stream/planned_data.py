@@ -110,7 +110,9 @@ class PlannedData:
     def repeats(self) -> np.ndarray | None:
         """How often an epoch takes each training image on average; None: each once."""
         assert self.train is not None
-        return Balance(**self.config.data.balance.model_dump()).repeats(self.train)
+        data = self.config.data
+        weights = tuple(source.weight for source in data.sources)
+        return Balance(**data.balance.model_dump(), source_weights=weights).repeats(self.train)
 
     @functools.cached_property
     def _evaluation(self) -> list[tuple[SamplePlan, ...]]:

@@ -19,10 +19,10 @@ from detr_ray.engine.checkpoints.info import CheckpointInfo
 from detr_ray.engine.checkpoints.run_checkpoints import Inessential, RunCheckpoints
 from detr_ray.engine.checkpoints.training_state import TrainingState
 from detr_ray.engine.context import LeaveReason, WorkerContext
+from detr_ray.engine.early_stopping import EarlyStopping
 from detr_ray.engine.errors import CheckpointError
 from detr_ray.engine.hooks import Evaluated
 from detr_ray.engine.reporting.progress import evaluation_line
-from detr_ray.engine.validation.early_stopping import EarlyStopping
 from detr_ray.engine.validation.scoring import BackgroundScoring, Scored
 
 if TYPE_CHECKING:  # see the loop

@@ -85,7 +85,7 @@ class EarlyStopping:
         more = f" by more than {self._min_delta:g}" if self._min_delta else ""
         return (
             f"{self._metric} has not risen{more} above {best:.4f}, which it had at epoch "
-            f"{best_step / steps_per_epoch:g}, in {since} validations (train.early_stopping)"
+            f"{best_step / steps_per_epoch:g}, in {since} validation{'s' if since > 1 else ''} (train.early_stopping)"
         )
 
     def _state(self) -> tuple[int, float, int]:
