@@ -16,6 +16,8 @@ COMMANDS = {
     "check": "look for problems in data, storage and tracking before a run",
     "prepare": "generate a data set, or pack one into shards",
     "watch": "follow a run that is being trained",
+    "show": "draw a picture of data, a model, an evaluation or a run",
+    "report": "write the report of a run, or of two side by side",
     "send": "send records that the tracking store did not take",
 }
 """Modules with a ``main(argv) -> int``, and what each does."""

@@ -6,15 +6,13 @@ import argparse
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from detr_ray.cli import EXIT_FAILED, run_command, say
 from detr_ray.config import Config
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from detr_ray.engine.validation.evaluation_job import EvaluationJob, EvaluationResult
 
 DESCRIPTION = """Score a checkpoint on the validation set: COCO's 12 numbers, and the AP of each category.
@@ -113,6 +111,7 @@ def _numbers(job: EvaluationJob, result: EvaluationResult) -> bytes:
 
 
 def _picture(job: EvaluationJob, result: EvaluationResult, arguments: argparse.Namespace) -> bytes:
+    from detr_ray.engine.pictures.images import StoredPixels
     from detr_ray.viz import DrawnBoxes, detection_grid, picture_format
 
     index, detections = job.data.val, result.detections
@@ -127,26 +126,10 @@ def _picture(job: EvaluationJob, result: EvaluationResult, arguments: argparse.N
         categories = [names[c] for c in detections.category_ids[shown].tolist()]
         found.append(DrawnBoxes(detections.boxes_xywh_px[shown], categories, detections.scores[shown]))
     file = io.BytesIO()
-    grid = detection_grid(_images(job, len(found)), annotations, found)
+    pixels = StoredPixels(index)
+    grid = detection_grid((pixels.read(row) for row in range(len(found))), annotations, found)
     grid.save(file, format=picture_format(arguments.picture))
     return file.getvalue()
-
-
-def _images(job: EvaluationJob, count: int) -> Iterator[np.ndarray]:
-    """The first ``count`` images, in the orientation of their annotations; black if an image cannot be read."""
-    import numpy as np
-
-    from detr_ray.data.images import ImageError, ImageReader, decode_image
-
-    index = job.data.val
-    assert index is not None
-    reader = ImageReader(index)
-    for i in range(count):
-        size = (int(index.heights[i]), int(index.widths[i]))
-        try:
-            yield decode_image(reader.read(i), reader.name(i), size).permute(1, 2, 0).numpy()
-        except ImageError:
-            yield np.zeros((*size, 3), np.uint8)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -80,7 +80,7 @@ def test_a_home_folder_is_found_in_all_places(
     (tmp_path / "work").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path / "work")
-    keys = ["data.root=~/data", "run.storage=~/runs", "tracking.enabled=false", "train.max_steps=1"]
+    keys = ["data.root=~/data", "run.storage=~/runs", "tracking={enabled: false, report: false}", "train.max_steps=1"]
     ran(capsys, *keys)
     assert evaluate.main([*KEYS, *keys, "eval.checkpoint=~/runs/odd"]) == 0
     assert names_in(tmp_path / "home") == ["data", "runs"]

@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_readme_has_the_commands_that_a_stranger_needs() -> None:
     assert {re.match(r"python -m detr_ray\.(\w+)", line)[1] for line in OURS} == {  # type: ignore[index]
-        "train", "check", "evaluate", "watch", "prepare", "tune",
+        "train", "check", "evaluate", "watch", "prepare", "tune", "show", "report",
     }  # fmt: skip
     assert [line.split()[1] for line in BLOCKS if line.startswith("make ")] == ["quickstart", "test"]
 
@@ -59,7 +59,8 @@ def test_every_command_does_what_it_says(folder: Path, monkeypatch: pytest.Monke
         code = run(module.removeprefix("detr_ray."), arguments, *extra)
         printed = capsys.readouterr()
         assert code == 0, f"{line}\n{printed.out}\n{printed.err}"
-    assert (folder / "found.png").is_file()
+    assert (folder / "found.png").is_file() and (folder / "suspicious.png").is_file()
+    assert (folder / "runs" / "NAME" / "report.html").is_file()
     assert (folder / "shards" / "val" / "index.parquet").is_file()
     assert (folder / "runs" / "mine" / "checkpoints").is_dir()
 

@@ -23,7 +23,7 @@ TINY = (
     "model.num_queries=8",
     "eval={size: 48, max_size: 96}",
     "train={epochs: 2, global_batch_size: 8, log_every_steps: 1, use_gpu: false, launcher: local, record_stream: true}",
-    "tracking.enabled=false",
+    "tracking={enabled: false, report: false}",
 )
 
 

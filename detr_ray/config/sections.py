@@ -260,6 +260,10 @@ class TrackingConfig(Section):
     environment instead."""
     experiment: Text = "detr_ray"
     """MLflow experiment the run belongs to."""
+    report: bool = True
+    """Write `report.html` into the run's folder at the end of the training, and keep what the best weights found in
+    `evaluation/best.npz`, from which `python -m detr_ray.report` makes it again. Trials of a search get no report by
+    themselves."""
 
 
 class Config(Section):

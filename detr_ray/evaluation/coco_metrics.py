@@ -11,7 +11,7 @@ import numpy as np
 
 from detr_ray.evaluation.detections import DetectionTable
 from detr_ray.evaluation.ground_truth import GroundTruth
-from detr_ray.evaluation.matching import Annotations, Found
+from detr_ray.evaluation.grouped import group_by_category
 from detr_ray.evaluation.precision_recall import MAX_DETECTIONS, Curves, precision_recall_curves
 from detr_ray.printable import printable
 
@@ -96,45 +96,36 @@ def evaluate_detections(ground_truth: GroundTruth, detections: DetectionTable) -
     """
     _check_images(detections, ground_truth)
     _check_finite(detections)
-    image_ids = np.unique(ground_truth.image_ids)
-
-    category_names = ground_truth.category_names()
-    category_ids = np.unique(np.array(list(category_names), dtype=np.int64))
-    curves = _curves(ground_truth, detections, image_ids, category_ids)
+    names, curves = category_curves(ground_truth, detections)
     precision = curves.precision["all"]
-    names = [category_names[category_id] for category_id in category_ids.tolist()]
     return CocoMetrics(
         summary=_summary(curves),
         category_ap={name: _mean(precision[:, :, k]) for k, name in enumerate(names)},
         category_ap50={name: _mean(precision[_IOU_50, :, k]) for k, name in enumerate(names)},
-        images=len(image_ids),
+        images=len(np.unique(ground_truth.image_ids)),
         boxes=int((~ground_truth.is_crowd.astype(bool)).sum()),
         detections=len(detections),
     )
 
 
-def _curves(
-    ground_truth: GroundTruth, detections: DetectionTable, image_ids: np.ndarray, category_ids: np.ndarray
-) -> Curves:
-    """Sorts detections and annotations by category, then image, and computes the curves."""
-    scored = detections.sorted()
-    groups = _groups(scored.image_ids, scored.category_ids, image_ids, category_ids)
-    rows = _by_group(groups)
-    ranks = _ranks(groups[rows])
-    rows, ranks = rows[ranks < MAX_DETECTIONS[-1]], ranks[ranks < MAX_DETECTIONS[-1]]
-    boxes = scored.boxes_xywh_px[rows].astype(np.float64)
-    found = Found(groups[rows], boxes, boxes[:, 2] * boxes[:, 3])
+def category_curves(ground_truth: GroundTruth, detections: DetectionTable) -> tuple[list[str], Curves]:
+    """Names of the categories by rising id, and their curves of precision and recall.
 
-    groups = _groups(ground_truth.image_of_box(), ground_truth.category_ids, image_ids, category_ids)
-    groups[~ground_truth.readable_boxes()] = -1
-    annotated = _by_group(groups)
-    annotations = Annotations(
-        groups[annotated],
-        ground_truth.boxes_xywh_px[annotated].astype(np.float64),
-        ground_truth.areas[annotated].astype(np.float64),
-        ground_truth.is_crowd[annotated].astype(bool),
+    Args:
+        ground_truth: as for `evaluate_detections`.
+        detections: in any order.
+    """
+    grouped = group_by_category(ground_truth, detections)
+    names = ground_truth.category_names()
+    curves = precision_recall_curves(
+        grouped.found,
+        grouped.annotations,
+        grouped.scores,
+        grouped.ranks,
+        len(grouped.image_ids),
+        len(grouped.category_ids),
     )
-    return precision_recall_curves(found, annotations, scored.scores[rows], ranks, len(image_ids), len(category_ids))
+    return [names[category_id] for category_id in grouped.category_ids.tolist()], curves
 
 
 def _summary(curves: Curves) -> dict[str, float | None]:
@@ -144,34 +135,6 @@ def _summary(curves: Curves) -> dict[str, float | None]:
     of_each += [first[limit] for limit in MAX_DETECTIONS]
     of_each += [recall[area] for area in ("small", "medium", "large")]
     return {name: _mean(values) for name, values in zip(SUMMARY, of_each, strict=True)}
-
-
-def _groups(images: np.ndarray, categories: np.ndarray, image_ids: np.ndarray, category_ids: np.ndarray) -> np.ndarray:
-    """Group of each row, ``category * images + image`` (both counted from 0); -1 if the row is not scored."""
-    image, image_known = _places(images, image_ids)
-    category, category_known = _places(categories, category_ids)
-    return np.where(image_known & category_known, category * len(image_ids) + image, -1)
-
-
-def _places(values: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Index of each value in the sorted array ``known``, and whether the value is in it."""
-    if not len(known):
-        return np.zeros(len(values), np.int64), np.zeros(len(values), bool)
-    places = np.minimum(np.searchsorted(known, values), len(known) - 1)
-    return places, known[places] == values
-
-
-def _by_group(groups: np.ndarray) -> np.ndarray:
-    """The rows that have a group, sorted by group; within a group in their old order."""
-    order = np.argsort(groups, kind="stable")
-    return order[np.searchsorted(groups, 0, sorter=order) :]
-
-
-def _ranks(groups: np.ndarray) -> np.ndarray:
-    """Index of each row within its group; ``groups`` is sorted."""
-    places = np.arange(len(groups))
-    is_first = np.diff(groups, prepend=-1) != 0
-    return places - np.maximum.accumulate(np.where(is_first, places, 0))
 
 
 def _check_images(detections: DetectionTable, ground_truth: GroundTruth) -> None:

@@ -120,13 +120,14 @@ class DetectionTable:
             scores=scores[kept],
         )
 
-    def sorted(self) -> DetectionTable:
-        """The rows by image id, then from the highest score to the lowest, then by box and category."""
+    def order(self) -> np.ndarray:
+        """``[K]`` the rows by image id, then from the highest score to the lowest, then by box and category."""
         left, top, width, height = self.boxes_xywh_px.T
-        order = np.lexsort((self.category_ids, height, width, top, left, -self.scores, self.image_ids))
-        return DetectionTable(
-            self.image_ids[order], self.category_ids[order], self.boxes_xywh_px[order], self.scores[order]
-        )
+        return np.lexsort((self.category_ids, height, width, top, left, -self.scores, self.image_ids))
+
+    def sorted(self) -> DetectionTable:
+        """The rows in this order."""
+        return self.select(self.order())
 
     def to_coco_results(self) -> list[dict[str, Any]]:
         """The rows in COCO's results format: dicts of image_id, category_id, bbox (xywh) and score."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
@@ -88,7 +89,7 @@ def find_overlaps(found: Found, annotations: Annotations) -> Overlaps:
         rows = np.repeat(np.arange(begin, end), counts[begin:end])
         within = np.arange(len(rows)) - (pairs_before[rows] - pairs_before[begin])
         others = first[rows] + within
-        iou = _iou(found.boxes_xywh[rows], annotations.boxes_xywh[others], annotations.is_crowd[others])
+        iou = row_iou(found.boxes_xywh[rows], annotations.boxes_xywh[others], annotations.is_crowd[others])
         near = np.flatnonzero(iou >= _REACHED[0])
         kept.append((rows[near], others[near], iou[near]))
         begin = end
@@ -96,7 +97,21 @@ def find_overlaps(found: Found, annotations: Annotations) -> Overlaps:
     return Overlaps(rows, others, iou, _turns(rows, found.groups))
 
 
-def match(found: Found, annotations: Annotations, overlaps: Overlaps, ignored: np.ndarray) -> tuple[np.ndarray, ...]:
+class Matches(NamedTuple):
+    """What matched, at each of ``T`` thresholds.
+
+    Attributes:
+        right: ``[T, D]`` bool, whether a detection matches a box that counts.
+        neutral: ``[T, D]`` bool, whether it matches an ignored box.
+        taken: ``[T, G]`` bool, whether a box is matched.
+    """
+
+    right: np.ndarray
+    neutral: np.ndarray
+    taken: np.ndarray
+
+
+def match(found: Found, annotations: Annotations, overlaps: Overlaps, ignored: np.ndarray) -> Matches:
     """Matches detections and boxes.
 
     A box that is not ignored is preferred to an ignored box. Of equal overlaps the later box is taken. A crowd region
@@ -107,10 +122,6 @@ def match(found: Found, annotations: Annotations, overlaps: Overlaps, ignored: n
         annotations: the boxes.
         overlaps: the pairs that can match.
         ignored: ``[G]`` bool, boxes that count neither as found nor as missed.
-
-    Returns:
-        Two arrays ``[T, D]`` bool: whether a detection matches a box that counts, at each threshold; and whether it
-        matches an ignored box.
     """
     thresholds, last_first = len(_REACHED), -overlaps.annotation
     order = np.lexsort((last_first, -overlaps.iou, ignored[overlaps.annotation], overlaps.found, overlaps.turn))
@@ -133,11 +144,17 @@ def match(found: Found, annotations: Annotations, overlaps: Overlaps, ignored: n
         chosen = choices[best[chooser, threshold]]
         taken[chosen, columns[threshold]] = True
         hits[ignored[chosen].astype(np.int64), threshold, choosing[starts[chooser]]] = True
-    return hits[0], hits[1]
+    return Matches(hits[0], hits[1], taken.T)
 
 
-def _iou(found: np.ndarray, annotated: np.ndarray, is_crowd: np.ndarray) -> np.ndarray:
-    """IoU of boxes row by row, by the same operations in the same order as pycocotools: bit-identical."""
+def row_iou(found: np.ndarray, annotated: np.ndarray, is_crowd: np.ndarray) -> np.ndarray:
+    """IoU of boxes row by row, by the same operations in the same order as pycocotools: bit-identical.
+
+    Args:
+        found: ``[N, 4]`` float64 left, top, width, height.
+        annotated: ``[N, 4]`` float64, likewise.
+        is_crowd: ``[N]`` bool; for crowd regions, the share of the found box's area inside.
+    """
     left, top, width, height = found.T
     other_left, other_top, other_width, other_height = annotated.T
     across = np.minimum(width + left, other_width + other_left) - np.maximum(left, other_left)
@@ -148,6 +165,12 @@ def _iou(found: np.ndarray, annotated: np.ndarray, is_crowd: np.ndarray) -> np.n
     either = np.where(is_crowd, area, area + other_width * other_height - both)
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(touching, both / either, 0.0)
+
+
+def all_iou(found: np.ndarray, annotated: np.ndarray, is_crowd: np.ndarray) -> np.ndarray:
+    """``[N, M]`` `row_iou` of all pairs of boxes ``[N, 4]`` and ``[M, 4]``."""
+    rows, columns = (part.reshape(-1) for part in np.indices((len(found), len(annotated))))
+    return row_iou(found[rows], annotated[columns], is_crowd[columns]).reshape(len(found), len(annotated))
 
 
 def _turns(rows: np.ndarray, groups: np.ndarray) -> np.ndarray:

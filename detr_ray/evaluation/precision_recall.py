@@ -63,11 +63,13 @@ def precision_recall_curves(
     for area, (low, high) in AREAS.items():
         ignored = annotations.outside(low, high)
         to_find = np.bincount(category_of_box[~ignored], minlength=num_categories)
-        right, neutral = match(found, annotations, overlaps, ignored)
+        right, neutral, _ = match(found, annotations, overlaps, ignored)
         wrong = ~(right | neutral | ((found.areas < low) | (found.areas > high)))
         for k in np.flatnonzero(to_find):
             rows, order = slices[k], by_score[k]
-            curves.precision[area][:, :, k] = _precision(right[:, rows][:, order], wrong[:, rows][:, order], to_find[k])
+            curves.precision[area][:, :, k] = interpolated_precision(
+                right[:, rows][:, order], wrong[:, rows][:, order], to_find[k]
+            )
             curves.recall[area][:, k] = right[:, rows].sum(axis=1) / to_find[k]
             if area == "all":
                 for limit, recall in curves.recall_of_first.items():
@@ -75,8 +77,14 @@ def precision_recall_curves(
     return curves
 
 
-def _precision(right: np.ndarray, wrong: np.ndarray, to_find: int) -> np.ndarray:
-    """Precision ``[T, R]`` from ``[T, D]`` sorted by score; 0 for recalls that are not reached."""
+def interpolated_precision(right: np.ndarray, wrong: np.ndarray, to_find: int) -> np.ndarray:
+    """Precision at `RECALLS`, ``[T, R]``; 0 for recalls that are not reached.
+
+    Args:
+        right: ``[T, D]`` bool, detections of one category that are right, from the highest score to the lowest.
+        wrong: ``[T, D]`` bool, those that are wrong; what is neither counts as nothing.
+        to_find: annotated boxes of the category, at least one.
+    """
     num_right = np.cumsum(right, axis=1).astype(np.float64)
     num_wrong = np.cumsum(wrong, axis=1).astype(np.float64)
     recall = num_right / to_find

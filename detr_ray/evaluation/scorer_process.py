@@ -101,8 +101,8 @@ class ScorerProcess:
             self._process.wait(_END_S)
 
 
-def write_columns(file: IO[bytes], ground_truth: GroundTruth, detections: DetectionTable) -> None:
-    """Writes ground truth and detections as arrays."""
+def write_columns(file: IO[bytes], ground_truth: GroundTruth, detections: DetectionTable, **more: Any) -> None:
+    """Writes ground truth and detections as arrays, and ``more`` beside them."""
     columns: dict[str, Any] = {
         f"truth_{field.name}": getattr(ground_truth, field.name)
         for field in dataclasses.fields(GroundTruth)
@@ -110,7 +110,7 @@ def write_columns(file: IO[bytes], ground_truth: GroundTruth, detections: Detect
     }
     columns |= {f"found_{field.name}": getattr(detections, field.name) for field in dataclasses.fields(DetectionTable)}
     names = json.dumps(ground_truth.categories)
-    np.savez(file, categories=np.array(names), **columns)
+    np.savez(file, categories=np.array(names), **columns | more)
 
 
 def read_columns(file: IO[bytes]) -> tuple[GroundTruth, DetectionTable]:

@@ -1,7 +1,8 @@
 """Multi-head attention with the parameter names and the init of ``torch.nn.MultiheadAttention``.
 
-Knows vectors and padding; knows nothing of layers, positions or images. The weights never leave the fused kernel, so
-nothing of the size queries x keys is kept where the kernel does without.
+Knows vectors and padding; knows nothing of layers, positions or images. In `forward` the weights never leave the fused
+kernel, so nothing of the size queries x keys is kept where the kernel does without; who wants to see them asks
+`MultiheadAttention.weights`.
 """
 
 from __future__ import annotations
@@ -59,6 +60,26 @@ class MultiheadAttention(nn.Module):
         gathered = self._gather(self._split_heads(q), self._split_heads(k), self._split_heads(v), allowed)
         out: Tensor = self.out_proj(gathered.transpose(1, 2).flatten(2))
         return out
+
+    def weights(self, query: Tensor, key: Tensor, allowed: Tensor | None = None) -> Tensor:
+        """How much each query takes of each value, for people who want to look at it; `forward` does not call this.
+
+        Args:
+            query: as in `forward`.
+            key: as in `forward`.
+            allowed: as in `forward`.
+
+        Returns:
+            ``[B, num_heads, L, S]`` float32; sums to 1 over ``S``, and is 0 where a query may not look.
+        """
+        query_weight, key_weight, _ = self.in_proj_weight.chunk(3)
+        query_bias, key_bias, _ = self.in_proj_bias.chunk(3)
+        q = self._split_heads(F.linear(query, query_weight, query_bias)).float()
+        k = self._split_heads(F.linear(key, key_weight, key_bias)).float()
+        scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed, -torch.inf)
+        return scores.softmax(-1)
 
     def _gather(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
         """The fused kernel, over ``[B, num_heads, L or S, dim / num_heads]``."""

@@ -290,20 +290,33 @@ class DeformableAttention(nn.Module):
         Returns:
             ``[B, Q, dim]``.
         """
-        batch, queries, _ = query.shape
         value = self.value_proj(memory)
         if padding is not None:
             value = value.masked_fill(padding[..., None], 0.0)
-        value = value.view(batch, value.shape[1], self.num_heads, -1)
-        points = (batch, queries, self.num_heads, self.num_levels, self.num_points)
+        value = value.view(*value.shape[:2], self.num_heads, -1)
         with torch.autocast(query.device.type, enabled=False):
-            exact = query.to(self.sampling_offsets.weight.dtype)
-            offsets = self.sampling_offsets(exact).view(*points, 2)
-            weights = self.attention_weights(exact).view(*points[:3], -1).softmax(-1).view(points)
-            locations = self._locations(references.to(exact.dtype), offsets, sizes)
+            locations, weights = self.points(query, references, sizes)
             read = self.sampler(value, sizes, locations, weights)
         out: Tensor = self.output_proj(read)
         return out
+
+    def points(self, query: Tensor, references: Tensor, sizes: MapSizes) -> tuple[Tensor, Tensor]:
+        """Where each query reads, and with which weights; computed in the parameters' own precision.
+
+        Args:
+            query: as in `forward`.
+            references: as in `forward`.
+            sizes: as in `forward`.
+
+        Returns:
+            Locations ``[B, Q, M, L, P, 2]``, (x, y) in 0..1 of each padded map; and weights ``[B, Q, M, L, P]``, which
+            sum to 1 over ``L`` and ``P``.
+        """
+        points = (*query.shape[:2], self.num_heads, self.num_levels, self.num_points)
+        exact = query.to(self.sampling_offsets.weight.dtype)
+        offsets = self.sampling_offsets(exact).view(*points, 2)
+        weights = self.attention_weights(exact).view(*points[:3], -1).softmax(-1).view(points)
+        return self._locations(references.to(exact.dtype), offsets, sizes), weights
 
     def _locations(self, references: Tensor, offsets: Tensor, sizes: MapSizes) -> Tensor:
         """Places of the points, ``[B, Q, M, L, P, 2]``."""

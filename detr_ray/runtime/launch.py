@@ -21,6 +21,7 @@ from detr_ray.engine.hooks import Budget, JobHooks
 from detr_ray.engine.job import Say, TrainJob, prepare_job, run_summary
 from detr_ray.engine.reporting.progress import FitResult
 from detr_ray.engine.reporting.records import open_tracker
+from detr_ray.engine.run_report.at_end import report_at_end
 from detr_ray.engine.stream.batches import LocalBatches
 from detr_ray.runtime.cluster_check import preflight_nodes
 from detr_ray.runtime.host_process import StoppedBeforeWork, host_process_as_before, stop_signals
@@ -195,6 +196,7 @@ def _fit_here(job: TrainJob, hooks: JobHooks, budget: Budget, say: Say) -> FitRe
             device = _local_device(job.config, budget)
             context = LocalContext(device, say, signals.asked, hooks.on_evaluation, hooks.should_abandon, hooks.on_step)
             result = TrainingLoop(job, context, batches, tracker).run()
+            report_at_end(job, result, tracker, say)
         status = "KILLED" if result.status == "stopped" else "FINISHED"
         return result
     finally:

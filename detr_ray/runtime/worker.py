@@ -25,6 +25,7 @@ from detr_ray.engine.job import TrainJob
 from detr_ray.engine.loop import TrainingLoop
 from detr_ray.engine.reporting.progress import FitResult
 from detr_ray.engine.reporting.records import open_tracker
+from detr_ray.engine.run_report.at_end import report_at_end
 from detr_ray.engine.validation.evaluation_job import EvaluationJob, run_evaluation
 from detr_ray.runtime.datasets import RayBatches
 from detr_ray.runtime.heartbeat import ANSWER_WITHIN_S, WorkerHeartbeat
@@ -172,6 +173,8 @@ def _train(job: TrainJob, context: RayContext, batches: RayBatches) -> FitResult
     status: Status = "FAILED"
     try:
         result = TrainingLoop(job, context, batches, tracker).run()
+        if context.rank == 0:
+            report_at_end(job, result, tracker, context.say)
         status = "FINISHED" if result.status != "stopped" else "KILLED"
         return result
     finally:

@@ -1,18 +1,13 @@
-"""What the pictures of a search share: the trials that are drawn, their colours and marks, title and legend.
-
-Figures are made without pyplot, so that they have no global state and need no display.
-"""
+"""What the pictures of a search share: the trials that are drawn, their colours and marks, title and legend."""
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -89,13 +84,6 @@ class Goodness:
         return 2.0 if trial is best else -1.0 if score is None else self.of(score)
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """A figure of this size in inches."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def empty_figure(figure: Figure) -> Figure:
     """The figure with a text in place of a picture, for a search without a trial."""
     figure.text(0.5, 0.5, "no trial yet", ha="center", va="center", fontsize=14, color=NO_RESULT_COLOUR)
@@ -154,10 +142,3 @@ def draw_legend(
             if state in states
         ]
     figure.legend(handles=entries, loc="outside lower center", ncols=len(entries) or 1, frameon=False, fontsize=9)
-
-
-def png_bytes(figure: Figure) -> bytes:
-    """The picture as the content of a PNG file."""
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=110)
-    return content.getvalue()

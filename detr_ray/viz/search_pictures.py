@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from detr_ray.viz.figure import new_figure
 from detr_ray.viz.search_axes import ParameterAxis, axis_of
 from detr_ray.viz.search_figure import (
     BEST_COLOUR,
@@ -24,13 +25,11 @@ from detr_ray.viz.search_figure import (
     best_of,
     draw_legend,
     empty_figure,
-    new_figure,
-    png_bytes,
     score_of,
     title_of,
 )
 
-__all__ = ["PicturedTrial", "history", "parallel_coordinates", "png_bytes"]
+__all__ = ["PicturedTrial", "history", "parallel_coordinates"]
 
 _SHELVES = {"failed": -0.09, "refused": -0.16, "no result": -0.23}
 """Height below the metric's axis at which lines of trials without a result end."""

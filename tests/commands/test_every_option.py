@@ -28,6 +28,7 @@ from detr_ray.__main__ import COMMANDS
 from detr_ray.config import Config
 from detr_ray.data import inspection
 from detr_ray.data.formats import open_split
+from detr_ray.engine.job import TrainJob, prepare_job
 from detr_ray.runtime.search.results import SearchResult
 from detr_ray.search import Trial
 from detr_ray.search.confirmation import Confirmation, compare
@@ -396,3 +397,99 @@ def send_timeout(place: Place) -> None:
     started = time.monotonic()
     code, _, _ = place.call("send", "--run", unsent_run(place), "--timeout", 1, "tracking.uri=http://127.0.0.1:9")
     assert code == 1 and 1 <= time.monotonic() - started < 100
+
+
+# show
+
+
+def shown(place: Place, what: str, *argv: object) -> tuple[str, bytes]:
+    """Output, and the picture."""
+    path = place.folder / "shown.png"
+    path.unlink(missing_ok=True)
+    return place.done("show", what, "--out", path, *argv), path.read_bytes()
+
+
+@shows("show", "--out")
+def show_out(place: Place) -> None:
+    """Writes the format that the file is named after; without it, a program shows the picture."""
+    from PIL import ImageShow
+
+    for name, begins in (("a.png", b"\x89PNG"), ("b.svg", b"<?xml"), ("c.jpg", b"\xff\xd8")):
+        place.done("show", "batch", "--out", place.folder / name)
+        assert (place.folder / name).read_bytes().startswith(begins)
+    code, _, err = place.call("show", "--config", place.file(), "batch", "--out", place.folder / "a.txt")
+    assert code == 2 and ".png" in err
+    opened: list[Image.Image] = []
+    place.patch.setattr(ImageShow, "show", lambda image, title: bool(opened.append(image)) or len(opened) > 1)
+    assert place.call("show", "--config", place.file(), "batch")[0] == 2, "there is no such program"
+    place.done("show", "batch")
+    assert len(opened) == 2 and opened[1].size[0] > 300
+
+
+@shows("show", "--images")
+def show_images(place: Place) -> None:
+    one, two = (Image.open(io.BytesIO(shown(place, "batch", "--images", count)[1])) for count in (1, 2))
+    assert two.size[0] > 1.7 * one.size[0]
+
+
+@shows("show", "--step")
+def show_step(place: Place) -> None:
+    first, other, again = (shown(place, "batch", "--step", step) for step in (0, 2, 0))
+    assert first == again and first[0] != other[0] and first[1] != other[1]
+    samples = [sample.image_id for sample in prepared(place).data.plan(1, 0).step(2)[0]]
+    assert [int(line.split()[1]) for line in other[0].splitlines() if line.startswith("image ")] == samples
+
+
+def prepared(place: Place) -> TrainJob:
+    return prepare_job(place.config(), lambda line: None)
+
+
+@shows("show", "--image")
+def show_image(place: Place) -> None:
+    """By id and by name: the same image; in validation, other than the first."""
+    val = open_split(str(place.data), None, "val")
+    by_id, by_name = (shown(place, "predictions", "--image", key) for key in (val.image_ids[2], val.file_name(2)))
+    assert by_id == by_name and by_id[1] != shown(place, "predictions", "--images", 1)[1]
+    code, _, err = place.call("show", "--config", place.file(), "predictions", "--image", "absent.jpg")
+    assert code == 2 and "absent.jpg" in err and val.file_name(0) in err
+
+
+@shows("show", "--score")
+def show_score(place: Place) -> None:
+    """The fewer predictions count, the more annotations are missed."""
+
+    def missed(score: float) -> int:
+        line = next(line for line in shown(place, "predictions", "--score", score)[0].splitlines() if "missed" in line)
+        return int(line.split()[0])
+
+    boxes = len(open_split(str(place.data), None, "val").category_ids)
+    assert missed(1) == boxes and missed(0) <= boxes
+    assert place.call("show", "--config", place.file(), "predictions", "--score", "2")[0] == 2
+
+
+@shows("show", "--layer", "--point")
+def show_layer_and_point(place: Place) -> None:
+    pictures = {layer: shown(place, "decoder", "--layer", layer, "--images", 1, "--score", 1)[1] for layer in (1, 2)}
+    assert pictures[1] != pictures[2] == shown(place, "decoder", "--images", 1, "--score", 1)[1]
+    code, _, err = place.call("show", "--config", place.file(), "decoder", "--layer", 3)
+    assert code == 2 and "1 to 2" in err
+    near, far = (shown(place, "encoder", "--point", point)[1] for point in ("2,2", "38,38"))
+    assert near != far
+    code, _, err = place.call("show", "--config", place.file(), "encoder", "--point", "999,2")
+    assert code == 2 and "outside" in err
+
+
+# report
+
+
+@shows("report", "--out")
+def report_out(place: Place) -> None:
+    """Into that file, or into the run's folder; two runs into a file here."""
+    place.done("report", place.run, "--out", place.folder / "one.html")
+    assert "<h1>Run trained</h1>" in (place.folder / "one.html").read_text()
+    place.patch.chdir(place.folder)
+    place.done("report", place.run, place.run)
+    assert "<h1>Runs trained and trained</h1>" in (place.folder / "comparison.html").read_text()
+    code, _, err = place.call("report", place.folder / "absent")
+    assert code == 2 and "absent" in err
+    assert place.call("report")[0] == 2

@@ -33,3 +33,13 @@ def tracking(place: Place) -> None:
     assert (run.data.tags["data.train.images"], run.data.tags["data.classes"]) == ("16", "6")
     assert run.data.tags["code.commit"] == "c0ffee" and run.data.tags["run.path"] == f"{place.folder}/runs/a"
     assert client.get_metric_history(run.info.run_id, "train/loss")
+
+
+@shows("tracking.report")
+def report(place: Place) -> None:
+    """A report and what it is made of in the run's folder, or neither."""
+    for value, name in (("true", "a"), ("false", "b")):
+        fit(place.config("train.max_steps=1", f"tracking.report={value}", f"run.name={name}"))
+        folder = place.folder / "runs" / name
+        written = [(folder / file).is_file() for file in ("report.html", "evaluation/best.npz")]
+        assert written == [value == "true"] * 2

@@ -28,6 +28,7 @@ FIRST_SCALE = 2.0**8
 SETTINGS = (
     "model={backbone: resnet18, backbone_stride: 16, hidden_dim: 32, num_heads: 4, dim_feedforward: 64}",
     "model={encoder_layers: 1, decoder_layers: 2, num_queries: 20, dropout: 0, backbone_weights: none}",
+    "tracking.report=false",
 )
 
 

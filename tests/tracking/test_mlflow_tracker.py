@@ -18,6 +18,7 @@ import pytest
 from mlflow_reading import QUICK, client_of, history, the_only_run, wait_until
 
 from detr_ray.tracking import MlflowTracker, Timing, Tracker, default_tracking_uri, send_pending
+from detr_ray.tracking.fetched_history import fetch_history
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -97,6 +98,15 @@ def test_a_whole_run_arrives(open_tracker: OpenTracker, store_uri: str, tmp_path
     assert artifact_text(store_uri, run.info.run_id, "pictures/curve.png") == "picture"
     experiment = client_of(store_uri).get_experiment_by_name("detr")
     assert experiment.artifact_location == (tmp_path / "store" / "mlartifacts").resolve().as_uri()
+
+    fetched = fetch_history(store_uri, "detr", run.data.tags["detr_ray.run_uid"])
+    assert fetched is not None and set(fetched.metrics) == {"train/loss", "train/grad"}
+    steps, values = fetched.metrics["train/loss"]
+    assert steps.tolist() == [3] and math.isnan(values[0]) and fetched.tags["data"] == "coco"
+    assert [session.status for session in fetched.sessions] == ["FINISHED"] and 0 < fetched.seconds < 60
+    assert fetch_history(store_uri, "detr", "another") is fetch_history(store_uri, "absent", "another") is None
+    assert fetch_history(f"sqlite:///{tmp_path}/absent.db", "detr", "a") is None
+    assert not (tmp_path / "absent.db").exists()
 
 
 def test_metrics_carry_the_time_they_were_logged(open_tracker: OpenTracker, store_uri: str) -> None:

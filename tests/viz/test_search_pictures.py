@@ -15,8 +15,9 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
 
+from detr_ray.viz.figure import png_bytes
 from detr_ray.viz.search_axes import axis_of
-from detr_ray.viz.search_pictures import history, parallel_coordinates, png_bytes
+from detr_ray.viz.search_pictures import history, parallel_coordinates
 
 BEST = "#d62728"
 
@@ -144,7 +145,8 @@ def test_labels_of_axes(values: list[Any], is_log: bool, labels: list[str]) -> N
 
 def test_drawing_leaves_matplotlibs_global_state_alone() -> None:
     program = (
-        "import sys; from detr_ray.viz.search_pictures import history, parallel_coordinates, png_bytes;"
+        "import sys; from detr_ray.viz.figure import png_bytes;"
+        "from detr_ray.viz.search_pictures import history, parallel_coordinates;"
         "png_bytes(history([], 'val/AP')); png_bytes(parallel_coordinates([], 'val/AP'));"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )

@@ -24,6 +24,7 @@ from detr_ray.engine.errors import CheckpointError
 from detr_ray.engine.hooks import Evaluated
 from detr_ray.engine.reporting.progress import evaluation_line
 from detr_ray.engine.validation.scoring import BackgroundScoring, Scored
+from detr_ray.evaluation import DetectionTable, GroundTruth
 
 if TYPE_CHECKING:  # see the loop
     from detr_ray.engine.job import TrainJob
@@ -195,6 +196,16 @@ class Validation:
         if best is not None and is_best:
             with self._inessential("the best checkpoint cannot be recorded"):
                 self._tracker.log_file(join(best.path, MODEL_FILE), "checkpoints/best")
+            if scored.detections is not None and self._job.config.tracking.report:
+                with self._inessential("what the best weights found cannot be kept for the report"):
+                    self._keep_found(scored.step, scored.detections)
+
+    def _keep_found(self, step: int, detections: DetectionTable) -> None:
+        """Keeps what the best weights found, for the report."""
+        from detr_ray.engine.past_run import keep_best_found  # it writes files; see the loop
+
+        assert self._job.data.val is not None
+        keep_best_found(self._job.run.path, step, GroundTruth.from_columns(self._job.data.val), detections)
 
     def _keep(self, scored: Scored) -> None:
         """Keeps the scores before they are noted in the checkpoint: what is not noted there is evaluated again."""

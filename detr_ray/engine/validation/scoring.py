@@ -47,12 +47,14 @@ class Scored:
             where scoring failed.
         scores: the numbers as the evaluator gave them; None where scoring failed.
         problem: why it failed.
+        detections: what was found; on rank 0, where there are scores.
     """
 
     step: int
     metrics: dict[str, float] = field(default_factory=dict)
     scores: CocoMetrics | None = None
     problem: str = ""
+    detections: DetectionTable | None = None
 
 
 class BackgroundScoring:
@@ -197,7 +199,8 @@ class _ScoringTask:
                 problems.append(f"{type(error).__name__}: {error}")
             else:
                 known = self._known | {"val/seconds": self._known["val/seconds"] + time.perf_counter() - started}
-                self.outcome = Scored(self._step, scores.as_metrics("val/") | known, scores)
+                metrics = scores.as_metrics("val/") | known
+                self.outcome = Scored(self._step, metrics, scores, detections=self._detections)
                 break
             if self._dropped:
                 break

@@ -14,19 +14,23 @@ from detr_ray.config import Config
 from detr_ray.engine.checkpoints.run_directory import RECORD, record_at
 from detr_ray.engine.checkpoints.store import CheckpointStore, release
 from detr_ray.engine.reporting.tracking_store import local_storage
+from detr_ray.engine.run_report.report import REPORT
+from detr_ray.engine.run_report.search_page import search_report
 from detr_ray.locations import read_bytes
 from detr_ray.retries import reason_of
 from detr_ray.runtime.search.directory import SearchDirectory
 from detr_ray.runtime.search.trial_actor import run_name
 from detr_ray.search.book import Book
+from detr_ray.search.importance import importance
 from detr_ray.search.space import SearchSpace
-from detr_ray.search.tables import final_table
+from detr_ray.search.tables import final_table, importance_table
 from detr_ray.search.trials import TRIALS_FILE, Trial
 from detr_ray.tracking import Status
 from detr_ray.tracking.search_children import ChildState, RunState
 from detr_ray.tracking.search_run import SearchRun
 from detr_ray.tracking.sender import Timing
-from detr_ray.viz.search_pictures import history, parallel_coordinates, png_bytes
+from detr_ray.viz.figure import png_bytes
+from detr_ray.viz.search_pictures import history, parallel_coordinates
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +65,7 @@ class SearchRecords:
         self.metric = config.tune.metric
         self.mode: Mode = config.tune.mode
         self.parameters = list(space.parameters)
+        self._reports = config.tracking.report
         self._space, self._directory, self._book, self._say = space, directory, book, say
         self._run: SearchRun | None = None
         self._run_uids: dict[str, str] = {}
@@ -140,7 +145,12 @@ class SearchRecords:
             "parallel_coordinates.png": parallel_coordinates(trials, self.metric, mode=self.mode, log_parameters=logs),
             "history.png": history(trials, self.metric, mode=self.mode),
         }
-        texts = {"trials.txt": final_table(trials, self.parameters, self.metric, self.mode) + "\n", **texts}
+        table = final_table(trials, self.parameters, self.metric, self.mode) + "\n"
+        texts = {"trials.txt": table, **texts}
+        if self._reports:
+            mattered = importance_table(importance(trials, self._space.parameters))
+            files = {name: text for name, text in texts.items() if name != "trials.txt"}
+            texts[REPORT] = search_report(self._directory.name, table, mattered, files, pictures)
         for name, text in texts.items():
             self._directory.write(name, text)
         drawn = {name: png_bytes(figure) for name, figure in pictures.items()}

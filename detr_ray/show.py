@@ -1,0 +1,258 @@
+"""Draws a picture of data, a model, an evaluation or a run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from detr_ray.cli import EXIT_FAILED, run_command, say
+from detr_ray.config import Config, ConfigError
+from detr_ray.engine.pictures.request import Drawn, PictureRequest
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from detr_ray.engine.pictures.of_evaluation import Found
+
+Draw = Callable[[Config, PictureRequest], Drawn]
+
+
+def _of_data(name: str) -> Draw:
+    def draw(config: Config, request: PictureRequest) -> Drawn:
+        from detr_ray.engine.pictures import of_data
+
+        pictures = {"batch": of_data.batch_picture, "sample": of_data.sample_picture, "data": of_data.data_picture}
+        return pictures[name](config, request, say)
+
+    return draw
+
+
+def _of_model(name: str) -> Draw:
+    def draw(config: Config, request: PictureRequest) -> Drawn:
+        from detr_ray.engine.pictures import of_model
+
+        config.checkpoint_to_evaluate()
+        pictures = {
+            "encoder": of_model.encoder_picture,
+            "decoder": of_model.decoder_picture,
+            "position": of_model.position_picture,
+            "queries": of_model.queries_picture,
+        }
+        return pictures[name](config, request, say)
+
+    return draw
+
+
+def _of_evaluation(name: str) -> Draw:
+    def draw(config: Config, request: PictureRequest) -> Drawn:
+        from detr_ray.engine.pictures import of_evaluation as pictures
+
+        found = _evaluated(config)
+        if name in ("precision-recall", "sizes", "errors"):
+            of_all = {
+                "precision-recall": pictures.precision_recall_picture,
+                "sizes": pictures.sizes_picture,
+                "errors": pictures.errors_picture,
+            }
+            return of_all[name](found)
+        of_some = {
+            "predictions": pictures.predictions_picture,
+            "worst": pictures.worst_picture,
+            "suspicious": pictures.suspicious_picture,
+            "confusion": pictures.confusion_picture,
+        }
+        return of_some[name](found, request)
+
+    return draw
+
+
+def _of_run(name: str) -> Draw:
+    def draw(config: Config, request: PictureRequest) -> Drawn:
+        from detr_ray.engine.past_run import open_past_run
+        from detr_ray.engine.pictures import of_run
+
+        run = open_past_run(config.checkpoint_to_evaluate(), say)
+        pictures = {
+            "training": of_run.training_picture,
+            "schedules": of_run.schedules_picture,
+            "times": of_run.step_times_picture,
+        }
+        return pictures[name](run)
+
+    return draw
+
+
+def _evaluated(config: Config) -> Found:
+    """What the model of ``eval.checkpoint`` finds in the validation set."""
+    from detr_ray.engine.pictures.of_evaluation import Found
+    from detr_ray.engine.validation.evaluation_job import prepare_evaluation
+
+    job = prepare_evaluation(config, say)
+    from detr_ray.runtime.launch import run_prepared_evaluation
+
+    result = run_prepared_evaluation(job, say)
+    index = job.data.val
+    assert index is not None, "there is a validation set"
+    from detr_ray.evaluation import GroundTruth
+
+    names = dict(job.data.label_map.categories) | dict(index.categories)
+    return Found(job.checkpoint, GroundTruth.from_columns(index), result.detections, names, index)
+
+
+PICTURES: dict[str, tuple[str, Draw]] = {
+    "batch": ("a planned batch as the model gets it: images, padding, boxes, names", _of_data("batch")),
+    "sample": ("samples before and after each step of the augmentation", _of_data("sample")),
+    "data": ("both splits at a glance: boxes, classes, sizes as stored and as planned", _of_data("data")),
+    "position": ("the position embedding of a model's first map", _of_model("position")),
+    "encoder": ("encoder self-attention from points of an image", _of_model("encoder")),
+    "decoder": ("decoder attention of each object that is detected in an image", _of_model("decoder")),
+    "queries": ("where each query predicts its boxes, over the validation set", _of_model("queries")),
+    "predictions": ("predictions beside annotations: matched, confused, false, missed", _of_evaluation("predictions")),
+    "worst": ("the validation images that cost most AP", _of_evaluation("worst")),
+    "suspicious": ("validation images whose annotations look wrong", _of_evaluation("suspicious")),
+    "precision-recall": ("precision and recall of each category", _of_evaluation("precision-recall")),
+    "confusion": ("which categories are taken for which", _of_evaluation("confusion")),
+    "sizes": ("AP and AR by the size of objects", _of_evaluation("sizes")),
+    "errors": ("what AP50 is lost to: six kinds of errors", _of_evaluation("errors")),
+    "training": ("losses, validation scores and gradient norm of a run", _of_run("training")),
+    "schedules": ("learning rates and loss weights of a run, as they were", _of_run("schedules")),
+    "times": ("where the time of a run's steps went", _of_run("times")),
+}
+"""What can be shown: its meaning, and what draws it."""
+
+_WIDTH = max(map(len, PICTURES))
+DESCRIPTION = """Draw a picture, and write it into a file (--out) or open it in a window.
+
+batch, sample and data show the data that the configuration names. The others show a model or a run, which
+eval.checkpoint names as for the evaluate command; training, schedules and times need a run's folder there.
+
+WHAT is one of
+""" + "\n".join(f"  {name:<{_WIDTH}}  {meaning}" for name, (meaning, _) in PICTURES.items())
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    default = PictureRequest()
+    parser.usage = "%(prog)s WHAT [--config FILE]... [options] [key=value]..."
+    parser.add_argument("what", metavar="WHAT", nargs="?", help="what to draw, see above")
+    parser.add_argument(
+        "--out", metavar="FILE", help="write the picture into this file (png, svg, pdf, jpg, webp) and open no window"
+    )
+    parser.add_argument(
+        "--images", metavar="N", type=_count, default=default.images,
+        help=f"most images in the picture (default {default.images})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--image", metavar="IMAGE",
+        help="this image, by its id or its file name (sample, position, encoder, decoder, predictions)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--step", metavar="N", type=_whole, default=default.step,
+        help=f"optimizer step whose batch is drawn (batch, sample; default {default.step})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--point", metavar="X,Y", type=_point, action="append", default=[],
+        help="in pixels of the stored image; may be repeated (encoder; default: centres of what is detected)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--layer", metavar="N", type=_count, help="layer from 1 on (encoder, decoder; default: the last)"
+    )
+    parser.add_argument(
+        "--score", metavar="S", type=_share, default=default.score,
+        help=f"lowest score of predictions that count, from 0 to 1 (default {default.score})",
+    )  # fmt: skip
+
+
+def _whole(text: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"must be a whole number (got {text})")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if _whole(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1 (got {text})")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1 (got {text})")
+    return value
+
+
+def _point(text: str) -> tuple[float, float]:
+    try:
+        x, y = (float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be X,Y in pixels (got {text})") from None
+    return x, y
+
+
+def _show(config: Config, arguments: argparse.Namespace) -> int:
+    from detr_ray.engine.preflight.writing import check_outputs
+
+    if arguments.what not in PICTURES:
+        given = "nothing is named" if arguments.what is None else f"{arguments.what!r} is not known"
+        raise ConfigError(f"WHAT: {given}; it is one of {', '.join(PICTURES)}")
+    if arguments.out is not None:
+        _format_of(arguments.out)
+        check_outputs({"--out": arguments.out})
+    request = PictureRequest(
+        arguments.images, arguments.image, arguments.step, tuple(arguments.point), arguments.layer, arguments.score
+    )
+    drawn = PICTURES[arguments.what][1](config, request)
+    for line in drawn.lines:
+        say(line)
+    return _open(drawn.figure) if arguments.out is None else _write(drawn.figure, arguments.out)
+
+
+def _format_of(location: str) -> str:
+    from detr_ray.viz.figure import FIGURE_FORMATS
+
+    ending = location.partition("?")[0].rpartition(".")[2].lower()
+    if ending not in FIGURE_FORMATS:
+        raise ConfigError(f"--out: {location} must end in one of {', '.join(f'.{known}' for known in FIGURE_FORMATS)}")
+    return ending
+
+
+def _write(figure: Figure, location: str) -> int:
+    from detr_ray.engine.preflight.writing import write_output
+    from detr_ray.retries import reason_of
+    from detr_ray.viz.figure import figure_bytes
+
+    content = figure_bytes(figure, _format_of(location))
+    try:
+        write_output(location, content)
+    except OSError as error:
+        sys.stderr.write(f"error: --out: {location} could not be written: {reason_of(error)}\n")
+        return EXIT_FAILED
+    say(f"picture      {location}")
+    return 0
+
+
+def _open(figure: Figure) -> int:
+    """Has the system's program for pictures show it."""
+    import io
+
+    from PIL import Image, ImageShow
+
+    from detr_ray.viz.figure import png_bytes
+
+    if not ImageShow.show(Image.open(io.BytesIO(png_bytes(figure))), "detr_ray"):
+        raise ConfigError("--out: this machine has no program that shows pictures: give a FILE to write it into")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``python -m detr_ray.show``."""
+    return run_command("show", DESCRIPTION, _show, argv, add_arguments=_arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""Pictures of attention: maps over an image, the points of deformable attention, and the position embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from detr_ray.viz.annotated_image import draw_boxes, figure_of, image_grid, name_colour, show_image
+from detr_ray.viz.figure import new_figure
+
+_POINT_COLOUR = "#ff2fd0"
+_LEVEL_MARKS = ("o", "s", "^", "D", "v", "P")
+
+
+@dataclass(frozen=True)
+class Attended:
+    """What one query attends to.
+
+    Attributes:
+        title: which query it is.
+        weights: ``[h, w]`` of the map's cells, or ``[N]`` of points.
+        points_px: ``[N, 2]`` (x, y) of the points; None where ``weights`` are a map's.
+        levels: ``[N]`` number of the map that each point is read in.
+        at_px: (x, y) of the query itself; None where it has no place.
+        box_xyxy_px: ``[4]`` what the query found; None for none.
+        name: of what it found.
+    """
+
+    title: str
+    weights: np.ndarray
+    points_px: np.ndarray | None = None
+    levels: np.ndarray | None = None
+    at_px: tuple[float, float] | None = None
+    box_xyxy_px: np.ndarray | None = None
+    name: str = ""
+
+
+def attention_figure(pixels: np.ndarray, frame_px: tuple[int, int], attended: Sequence[Attended], title: str) -> Figure:
+    """The image with all queries, then one cell a query with what it attends to.
+
+    Args:
+        pixels: ``[H, W, 3]`` uint8, without padding.
+        frame_px: (height, width) that the maps of weights cover.
+        attended: at least one.
+        title: above all.
+    """
+    height, width = pixels.shape[:2]
+    scale = 3.2 / max(height, width)
+    axes = image_grid(1 + len(attended), 5, max(2.2, width * scale), height * scale + 0.5)
+    show_image(axes[0], pixels, "the image")
+    for number, one in enumerate(attended, 1):
+        if one.at_px is not None:
+            axes[0].plot(*one.at_px, "o", color=_POINT_COLOUR, ms=6, mec="white")
+            axes[0].annotate(
+                str(number), one.at_px, xytext=(4, 4), textcoords="offset points", color="white", fontsize=9
+            )
+        _draw_attended(axes[number], pixels, frame_px, one)
+    found = [one for one in attended if one.box_xyxy_px is not None]
+    if found:
+        boxes = np.stack([one.box_xyxy_px for one in found if one.box_xyxy_px is not None])
+        draw_boxes(axes[0], boxes, [one.name for one in found], [name_colour(one.name) for one in found])
+    figure = figure_of(axes[0])
+    figure.suptitle(title, fontsize=10, parse_math=False)
+    return figure
+
+
+def _draw_attended(axes: Axes, pixels: np.ndarray, frame_px: tuple[int, int], one: Attended) -> None:
+    height, width = pixels.shape[:2]
+    grey = np.repeat(pixels.mean(axis=2, keepdims=True), 3, axis=2)
+    show_image(axes, (grey * 0.75).astype(np.uint8), one.title)
+    if one.points_px is None:
+        most = max(float(one.weights.max()), 1e-12)
+        axes.imshow(
+            one.weights, extent=(0, frame_px[1], frame_px[0], 0), cmap="inferno", vmin=0, vmax=most,
+            alpha=0.2 + 0.65 * np.sqrt(one.weights.clip(min=0) / most), interpolation="nearest",
+        )  # fmt: skip
+    else:
+        assert one.levels is not None
+        _draw_points(axes, one.points_px, one.weights, one.levels)
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    if one.at_px is not None:
+        axes.plot(*one.at_px, "o", color=_POINT_COLOUR, ms=5, mec="white")
+    if one.box_xyxy_px is not None:
+        draw_boxes(axes, one.box_xyxy_px[None], [""], ["#40ff70"])
+
+
+def _draw_points(axes: Axes, points_px: np.ndarray, weights: np.ndarray, levels: np.ndarray) -> None:
+    """The heavier a point, the larger and brighter; each map's points have a mark of their own."""
+    share = weights / max(float(weights.max()), 1e-12)
+    for level in np.unique(levels).tolist():
+        here = levels == level
+        axes.scatter(
+            points_px[here, 0], points_px[here, 1], s=6 + 40 * share[here], c=share[here], cmap="inferno", vmin=0,
+            vmax=1, marker=_LEVEL_MARKS[level % len(_LEVEL_MARKS)], linewidths=0.3, edgecolors="white",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """The position embedding of one map.
+
+    Attributes:
+        vectors: ``[h, w, dim]``.
+        is_padding: ``[h, w]`` bool.
+    """
+
+    vectors: np.ndarray
+    is_padding: np.ndarray
+
+
+def position_figure(embedding: Embedding, title: str) -> Figure:
+    """Channels of the embedding as maps, all channels of one cell, and how alike the vectors of cells are.
+
+    Args:
+        embedding: of one map.
+        title: above all.
+    """
+    height, width, dim = embedding.vectors.shape
+    figure = new_figure(15.0, 9.0)
+    half = dim // 2
+    step = max(1, half // 12)
+    channels = sorted({0, 1, *(channel for channel in (step, 2 * step, 4 * step, 6 * step) if 1 < channel < half)})[:5]
+    grid = figure.add_gridspec(4, 5)
+    for row, (first, part) in enumerate(((0, "first half"), (half, "second half"))):
+        for place, channel in enumerate(channels):
+            axes = figure.add_subplot(grid[row, place])
+            _map(
+                axes, embedding, embedding.vectors[..., first + channel], f"channel {first + channel} ({part})", "RdBu"
+            )
+    axes = figure.add_subplot(grid[2, :])
+    for cell in ((0, 0), (height // 2, width // 2), (height - 1, width - 1)):
+        axes.plot(embedding.vectors[cell], lw=0.8, label=f"row {cell[0]}, column {cell[1]}")
+    axes.axvline(half - 0.5, color="black", lw=0.8, ls=":")
+    axes.set_title("all channels of three cells", fontsize=9)
+    axes.set_xlabel("channel", fontsize=8)
+    axes.legend(fontsize=7)
+    for place, (y, x) in enumerate(_places(height, width)):
+        axes = figure.add_subplot(grid[3, place])
+        vectors = embedding.vectors - embedding.vectors.mean(axis=(0, 1))
+        lengths = np.linalg.norm(vectors, axis=-1).clip(min=1e-9)
+        alike = vectors @ vectors[y, x] / (lengths * lengths[y, x])
+        _map(axes, embedding, alike, f"likeness to row {y}, column {x}", "viridis")
+        axes.plot(x, y, "o", color=_POINT_COLOUR, ms=5, mec="white")
+    figure.suptitle(title, fontsize=11, parse_math=False)
+    return figure
+
+
+def _places(height: int, width: int) -> list[tuple[int, int]]:
+    """Five cells over a map."""
+    low, high = (height // 5, width // 5), (height - 1 - height // 5, width - 1 - width // 5)
+    return [low, (low[0], high[1]), (height // 2, width // 2), (high[0], low[1]), high]
+
+
+def _map(axes: Axes, embedding: Embedding, values: np.ndarray, title: str, colours: str) -> None:
+    shown = np.where(embedding.is_padding, np.nan, values)
+    image = axes.imshow(shown, cmap=colours, vmin=-1 if colours == "RdBu" else None, vmax=1)
+    axes.set_facecolor("#303040")
+    axes.set_title(title, fontsize=8)
+    axes.tick_params(labelsize=6)
+    figure_of(axes).colorbar(image, ax=axes, shrink=0.8).ax.tick_params(labelsize=6)

@@ -1,0 +1,47 @@
+"""How figures are made and written: without pyplot, so that there is no global state and no display is needed."""
+
+from __future__ import annotations
+
+import io
+
+from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+FIGURE_FORMATS = ("png", "svg", "pdf", "jpg", "webp")
+"""Endings of the files that figures are written in."""
+PALE = "#8c8c8c"
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of this size in inches."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def message_figure(message: str) -> Figure:
+    """A figure with a text in place of a picture, where there is nothing to draw."""
+    figure = new_figure(7.0, 2.0)
+    figure.text(0.5, 0.5, message, ha="center", va="center", fontsize=12, color=PALE, parse_math=False)
+    return figure
+
+
+def figure_bytes(figure: Figure, file_format: str, dpi: int = 110) -> bytes:
+    """The content of a file with the picture.
+
+    Args:
+        figure: the picture.
+        file_format: one of `FIGURE_FORMATS`.
+        dpi: pixels an inch, in formats of pixels.
+    """
+    content = io.BytesIO()
+    # A fixed salt, so that the same figure gives the same bytes.
+    with rc_context({"svg.hashsalt": "detr_ray"}):
+        figure.savefig(content, format=file_format, dpi=dpi)
+    return content.getvalue()
+
+
+def png_bytes(figure: Figure) -> bytes:
+    """The picture as the content of a PNG file."""
+    return figure_bytes(figure, "png")

@@ -1,0 +1,87 @@
+"""Pictures of training samples: each step of the augmentation, and batches as the model gets them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from detr_ray.structures import PaddedBatch
+from detr_ray.viz.annotated_image import draw_boxes, figure_of, image_grid, show_image
+
+
+@dataclass(frozen=True)
+class PicturedImage:
+    """An image with its boxes.
+
+    Attributes:
+        title: what it is, above the image.
+        pixels: ``[H, W, 3]`` uint8.
+        boxes_xyxy_px: ``[N, 4]``, in pixels of the image.
+        names: ``[N]`` category names.
+    """
+
+    title: str
+    pixels: np.ndarray
+    boxes_xyxy_px: np.ndarray
+    names: Sequence[str]
+
+
+def sample_steps(samples: Sequence[Sequence[PicturedImage]]) -> Figure:
+    """A row for each sample: the image as stored, and after each step of its augmentation.
+
+    Args:
+        samples: at least one, each with at least one picture.
+    """
+    columns = max(map(len, samples))
+    axes = image_grid(len(samples) * columns, columns)
+    for row, steps in enumerate(samples):
+        for place, step in enumerate(steps):
+            plot = axes[row * columns + place]
+            show_image(plot, step.pixels, step.title)
+            draw_boxes(plot, step.boxes_xyxy_px, step.names)
+    return figure_of(axes[0])
+
+
+def padded_batch(batch: PaddedBatch, names: Sequence[str | None], title: str) -> Figure:
+    """A batch as the model gets it: every image in the frame of the batch, its padding hatched, its boxes with names.
+
+    Args:
+        batch: the batch.
+        names: one a label.
+        title: above all images.
+    """
+    height, width = batch.images.shape[2:]
+    scale = 3.4 / max(height, width)
+    axes = image_grid(len(batch.images), 4, max(width * scale, 2.4), height * scale + 0.5)
+    ends = np.cumsum(batch.counts)
+    for place, (plot, end) in enumerate(zip(axes, ends.tolist(), strict=True)):
+        rows = slice(end - int(batch.counts[place]), end)
+        own_height, own_width = (int(side) for side in batch.sizes[place])
+        stored_height, stored_width = (int(side) for side in batch.orig_sizes[place])
+        show_image(
+            plot, batch.images[place].transpose(1, 2, 0),
+            f"image {batch.image_ids[place]}, {stored_width} x {stored_height} as stored, {own_width} x {own_height}",
+        )  # fmt: skip
+        _hatch(plot, (own_width, 0, width - own_width, height))
+        _hatch(plot, (0, own_height, own_width, height - own_height))
+        boxes = batch.boxes_cxcywh[rows]
+        corners = np.concatenate([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], axis=1)
+        corners = corners * np.array([own_width, own_height, own_width, own_height])
+        draw_boxes(plot, corners, [names[label] or f"label {label}" for label in batch.labels[rows].tolist()])
+    figure = figure_of(axes[0])
+    image_pixels = int(batch.sizes.astype(np.int64).prod(axis=1).sum())
+    padding = 1 - image_pixels / (len(batch.images) * height * width)
+    figure.suptitle(f"{title}: {width} x {height} pixels, {padding:.1%} of them padding", fontsize=10, parse_math=False)
+    return figure
+
+
+def _hatch(axes: Axes, place: tuple[int, int, int, int]) -> None:
+    """Marks a region of padding, if there is one."""
+    left, top, width, height = place
+    if width > 0 and height > 0:
+        axes.add_patch(Rectangle((left, top), width, height, fc="#303040", ec="#9090b0", hatch="///", lw=0))
