@@ -30,7 +30,7 @@ _USER_ERRORS = (
     ("detr_ray.engine.errors", "CheckpointError", EXIT_FAILED),
 )
 
-_OVERRIDE = re.compile(r"(--)?[A-Za-z_]\w*(\.\w+)+=")
+_OVERRIDE = re.compile(r"(--)?[A-Za-z_]\w*(\.\w+)+=|[A-Za-z_]\w*=\{")
 
 _USAGE_NOTE = """\
 keys:
