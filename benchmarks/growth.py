@@ -30,7 +30,7 @@ from detr_ray.data.label_map import LabelMap
 from detr_ray.data.packing import write_shards
 from detr_ray.data.planner import Planner, share_bounds
 from detr_ray.engine.stream.planned_data import MIN_WINDOW, MIN_WINDOW_BATCHES, PlannedData
-from tests.defaults import augmentation
+from tests.defaults import size_policy
 
 SIZES = (1_000, 10_000, 100_000)
 BATCH = 16
@@ -132,7 +132,7 @@ def plan_share(images: int) -> dict[str, float]:
     """Seconds a step for the share of one of 1,000 workers: of the planning of windows, and in all."""
     heights, widths = coco_like_sizes(images)
     planner = Planner(
-        heights, widths, np.arange(images), seed=0, global_batch_size=GLOBAL_BATCH, size_policy=augmentation(),
+        heights, widths, np.arange(images), seed=0, global_batch_size=GLOBAL_BATCH, size_policy=size_policy(),
         window=max(MIN_WINDOW, MIN_WINDOW_BATCHES * GLOBAL_BATCH),
     )  # fmt: skip
     steps = planner.window_bounds(1)[1]  # a whole window, of an epoch that is not the process's first

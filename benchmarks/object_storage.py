@@ -28,10 +28,10 @@ from detr_ray.data.label_map import LabelMap
 from detr_ray.data.loader import BatchLoader
 from detr_ray.data.packing import write_shards
 from detr_ray.data.planner import Planner
-from tests.defaults import augmentation, draw_shapes
+from tests.defaults import draw_shapes, size_policy
 from tests.s3_server import S3Server
 
-AUGMENT = augmentation(scales=(224, 256, 288), max_size=480, crop_scales=(200, 224), crop_min=160, crop_max=224)
+AUGMENT = size_policy(scales=(224, 256, 288), max_size=480, crop_scales=(200, 224), crop_min=160, crop_max=224)
 
 
 class OneByOne(ImageReader):

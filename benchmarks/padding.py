@@ -37,7 +37,7 @@ from detr_ray.engine.stream.batches import LocalBatches
 from detr_ray.engine.stream.planned_data import MIN_WINDOW, MIN_WINDOW_BATCHES
 from detr_ray.structures import IMAGENET_PIXELS, to_device
 from detr_ray.tracking import MemoryTracker
-from tests.defaults import augmentation, draw_shapes
+from tests.defaults import draw_shapes, size_policy
 
 IMAGES = 4096
 EPOCHS, SHUFFLED_EPOCHS = 4, 16
@@ -66,9 +66,9 @@ def coco_like_sizes(count: int, seed: int = 0) -> Shapes:
 def planner_of(shapes: Shapes, batch: int, *, planned: bool = True, shared_draws: int = 1) -> Planner:
     """As training plans its global batches; or in random order."""
     window = max(MIN_WINDOW, MIN_WINDOW_BATCHES * batch) if planned else batch
-    augment = augmentation(shared_draws=shared_draws)
+    policy = size_policy(shared_draws=shared_draws)
     ids = np.arange(len(shapes[0]))
-    return Planner(*shapes, ids, seed=0, global_batch_size=batch, size_policy=augment, window=window)
+    return Planner(*shapes, ids, seed=0, global_batch_size=batch, size_policy=policy, window=window)
 
 
 def sizes_by_rank(shapes: Shapes, ranks: int, each: int, epochs: int, *, planned: bool, shared: int = 1) -> np.ndarray:

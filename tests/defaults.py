@@ -10,11 +10,17 @@ from typing import Any
 from detr_ray.config import AugmentConfig, GenerateConfig
 from detr_ray.data.augmentation import DetrAugmentation
 from detr_ray.data.generated import DrawingParameters, generate_dataset
+from detr_ray.data.transforms.sequence import TransformSequence, sequence_of
 
 
 def augmentation(**changes: Any) -> DetrAugmentation:
     """The training augmentation."""
-    return replace(DetrAugmentation(**AugmentConfig().model_dump()), **changes)
+    return replace(DetrAugmentation(**AugmentConfig().model_dump(exclude={"transforms"})), **changes)
+
+
+def size_policy(**changes: Any) -> TransformSequence:
+    """The same as a planner takes it."""
+    return sequence_of(augmentation(**changes))
 
 
 def draw_shapes(root: Path, progress: Callable[[int, int], None] | None = None, **changes: Any) -> None:

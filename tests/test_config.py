@@ -133,10 +133,59 @@ def test_empty_file_is_the_defaults(write, empty):
         ("optim.milestones=[1, 2.5]", "optim.milestones", "[1.0, 2.5]"),
         ("model.backbone_stride=8", "model.backbone_stride", 8),
         ("train={epochs: 3}", "train.epochs", 3),
+        (
+            "data.augment.transforms=[grayscale, detr]",
+            "data.augment.transforms",
+            "[{grayscale: {p: 0.1, until_epoch: null}}, detr]",
+        ),
     ],
 )
 def test_override_values(override, key, value):
     assert flatten(load_config(None, [override]))[key] == value
+
+
+@pytest.mark.parametrize(
+    ("transforms", "message"),
+    [
+        ("[blu, detr]", "[0]: there is no transform 'blu'; did you mean 'blur'? (got blu, from command line)"),
+        ("[detr, zzz]", "[1]: there is no transform 'zzz': there are detr, photometric, grayscale, blur, jpeg, "),
+        ("[3]", "[0]: must be the name of a transform, or a name with parameters: {photometric: {p: 0.5}} (got 3"),
+        ("[{a: 1, b: 2}]", "[0]: must be the name of a transform, or a name with parameters: "),
+        ("[detr: {p: 1}]", "[0]: detr has no parameter 'p'; it has none: set the other keys of data.augment (got"),
+        ("[detr, blur: {x: 2}]", "[1]: blur has no parameter 'x'; it has p, until_epoch, sigma (got {blur: {x: 2}}"),
+        ("[blur: 3, detr]", "[0]: must hold parameters of blur: {blur: {key: value}} (got {blur: 3}"),
+        ("[blur: {p: 2}, detr]", "[0].blur.p: must be at most 1 (got 2, from command line)"),
+        ("[blur: {sigma: [0, 1]}, detr]", "[0].blur.sigma[0]: must be more than 0 (got 0"),
+        ("[blur: {sigma: [2, 1]}, detr]", "[0].blur.sigma: must be the smaller and the larger number (got [2, 1]"),
+        ("[jpeg: {quality: [2, 1]}, detr]", "[0].jpeg.quality: must be the smaller and the larger number"),
+        ("[iou_crop: {aspect: [2, 1]}, detr]", "[0].iou_crop.aspect: must be the smaller and the larger number"),
+        ("[mosaic: {until_epoch: 0}, detr]", "[0].mosaic.until_epoch: must be at least 1 (got 0"),
+        ("[rotate90: {turns: [4]}, detr]", "[0].rotate90.turns[0]: must be 1, 2 or 3 (got 4"),
+        ("[cutout: {holes: [1, 21]}, detr]", "[0].cutout.holes: must be at most 20 rectangles (got [1, 21]"),
+        ("[photometric]", ": must have detr or scale_jitter once: it decides how large images become (got"),
+        ("[detr, scale_jitter]", ": must have detr or scale_jitter once: it decides how large images become (got"),
+        ("[detr, iou_crop]", ": must have iou_crop before detr, which decides how large images become (got"),
+    ],
+)
+def test_faulty_transforms(transforms, message):
+    (error,) = errors_of(f"data.augment.transforms={transforms}")
+    assert error.startswith(f"data.augment.transforms{message}")
+
+
+def test_transforms_are_written_as_they_are_read():
+    given = ["data.augment.transforms=[mosaic: {until_epoch: 9}, photometric:, {grayscale: {}}, detr, blur: {p: 1}]"]
+    config = load_config(None, given)
+    values = config.to_dict()["data"]["augment"]["transforms"]
+    assert [transform if transform == "detr" else next(iter(transform)) for transform in values] == [
+        "mosaic", "photometric", "grayscale", "detr", "blur",
+    ]  # fmt: skip
+    assert (values[0]["mosaic"]["until_epoch"], values[4]) == (
+        9,
+        {"blur": {"p": 1.0, "until_epoch": None, "sigma": [0.1, 2.0]}},
+    )
+    assert config_from_dict(config.to_dict(), "a checkpoint") == config
+    key = "data.augment.transforms"
+    assert load_config(None, [f"{key}={flatten(config)[key]}"]) == config
 
 
 @pytest.mark.parametrize(
@@ -508,5 +557,5 @@ def test_every_key_has_a_meaning_and_is_in_the_reference():
 @pytest.mark.parametrize(("section", "taker"), [(GenerateConfig, DrawingParameters), (AugmentConfig, DetrAugmentation)])
 def test_defaults_stand_in_the_sections_alone(section, taker):
     fields = {field.name: field for field in dataclasses.fields(taker)}
-    assert fields.keys() == section.model_fields.keys()
+    assert fields.keys() == section.model_fields.keys() - {"transforms"}
     assert all(field.default is dataclasses.MISSING for field in fields.values())

@@ -8,7 +8,20 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from detr_ray.config.fields import Count, CountOrZero, Counts, Number, Positive, Section, Seed, Share, Text, Violation
+from detr_ray.config.fields import (
+    Count,
+    CountOrZero,
+    Counts,
+    NonEmpty,
+    Number,
+    Positive,
+    Section,
+    Seed,
+    Share,
+    Text,
+    Violation,
+)
+from detr_ray.config.transform_sections import DetrTransform, TransformEntry, refuse_order
 
 
 class SplitConfig(Section):
@@ -79,8 +92,14 @@ class HoldoutConfig(Section):
 
 
 class AugmentConfig(Section):
-    """Augmentation of training images: flip, then resize, or resize, crop and resize."""
+    """Augmentation of training images: a list of transforms, of which `detr` flips, and then resizes, or resizes, crops
+    and resizes, as the keys from `flip` to `crop_max` say.
+    """
 
+    transforms: Annotated[tuple[TransformEntry, ...], NonEmpty] = (DetrTransform(),)
+    """What is done to an image, in this order: names, or names with parameters, such as `[mosaic: {p: 0.3, until_epoch:
+    60}, photometric, zoom_out, iou_crop, detr]`. One of them decides the final size: `detr`, the original's, or
+    `scale_jitter`. The transforms and their parameters are listed below."""
     flip: Share = 0.5
     """Probability that an image is mirrored left to right."""
     scales: Counts = tuple(range(480, 801, 32))
@@ -100,7 +119,10 @@ class AugmentConfig(Section):
     data sets need less padding. 1: every image has its own, as in the original."""
 
     def rules(self) -> Iterator[Violation]:
-        """The short side must not exceed the long side, and a crop must fit into the image."""
+        """Something decides the size; the short side must not exceed the long side, and a crop must fit the image."""
+        wrong = refuse_order(self.transforms)
+        if wrong is not None:
+            yield Violation(("transforms",), wrong)
         if max(self.scales) > self.max_size:
             yield Violation(("scales", "max_size"), f"must not exceed data.augment.max_size ({self.max_size})")
         if self.crop == 0:

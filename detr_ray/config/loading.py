@@ -12,7 +12,7 @@ from detr_ray.config.addresses import refuse_credentials
 from detr_ray.config.errors import ConfigError
 from detr_ray.config.fields import Section
 from detr_ray.config.messages import Finding, findings, shown
-from detr_ray.config.schema import accepts_null, field_at, is_text, nested_section, unknown_key
+from detr_ray.config.schema import accepts_null, default_of, field_at, is_text, nested_section, unknown_key
 from detr_ray.config.sections import Config
 from detr_ray.config.yaml_format import parse_yaml
 
@@ -226,7 +226,7 @@ class _Draft:
             origin = f"got {shown(value)}, from {source}"
         else:
             field = field_at(keys)
-            default = None if field is None or field.is_required() else field.default
+            default = None if field is None or field.is_required() else default_of(field)
             origin = f"from {source}" if default is None else f"got {shown(default)}, the default"
         return f"{finding.place}: {finding.message}" + ("" if origin == "from None" else f" ({origin})")
 

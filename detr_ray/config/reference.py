@@ -5,7 +5,8 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 
-from detr_ray.config.schema import Key, all_keys
+from detr_ray.config.schema import Key, all_keys, keys_of
+from detr_ray.config.transform_sections import TRANSFORMS, TransformSection
 from detr_ray.config.yaml_format import format_inline
 
 WIDTH = 100
@@ -40,7 +41,18 @@ def reference_text() -> str:
             lines += textwrap.wrap(
                 key.meaning, WIDTH, initial_indent="      ", subsequent_indent="      ", break_on_hyphens=False
             )
+        if key.path == "data.augment.transforms":
+            lines += [line for transform in TRANSFORMS for line in _transform_lines(transform)]
     return "\n".join(lines[1:])
+
+
+def _transform_lines(transform: type[TransformSection]) -> Iterator[str]:
+    """A transform of the list and its parameters."""
+    text = f"- {transform.name}: {_words(transform)}"
+    yield from textwrap.wrap(text, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 8, break_on_hyphens=False)
+    for key in keys_of(transform):
+        text, indents = f"{key.path} ({key.kind}; default {_default(key)}): {key.meaning}", (" " * 10, " " * 12)
+        yield from textwrap.wrap(text, WIDTH, initial_indent=indents[0], subsequent_indent=indents[1])
 
 
 def reference_markdown() -> str:
@@ -58,6 +70,23 @@ def _markdown_lines() -> Iterator[str]:
             yield f"| `{key.path}` | {key.kind} | {default} | {key.meaning} |"
         if key is _last_of_section(key):
             yield ""
+            if key.path.startswith("data."):
+                yield from _markdown_of_transforms()
+
+
+def _markdown_of_transforms() -> Iterator[str]:
+    yield "### data.augment.transforms\n\n| transform | parameter | value | default | meaning |"
+    yield "| --- | --- | --- | --- | --- |"
+    for transform in TRANSFORMS:
+        yield f"| `{transform.name}` | | | | {_words(transform)} |"
+        for key in keys_of(transform):
+            yield f"| | `{key.path}` | {key.kind} | `{_default(key)}` | {key.meaning} |"
+    yield ""
+
+
+def _words(section: type[TransformSection]) -> str:
+    """The docstring of a section."""
+    return " ".join((section.__doc__ or "").split())
 
 
 def _is_top(key: Key) -> bool:

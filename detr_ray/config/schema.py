@@ -76,20 +76,34 @@ def field_at(path: tuple[str, ...]) -> FieldInfo | None:
 @cache
 def all_keys() -> tuple[Key, ...]:
     """All keys in the order of the sections; a section comes before its keys."""
-    return tuple(_keys_of(Config, ()))
+    return tuple(keys_of(Config))
 
 
-def _keys_of(section: type[Section], prefix: tuple[str, ...]) -> Iterator[Key]:
+def keys_of(section: type[Section], prefix: tuple[str, ...] = ()) -> Iterator[Key]:
+    """The keys of a section, and of those in it.
+
+    Args:
+        section: its class.
+        prefix: names of the sections that it lies in, and its own.
+    """
     for name, field in section.model_fields.items():
         path = (*prefix, name)
         nested = nested_section(field.annotation)
         is_section = nested is not None and not issubclass(nested, Schedule)
         meaning = " ".join((field.description or "").split())
-        if not prefix and nested is not None:
+        if section is Config and nested is not None:
             meaning = " ".join((nested.__doc__ or "").split())
-        yield Key(".".join(path), _kind(field.annotation, field.metadata), field.default, meaning, is_section)
+        kind = _kind(field.annotation, field.metadata)
+        yield Key(".".join(path), kind, default_of(field), meaning, is_section)
         if nested is not None and is_section:
-            yield from _keys_of(nested, path)
+            yield from keys_of(nested, path)
+
+
+def default_of(field: FieldInfo) -> Any:
+    """The default of a key; sections in a list as plain values."""
+    if isinstance(field.default, tuple):
+        return tuple(item.model_dump(mode="json") if isinstance(item, Section) else item for item in field.default)
+    return field.default
 
 
 def _kind(annotation: Any, metadata: Any = ()) -> str:

@@ -15,6 +15,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from detr_ray.data.random_numbers import below, choice
 from detr_ray.data.sample import Crop, Flip, Partner, Resize, Step, resized_sizes
 
 _DECIDING_SIZE = slice(1, 6)
@@ -27,7 +28,7 @@ LONGEST_UNCUT_PX = 21_000
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Draws:
-    """What was drawn for ``n`` samples, as columns; these are the `PlannedSizes` of the planner.
+    """What was drawn for ``n`` samples, as columns.
 
     Attributes:
         flip: ``[n]`` bool.
@@ -42,14 +43,14 @@ class Draws:
     size: np.ndarray
 
     def steps(self, places: np.ndarray) -> list[tuple[Step, ...]]:
-        """What is done to some of the samples."""
+        """What is done to some of the samples, up to their final size."""
         samples = []
-        columns = (column[places].tolist() for column in (self.flip, self.resize, self.crop))
-        for flip, (height, width), crop in zip(*columns, strict=True):
+        columns = (column[places].tolist() for column in (self.flip, self.resize, self.crop, self.size))
+        for flip, (height, width), crop, size in zip(*columns, strict=True):
             steps: list[Step] = [Flip(1)] if flip else []
             if height:
                 steps += [Resize((height, width)), Crop(*crop)]
-            samples.append(tuple(steps))
+            samples.append((*steps, Resize((size[0], size[1]))))
         return samples
 
     def partners(self, places: np.ndarray) -> list[tuple[Partner, ...]]:
@@ -59,7 +60,7 @@ class Draws:
 
 @dataclass(frozen=True, slots=True)
 class DetrAugmentation:
-    """What is drawn from: a `SizePolicy` of the planner.
+    """What is drawn from: a `Transform`, the one that is named ``detr``.
 
     Attributes:
         flip: probability of mirroring left to right.
@@ -87,35 +88,40 @@ class DetrAugmentation:
     # Flip, branch, scale, crop scale, crop width, crop height, crop top, crop left.
     draws_per_sample: ClassVar[int] = 8
 
-    def draw(self, sizes: np.ndarray, uniform: np.ndarray) -> Draws:
+    def draw(self, sizes: np.ndarray, uniform: np.ndarray, stored: np.ndarray | None = None) -> Draws:
         """Turns random numbers into what happens to each sample of a window.
 
         Args:
-            sizes: ``[n, 2]`` (height, width) of the stored images in pixels.
+            sizes: ``[n, 2]`` (height, width) of the images in pixels.
             uniform: ``[n, draws_per_sample]`` in [0, 1).
+            stored: sizes that other images of the window are stored with; none of them is used.
         """
         uniform = share_draws(uniform, sizes, self.shared_draws)
         u_flip, u_crop, u_scale, u_crop_scale, u_width, u_height, u_top, u_left = np.ascontiguousarray(uniform.T)
-        resize = resized_sizes(sizes, _choice(self.crop_scales, u_crop_scale))
+        resize = resized_sizes(sizes, choice(self.crop_scales, u_crop_scale))
         is_cropped = (u_crop < self.crop) & (np.maximum(resize[:, 0], resize[:, 1]) <= LONGEST_UNCUT_PX)
         crop_height = _between(self.crop_min, resize[:, 0], self.crop_max, u_height)
         crop_width = _between(self.crop_min, resize[:, 1], self.crop_max, u_width)
-        top = _below(resize[:, 0] - crop_height + 1, u_top)
-        left = _below(resize[:, 1] - crop_width + 1, u_left)
+        top = below(resize[:, 0] - crop_height + 1, u_top)
+        left = below(resize[:, 1] - crop_width + 1, u_left)
         crop = np.stack([top, left, crop_height, crop_width], axis=1) * is_cropped[:, None]
         before = np.where(is_cropped[:, None], crop[:, 2:], sizes)
         return Draws(
             flip=u_flip < self.flip,
             resize=resize * is_cropped[:, None],
             crop=crop.astype(np.int32),
-            size=resized_sizes(before, _choice(self.scales, u_scale), self.max_size),
+            size=resized_sizes(before, choice(self.scales, u_scale), self.max_size),
         )
+
+    def shapes(self, sizes: np.ndarray) -> np.ndarray:
+        """See `Transform`."""
+        return np.array([[self.largest_side(sizes)] * 2])
 
     def largest_side(self, sizes: np.ndarray) -> int:
         """Length in pixels that no side of an augmented image exceeds, whatever is drawn.
 
         Args:
-            sizes: ``[n, 2]`` (height, width) of the stored images in pixels, at least one.
+            sizes: ``[n, 2]`` (height, width) of the images before it in pixels, at least one.
         """
         longest = max(int(resized_sizes(sizes, np.array(short), self.max_size).max()) for short in self.scales)
         if not self.crop:
@@ -154,16 +160,7 @@ def share_draws(uniform: np.ndarray, sizes: np.ndarray, count: int) -> np.ndarra
     return shared
 
 
-def _below(counts: np.ndarray, uniform: np.ndarray) -> np.ndarray:
-    """Whole numbers 0..counts-1."""
-    return np.minimum((uniform * counts).astype(np.int64), counts - 1)
-
-
-def _choice(values: tuple[int, ...], uniform: np.ndarray) -> np.ndarray:
-    return np.array(values, dtype=np.int64)[_below(np.array(len(values)), uniform)]
-
-
 def _between(least: int, side: np.ndarray, most: int, uniform: np.ndarray) -> np.ndarray:
     """Whole numbers least..most, both included, and neither above the side that they are cut out of."""
     low, high = np.minimum(least, side), np.minimum(side, most)
-    return low + _below(high - low + 1, uniform)
+    return low + below(high - low + 1, uniform)

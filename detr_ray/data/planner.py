@@ -2,8 +2,7 @@
 
 Global batch ``step`` is a pure function of (image sizes, seed, global batch size, size policy, windows, step). It is
 the same for any number of workers, in any process, and whatever was planned before, so that a run can go on anywhere
-with any number of workers. Random numbers are the raw 64-bit words of PCG64, which numpy keeps the same in all
-versions.
+with any number of workers.
 Knows nothing of boxes, pixels, files or processes, and of the augmentation what a `SizePolicy` says.
 """
 
@@ -20,6 +19,7 @@ import numpy as np
 
 from detr_ray.data.errors import DataError
 from detr_ray.data.grouping import order_by_shape
+from detr_ray.data.random_numbers import uniform
 from detr_ray.data.sample import Partner, SamplePlan, Step
 
 CACHED_WINDOWS = 4
@@ -55,7 +55,7 @@ class SizePolicy(Protocol):
         """Random numbers that one sample takes."""
         ...
 
-    def draw(self, sizes: np.ndarray, uniform: np.ndarray) -> PlannedSizes:
+    def draw(self, sizes: np.ndarray, uniform: np.ndarray, epoch: int) -> PlannedSizes:
         """Decides for the samples of a window.
 
         It sees the whole window, so it can choose the partners of a sample among the others by their sizes. A window
@@ -64,6 +64,7 @@ class SizePolicy(Protocol):
         Args:
             sizes: ``[n, 2]`` (height, width) of the stored images in pixels.
             uniform: ``[n, draws_per_sample]`` in [0, 1).
+            epoch: the window's epoch, from 0.
         """
         ...
 
@@ -175,31 +176,26 @@ class Planner:
         positions = step * self.global_batch_size + first + np.arange(len(rows))
         return tuple(
             SamplePlan(
-                position, index, image_id, (size[0], size[1]), steps, seed,
-                self._plan_partners(window, partners, position, seed) if partners else (),
+                position, index, image_id, (size[0], size[1]), steps,
+                self._plan_partners(window, partners, position) if partners else (),
             )
-            for position, index, image_id, size, steps, seed, partners in zip(
+            for position, index, image_id, size, steps, partners in zip(
                 positions.tolist(),
                 rows.tolist(),
                 self.image_ids[rows].tolist(),
                 window.draws.size[places].tolist(),
                 window.draws.steps(places),
-                sample_seeds(self.seed, positions).tolist(),
                 window.draws.partners(places),
                 strict=True,
             )
         )  # fmt: skip
 
-    def _plan_partners(
-        self, window: _Window, partners: tuple[Partner, ...], position: int, seed: int
-    ) -> tuple[SamplePlan, ...]:
-        """Plans of one sample's partners, each with a seed of its own."""
+    def _plan_partners(self, window: _Window, partners: tuple[Partner, ...], position: int) -> tuple[SamplePlan, ...]:
+        """Plans of one sample's partners."""
         rows = window.rows[[partner.place for partner in partners]]
-        seeds = sample_seeds(seed, np.arange(len(partners))).tolist()
-        columns = zip(partners, rows.tolist(), self.image_ids[rows].tolist(), seeds, strict=True)
+        columns = zip(partners, rows.tolist(), self.image_ids[rows].tolist(), strict=True)
         return tuple(
-            SamplePlan(position, row, image_id, partner.size, partner.steps, own_seed)
-            for partner, row, image_id, own_seed in columns
+            SamplePlan(position, row, image_id, partner.size, partner.steps) for partner, row, image_id in columns
         )
 
     def epoch_sizes(self, epoch: int) -> np.ndarray:
@@ -284,8 +280,9 @@ class Planner:
         rows = self._permutation(epoch)[first * size : last * size]
 
         words = self._words(epoch, 1 + number)
-        uniform = _uniform(words.random_raw(len(rows) * self._size_policy.draws_per_sample))
-        draws = self._size_policy.draw(self.sizes[rows], uniform.reshape(len(rows), -1))
+        draws_per_sample = self._size_policy.draws_per_sample
+        numbers = uniform(words.random_raw(len(rows) * draws_per_sample)).reshape(len(rows), draws_per_sample)
+        draws = self._size_policy.draw(self.sizes[rows], numbers, epoch)
 
         batches = order_by_shape(draws.size, size).reshape(-1, size)
         return _Window(rows, draws, batches[_random_order(words, len(batches))].ravel())
@@ -301,39 +298,10 @@ def _random_order(words: np.random.PCG64, count: int) -> np.ndarray:
     return np.argsort(words.random_raw(count) >> np.uint64(count.bit_length()), kind="stable")
 
 
-def sample_seeds(seed: int, positions: np.ndarray) -> np.ndarray:
-    """Seeds for what changes a sample without changing its size: functions of the run's seed and the position alone.
-
-    Args:
-        seed: the run's, below 2**64.
-        positions: ``[n]`` places in the training stream.
-
-    Returns:
-        ``[n]`` uint64, of the generator SplitMix64 (Steele, Lea and Flood 2014).
-    """
-    run = _mix(np.array([seed], np.uint64) * _GAMMA)
-    return _mix(run + (positions.astype(np.uint64) + np.uint64(1)) * _GAMMA)
-
-
-_GAMMA = np.uint64(0x9E3779B97F4A7C15)
-
-
-def _mix(words: np.ndarray) -> np.ndarray:
-    """Mixes the bits of 64-bit words, one to one."""
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))
-
-
 def _cut_evenly(start: int, end: int, most: int) -> tuple[int, ...]:
     """Bounds of pieces of about equal length, none longer than ``most``, the last one the shortest."""
     length = -(-(end - start) // -(-(end - start) // most))
     return (*range(start, end, length), end)
-
-
-def _uniform(words: np.ndarray) -> np.ndarray:
-    """Random 64-bit words as numbers in [0, 1), of 53 bits each."""
-    return (words >> np.uint64(11)) * 2.0**-53
 
 
 def split_global_batch(

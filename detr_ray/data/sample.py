@@ -7,11 +7,12 @@ on. Knows nothing of random numbers, of files or of the order of samples.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -48,6 +49,33 @@ class Instances:
         is_left = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
         return Instances(boxes[is_left], self.labels[is_left], (height, width))
 
+    def rotate(self, quarter_turns: int) -> Instances:
+        """Turns them counter-clockwise, so many times by 90 degrees."""
+        boxes, (height, width) = self.boxes_xyxy_px, self.size
+        for _ in range(quarter_turns % 4):
+            left, top, right, bottom = boxes.T
+            boxes = np.stack([top, width - right, bottom, width - left], axis=1)
+            height, width = width, height
+        return Instances(boxes, self.labels, (height, width))
+
+    def place(self, top: int, left: int, size: tuple[int, int]) -> Instances:
+        """Puts them with the image onto a larger one of ``size``, its corner at (top, left); all in pixels."""
+        return Instances(self.boxes_xyxy_px + _per_corner((top, left)), self.labels, size)
+
+    def select(self, keep: np.ndarray) -> Instances:
+        """Those of ``keep``: ``[N]`` bool, or numbers."""
+        return Instances(self.boxes_xyxy_px[keep], self.labels[keep], self.size)
+
+    def join(self, others: Sequence[Instances]) -> Instances:
+        """These and others, which are measured on an image of the same size."""
+        every = (self, *others)
+        boxes = np.concatenate([instances.boxes_xyxy_px for instances in every])
+        return Instances(boxes, np.concatenate([instances.labels for instances in every]), self.size)
+
+    def areas(self) -> np.ndarray:
+        """``[N]`` float32, square pixels."""
+        return (self.boxes_xyxy_px[:, 2:] - self.boxes_xyxy_px[:, :2]).prod(axis=1)
+
     def boxes_cxcywh(self) -> np.ndarray:
         """The boxes as ``[N, 4]`` float32 cxcywh, in 0..1 of the image."""
         left_top, right_bottom = self.boxes_xyxy_px[:, :2], self.boxes_xyxy_px[:, 2:]
@@ -60,18 +88,57 @@ def _per_corner(values: tuple[float, float]) -> np.ndarray:
     return np.array([values[1], values[0], values[1], values[0]], dtype=np.float32)
 
 
+@dataclass(frozen=True, slots=True)
+class Margin:
+    """A single colour around the pixels of a picture.
+
+    Attributes:
+        size: (height, width) of the whole in pixels.
+        top: pixels above the picture's own.
+        left: pixels left of them.
+        fill_value: value of red, green and blue, 0..255.
+    """
+
+    size: tuple[int, int]
+    top: int
+    left: int
+    fill_value: int
+
+    def resize(self, inner: tuple[int, int], size: tuple[int, int]) -> tuple[Margin, tuple[int, int]]:
+        """The margin when the whole is brought to a size, by whole pixels; and the size of what is inside."""
+        corners = []
+        for first, length, old, new in zip((self.top, self.left), inner, self.size, size, strict=True):
+            start = min(round(first * new / old), new - 1)
+            corners.append((start, max(round((first + length) * new / old), start + 1) - start))
+        (top, height), (left, width) = corners
+        return Margin(size, top, left, self.fill_value), (height, width)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Picture:
     """An image with the objects on it.
 
     Attributes:
-        pixels: ``[H, W, 3]`` uint8 RGB, not written to.
-        instances: the objects. Their boxes may be measured on the image at another size than ``H, W``: an image may be
+        inner: ``[h, w, 3]`` uint8 RGB, not written to.
+        instances: the objects. Their boxes may be measured on the image at another size than its own: an image may be
             decoded at a fraction of its size.
+        margin: what is around ``inner``. It is filled when `pixels` are asked for: a canvas may be 16 times the image,
+            and most of it is cut off or made smaller next.
     """
 
-    pixels: Tensor
+    inner: Tensor
     instances: Instances
+    margin: Margin | None = None
+
+    @property
+    def pixels(self) -> Tensor:
+        """``[H, W, 3]`` uint8 RGB, not written to: the whole, made where there is a margin."""
+        if self.margin is None:
+            return self.inner
+        (height, width), margin = self.inner.shape[:2], self.margin
+        pixels = torch.full((*margin.size, 3), margin.fill_value, dtype=torch.uint8)
+        pixels[margin.top : margin.top + height, margin.left : margin.left + width] = self.inner
+        return pixels
 
     def resize(self, size: tuple[int, int]) -> Picture:
         """Brings it to a size, (height, width) in pixels.
@@ -79,12 +146,48 @@ class Picture:
         Bilinear with antialiasing, in whole numbers. This is what `torchvision.transforms.v2.functional.resize` does to
         such bytes, to the last bit, without the second that importing torchvision takes.
         """
-        pixels = self.pixels
+        if self.margin is not None:
+            return self._resize_inside(self.margin, size)
+        pixels = self.inner
         if pixels.shape[:2] != size:
             batch = pixels.contiguous().unsqueeze(0).permute(0, 3, 1, 2)
             batch = interpolate(batch, size=size, mode="bilinear", align_corners=False, antialias=True)
             pixels = batch.permute(0, 2, 3, 1).squeeze(0)
         return Picture(pixels, self.instances.scale(size))
+
+    def _resize_inside(self, margin: Margin, size: tuple[int, int]) -> Picture:
+        if margin.size == size:
+            return self
+        height, width = self.inner.shape[:2]
+        instances = self.instances.crop(margin.top, margin.left, height, width)
+        margin, inner = margin.resize((height, width), size)
+        return Picture(self.inner, instances).resize(inner).place(margin)
+
+    def place(self, margin: Margin) -> Picture:
+        """Puts it onto a larger one."""
+        return Picture(self.pixels, self.instances.place(margin.top, margin.left, margin.size), margin)
+
+    def flip(self, axis: int) -> Picture:
+        """Mirrors it: top to bottom (axis 0) or left to right (axis 1)."""
+        margin = self.margin
+        if margin is not None and axis == 0:
+            margin = replace(margin, top=margin.size[0] - margin.top - self.inner.shape[0])
+        elif margin is not None:
+            margin = replace(margin, left=margin.size[1] - margin.left - self.inner.shape[1])
+        return Picture(self.inner.flip(axis), self.instances.flip(axis), margin)
+
+    def crop(self, top: int, left: int, height: int, width: int) -> Picture:
+        """Cuts out a part, in pixels."""
+        instances, margin = self.instances.crop(top, left, height, width), self.margin
+        if margin is None:
+            return Picture(self.inner[top : top + height, left : left + width], instances)
+        first, last = (max(top, margin.top), max(left, margin.left)), (top + height, left + width)
+        rows = slice(first[0] - margin.top, max(last[0] - margin.top, 0))
+        columns = slice(first[1] - margin.left, max(last[1] - margin.left, 0))
+        inner = self.inner[rows, columns]
+        if not inner.numel():  # nothing but margin is left
+            return Picture(torch.full((height, width, 3), margin.fill_value, dtype=torch.uint8), instances)
+        return Picture(inner, instances, Margin((height, width), first[0] - top, first[1] - left, margin.fill_value))
 
 
 class Step(Protocol):
@@ -100,15 +203,21 @@ class Step(Protocol):
         ...
 
 
+class AnySizeStep:
+    """Base of steps that do the same to a picture whatever its size, so that it may be decoded at a fraction of it."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, slots=True)
-class Flip:
+class Flip(AnySizeStep):
     """Mirrors top to bottom (axis 0) or left to right (axis 1)."""
 
     axis: int
 
     def apply(self, picture: Picture, partners: Sequence[Picture]) -> Picture:
         """See `Step`."""
-        return Picture(picture.pixels.flip(self.axis), picture.instances.flip(self.axis))
+        return picture.flip(self.axis)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +242,24 @@ class Crop:
 
     def apply(self, picture: Picture, partners: Sequence[Picture]) -> Picture:
         """See `Step`."""
-        rows, columns = slice(self.top, self.top + self.height), slice(self.left, self.left + self.width)
-        instances = picture.instances.crop(self.top, self.left, self.height, self.width)
-        return Picture(picture.pixels[rows, columns], instances)
+        return picture.crop(self.top, self.left, self.height, self.width)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Puts the picture onto a larger one of a single colour.
+
+    Attributes:
+        size: (height, width) in pixels that the picture is brought to first.
+        margin: what is around it then.
+    """
+
+    size: tuple[int, int]
+    margin: Margin
+
+    def apply(self, picture: Picture, partners: Sequence[Picture]) -> Picture:
+        """See `Step`."""
+        return picture.resize(self.size).place(self.margin)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +288,6 @@ class SamplePlan:
         image_id: the annotations' id of the image.
         size: final (height, width) in pixels: the picture is brought to it after all steps.
         steps: what is done to the picture, in this order.
-        seed: where random numbers for what does not change the size begin (changes of colour, say); 64 bits.
         partners: plans of other images that steps put together with this one, each at its own ``size``.
     """
 
@@ -173,7 +296,6 @@ class SamplePlan:
     image_id: int
     size: tuple[int, int]
     steps: tuple[Step, ...] = ()
-    seed: int = 0
     partners: tuple[SamplePlan, ...] = ()
 
     @property
@@ -183,9 +305,9 @@ class SamplePlan:
 
     def first_size(self, stored: tuple[int, int]) -> tuple[int, int]:
         """The size that the image is brought to first, from that at which it is stored."""
-        changes = (step for step in self.steps if not isinstance(step, Flip))
+        changes = (step for step in self.steps if not isinstance(step, AnySizeStep))
         first = next(changes, Resize(self.size))
-        return first.size if isinstance(first, Resize) else stored
+        return first.size if isinstance(first, Resize | Place) else stored
 
     def apply(self, picture: Picture, partners: Sequence[Picture] = ()) -> Picture:
         """What becomes of the picture; one picture for each of the partners."""

@@ -6,9 +6,12 @@ That pixels and boxes follow the plan is shown in ``tests/seams/test_what_the_mo
 from __future__ import annotations
 
 import pytest
+import torch
 from config_keys.registry import Place, shows
 
 from detr_ray.data.sample import Crop, Flip, Resize, SamplePlan
+from detr_ray.data.transforms.colour import MakeGrey
+from detr_ray.structures import IMAGENET_PIXELS
 
 
 def planned(place: Place, augment: str, *more: str) -> list[SamplePlan]:
@@ -21,6 +24,18 @@ def crops(samples: list[SamplePlan]) -> list[Crop]:
 
 def shorts(samples: list[SamplePlan]) -> set[int]:
     return {min(sample.size) for sample in samples}
+
+
+@shows("data.augment.transforms")
+def transforms(place: Place) -> None:
+    """What each of them and its parameters do is shown in ``tests/engine/test_configured_augmentation.py``."""
+    samples = planned(place, "transforms: [grayscale: {p: 1}, detr, vertical_flip: {p: 0.5, until_epoch: 2}]")
+    assert all(MakeGrey() in sample.steps for sample in samples)
+    flipped = [Flip(0) in sample.steps for sample in samples]
+    assert 0.2 < sum(flipped[:32]) / 32 < 0.8 and not any(flipped[32:]), "an epoch has 16 images"
+    images = place.train("data.augment={transforms: [grayscale: {p: 1}, detr]}", stop_after=1).training[0].images
+    levels = images * torch.tensor(IMAGENET_PIXELS.std).view(3, 1, 1) + torch.tensor(IMAGENET_PIXELS.mean).view(3, 1, 1)
+    assert (levels[:, 0] - levels[:, 1]).abs().median() < 1e-3
 
 
 @shows("data.augment.flip")

@@ -8,7 +8,7 @@ from itertools import chain
 
 import numpy as np
 import pytest
-from defaults import augmentation
+from defaults import size_policy
 
 from detr_ray.data.balance import Balance, repeat_factors, takings
 from detr_ray.data.errors import DataError
@@ -76,7 +76,7 @@ REPEATS = np.random.default_rng(0).choice([1.0, 0.3, 2.5, 7.05], 90)
 def make_planner(**options: object) -> Planner:
     sizes = np.random.default_rng(1).integers(40, 80, (len(REPEATS), 2))
     values = {"seed": 5, "global_batch_size": 4, "window": 64, "repeats": REPEATS, **options}
-    return Planner(sizes[:, 0], sizes[:, 1], np.arange(len(REPEATS)) + 1, size_policy=augmentation(), **values)  # type: ignore[arg-type]
+    return Planner(sizes[:, 0], sizes[:, 1], np.arange(len(REPEATS)) + 1, size_policy=size_policy(), **values)  # type: ignore[arg-type]
 
 
 SHARDS = {"shard_of": np.repeat([0, 1, 2, 3], [20, 30, 25, 15]), "shards_at_a_time": 2}

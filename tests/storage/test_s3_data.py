@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from coco_folder import sound_folder
 from data.format_sets import FORMATS
-from defaults import augmentation
+from defaults import size_policy
 from s3_server import S3Server
 from small_shards import write_small_shards
 
@@ -32,7 +32,7 @@ from detr_ray.data.ranges import join_parts
 from detr_ray.prepare import main as prepare
 
 NUM_IMAGES = 40
-AUGMENT = augmentation(scales=(48, 64), max_size=96, crop=0.0)
+AUGMENT = size_policy(scales=(48, 64), max_size=96, crop=0.0)
 
 
 @pytest.fixture(scope="module")

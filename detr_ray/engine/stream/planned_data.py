@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from detr_ray.config import Config, ConfigError, ModelConfig
-from detr_ray.data.augmentation import DetrAugmentation
 from detr_ray.data.balance import Balance
 from detr_ray.data.evaluation_plan import plan_evaluation
 from detr_ray.data.index import DatasetIndex
@@ -22,16 +21,12 @@ from detr_ray.data.label_map import LabelMap
 from detr_ray.data.loader import BatchLoader
 from detr_ray.data.planner import Planner
 from detr_ray.data.sample import SamplePlan
+from detr_ray.engine.stream.augmentation import augmentation_of
 from detr_ray.engine.stream.batches import WorkerPlan
 
 # With fewer samples or batches to choose from, images of unlike shapes share batches.
 MIN_WINDOW = 4096
 MIN_WINDOW_BATCHES = 64
-
-
-def augmentation_of(config: Config) -> DetrAugmentation:
-    """The augmentation that a configuration asks for."""
-    return DetrAugmentation(**config.data.augment.model_dump())
 
 
 @dataclass(frozen=True)
@@ -99,7 +94,7 @@ class PlannedData:
             image_ids=self.train.image_ids,
             seed=config.run.seed,
             global_batch_size=config.train.global_batch_size,
-            size_policy=augmentation_of(config),
+            size_policy=augmentation_of(config.data.augment),
             window=config.data.window or max(MIN_WINDOW, MIN_WINDOW_BATCHES * config.train.global_batch_size),
             shard_of=None if self.train.shards is None else self.train.shards.file_of,
             shards_at_a_time=config.data.shard_window,
@@ -169,13 +164,14 @@ def refuse_positions_out_of_reach(
     errors = []
     if train is not None:
         sizes = np.stack([train.heights, train.widths], axis=1)
-        longest = augmentation_of(config).largest_side(sizes)
+        longest = augmentation_of(config.data.augment).largest_side(sizes)
         multiple = config.data.pad_multiple
         longest = -(-longest // multiple) * multiple
         if -(-longest // stride) > LEARNED_LIMIT:
             errors.append(
                 f"data.augment: {reach}; training images become up to {longest} pixels long: lower "
-                f"data.augment.max_size (and scales) to {LEARNED_LIMIT * stride // multiple * multiple} or less, "
+                f"data.augment.max_size (and scales), or the size of scale_jitter, to "
+                f"{LEARNED_LIMIT * stride // multiple * multiple} or less, "
                 f"{otherwise}"
             )
     if val is not None:
