@@ -53,7 +53,7 @@ OURS: dict[str, list[Any]] = {
     "mixup": [{"mixup": {"p": 1}}],
     "copy_paste": [{"copy_paste": {"p": 1}}],
     "the original's": ["detr"],
-    "a strong recipe": ["photometric", "zoom_out", "iou_crop", "detr"],
+    "a strong recipe": ["zoom_out", "iou_crop", "detr", "photometric"],
 }
 
 
@@ -151,8 +151,8 @@ def _torchvision() -> dict[str, v2.Transform]:
         "the original's": v2.Compose([v2.RandomHorizontalFlip(), shortest]),
         "a strong recipe": v2.Compose(
             [
-                v2.RandomApply([v2.ColorJitter(0.125, 0.5, 0.5, 0.05)], 0.5), v2.RandomZoomOut(side_range=(1, 4)),
-                v2.RandomApply([v2.RandomIoUCrop()], 0.8), v2.RandomHorizontalFlip(), shortest,
+                v2.RandomZoomOut(side_range=(1, 4)), v2.RandomApply([v2.RandomIoUCrop()], 0.8),
+                v2.RandomHorizontalFlip(), shortest, v2.RandomApply([v2.ColorJitter(0.125, 0.5, 0.5, 0.05)], 0.5),
             ]
         ),
     }  # fmt: skip
@@ -162,10 +162,10 @@ def _albumentations() -> dict[str, Callable[[Any], Any]]:
     def strong(a: Any) -> Any:
         return a.Sequential(
             [
-                a.ColorJitter((0.875, 1.125), (0.5, 1.5), (0.5, 1.5), (-0.05, 0.05), p=0.5),
                 a.CropAndPad(percent=(0.0, 1.5), sample_independently=True, keep_size=False, p=0.5),
                 a.RandomSizedBBoxSafeCrop(320, 320, p=0.8), a.HorizontalFlip(p=0.5),
                 a.SmallestMaxSize(max_size=list(SHORTS), p=1.0),
+                a.ColorJitter((0.875, 1.125), (0.5, 1.5), (0.5, 1.5), (-0.05, 0.05), p=0.5),
             ], p=1.0,
         )  # fmt: skip
 

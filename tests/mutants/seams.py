@@ -43,6 +43,7 @@ MODULES = (
     "detr_ray/data/augmentation.py",
     "detr_ray/data/transforms/sequence.py",
     "detr_ray/data/transforms/colour.py",
+    "detr_ray/data/transforms/colour_arithmetic.py",
     "detr_ray/data/transforms/geometry.py",
     "detr_ray/data/transforms/cutout.py",
     "detr_ray/data/transforms/several.py",

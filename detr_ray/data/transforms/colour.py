@@ -1,4 +1,4 @@
-"""Changes of colour and sharpness, which leave boxes and sizes as they are. torchvision's v2 functionals do the pixels.
+"""Changes of colour and sharpness, as torchvision's v2 functionals define them; boxes and sizes stay as they are.
 
 torchvision is imported when the first step is done: it takes a second, which nobody waits for who only plans.
 """
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from detr_ray.data.random_numbers import below, between
 from detr_ray.data.sample import AnySizeStep, Picture, Step
+from detr_ray.data.transforms.colour_arithmetic import change_colours
 from detr_ray.data.transforms.sequence import DrawnOneByOne
 
 # All orders of red, green and blue but the usual one.
@@ -82,19 +83,8 @@ class ChangeColours(AnySizeStep):
 
     def apply(self, picture: Picture, partners: Sequence[Picture]) -> Picture:
         """See `Step`."""
-        from torchvision.transforms.v2 import functional
-
-        # On Pillow's images these take a half to a quarter of the time that they take on tensors.
-        image = _as_image(picture)
-        if self.brightness != 1:
-            image = functional.adjust_brightness(image, self.brightness)
-        if self.contrast != 1:
-            image = functional.adjust_contrast(image, self.contrast)
-        if self.saturation != 1:
-            image = functional.adjust_saturation(image, self.saturation)
-        if self.hue != 0:
-            image = functional.adjust_hue(image, self.hue)
-        pixels = torch.from_numpy(np.array(image))
+        changed = change_colours(picture.pixels.numpy(), self.brightness, self.contrast, self.saturation, self.hue)
+        pixels = torch.from_numpy(changed)
         if self.channels is not None:
             pixels = pixels[:, :, list(self.channels)]
         return Picture(pixels, picture.instances)
