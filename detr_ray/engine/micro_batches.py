@@ -136,7 +136,8 @@ class MemoryTrial:
         assert job.data.train is not None
         from detr_ray.data.statistics import count_boxes
 
-        self._boxes = max(1, min(count_boxes(job.data.train).most, state.model.num_queries))
+        # A mosaic has the boxes of four images.
+        self._boxes = max(1, min(4 * count_boxes(job.data.train).most, state.model.num_queries))
         # AdamW makes its moments at the first update, and a run that goes on has them already.
         pending = [] if state.optimizer.state else [p for p in state.model.parameters() if p.requires_grad]
         self._moments = [2 * parameter.numel() for parameter in pending]
@@ -184,7 +185,7 @@ class MemoryTrial:
         criterion.total(losses).backward()
 
     def _made_up(self, shape: Shape) -> PaddedBatch:
-        """Noise, of which all images but the first have padding, with as many boxes as the fullest image."""
+        """Noise, of which all images but the first have padding, with the boxes of four of the fullest images."""
         count, boxes = shape.count, shape.count * self._boxes
         rng = np.random.default_rng(0)
         sizes = np.full((count, 2), (shape.height, shape.width), np.int32)

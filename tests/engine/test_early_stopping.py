@@ -15,6 +15,7 @@ from detr_ray.engine.early_stopping import EarlyStopping
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.job import prepare_job
 from detr_ray.tracking import MemoryTracker
+from detr_ray.train import main
 
 AP = [0.1, 0.3, 0.2, 0.3, 0.9, 0.9]
 """With a patience of 2, the fourth evaluation is the last."""
@@ -84,6 +85,21 @@ def test_a_run_that_ends_early_is_finished_and_stays_so(
     script_scores(monkeypatch, {"AP": AP[END:]})
     longer = fit_here(configured(dataset, tmp_path, "train.early_stopping={patience: 3}"))
     assert (longer.status, longer.step, longer.ended_early) == ("finished", STEPS, "")
+
+
+def test_the_command_says_why_and_exits_as_after_a_whole_run(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script_scores(monkeypatch, {"AP": AP})
+    config = tmp_path / "config.yaml"
+    config.write_text(configured(dataset, tmp_path, "train.early_stopping={patience: 1}").to_yaml())
+    reason = "val/AP has not risen above 0.3000, which it had at epoch 2, in 1 validation (train.early_stopping)"
+    assert main(["--config", str(config)]) == 0
+    printed = capsys.readouterr().out
+    assert f"ending after step 3: {reason}" in printed and "finished 3 steps" in printed
+    assert main(["--config", str(config)]) == 0
+    printed = capsys.readouterr().out
+    assert "nothing left to do: run a finished after step 3 before" in printed and f"ended early: {reason}" in printed
 
 
 @pytest.mark.parametrize("stop_after", [2, 4])

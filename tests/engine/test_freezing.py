@@ -62,8 +62,8 @@ def test_no_rate_for_the_backbone_is_freezing_it(dataset: Path, tmp_path: Path) 
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-@ALL
-def test_going_on_with_frozen_parts_is_never_having_stopped(dataset: Path, tmp_path: Path, architecture: str) -> None:
+def test_going_on_with_frozen_parts_is_never_having_stopped(dataset: Path, tmp_path: Path) -> None:
+    architecture = "deformable_detr"
     frozen = "optim.freeze=['*.body.layer1', transformer.encoder]"
     straight, stopped = (
         configured(dataset, tmp_path, architecture, f"run.name={name}", frozen) for name in ("straight", "stopped")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from observing import observe, small_config, without_validation
+from observing import small_config, without_validation
 from recorded import final_weights
 from tiny import fit_here, make_dataset
 
@@ -74,7 +74,7 @@ def test_the_largest_that_fits_is_found(sizes: list[int]) -> None:
         assert len(tried) <= 2 + len(sizes).bit_length() and len(set(tried)) == len(tried)
 
 
-@pytest.mark.parametrize(("world_size", "size"), [(1, 8), (1, 3), (2, 2), (3, 8)])
+@pytest.mark.parametrize(("world_size", "size"), [(1, 3), (3, 8)])
 def test_the_largest_batch_is_the_largest_of_the_plan(
     dataset: Path, tmp_path: Path, world_size: int, size: int
 ) -> None:
@@ -91,7 +91,7 @@ def test_the_largest_batch_is_the_largest_of_the_plan(
     assert (padded.height % 64, padded.width % 64) == (0, 0) and padded.height >= found.height
 
 
-@pytest.mark.parametrize("largest", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("largest", [1, 4, 8])
 def test_on_cpus_a_share_of_the_free_memory_is_filled_by_what_small_batches_took(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, largest: int
 ) -> None:
@@ -151,9 +151,6 @@ def test_a_trial_leaves_everything_as_it_was(dataset: Path, tmp_path: Path) -> N
 def test_results_are_those_of_the_same_number_given_and_a_run_that_goes_on_keeps_it(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = observe(configured(dataset, tmp_path / "whole", AUTO))
-    assert {len(forward.images) for forward in whole.training} >= {8}, "there is memory for all of it"
-    fit_here(configured(dataset, tmp_path / "null"))
     one = largest_shape(job_of(configured(dataset, tmp_path / "look")).data.planner, 2, 1, epochs=1)
     memory = MadeUpMemory(monkeypatch, free=2 * IMAGE * one.count * one.height * one.width)
     config = configured(dataset, tmp_path / "auto", AUTO)
@@ -163,9 +160,8 @@ def test_results_are_those_of_the_same_number_given_and_a_run_that_goes_on_keeps
     fit_here(config)
     assert not memory.tried, "the number is known"
     fit_here(configured(dataset, tmp_path / "two", "train.micro_batch_size=2"))
-    found = {name: final_weights(tmp_path / name / "a", 2) for name in ("whole", "null", "auto", "two")}
-    for name, same in (("whole", "null"), ("auto", "two")):
-        assert all(torch.equal(value, found[same][key]) for key, value in found[name].items()), name
+    found, expected = (final_weights(tmp_path / name / "a", 2) for name in ("auto", "two"))
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
 
 
 def test_what_does_not_fit_is_said(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import ray
 from tiny import make_dataset, tiny_config
 
 from detr_ray.engine.job import prepare_job
-from detr_ray.runtime.datasets import EVALUATION, TRAIN
+from detr_ray.runtime.datasets import EVALUATION, TRAIN, RayBatches
 
 RANKS, STEPS = 16, 3
 
@@ -49,9 +49,16 @@ def test_a_process_that_serves_many_workers_plans_each_window_once(tmp_path: Pat
             Planner._plan_window = plan_window  # type: ignore[method-assign]
         return planned, train, [images(EVALUATION, rank, 0) for rank in range(RANKS)]
 
-    planned, train, evaluation = ray.get(serve.remote([ray.put(data)]))
+    reference = ray.put(data)
+    planned, train, evaluation = ray.get(serve.remote([reference]))
     assert planned == [(0, 0)], "the epoch is one window, and is planned once for all workers"
     plan = data.plan(1, 0)
     assert train == [[sample.image_id for batch in plan.step(step) for sample in batch] for step in range(STEPS)]
     first = [batches[0] for rank in range(RANKS) if (batches := data.plan(RANKS, rank).evaluation)]
     assert evaluation == [[sample.image_id for sample in batch] for batch in first]
+    # What is found out about memory only when the workers are there (`train.micro_batch_size=auto`).
+    source = RayBatches(data, reference, world_size=2, rank=1)
+    source.limit_micro_batches(3)
+    found = [[batch.image_ids.tolist() for batch in step] for step in source.train_batches(1, 2)]
+    assert found == [[[sample.image_id for sample in batch] for batch in data.plan(2, 1, 3).step(1)]]
+    assert [len(batch) for batch in found[0]] == [3, 3, 2]

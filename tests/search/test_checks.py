@@ -72,6 +72,7 @@ def test_faults_of_the_space(space: dict[str, Any], message: str) -> None:
         (["tune.scheduler=pbt", "tune.trials=1"], "tune.trials: must be at least 2"),
         (["tune.scheduler=pbt", "tune.mutate=[optim.ls]"], "no parameter 'optim.ls'; did you mean 'optim.lr'?"),
         (["tune.scheduler=pbt", "tune.mutate=[]"], "tune.mutate: names nothing"),
+        (["tune.scheduler=pbt", "train.early_stopping={}"], "train.early_stopping: must be null with tune.sch"),
         (["tune.scheduler=pbt", "tune.searcher=tpe"], "tune.searcher: must be random or grid"),
         (["tune.scheduler=asha", "eval.every_epochs=0"], "eval.every_epochs: must not be 0 with tune.scheduler=asha"),
         (["tune.metric=val/ap"], "tune.metric: val/ap is never reported; there are val/AP, "),
