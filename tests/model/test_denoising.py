@@ -10,9 +10,9 @@ import torch
 from family_goldens import load_family_golden
 
 from detr_ray.model.denoising import Noise, allowed_pairs, draw_noise, groups_for, noised
+from detr_ray.model.dino import EPS
 from detr_ray.structures import StepInfo, Target
 
-EPS = 1e-3
 INFO = StepInfo(seed=3, step=7, most_boxes=4)
 
 

@@ -22,7 +22,7 @@ from detr_ray.model.denoising import DenoisingQueries
 from detr_ray.model.dino import Dino
 from detr_ray.model.features import FeatureLevel
 from detr_ray.model.state_dicts import WeightsError
-from detr_ray.model.weights import load_initial_weights, read_checkpoint
+from detr_ray.model.weights import find_detector, load_initial_weights, read_checkpoint, whole_state
 from detr_ray.structures import IMAGENET_PIXELS, Batch, ModelOutput, PaddedBatch, StepInfo, to_device
 
 CLASSES = 5
@@ -132,6 +132,15 @@ def test_rows_of_same_named_classes_come_from_a_published_file(tmp_path: Path) -
     assert torch.equal(new.label_enc.weight[3], state["label_enc.weight"][5])
 
 
+def test_a_published_file_is_evaluated_whole(tmp_path: Path) -> None:
+    model = tiny()
+    torch.save({"model": published_state_dict(model)}, tmp_path / "whole.pth")
+    checkpoint = read_checkpoint(str(tmp_path / "whole.pth"))
+    found = whole_state(model, find_detector(checkpoint, model, "whole.pth"), "whole.pth")
+    assert found.keys() == model.state_dict().keys()
+    assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize("counts", [(0, 0), (2, 0), (3, 1)])
 @pytest.mark.parametrize("denoising", [6, 0])
 def test_every_parameter_gets_a_gradient_in_every_step(counts: tuple[int, ...], denoising: int) -> None:
@@ -154,6 +163,12 @@ def test_denoising_has_groups_for_the_fullest_image_of_the_whole_step() -> None:
         assert output["dn_outputs"]["pred_boxes"].shape == (2, queries, 4)
     assert len(model.inputs_of(batch_of(2))) == 3
     assert "dn_outputs" not in model(batch_of(2).images)
+
+
+def test_denoising_starts_as_far_from_the_border_as_published() -> None:
+    """The distance shows in boxes that noise has turned inside out."""
+    (_, _, queries) = tiny(denoising_box_noise=9).inputs_of(batch_of(3, 2))
+    torch.testing.assert_close(queries.reference_logits.min(), torch.tensor(0.001).log())
 
 
 def test_denoising_does_not_change_what_is_found() -> None:
