@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "train a detector, or resume a run",
     "tune": "search settings, each trial a whole training",
     "evaluate": "score a checkpoint on a validation set",
+    "predict": "find objects on images with a trained model",
     "check": "look for problems in data, storage and tracking before a run",
     "prepare": "generate a data set, or pack one into shards",
     "watch": "follow a run that is being trained",

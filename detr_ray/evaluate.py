@@ -27,6 +27,10 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--detections", metavar="FILE", type=_file, help="write all detections to this file, as COCO results"
     )
     parser.add_argument(
+        "--scores", metavar="FILE", type=_file,
+        help="write what scores mean to this file: precision, recall, F1 and best threshold of each category",
+    )  # fmt: skip
+    parser.add_argument(
         "--picture", metavar="FILE", type=_file, help="draw the first images with their boxes into this file (PNG)"
     )
     parser.add_argument(
@@ -70,20 +74,28 @@ def _evaluate(config: Config, arguments: argparse.Namespace) -> int:
         from detr_ray.viz import check_picture
 
         check_picture(arguments.picture, arguments.picture_images)
-    given = {"--json": arguments.json, "--detections": arguments.detections, "--picture": arguments.picture}
+    given = {
+        "--json": arguments.json,
+        "--detections": arguments.detections,
+        "--scores": arguments.scores,
+        "--picture": arguments.picture,
+    }
     check_outputs({option: location for option, location in given.items() if location is not None})
 
     from detr_ray.engine.validation.evaluation_job import prepare_evaluation
 
     job = prepare_evaluation(config, say)
 
+    from detr_ray.evaluation import describe_scores
     from detr_ray.runtime.launch import run_prepared_evaluation
 
     result = run_prepared_evaluation(job, say)
     say("\n" + result.metrics.table() + "\n\n" + result.metrics.category_table() + "\n")
+    say(describe_scores(result.metrics.scores) + "\n")
     contents: dict[str, Callable[[], bytes]] = {
         "--json": lambda: _numbers(job, result),
         "--detections": result.detections.coco_results_json,
+        "--scores": lambda: _scores(job, result),
         "--picture": lambda: _picture(job, result, arguments),
     }
     written = [_write(option, location, contents[option]) for option, location in given.items() if location is not None]
@@ -107,6 +119,11 @@ def _write(option: str, location: str, content: Callable[[], bytes]) -> bool:
 
 def _numbers(job: EvaluationJob, result: EvaluationResult) -> bytes:
     content = {"checkpoint": result.checkpoint, "settings": job.settings, "metrics": result.metrics.as_metrics("")}
+    return (json.dumps(content, indent=1) + "\n").encode()
+
+
+def _scores(job: EvaluationJob, result: EvaluationResult) -> bytes:
+    content = {"checkpoint": result.checkpoint, "measured_on": job.data.measured_on, **result.metrics.scores}
     return (json.dumps(content, indent=1) + "\n").encode()
 
 

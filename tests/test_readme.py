@@ -31,12 +31,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split in ("train", "val"):
         shutil.copy(dataset / "annotations" / f"instances_{split}2017.json", folder / f"{split}.json")
         shutil.copytree(dataset / f"{split}2017", folder / "images", dirs_exist_ok=True)
+    shutil.copytree(dataset / "val2017", folder / "photos")
     return folder
 
 
 def test_the_readme_has_the_commands_that_a_stranger_needs() -> None:
     assert {re.match(r"python -m detr_ray\.(\w+)", line)[1] for line in OURS} == {  # type: ignore[index]
-        "train", "check", "evaluate", "watch", "prepare", "tune", "show", "report",
+        "train", "check", "evaluate", "predict", "watch", "prepare", "tune", "show", "report",
     }  # fmt: skip
     assert [line.split()[1] for line in BLOCKS if line.startswith("make ")] == ["quickstart", "test"]
 
@@ -61,6 +62,8 @@ def test_every_command_does_what_it_says(folder: Path, monkeypatch: pytest.Monke
         assert code == 0, f"{line}\n{printed.out}\n{printed.err}"
     assert (folder / "found.png").is_file() and (folder / "suspicious.png").is_file()
     assert (folder / "runs" / "NAME" / "report.html").is_file()
+    assert (folder / "found" / "predictions.csv").is_file()
+    assert len(list((folder / "found" / "pictures").iterdir())) == 8
     assert (folder / "shards" / "val" / "index.parquet").is_file()
     assert (folder / "runs" / "mine" / "checkpoints").is_dir()
 

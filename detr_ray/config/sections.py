@@ -238,8 +238,8 @@ class EvalConfig(Section):
     """Largest number of images in one forward pass. Only images of equal size share a pass, so it does not change the
     result."""
     checkpoint: Text | None = None
-    """What the evaluate command evaluates: a run's folder (its best checkpoint), a checkpoint, or a path or URL of DETR
-    weights."""
+    """What the evaluate command evaluates: a run's folder (its best checkpoint), a checkpoint, a model package, or a
+    path or URL of DETR weights."""
     max_detections: Count = 100
     """Number of detections kept for each image, highest scores first. COCO's metrics are defined for 100."""
 

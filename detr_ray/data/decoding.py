@@ -32,6 +32,7 @@ from detr_ray.data.image_headers import (
     quiet_pillow,
     read_header,
     refuse_early,
+    refuse_too_large,
     significant_bits,
 )
 
@@ -128,14 +129,38 @@ def _decode_with_pillow(data: bytes, name: str, size: tuple[int, int] | None) ->
     """An image of any format that Pillow knows, ``[3, H, W]``; upright where ``size`` does not say otherwise."""
     try:
         with quiet_pillow(), Image.open(io.BytesIO(data)) as image:
-            header = describe(image, data, name)
-            if size is not None and sorted(size) != sorted(header.stored):
-                raise WrongSizeError(name, header.upright, size)  # before decoding: see above
-            pixels = torch.from_numpy(_to_rgb(image, name))
-            if not header.is_certain and header.orientation == 1:
-                header = replace(header, orientation=late_orientation(image))
+            return _decode_opened(image, data, name, size)
     except Exception as error:
         raise damaged(name, error) from error
+
+
+def decode_opened(image: Image.Image, name: str) -> Tensor:
+    """The pixels of an image that Pillow has opened, or made in memory; upright by its EXIF.
+
+    Args:
+        image: of any mode that `decode_image` takes from files; it is left as it is, but may have its pixels loaded.
+        name: what to call it in messages.
+
+    Returns:
+        ``[3, H, W]`` uint8 RGB.
+
+    Raises:
+        ImageError: damaged, closed, too large, or a pixel type without a defined range.
+    """
+    try:
+        with quiet_pillow():
+            return _decode_opened(image, b"", name, None)
+    except Exception as error:
+        raise damaged(name, error) from error
+
+
+def _decode_opened(image: Image.Image, data: bytes, name: str, size: tuple[int, int] | None) -> Tensor:
+    header = describe(image, data, name)
+    if size is not None and sorted(size) != sorted(header.stored):
+        raise WrongSizeError(name, header.upright, size)  # before decoding: see above
+    pixels = torch.from_numpy(_to_rgb(image, name))
+    if not header.is_certain and header.orientation == 1:
+        header = replace(header, orientation=late_orientation(image))
     is_upright, comes_upright = header.turn(name, size), header.format == "TIFF"
     if is_upright and not comes_upright:
         pixels = _turned(pixels, header.orientation)
@@ -180,6 +205,41 @@ def _to_rgb(image: Image.Image, name: str) -> np.ndarray:
     if is_deep and pixels.max() <= _DARK >> 8:
         raise _nearly_black(name, _DARK)
     return pixels
+
+
+def decode_array(values: np.ndarray, name: str) -> Tensor:
+    """The pixels of an array as `decode_image` gives those of a file.
+
+    Args:
+        values: ``[H, W]``, or ``[H, W, C]`` with one channel (grey), two (grey, alpha), three (RGB) or four (RGB,
+            alpha): uint8; uint16, whose high byte is taken; or floats in 0..1.
+        name: what to call it in messages.
+
+    Returns:
+        ``[3, H, W]`` uint8 RGB.
+
+    Raises:
+        ImageError: another shape or type, or values out of range.
+    """
+    if values.ndim not in (2, 3) or not values.size or (values.ndim == 3 and values.shape[2] > 4):
+        raise ImageError(
+            f"{name}: has the shape {list(values.shape)}; an array is [height, width] or [height, width, channels] "
+            "with 1 to 4 channels, a tensor [channels, height, width]"
+        )
+    refuse_too_large(name, (values.shape[0], values.shape[1]))
+    if values.dtype.kind == "f":
+        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+            raise ImageError(f"{name}: its floats are not all in 0..1; divide by 255, or give uint8")
+        values = (values.astype(np.float32) * 255).round().astype(np.uint8)
+    elif values.dtype == np.uint16:
+        if 0 < (most := int(values.max())) <= _DARK:
+            raise _nearly_black(name, most)
+        values = (values >> 8).astype(np.uint8)
+    elif values.dtype != np.uint8:
+        raise ImageError(f"{name}: its pixels are {values.dtype}; give uint8, uint16, or floats in 0..1")
+    channels = values.reshape(*values.shape[:2], -1)
+    rgb = channels[:, :, :3] if channels.shape[2] > 2 else np.repeat(channels[:, :, :1], 3, axis=2)
+    return torch.from_numpy(rgb.copy()).permute(2, 0, 1)
 
 
 def _nearly_black(name: str, most: int) -> ImageError:

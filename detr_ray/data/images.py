@@ -9,6 +9,7 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -56,6 +57,17 @@ class StoredImages(Protocol):
     @property
     def follow_links(self) -> bool:
         """Whether links in the folder may lead out of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredNames:
+    """Images in a folder, without anything else: enough to read them."""
+
+    file_names: pa.StringArray
+    images_root: str | None
+    follow_links: bool
+    shards: None = None
+    sources: None = None
 
 
 class ImageReader:

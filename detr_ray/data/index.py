@@ -233,6 +233,20 @@ class DatasetIndex:
             problems={key: n for key, n in self.problems.items() if key not in _box_problems(self)},
         )
 
+    def without_annotations(self) -> DatasetIndex:
+        """The images alone."""
+        none = np.zeros(0, np.int64)
+        return replace(
+            self,
+            first_box=np.zeros(len(self) + 1, np.int64),
+            boxes_xywh_px=np.zeros((0, 4)),
+            category_ids=none,
+            areas=np.zeros(0),
+            is_crowd=np.zeros(0, bool),
+            annotation_ids=none,
+            problems={},
+        )
+
     def training_instances(self, i: int, label_map: LabelMap) -> Instances:
         """What is to be learnt from image ``i``: no crowds, boxes clipped to the image, none without area.
 

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 MODEL_FILE = "model.pt"
 """Name of the file in a checkpoint."""
 
+SCORES_FILE = "scores.json"
+"""Name of the file beside it that says what the model's scores mean, where they were measured."""
+
 
 def saved_model(
     model: nn.Module, averaged: nn.Module | None, label_map: LabelMap, config: Config, step: int
@@ -53,6 +56,7 @@ class SavedModel:
         label_map: what its classes are; None where the file does not say.
         config: what it was trained with; None where the file does not say.
         is_averaged: whether the weights are an average over training.
+        step: optimizer steps taken; None where the file does not say.
         checkpoint: the file's whole content, as `read_checkpoint` gives it.
     """
 
@@ -60,6 +64,7 @@ class SavedModel:
     label_map: LabelMap | None
     config: Config | None
     is_averaged: bool
+    step: int | None
     checkpoint: Mapping[str, Any]
 
     def weights_for(self, model: DetectionModel) -> StateDict:
@@ -73,31 +78,48 @@ class SavedModel:
         return find_detector(self.checkpoint, model, self.source)
 
 
-def read_saved_model(source: str, say: Callable[[str], None]) -> SavedModel:
+def read_saved_model(source: str, say: Callable[[str], None], sha256: str | None = None) -> SavedModel:
     """Reads a model file.
 
     Args:
         source: path, address or URL.
         say: is told of keys of the configuration that this version does not know.
+        sha256: of the file's content, where it was recorded.
 
     Raises:
-        WeightsError: the file cannot be had, or is damaged.
+        WeightsError: the file cannot be had, is damaged, or was changed.
         ConfigError: its configuration is none for this version.
     """
     from detr_ray.model.checkpoint_file import read_checkpoint  # and pyarrow, which training does without
 
-    def warn(key: str) -> None:
-        say(f"WARNING: {source} was trained with {key}, which this version does not know (any more)")
-
-    checkpoint = read_checkpoint(source)
+    checkpoint = read_checkpoint(source, sha256)
     is_own = "config" in checkpoint
     return SavedModel(
         source=source,
         label_map=LabelMap.from_dict(checkpoint["label_map"]) if is_own else None,
-        config=config_from_dict(checkpoint["config"], source, warn) if is_own else None,
+        config=stored_config(checkpoint["config"], source, say) if is_own else None,
         is_averaged=checkpoint["ema"] is not None,
+        step=checkpoint.get("step") if is_own else None,
         checkpoint=checkpoint,
     )
+
+
+def stored_config(values: Mapping[str, Any], source: str, say: Callable[[str], None]) -> Config:
+    """The configuration that is kept with a model.
+
+    Args:
+        values: section -> key -> value.
+        source: the model, for messages.
+        say: is told of keys that this version does not know; they are left out.
+
+    Raises:
+        ConfigError: it is none for this version.
+    """
+
+    def warn(key: str) -> None:
+        say(f"WARNING: {source} was trained with {key}, which this version does not know (any more)")
+
+    return config_from_dict(values, source, warn)
 
 
 def labels_in(model_file: Mapping[str, Any]) -> LabelMap:

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from detr_ray.detector.inference import AUTOCAST_DTYPES
 from detr_ray.engine.context import WorkerContext
 from detr_ray.engine.cpu import PeakMemory, free_bytes, give_back_freed_memory
 from detr_ray.engine.errors import RunFailed
-from detr_ray.engine.step import AUTOCAST_DTYPES
 from detr_ray.retries import reason_of
 from detr_ray.structures import PaddedBatch, StepInfo, to_device
 

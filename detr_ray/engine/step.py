@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from detr_ray.detector.inference import AUTOCAST_DTYPES
 from detr_ray.engine.context import LeaveReason, WorkerContext, most_urgent
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.nonfinite import describe_nonfinite, float_tensors
@@ -31,8 +32,6 @@ from detr_ray.structures import Batch, HostCopy, ModelOutput, PaddedBatch, StepI
 
 MOST_COMPILED = 512
 """Most versions of a compiled model, one for each input shape; further shapes run uncompiled."""
-
-AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass

@@ -5,7 +5,8 @@ Detections are sorted first, so the result does not depend on which worker found
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from detr_ray.evaluation.detections import DetectionTable
 from detr_ray.evaluation.ground_truth import GroundTruth
 from detr_ray.evaluation.grouped import group_by_category
 from detr_ray.evaluation.precision_recall import MAX_DETECTIONS, Curves, precision_recall_curves
+from detr_ray.evaluation.score_quality import describe_scores, measure_scores, scores_table
 from detr_ray.printable import printable
 
 SUMMARY: dict[str, str] = {
@@ -45,6 +47,7 @@ class CocoMetrics:
         images: number of images.
         boxes: number of annotated boxes, without crowd regions.
         detections: number of detections.
+        scores: what the scores of the detections mean; see `measure_scores`. Empty where that was not measured.
     """
 
     summary: dict[str, float | None]
@@ -53,6 +56,7 @@ class CocoMetrics:
     images: int
     boxes: int
     detections: int
+    scores: dict[str, Any] = field(default_factory=dict)
 
     @property
     def ap(self) -> float | None:
@@ -69,6 +73,13 @@ class CocoMetrics:
         lines = [f"{name:<6}{_number(self.summary[name])}   {meaning}" for name, meaning in SUMMARY.items()]
         scored = f"{self.images:,} images, {self.boxes:,} annotated boxes, {self.detections:,} detections"
         return "\n".join([*lines, scored])
+
+    def all_tables(self) -> str:
+        """All that is said of an evaluation: the twelve numbers, those of the categories, and what scores mean."""
+        parts = [self.table(), self.category_table()]
+        if self.scores:
+            parts += [describe_scores(self.scores), scores_table(self.scores)]
+        return "\n\n".join(parts) + "\n"
 
     def category_table(self) -> str:
         """AP and AP50 of the categories that have ground truth, best first."""
@@ -96,20 +107,21 @@ def evaluate_detections(ground_truth: GroundTruth, detections: DetectionTable) -
     """
     _check_images(detections, ground_truth)
     _check_finite(detections)
-    names, curves = category_curves(ground_truth, detections)
+    categories, curves = category_curves(ground_truth, detections)
     precision = curves.precision["all"]
     return CocoMetrics(
         summary=_summary(curves),
-        category_ap={name: _mean(precision[:, :, k]) for k, name in enumerate(names)},
-        category_ap50={name: _mean(precision[_IOU_50, :, k]) for k, name in enumerate(names)},
+        category_ap={name: _mean(precision[:, :, k]) for k, name in enumerate(categories.values())},
+        category_ap50={name: _mean(precision[_IOU_50, :, k]) for k, name in enumerate(categories.values())},
         images=len(np.unique(ground_truth.image_ids)),
         boxes=int((~ground_truth.is_crowd.astype(bool)).sum()),
         detections=len(detections),
+        scores=measure_scores(curves.judged, categories),
     )
 
 
-def category_curves(ground_truth: GroundTruth, detections: DetectionTable) -> tuple[list[str], Curves]:
-    """Names of the categories by rising id, and their curves of precision and recall.
+def category_curves(ground_truth: GroundTruth, detections: DetectionTable) -> tuple[dict[int, str], Curves]:
+    """Names of the categories, by rising id, and their curves of precision and recall.
 
     Args:
         ground_truth: as for `evaluate_detections`.
@@ -125,7 +137,7 @@ def category_curves(ground_truth: GroundTruth, detections: DetectionTable) -> tu
         len(grouped.image_ids),
         len(grouped.category_ids),
     )
-    return [names[category_id] for category_id in grouped.category_ids.tolist()], curves
+    return {category_id: names[category_id] for category_id in grouped.category_ids.tolist()}, curves
 
 
 def _summary(curves: Curves) -> dict[str, float | None]:

@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 
 from detr_ray.evaluation.matching import IOU_THRESHOLDS, Annotations, Found, find_overlaps, match
+from detr_ray.evaluation.score_quality import Judged
 
 RECALLS = np.linspace(0.0, 1.0, 101)
 """Recall values at which precision is taken."""
@@ -27,11 +28,13 @@ class Curves:
         precision: area -> ``[T, R, K]``, the highest precision at or above each recall.
         recall: area -> ``[T, K]``, recall with up to 100 detections for each image and category.
         recall_of_first: number of detections -> ``[T, K]``, recall with this number of detections, all areas.
+        judged: the detections that count at the lowest IoU threshold, of all areas; what their scores are worth.
     """
 
     precision: dict[str, np.ndarray]
     recall: dict[str, np.ndarray]
     recall_of_first: dict[int, np.ndarray]
+    judged: Judged
 
 
 def precision_recall_curves(
@@ -55,11 +58,9 @@ def precision_recall_curves(
     overlaps = find_overlaps(found, annotations)
 
     shape = (len(IOU_THRESHOLDS), num_categories)
-    curves = Curves(
-        precision={area: np.full((shape[0], len(RECALLS), shape[1]), -1.0) for area in AREAS},
-        recall={area: np.full(shape, -1.0) for area in AREAS},
-        recall_of_first={limit: np.full(shape, -1.0) for limit in MAX_DETECTIONS},
-    )
+    precision = {area: np.full((shape[0], len(RECALLS), shape[1]), -1.0) for area in AREAS}
+    recall = {area: np.full(shape, -1.0) for area in AREAS}
+    recall_of_first = {limit: np.full(shape, -1.0) for limit in MAX_DETECTIONS}
     for area, (low, high) in AREAS.items():
         ignored = annotations.outside(low, high)
         to_find = np.bincount(category_of_box[~ignored], minlength=num_categories)
@@ -67,14 +68,18 @@ def precision_recall_curves(
         wrong = ~(right | neutral | ((found.areas < low) | (found.areas > high)))
         for k in np.flatnonzero(to_find):
             rows, order = slices[k], by_score[k]
-            curves.precision[area][:, :, k] = interpolated_precision(
+            precision[area][:, :, k] = interpolated_precision(
                 right[:, rows][:, order], wrong[:, rows][:, order], to_find[k]
             )
-            curves.recall[area][:, k] = right[:, rows].sum(axis=1) / to_find[k]
+            recall[area][:, k] = right[:, rows].sum(axis=1) / to_find[k]
             if area == "all":
-                for limit, recall in curves.recall_of_first.items():
-                    recall[:, k] = right[:, rows][:, ranks[rows] < limit].sum(axis=1) / to_find[k]
-    return curves
+                for limit, of_first in recall_of_first.items():
+                    of_first[:, k] = right[:, rows][:, ranks[rows] < limit].sum(axis=1) / to_find[k]
+        if area == "all":
+            counts = ~neutral[0]
+            category_of_found = found.groups[counts] // max(num_images, 1)
+            judged = Judged(scores[counts], category_of_found, right[0, counts], to_find)
+    return Curves(precision, recall, recall_of_first, judged)
 
 
 def interpolated_precision(right: np.ndarray, wrong: np.ndarray, to_find: int) -> np.ndarray:

@@ -42,7 +42,7 @@ _LARGEST_HEADER = 100_000_000
 """Bytes of a safetensors header that its library takes at most."""
 
 
-def read_checkpoint(source: str) -> dict[str, Any]:
+def read_checkpoint(source: str, sha256: str | None = None) -> dict[str, Any]:
     """Reads a checkpoint onto the CPU: this project's format, the original's, other trainers', or a bare state dict.
 
     Args:
@@ -50,6 +50,7 @@ def read_checkpoint(source: str) -> dict[str, Any]:
             ``http://`` or ``https://`` URL. A URL's content must have the SHA-256 that
             its file name starts to spell (``NAME-<8 or more hex digits>.pth``); such files are kept in the torch hub
             folder for the next time. Without such a name the content is taken as it comes, with a warning.
+        sha256: what the content of a path or an object was recorded to have; nothing of another content is read.
 
     Returns:
         What the file holds; ``"model"`` is the state dict, ``"ema"`` that of averaged weights or None,
@@ -57,14 +58,16 @@ def read_checkpoint(source: str) -> dict[str, Any]:
         ``"label_map"`` and ``"config"`` are there in files of this project only.
 
     Raises:
-        WeightsError: the file cannot be had, is damaged, or holds more than data.
+        WeightsError: the file cannot be had, is damaged or another than was recorded, or holds more than data.
     """
     path = local_path(source)
     if source.lower().startswith(("http://", "https://")):
         content = _fetched(source)
     elif path is None:
-        content = _stored(source)
+        content = _stored(source, sha256)
     else:
+        if sha256 is not None:
+            _refuse_changed(source, path, sha256)
         content = _loaded(path, source)
         if is_uri(source):
             _refuse_other_hash(source, path)
@@ -82,13 +85,35 @@ def read_checkpoint(source: str) -> dict[str, Any]:
     return {**checkpoint, "class_names": list(names), "label_map": label_map, "config": config}
 
 
-def _stored(location: str) -> Any:
+def _stored(location: str, sha256: str | None) -> Any:
     """Content of an object on a remote file system."""
     try:
         data = read_buffer(location)
     except (OSError, LocationError) as error:
         raise WeightsError(str(error)) from error
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise changed(location)
     return _loaded(data, location)
+
+
+def _refuse_changed(source: str, path: Path, sha256: str) -> None:
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise WeightsError(f"there is no file {source}") from None
+    except OSError as error:
+        raise WeightsError(f"{source} cannot be read: {error.strerror or error}") from error
+    if found != sha256:
+        raise changed(source)
+
+
+def changed(source: str) -> WeightsError:
+    """The error for a file whose content is not the one whose hash was recorded when it was written."""
+    return WeightsError(
+        f"{source} is not what was written: its SHA-256 is another than the one recorded beside it. It is damaged or "
+        "was changed; take another checkpoint, or copy it again"
+    )
 
 
 def _loaded(place: Path | pa.Buffer, source: str) -> Any:

@@ -94,12 +94,27 @@ def detection_grid(
     return picture
 
 
+def detection_picture(image: np.ndarray, found: DrawnBoxes) -> Image.Image:
+    """Draws what was found on an image, at the image's own size.
+
+    Args:
+        image: ``[H, W, 3]`` uint8.
+        found: the boxes.
+    """
+    return _draw(Image.fromarray(image), 1.0, None, found)
+
+
 def _draw_cell(image: np.ndarray, truth: DrawnBoxes, found: DrawnBoxes) -> Image.Image:
     scale = _CELL_PX / max(image.shape[:2])
     size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
-    cell = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
+    return _draw(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC), scale, truth, found)
+
+
+def _draw(cell: Image.Image, scale: float, truth: DrawnBoxes | None, found: DrawnBoxes) -> Image.Image:
+    """Draws boxes onto a picture that is ``scale`` times as large as the image that they are of."""
+    size = cell.size
     draw = ImageDraw.Draw(cell)
-    for box in truth.boxes_xywh_px:
+    for box in () if truth is None else truth.boxes_xywh_px:
         draw.rectangle(_corners(box, scale, size), outline=_ANNOTATION, width=1)
     font = ImageFont.load_default(size=12)
     for number, (box, name) in enumerate(zip(found.boxes_xywh_px, found.names, strict=True)):

@@ -172,6 +172,18 @@ def evaluate_detections(place: Place) -> None:
     assert all(len(row["bbox"]) == 4 and 0 < row["score"] < 1 for row in rows)
 
 
+@shows("evaluate", "--scores")
+def evaluate_scores(place: Place) -> None:
+    path = place.folder / "scores.json"
+    out = place.done("evaluate", "--scores", path)
+    content = json.loads(path.read_text())
+    val = open_split(str(place.data), None, "val")
+    assert {int(i) for i in content["categories"]} == {i for i, _ in val.categories}
+    assert content["all"]["boxes"] == len(val.category_ids) and len(content["all"]["curves"]["recall"]) == 21
+    assert content["measured_on"]["eval.size"] == place.config().eval.size
+    assert f"scores       {path}" in out
+
+
 def picture(place: Place, *argv: object) -> np.ndarray:
     path = place.folder / "picture.png"
     path.unlink(missing_ok=True)
@@ -208,6 +220,69 @@ def evaluate_picture_score(place: Place) -> None:
     )
     assert 0 < best < most < each
     assert scores[-1] < 0.5 and np.array_equal(picture(place), bare)
+
+
+# predict
+
+
+def predicted(place: Place, *argv: object) -> Path:
+    """The folder of the results of a command that succeeds; of the validation images, if no others are given."""
+    out = place.folder / f"predicted-{len(list(place.folder.iterdir()))}"
+    images = () if "--images" in argv else ("--images", place.data / "val2017")
+    place.done("predict", *images, "--out", out, *argv)
+    return out
+
+
+def results(out: Path) -> list[dict]:
+    return json.loads((out / "results.json").read_text())
+
+
+@shows("predict", "--images", "--out", "--root")
+def predict_images(place: Place) -> None:
+    """Two images, by their names and by a COCO file that names them."""
+    images = sorted((place.data / "val2017").iterdir())[:2]
+    found = results(predicted(place, "--images", *images))
+    assert {row["image_id"] for row in found} == {1, 2} and len(found) == 2 * 6
+    named = []
+    for number, path in enumerate(images, 5):
+        with Image.open(path) as image:
+            named.append({"id": number, "file_name": path.name, "height": image.height, "width": image.width})
+    (place.folder / "some.json").write_text(json.dumps({"images": named}))
+    arguments = ("--images", place.folder / "some.json", "--root", place.data / "val2017")
+    assert [row | {"image_id": row["image_id"] + 4} for row in found] == results(predicted(place, *arguments))
+
+
+@shows("predict", "--to")
+def predict_to(place: Place) -> None:
+    beside = {"prediction.json", "parts", "bad_images.txt"}
+    for formats, written in (("coco", {"results.json"}), ("csv,pictures", {"predictions.csv", "pictures"})):
+        assert {path.name for path in predicted(place, "--to", formats).iterdir()} == beside | written
+
+
+@shows("predict", "--threshold", "--scores", "--top-k")
+def predict_less(place: Place) -> None:
+    everything = results(predicted(place))
+    scores = sorted((row["score"] for row in everything), reverse=True)
+    assert results(predicted(place, "--threshold", scores[3])) == [r for r in everything if r["score"] >= scores[3]]
+    assert len(results(predicted(place, "--top-k", 2))) == 4 * 2
+    measured = {"all": {"threshold": scores[2]}, "categories": {}}
+    (place.folder / "scores.json").write_text(json.dumps(measured))
+    best = predicted(place, "--threshold", "best_f1", "--scores", place.folder / "scores.json")
+    assert len(results(best)) == 3
+
+
+@shows("predict", "--picture-score")
+def predict_picture_score(place: Place) -> None:
+    """By default nothing is drawn: all scores of this model are below one half."""
+    plain, drawn = (predicted(place, "--to", "pictures", *argv) / "pictures" for argv in ((), ("--picture-score", 0)))
+    for path in plain.iterdir():
+        assert path.read_bytes() != (drawn / path.name).read_bytes()
+
+
+@shows("predict", "--part-images")
+def predict_part_images(place: Place) -> None:
+    counts = [len(list((predicted(place, *argv) / "parts").iterdir())) for argv in ((), ("--part-images", 1))]
+    assert counts[0] == 1 < counts[1] <= 4
 
 
 # tune

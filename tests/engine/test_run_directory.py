@@ -17,9 +17,10 @@ from tiny import fit_here, make_dataset, tiny_config
 
 from detr_ray.config import Config, ConfigError, flatten
 from detr_ray.engine.checkpoints import run_directory
+from detr_ray.engine.checkpoints.found_model import find_model
 from detr_ray.engine.checkpoints.run_directory import open_run, read_record
 from detr_ray.engine.job import prepare_job
-from detr_ray.engine.validation.evaluation_job import find_checkpoint, prepare_evaluation
+from detr_ray.engine.validation.evaluation_job import prepare_evaluation
 from detr_ray.locations import read_bytes
 
 
@@ -83,7 +84,7 @@ def test_a_run_that_is_written_can_be_read(dataset: Path, tmp_path: Path) -> Non
     fit_here(config)
     with prepare_job(config, print).run.locked():
         assert read_record("a", str(tmp_path)) is not None
-        assert find_checkpoint(str(tmp_path / "a")).endswith("step_00000001/model.pt")
+        assert find_model(str(tmp_path / "a"), "eval.checkpoint").file.endswith("step_00000001/model.pt")
         prepare_evaluation(tiny_config(dataset, tmp_path, f"eval.checkpoint={tmp_path / 'a'}"), print)
 
 
@@ -180,7 +181,7 @@ def test_checkpoints_of_earlier_versions_go_on(dataset: Path, tmp_path: Path) ->
 
 def test_checkpoints_with_keys_that_are_gone_are_evaluated(dataset: Path, tmp_path: Path) -> None:
     fit_here(tiny_config(dataset, tmp_path, "run.name=a", "train.max_steps=1"))
-    path = Path(find_checkpoint(str(tmp_path / "a")))
+    path = Path(find_model(str(tmp_path / "a"), "eval.checkpoint").file)
     content = torch.load(path, weights_only=True)
     content["config"]["optim"]["momentum"] = 0.9
     del content["config"]["model"]["dropout"]
@@ -197,7 +198,7 @@ def test_checkpoints_with_keys_that_are_gone_are_evaluated(dataset: Path, tmp_pa
 def begun_from_file(dataset: Path, tmp_path: Path) -> tuple[Path, tuple[str, ...]]:
     """A run that was begun from a file of weights, has a checkpoint, and whose file is gone."""
     fit_here(tiny_config(dataset, tmp_path, "run.name=source", "train.max_steps=1"))
-    weights = Path(find_checkpoint(str(tmp_path / "source"))).rename(tmp_path / "weights.pt")
+    weights = Path(find_model(str(tmp_path / "source"), "eval.checkpoint").file).rename(tmp_path / "weights.pt")
     settings = ("run.name=a", "model.dropout=0", f"model.init_from={weights}")
     fit_here(tiny_config(dataset, tmp_path, *settings), stop_after=3)
     fit_here(tiny_config(dataset, tmp_path, *settings, "run.name=straight"))

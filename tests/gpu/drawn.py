@@ -134,6 +134,9 @@ class MemoryCheckpoints:
         self._kept[info.step] = (noted, self._kept[info.step][1])
         return noted
 
+    def write_beside(self, folder: str, name: str, content: bytes) -> None:
+        self._kept[int(folder[-8:])][1][name] = content
+
     def checkpoints(self) -> list[CheckpointInfo]:
         return [info for info, _ in self._kept.values()]
 

@@ -15,7 +15,8 @@ from drawn import deviation, draw_batch, draw_model, settings
 from torch import Tensor, nn
 
 from detr_ray.detector import postprocess
-from detr_ray.engine.step import AUTOCAST_DTYPES, compiled
+from detr_ray.detector.inference import AUTOCAST_DTYPES
+from detr_ray.engine.step import compiled
 from detr_ray.loss import SoftmaxLoss
 from detr_ray.structures import IMAGENET_PIXELS, to_device
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 TESTS = (
     "tests/seams", "tests/config_keys", "tests/commands", "tests/data", "tests/engine", "tests/loss", "tests/model",
-    "tests/evaluation", "tests/viz", "tests/search", "tests/tracking/test_history.py", "tests/test_cli.py",
-    "tests/test_check.py", "tests/test_watch.py", "tests/test_prepare.py",
+    "tests/evaluation", "tests/prediction", "tests/viz", "tests/search", "tests/tracking/test_history.py",
+    "tests/test_cli.py", "tests/test_check.py", "tests/test_watch.py", "tests/test_prepare.py",
 )  # fmt: skip
 """Without Ray, so that a change is tried in seconds."""
 
@@ -73,6 +73,16 @@ MODULES = (
     "detr_ray/model/attention_maps.py",
     "detr_ray/model/backbones/resnet.py",
     "detr_ray/detector/postprocess.py",
+    "detr_ray/detector/inference.py",
+    "detr_ray/detector/package.py",
+    "detr_ray/prediction/loaded_model.py",
+    "detr_ray/prediction/given_images.py",
+    "detr_ray/prediction/thresholds.py",
+    "detr_ray/prediction/job.py",
+    "detr_ray/prediction/results.py",
+    "detr_ray/engine/prediction_job.py",
+    "detr_ray/data/formats/bare_images.py",
+    "detr_ray/evaluation/score_quality.py",
     "detr_ray/evaluation/detections.py",
     "detr_ray/evaluation/grouped.py",
     "detr_ray/evaluation/matched.py",

@@ -17,11 +17,11 @@ from s3_server import S3Server
 from detr_ray.addresses import LocationError
 from detr_ray.check import main as check
 from detr_ray.config import ConfigError
+from detr_ray.engine.checkpoints.found_model import find_model
 from detr_ray.engine.checkpoints.run_directory import open_run
 from detr_ray.engine.checkpoints.store import CheckpointStore
 from detr_ray.engine.errors import CheckpointError
 from detr_ray.engine.preflight.writing import try_storage, within
-from detr_ray.engine.validation.evaluation_job import find_checkpoint
 from detr_ray.model.weights import WeightsError, read_checkpoint
 from detr_ray.retries import AccessDenied, NoSuchObject, StorageError
 
@@ -189,7 +189,7 @@ def test_checkpoints_in_a_bucket_are_found_and_read(root, s3: S3Server):
     save(store, 2, 0.1)
     file = f"{root}/step_00000001/model.pt"
     for given in (run, f"{root}/step_00000001", file):
-        assert find_checkpoint(given) == file
+        assert find_model(given, "eval.checkpoint").file == file
     assert torch.equal(read_checkpoint(file)["model"]["w"], torch.ones(4))
     with pytest.raises(WeightsError, match=r"s3://.*/absent.pt: no such object"):
         read_checkpoint(f"{root}/absent.pt")
@@ -197,7 +197,7 @@ def test_checkpoints_in_a_bucket_are_found_and_read(root, s3: S3Server):
     with pytest.raises(WeightsError, match=r"junk.pt is damaged or no torch file \(4 bytes\)"):
         read_checkpoint(f"{root}/junk.pt")
     with pytest.raises(ConfigError, match="holds no whole checkpoint"):
-        find_checkpoint(run.removesuffix("/mine"))
+        find_model(run.removesuffix("/mine"), "eval.checkpoint")
 
 
 # Trying a storage

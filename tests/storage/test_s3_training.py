@@ -14,9 +14,9 @@ from tiny import fit_here, make_dataset, tiny_config
 from detr_ray.data.formats import open_split
 from detr_ray.data.packing import write_shards
 from detr_ray.detector.artifact import MODEL_FILE
+from detr_ray.engine.checkpoints.found_model import find_model
 from detr_ray.engine.checkpoints.store import CheckpointStore
 from detr_ray.engine.loop import FitResult
-from detr_ray.engine.validation.evaluation_job import find_checkpoint
 from detr_ray.runtime.launch import fit
 from detr_ray.tracking import MemoryTracker
 
@@ -95,7 +95,7 @@ def test_shards_in_a_bucket_give_the_same_run_by_the_launcher(folder, undisturbe
     assert result.status == "finished"
     assert result.run_path == f"s3://{bucket}/runs/mine"
     assert all(torch.equal(value, undisturbed.weights[name]) for name, value in weights_of(result).items())
-    assert find_checkpoint(result.run_path) == f"{result.best_checkpoint}/{MODEL_FILE}"
+    assert find_model(result.run_path, "eval.checkpoint").file == f"{result.best_checkpoint}/{MODEL_FILE}"
     assert fit(config).status == "nothing to do"
 
 

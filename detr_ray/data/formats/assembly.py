@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from detr_ray.data.errors import DataError, few
 from detr_ray.data.image_sizes import Progress, read_sizes
-from detr_ray.data.images import ImageReader
+from detr_ray.data.images import ImageReader, StoredNames
 from detr_ray.data.index import MOST_PIXELS_A_SIDE, DatasetIndex
 
 _DECIMALS = 6
@@ -32,17 +32,6 @@ class Reading:
 
     skip_unreadable: bool = False
     progress: Progress | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class StoredNames:
-    """Images in a folder, without anything else: enough to read them."""
-
-    file_names: pa.StringArray
-    images_root: str | None
-    follow_links: bool
-    shards: None = None
-    sources: None = None
 
 
 @dataclass(slots=True)

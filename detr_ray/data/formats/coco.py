@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from detr_ray.addresses import LocationError, is_remote
@@ -71,8 +73,39 @@ def read_coco_index(location: str, images_root: str, follow_links: bool = False)
     )
 
 
-def _parse(location: str) -> dict[str, list]:
-    """The file's three lists, without the outlines of the objects."""
+def read_coco_images(location: str, images_root: str, follow_links: bool = False) -> DatasetIndex:
+    """Reads which images a COCO file names, and not what is annotated on them; a list of images alone is enough.
+
+    Args:
+        location: see `read_coco_index`.
+        images_root: see `read_coco_index`.
+        follow_links: see `read_coco_index`.
+
+    Raises:
+        DataError: see `read_coco_index`.
+    """
+    images = Records(location, "image", _parse(location, ("images",))["images"])
+    none = np.zeros(0, np.int64)
+    return DatasetIndex.of_annotations(
+        image_ids=images.ids(),
+        heights=_read_sides(images, "height"),
+        widths=_read_sides(images, "width"),
+        file_names=images.texts("file_name"),
+        annotated_ids=none,
+        boxes_xywh_px=np.zeros((0, 4)),
+        category_ids=none,
+        areas=np.zeros(0),
+        is_crowd=np.zeros(0, bool),
+        annotation_ids=none,
+        categories=(),
+        source=location,
+        images_root=images_root,
+        follow_links=follow_links,
+    )
+
+
+def _parse(location: str, needed: Sequence[str] = ("images", "annotations", "categories")) -> dict[str, list]:
+    """The file's lists, without the outlines of the objects."""
     try:
         raw = read_bytes(location)
     except FileNotFoundError as error:
@@ -86,15 +119,14 @@ def _parse(location: str) -> dict[str, list]:
     content = parse_json(location, raw, object_hook=_without_outline)
     if not isinstance(content, dict):
         raise DataError(f"{location}: not a COCO file: a {type(content).__name__}, not an object with 'images'")
-    for key in ("images", "annotations", "categories"):
+    for key in needed:
         if not isinstance(content.get(key), list):
             raise DataError(
                 f"{location}: not a COCO instance file: no list under {key!r} (its keys: {few(sorted(content), 8)})"
             )
-    if not content["images"]:
-        raise DataError(f"{location}: no image in it")
-    if not content["categories"]:
-        raise DataError(f"{location}: no category in it")
+    for key, what in (("images", "image"), ("categories", "category")):
+        if key in needed and not content[key]:
+            raise DataError(f"{location}: no {what} in it")
     return content
 
 

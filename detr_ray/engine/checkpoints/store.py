@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import torch
 
-from detr_ray.addresses import join, resolve
+from detr_ray.addresses import join, parent, resolve
 from detr_ray.engine.checkpoints.info import CheckpointInfo, best_of, highest, scored
 from detr_ray.engine.errors import CheckpointError
 from detr_ray.locations import (
@@ -144,6 +144,14 @@ class CheckpointStore:
         info = info.with_scores(metrics, problem, measured_on)
         self._write_manifest(info)
         return info
+
+    def write_beside(self, folder: str, name: str, content: bytes) -> None:
+        """Writes a file into a checkpoint's folder, beside those that its manifest lists.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        write_bytes(join(folder, name), content)
 
     def checkpoints(self) -> list[CheckpointInfo]:
         """All complete checkpoints, oldest first. Incomplete ones are ignored with a warning.
@@ -290,6 +298,16 @@ class CheckpointStore:
         if known is None or known[0] != files[MANIFEST]:
             known = self._manifests[folder] = files[MANIFEST], json.loads(read_bytes(join(folder, MANIFEST)))
         return known[1]
+
+
+def checkpoint_at(folder: str) -> CheckpointInfo | None:
+    """The checkpoint in a folder, wherever the folder was copied to; None if it is not whole.
+
+    Raises:
+        OSError: the storage does not answer or denies access.
+    """
+    files = {file.name: file for file in list_files(folder)}
+    return CheckpointStore(parent(folder))._info(resolve(folder), files)
 
 
 def release(checkpoint: str) -> None:

@@ -110,7 +110,8 @@ def suspicion_line(one: Suspicion, found: Found) -> str:
 
 def precision_recall_picture(found: Found) -> Drawn:
     """Curves of every category."""
-    names, curves = category_curves(found.truth, found.detections)
+    categories, curves = category_curves(found.truth, found.detections)
+    names = list(categories.values())
     precision = curves.precision["all"][[_IOU_50, _IOU_75]]
     return Drawn(precision_recall_figure(names, RECALLS, precision, f"Precision and recall; {found.source}"))
 

@@ -100,7 +100,7 @@ class LocalBatches:
             assert self._train_loader is not None
             return [self._train_loader.load(samples) for samples in self._plan.step(step)]
 
-        yield from self._ahead(load, range(first_step, last_step))
+        yield from load_ahead(load, range(first_step, last_step), self._prefetch)
 
     def limit_micro_batches(self, size: int) -> None:
         """See `BatchSource`."""
@@ -109,14 +109,16 @@ class LocalBatches:
     def evaluation_batches(self) -> Iterator[PaddedBatch]:
         """See `BatchSource`."""
         if self._evaluation_loader is not None:
-            yield from self._ahead(self._evaluation_loader.load, self._plan.evaluation)
+            yield from load_ahead(self._evaluation_loader.load, self._plan.evaluation, self._prefetch)
 
-    def _ahead(self, load: Callable[[A], B], arguments: Iterable[A]) -> Iterator[B]:
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as pool:
-            pending: list[Future[B]] = []
-            for argument in arguments:
-                pending.append(pool.submit(load, argument))
-                if len(pending) > self._prefetch:
-                    yield pending.pop(0).result()
-            while pending:
+
+def load_ahead(load: Callable[[A], B], arguments: Iterable[A], prefetch: int) -> Iterator[B]:
+    """What ``load`` gives for each argument; a thread makes up to ``prefetch`` of them ahead of the reader."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as pool:
+        pending: list[Future[B]] = []
+        for argument in arguments:
+            pending.append(pool.submit(load, argument))
+            if len(pending) > prefetch:
                 yield pending.pop(0).result()
+        while pending:
+            yield pending.pop(0).result()

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from pyarrow.fs import FileType
 from torch import Tensor
 
 from detr_ray.addresses import join
@@ -20,9 +19,9 @@ from detr_ray.config import Config, ConfigError, LossConfig, ModelConfig, flatte
 from detr_ray.data.index import DatasetIndex
 from detr_ray.data.label_map import COCO_NUM_CLASSES, LabelMap
 from detr_ray.detector import Detector, build_detector, build_skeleton
-from detr_ray.detector.artifact import MODEL_FILE, read_saved_model
+from detr_ray.detector.package import read_model
+from detr_ray.engine.checkpoints.found_model import find_model
 from detr_ray.engine.checkpoints.run_directory import absolute_storage
-from detr_ray.engine.checkpoints.store import CheckpointStore
 from detr_ray.engine.context import WorkerContext
 from detr_ray.engine.cpu import warn_of_slow_precision
 from detr_ray.engine.errors import RunFailed
@@ -31,9 +30,7 @@ from detr_ray.engine.stream.batches import BatchSource
 from detr_ray.engine.stream.planned_data import PlannedData, refuse_positions_out_of_reach
 from detr_ray.engine.validation.evaluator import build_evaluator
 from detr_ray.evaluation import CocoMetrics, DetectionTable
-from detr_ray.locations import file_info
 from detr_ray.model.weights import PUBLISHED_ROWS, WeightsError, shorten_names, whole_state
-from detr_ray.retries import reason_of
 
 DECISIVE = (
     "eval.size",
@@ -51,13 +48,16 @@ _IMAGES = ("root", "val", "generate", "max_images")
 """Keys of ``data`` that say which images there are; they are taken together or not at all."""
 
 
-def evaluation_config(given: Config, stored: Config | None, source: str) -> tuple[Config, list[str]]:
+def evaluation_config(
+    given: Config, stored: Config | None, source: str, *, with_data: bool = True
+) -> tuple[Config, list[str]]:
     """The configuration to evaluate with.
 
     Args:
         given: the user's configuration. Keys that it was not made with, and have their defaults, may be others here.
         stored: the configuration that the checkpoint was trained with; None where it has none.
         source: the checkpoint, for messages.
+        with_data: whether the run's own data is taken where none is given.
 
     Returns:
         The configuration, and lines that tell the user which settings are used and where they are from.
@@ -67,7 +67,7 @@ def evaluation_config(given: Config, stored: Config | None, source: str) -> tupl
     """
     if stored is None:
         return given, [_described(given, given, {})]
-    defaults, lines = _defaults(given, stored)
+    defaults, lines = _defaults(given, stored, with_data)
     try:
         config = with_defaults(given, defaults, f"the configuration in {source}")
     except ConfigError as error:
@@ -94,7 +94,7 @@ def _described(config: Config, given: Config, from_run: Mapping[str, Mapping[str
     return "scored with " + "; ".join(f"{', '.join(keys)} ({origin})" for origin, keys in origins.items())
 
 
-def _defaults(given: Config, stored: Config) -> tuple[dict[str, dict[str, Any]], list[str]]:
+def _defaults(given: Config, stored: Config, with_data: bool) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Values of the run for keys that were not given, by section; and what else to say of them."""
     values, lines = stored.to_dict(), []
     taken: dict[str, dict[str, Any]] = {"eval": {}, "train": {}, "data": {}}
@@ -105,7 +105,7 @@ def _defaults(given: Config, stored: Config) -> tuple[dict[str, dict[str, Any]],
     if taken["train"].get("precision") == "fp16" and (given.train.use_gpu is False or not torch.cuda.is_available()):
         del taken["train"]["precision"]
         lines.append("the run was trained with train.precision=fp16, which needs a GPU: it is scored in fp32 here")
-    if not {"root", "train", "val"} & given.data.model_fields_set:
+    if with_data and not {"root", "train", "val"} & given.data.model_fields_set:
         for name in _IMAGES:
             if name not in given.data.model_fields_set:
                 taken["data"][name] = values["data"][name]
@@ -162,28 +162,6 @@ class EvaluationJob:
         return detector
 
 
-def find_checkpoint(given: str) -> str:
-    """The model file that a user means: a run's folder (its best checkpoint), a checkpoint's folder, or a file or URL.
-
-    Raises:
-        ConfigError: a folder without a whole checkpoint.
-    """
-    if given.startswith(("http://", "https://")):
-        return given
-    try:
-        if file_info(given).type != FileType.Directory:
-            return given
-        if file_info(join(given, MODEL_FILE)).type == FileType.File:
-            return join(given, MODEL_FILE)
-        store = CheckpointStore(join(given, "checkpoints"))
-        info = store.best() or store.latest()
-    except OSError as error:
-        raise ConfigError(f"eval.checkpoint: {given} cannot be read: {reason_of(error)}") from error
-    if info is None:
-        raise ConfigError(f"eval.checkpoint: {given} is neither a run nor a checkpoint: it holds no whole checkpoint")
-    return join(info.path, MODEL_FILE)
-
-
 def prepare_evaluation(config: Config, say: Say) -> EvaluationJob:
     """Opens the checkpoint and the validation set: all that can be refused is refused here.
 
@@ -193,9 +171,10 @@ def prepare_evaluation(config: Config, say: Say) -> EvaluationJob:
         ConfigError: no checkpoint is named, or it does not fit the configuration or the data.
         DataError: the data is not usable.
     """
-    source = find_checkpoint(config.checkpoint_to_evaluate())
+    found = find_model(config.checkpoint_to_evaluate(), "eval.checkpoint")
+    source = found.file
     try:
-        saved = read_saved_model(source, say)
+        saved = read_model(source, say, found.sha256)
         trained = saved.config or config
         skeleton = build_skeleton(trained.model, 1)
         weights = saved.weights_for(skeleton)

@@ -9,14 +9,13 @@ import numpy as np
 import torch
 
 from detr_ray.data.label_map import LabelMap
-from detr_ray.detector import postprocess
+from detr_ray.detector.inference import detect
 from detr_ray.engine.context import WorkerContext
 from detr_ray.engine.errors import RunFailed
-from detr_ray.engine.step import AUTOCAST_DTYPES
 from detr_ray.evaluation import CocoMetrics, DetectionTable, GroundTruth, ScorerProcess, evaluate_detections
 from detr_ray.loss import ClassLoss
 from detr_ray.model import DetectionModel
-from detr_ray.structures import PaddedBatch, to_device
+from detr_ray.structures import PaddedBatch
 
 if TYPE_CHECKING:
     from detr_ray.data.index import DatasetIndex
@@ -56,7 +55,7 @@ class Evaluator:
         self._category_ids = label_map.category_ids_of(np.arange(label_map.num_classes))
         self._context = context
         self._class_loss = class_loss
-        self._dtype = AUTOCAST_DTYPES[precision]
+        self._precision = precision
         self._channels_last = channels_last
         self._max_detections = max_detections
         self._skip_bad_images = skip_bad_images
@@ -84,11 +83,16 @@ class Evaluator:
         bad_images: dict[int, str] = {}
         self._context.enter("detecting on validation images", step)
         for padded in batches:
-            batch = to_device(padded, device, model.pixels, self._channels_last)
-            with torch.autocast(device.type, dtype=self._dtype, enabled=self._dtype is not None):
-                outputs = model(batch.images, batch.mask)
-            detections = postprocess(outputs, batch.orig_sizes.to(device), self._class_loss, self._max_detections)
-            ids = batch.image_ids.tolist()
+            detections = detect(
+                model,
+                padded,
+                device,
+                self._class_loss,
+                precision=self._precision,
+                channels_last=self._channels_last,
+                max_detections=self._max_detections,
+            )
+            ids = padded.image_ids.tolist()
             found.append(
                 DetectionTable.from_detections(ids, detections, self._category_ids, max_per_image=self._max_detections)
             )

@@ -8,13 +8,14 @@ that checkpoint by the process that goes on with the run.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from detr_ray.addresses import join
-from detr_ray.detector.artifact import MODEL_FILE
+from detr_ray.detector.artifact import MODEL_FILE, SCORES_FILE
 from detr_ray.engine.checkpoints.info import CheckpointInfo
 from detr_ray.engine.checkpoints.run_checkpoints import Inessential, RunCheckpoints
 from detr_ray.engine.checkpoints.training_state import TrainingState
@@ -184,10 +185,10 @@ class Validation:
             return
         epoch = scored.step / self._job.steps_per_epoch
         self.table = scored.scores.table()
+        self._keep_scores(scored)  # before the numbers: a checkpoint that has these may be removed
         with self._inessential("scores cannot be recorded"):
             self._tracker.log_metrics(scored.metrics, scored.step)
-            tables = f"{self.table}\n\n{scored.scores.category_table()}\n"
-            self._tracker.log_text(tables, f"evaluation/epoch_{epoch:07.2f}.txt")
+            self._tracker.log_text(scored.scores.all_tables(), f"evaluation/epoch_{epoch:07.2f}.txt")
         self._keep(scored)
         self._checkpoints.note(scored.step, {k: v for k, v in scored.metrics.items() if k.count("/") == 1})
         best = self._checkpoints.best
@@ -216,6 +217,15 @@ class Validation:
         self._early_stopping.note(scored.step, scored.metrics)
         with self._inessential("scores cannot be kept for train.early_stopping (it is tried again)"):
             write_scores(self._job.run.path, self._job.data.measured_on, self._early_stopping.scores)
+
+    def _keep_scores(self, scored: Scored) -> None:
+        """Rank 0: puts what the scores of the evaluated weights mean beside them."""
+        assert scored.scores is not None
+        path = self._checkpoints.path_of(scored.step)
+        if path is not None and scored.scores.scores:
+            content = {"measured_on": self._job.data.measured_on, **scored.scores.scores}
+            with self._inessential("what scores mean cannot be kept with the checkpoint"):
+                self._checkpoints.store.write_beside(path, SCORES_FILE, json.dumps(content).encode())
 
     def _model_of(self, info: CheckpointInfo) -> DetectionModel | None:
         """The model that a checkpoint's evaluation is of; None where the checkpoint cannot be read."""

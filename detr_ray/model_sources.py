@@ -1,0 +1,87 @@
+"""Models by where they are: what `detr_ray.load_model` takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any
+
+from detr_ray.addresses import join
+from detr_ray.config import Config
+from detr_ray.detector.artifact import SCORES_FILE
+from detr_ray.detector.package import ModelFacts, package_of, read_model, read_package
+from detr_ray.engine.checkpoints.found_model import FoundModel, find_model
+from detr_ray.locations import read_bytes
+from detr_ray.model.state_dicts import WeightsError
+from detr_ray.prediction import LoadedModel
+from detr_ray.retries import reason_of
+
+Say = Callable[[str], None]
+
+
+def load_model(
+    source: str, config: Config | None = None, scores: str | None = None, say: Say = lambda line: None
+) -> LoadedModel:
+    """Loads a model for use.
+
+    Args:
+        source: a run's folder (of its checkpoints the one with the highest AP), a checkpoint's folder, the folder of a
+            model package, a model file, published weights (``.pth``, ``.safetensors``), or the URL of a file. Paths
+            and addresses (``s3://``, ``gs://``).
+        config: says architecture and sizes of images for weights of others, which do not say them themselves; None for
+            the published DETR with a ResNet-50. Models of this project have their own.
+        scores: path or address of what the evaluate command wrote of the model's scores (``--scores``), for
+            ``threshold="best_f1"``. Models that were evaluated in training have it beside them.
+        say: is told what a user should know.
+
+    Raises:
+        ConfigError: there is no model there, or its configuration is none for this version.
+        WeightsError: it cannot be had, is damaged, was changed, or is of another architecture.
+    """
+    found = find_model(source, "model")
+    folder = package_of(found.file)
+    if folder is None:
+        saved, facts = read_model(found.file, say, found.sha256), _facts(found)
+    else:
+        package = read_package(folder, say)
+        saved, facts = package.saved, package.facts
+    if scores is not None:
+        measured = _read_scores(scores)
+        if measured is None:
+            raise WeightsError(f"{scores}: there is no such file; evaluate --scores writes it")
+        facts = dataclasses.replace(facts, scores=measured)
+    return LoadedModel(saved, facts, config)
+
+
+def _facts(found: FoundModel) -> ModelFacts:
+    """What the checkpoint of a model file says of it."""
+    info = found.checkpoint
+    if info is None:
+        return ModelFacts()
+    evaluation: dict[str, Any] = {}
+    if info.metrics is not None:
+        evaluation = {"metrics": dict(info.metrics), "measured_on": dict(info.measured_on)}
+    scores = _read_scores(join(info.path, SCORES_FILE))
+    return ModelFacts(evaluation=evaluation, scores=scores, origin={"checkpoint": info.path})
+
+
+def _read_scores(location: str) -> dict[str, Any] | None:
+    """What a model's scores mean, as an evaluation wrote it; None where there is no such file.
+
+    Raises:
+        WeightsError: it cannot be read, or is something else.
+    """
+    try:
+        content = json.loads(read_bytes(location))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise WeightsError(f"{location} cannot be read: {reason_of(error)}") from error
+    except ValueError as error:
+        raise WeightsError(f"{location} is damaged: no JSON: {error}") from error
+    if not isinstance(content, dict) or not {"all", "categories"} <= content.keys():
+        raise WeightsError(
+            f"{location} does not say what scores mean; the evaluate command writes such a file (--scores)"
+        )
+    return content

@@ -1,0 +1,171 @@
+"""Finds objects on images with a trained model: on any number of them, here or on a cluster."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from detr_ray.cli import run_command, say
+from detr_ray.config import Config, ConfigError
+
+if TYPE_CHECKING:
+    from detr_ray.prediction.job import BatchFindings, PredictionJob
+    from detr_ray.prediction.results import ResultFolder
+
+DESCRIPTION = """Find objects on images with a trained model, and write what was found into a folder.
+
+MODEL is a run's folder (its best checkpoint), a checkpoint, a model package, or DETR weights (path or URL); left out,
+it is eval.checkpoint. Images are files, folders, patterns ('photos/*.jpg'), addresses in a bucket, a folder of shards,
+or a COCO file with --root. Image sizes, precision and numbers of detections that are not given are the model's.
+
+The same command again goes on where it was interrupted. An image that cannot be read is listed and left out.
+prediction.json in the folder says whether all is there."""
+
+_FORMATS = ("coco", "parquet", "csv", "pictures")
+PART_IMAGES = 256
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="the model; left out: eval.checkpoint")
+    parser.add_argument(
+        "--images", metavar="IMAGES", nargs="+", help="files, folders, patterns, a COCO file, or shards"
+    )
+    parser.add_argument(
+        "--root", metavar="FOLDER", help="the folder that the file names in a COCO file are relative to"
+    )
+    parser.add_argument("--out", metavar="FOLDER", help="the folder of the results, a path or URI")
+    parser.add_argument(
+        "--to", metavar="FORMATS", type=_formats, default=("coco",),
+        help="what is written, separated by commas: coco (results.json), parquet, csv, pictures (default coco)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--threshold", metavar="S", type=_threshold,
+        help="lowest score that is kept, from 0 to 1, or best_f1 for the best one of each category (default: all)",
+    )  # fmt: skip
+    parser.add_argument("--top-k", metavar="N", type=_count, help="most objects an image (default eval.max_detections)")
+    parser.add_argument(
+        "--scores", metavar="FILE", help="what evaluate --scores wrote, for best_f1 of weights that lack it"
+    )
+    parser.add_argument(
+        "--picture-score", metavar="S", type=_share, default=0.5, help="lowest score that is drawn (default 0.5)"
+    )
+    parser.add_argument(
+        "--part-images", metavar="N", type=_count, default=PART_IMAGES,
+        help=f"images whose results are written together; at most these are done again (default {PART_IMAGES})",
+    )  # fmt: skip
+
+
+def _formats(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    unknown = [name for name in names if name not in _FORMATS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} cannot be written; there are {', '.join(_FORMATS)}")
+    return names
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1 (got {text})")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"must be a number from 0 to 1 (got {text})")
+
+
+def _threshold(text: str) -> float | str:
+    if text == "best_f1":
+        return text
+    try:
+        return _share(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, or best_f1 (got {text})") from None
+
+
+def _predict(config: Config, arguments: argparse.Namespace) -> int:
+    missing = [f"--{name}: is missing" for name in ("images", "out") if not getattr(arguments, name)]
+    if missing:
+        raise ConfigError(missing)
+    source = arguments.model or config.checkpoint_to_evaluate()
+
+    from detr_ray.addresses import check_address
+    from detr_ray.engine.prediction_job import Wanted, prepare_prediction
+    from detr_ray.model_sources import load_model
+    from detr_ray.prediction.results import ResultFolder
+
+    check_address(arguments.out)
+    wanted = Wanted(arguments.images, arguments.root, arguments.threshold, arguments.top_k, arguments.part_images)
+    try:
+        model = load_model(source, config, arguments.scores, say)
+        job = prepare_prediction(model, config, wanted, say)
+    except ValueError as error:
+        if str(error).startswith("threshold: "):
+            raise ConfigError(f"--{error}") from error
+        raise
+    del model
+    folder = ResultFolder(arguments.out, job)
+    parts = folder.open()
+    done = len(job.parts) - len(parts)
+    say(f"{len(job.index)} images in {len(job.parts)} parts" + (f", of which {done} are done" if done else ""))
+    _predict_parts(job, folder, parts, config)
+    return _finish(job, folder, arguments)
+
+
+def _predict_parts(job: PredictionJob, folder: ResultFolder, parts: list[int], config: Config) -> None:
+    from detr_ray.data.errors import DataError
+    from detr_ray.engine.prediction_job import write_parts
+    from detr_ray.retries import reason_of
+    from detr_ray.runtime.prediction import predict_batches
+    from detr_ray.runtime.session import session_of
+
+    def predict(numbers: Sequence[int]) -> Iterable[BatchFindings]:
+        return predict_batches(job, numbers, config)
+
+    if not parts:
+        return
+    session = contextlib.nullcontext() if config.train.launcher == "local" else session_of(config)
+    try:
+        with session:
+            write_parts(job, folder, parts, predict, say)
+    except OSError as error:
+        raise DataError(f"--out: {folder.location} could not be written: {reason_of(error)}") from error
+
+
+def _finish(job: PredictionJob, folder: ResultFolder, arguments: argparse.Namespace) -> int:
+    from detr_ray.addresses import join
+    from detr_ray.data.errors import DataError
+    from detr_ray.engine.reporting.progress import Pace
+    from detr_ray.evaluation import DetectionTable
+    from detr_ray.prediction.pictures import draw_pictures
+    from detr_ray.retries import reason_of
+
+    assert job.saved.label_map is not None
+    names = dict(job.saved.label_map.categories)
+
+    def draw(found: DetectionTable) -> None:
+        place = join(folder.location, "pictures")
+        draw_pictures(place, job.index, found, names, arguments.picture_score, Pace("drew", say))
+
+    try:
+        count, bad = folder.finish(arguments.to, draw)
+    except OSError as error:
+        raise DataError(f"--out: {folder.location} could not be written: {reason_of(error)}") from error
+    images = len(job.index) + len(job.unreadable)
+    left_out = f"; {len(bad)} could not be read, see bad_images.txt" if bad else ""
+    say(f"{count} detections on {images - len(bad)} of {images} images{left_out}: {folder.location}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``python -m detr_ray.predict``."""
+    return run_command("predict", DESCRIPTION, _predict, argv, add_arguments=_arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""A prediction over many images: its batches, its parts, and what a folder of results must agree with.
+
+The batches are those of an evaluation of the same images, of one size each, the largest images first. Consecutive
+batches make a *part*, whose results are one file. So a job that was interrupted goes on with the parts whose files are
+not there, and every image is in exactly one part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+from detr_ray.data.evaluation_plan import plan_evaluation
+from detr_ray.data.index import DatasetIndex
+from detr_ray.data.label_map import LabelMap
+from detr_ray.data.loader import BatchLoader
+from detr_ray.data.sample import SamplePlan
+from detr_ray.detector.artifact import SavedModel
+from detr_ray.detector.package import ModelFacts
+from detr_ray.evaluation import DetectionTable
+from detr_ray.prediction.loaded_model import LoadedModel
+from detr_ray.prediction.thresholds import Threshold, label_thresholds
+from detr_ray.structures import PaddedBatch
+
+
+@dataclass(frozen=True)
+class PredictionJob:
+    """What is to be predicted, ready to be computed anywhere.
+
+    Attributes:
+        index: the images.
+        saved: the model; its configuration says sizes, batches and precision.
+        facts: what is known of it beside.
+        threshold: lowest score that is kept, see `LoadedModel.predict`.
+        top_k: most objects an image.
+        part_images: images of a part, at least, but for the last one.
+        unreadable: a line for each image that was left out before.
+    """
+
+    index: DatasetIndex
+    saved: SavedModel
+    facts: ModelFacts
+    threshold: Threshold
+    top_k: int
+    part_images: int
+    unreadable: tuple[str, ...] = ()
+
+    @cached_property
+    def batches(self) -> list[tuple[SamplePlan, ...]]:
+        """All batches."""
+        assert self.saved.config is not None
+        if not len(self.index):
+            return []
+        evaluation = self.saved.config.eval
+        return plan_evaluation(
+            self.index.heights,
+            self.index.widths,
+            self.index.image_ids,
+            size=evaluation.size,
+            max_size=evaluation.max_size,
+            batch_size=evaluation.batch_size,
+        )
+
+    @cached_property
+    def parts(self) -> list[range]:
+        """Numbers of the batches of each part."""
+        bounds, images = [0], 0
+        for number, batch in enumerate(self.batches, 1):
+            images += len(batch)
+            if images >= self.part_images:
+                bounds.append(number)
+                images = 0
+        if bounds[-1] < len(self.batches):
+            bounds.append(len(self.batches))
+        return [range(first, last) for first, last in pairwise(bounds)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("batches", "parts")}
+
+    def loader(self) -> BatchLoader:
+        """Makes the batches."""
+        assert self.saved.config is not None
+        no_labels = LabelMap(("none",), (0,))  # the images have no annotations that would need labels
+        return BatchLoader(self.index, no_labels, reduce=self.saved.config.data.reduced_decoding)
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What decides the results, as JSON values: a folder of results is gone on with only if all of it agrees."""
+        config = self.saved.config
+        assert config is not None
+        return {
+            "images": self.index.fingerprint[:16],
+            "images_root": self.index.images_root,
+            "model": _digest(self.saved)[:16],
+            "eval.size": config.eval.size,
+            "eval.max_size": config.eval.max_size,
+            "eval.batch_size": config.eval.batch_size,
+            "train.precision": config.train.precision,
+            "data.reduced_decoding": config.data.reduced_decoding,
+            "--threshold": self.threshold,
+            "--top-k": self.top_k,
+            "--part-images": self.part_images,
+        }
+
+
+def _digest(saved: SavedModel) -> str:
+    """A hash of the weights and the labels."""
+    assert saved.label_map is not None
+    digest = hashlib.sha256(json.dumps(saved.label_map.to_dict()).encode())
+    for name, value in sorted(saved.checkpoint["model"].items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class BatchFindings:
+    """What was found on the images of a batch.
+
+    Attributes:
+        detections: the objects.
+        bad_images: a line for each image that could not be read, by id.
+    """
+
+    detections: DetectionTable
+    bad_images: Mapping[int, str] = field(default_factory=dict)
+
+
+class BatchPredictor:
+    """Finds objects on batches of a job.
+
+    Args:
+        job: the job.
+        device: where to work; None for the GPU, if there is one.
+    """
+
+    def __init__(self, job: PredictionJob, device: str | None) -> None:
+        self._model = LoadedModel(job.saved, job.facts)
+        self._device = self._model.to(device)
+        self._thresholds = label_thresholds(job.threshold, self._model.label_map, job.facts.scores, job.saved.source)
+        self._top_k = job.top_k
+
+    def __call__(self, batch: PaddedBatch) -> BatchFindings:
+        """What is found on a batch; nothing on images that could not be read.
+
+        Raises:
+            WeightsError: the model gives predictions that are not finite.
+        """
+        bad = dict(zip(batch.bad_image_ids.tolist(), batch.bad_images, strict=True))
+        found = []
+        for image_id, size, detections in zip(
+            batch.image_ids.tolist(),
+            batch.orig_sizes.tolist(),
+            self._model.detect(batch, self._top_k, self._device),
+            strict=True,
+        ):
+            if image_id in bad:
+                continue
+            one = self._model.prediction(
+                detections, f"image {image_id}", (size[0], size[1]), self._thresholds, self._top_k
+            )
+            ids = np.full(len(one), image_id, np.int64)
+            found.append(DetectionTable(ids, one.category_ids, one.boxes_xywh_px, one.scores))
+        return BatchFindings(DetectionTable.concat(found), bad)

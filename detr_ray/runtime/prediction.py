@@ -1,0 +1,159 @@
+"""Predictions through Ray Data: tasks make the batches, actors with the model find objects on them.
+
+A row is the number of one batch of the job. Data tasks on any CPU of the cluster read, decode and resize its images;
+an actor with a GPU, or on the CPUs of a node, runs the model. The results come back in the order of the batches.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+from ray.data import ActorPoolStrategy, ExecutionResources
+
+from detr_ray.config import Config
+from detr_ray.data.errors import DataError
+from detr_ray.data.loader import BatchLoader, from_table, to_table
+from detr_ray.engine.prediction_job import predict_here
+from detr_ray.evaluation import DetectionTable
+from detr_ray.model.state_dicts import WeightsError
+from detr_ray.prediction.job import BatchFindings, BatchPredictor, PredictionJob
+from detr_ray.runtime.datasets import rows_per_task
+from detr_ray.runtime.resources import plan_workers
+
+Numbers = Sequence[int]
+
+
+def predict_on_cluster(job: PredictionJob, numbers: Numbers, config: Config) -> Iterator[BatchFindings]:
+    """Finds objects on batches of a job; Ray has to be there.
+
+    Args:
+        job: the job.
+        numbers: of its batches, in the order in which the results are wanted.
+        config: says how many workers, whether with GPUs, and how many data tasks each.
+
+    Raises:
+        ConfigError: the cluster has no room for the workers.
+        DataError: the storage of the images failed.
+    """
+    if not numbers:
+        return
+    request = plan_workers(config)
+    workers = min(request.max_workers, len(numbers))
+    cpus = request.resources_per_worker.get("CPU", 0)
+    custom = {name: amount for name, amount in request.resources_per_worker.items() if name not in ("CPU", "GPU")}
+    per_task = rows_per_task(job.batches[numbers[0]])
+    job_ref = ray.put(job)
+    rows = ray.data.range(len(numbers), override_num_blocks=-(-len(numbers) // per_task))
+    batches = rows.map_batches(
+        _MadeBatches(job_ref, tuple(numbers)), batch_size=None, batch_format="pyarrow", zero_copy_batch=True
+    )
+    found = batches.map_batches(
+        _PredictingActor,
+        fn_constructor_args=(job_ref, request.use_gpu, workers),
+        batch_size=1,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        compute=ActorPoolStrategy(size=workers),
+        num_cpus=cpus,
+        num_gpus=request.resources_per_worker.get("GPU", 0),
+        resources=custom or None,
+    )
+    found.context.enable_progress_bars = False
+    found.context.execution_options.preserve_order = True
+    found.context.execution_options.resource_limits = ExecutionResources(
+        cpu=(cpus + request.tasks_per_worker) * workers
+    )
+    try:
+        for table in found.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=1):
+            yield from_row(table)
+    except ray.exceptions.RayError as error:
+        raise _for_users(error) from error
+
+
+def _for_users(error: BaseException) -> BaseException:
+    """The error of a task or an actor that is meant for users; the error itself where there is none in it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, DataError | WeightsError):
+            return type(cause)(str(getattr(cause, "cause", cause)))
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    return error
+
+
+def predict_batches(job: PredictionJob, numbers: Numbers, config: Config) -> Iterator[BatchFindings]:
+    """Finds objects on batches of a job, where ``train.launcher`` says."""
+    if config.train.launcher == "local":
+        device = {None: None, True: "cuda", False: "cpu"}[config.train.use_gpu]
+        return predict_here(job, numbers, device)
+    return predict_on_cluster(job, numbers, config)
+
+
+@functools.lru_cache(maxsize=2)
+def _opened(ref: ray.ObjectRef) -> tuple[PredictionJob, BatchLoader]:
+    """A job and its loader, kept for the life of a task's process."""
+    job: PredictionJob = ray.get(ref)
+    torch.set_num_threads(1)  # one core each, see the data tasks of training
+    return job, job.loader()
+
+
+class _MadeBatches:
+    """The function of a data task: rows in, batches out.
+
+    Args:
+        job: reference to the job.
+        numbers: number of the batch of each row.
+    """
+
+    def __init__(self, job: ray.ObjectRef, numbers: tuple[int, ...]) -> None:
+        self._job = job
+        self._numbers = numbers
+
+    def __call__(self, rows: pa.Table) -> Iterator[pa.Table]:
+        job, loader = _opened(self._job)
+        wanted = [job.batches[self._numbers[row]] for row in rows["id"].to_pylist()]
+        for batch in loader.load_each(wanted):
+            yield to_table(batch)
+
+
+class _PredictingActor:
+    """The actor with the model: a batch in, what was found on it out.
+
+    Args:
+        job: reference to the job.
+        use_gpu: whether it has a GPU.
+        workers: actors that may share the cores of this node.
+    """
+
+    def __init__(self, job: ray.ObjectRef, use_gpu: bool, workers: int) -> None:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+        self._predict = BatchPredictor(ray.get(job), "cuda" if use_gpu else "cpu")
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        return to_row(self._predict(from_table(batch)))
+
+
+_LISTS = {"image_ids": np.int64, "category_ids": np.int64, "boxes_xywh_px": np.float32, "scores": np.float32}
+
+
+def to_row(found: BatchFindings) -> pa.Table:
+    """A table of one row that holds what was found on a batch; also of a batch without detections."""
+    columns = {
+        name: pa.array([getattr(found.detections, name).reshape(-1)], pa.list_(pa.from_numpy_dtype(dtype)))
+        for name, dtype in _LISTS.items()
+    }
+    bad = {"bad_ids": pa.array([list(found.bad_images)], pa.list_(pa.int64()))}
+    return pa.table(columns | bad | {"bad_lines": pa.array([list(found.bad_images.values())], pa.list_(pa.string()))})
+
+
+def from_row(table: pa.Table) -> BatchFindings:
+    """What `to_row` put into a table."""
+    columns = {name: np.array(table[name][0].values, dtype) for name, dtype in _LISTS.items()}
+    columns["boxes_xywh_px"] = columns["boxes_xywh_px"].reshape(-1, 4)
+    bad = zip(table["bad_ids"][0].as_py(), table["bad_lines"][0].as_py(), strict=True)
+    return BatchFindings(DetectionTable(**columns), dict(bad))
