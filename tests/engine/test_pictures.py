@@ -139,7 +139,7 @@ def test_outcomes_have_colours_of_their_own(place: Path) -> None:
     boxes = len(found.truth.category_ids)
     assert drawn.lines == [f"{boxes - 1} matched", "0 confused", "1 false", "1 missed"]
     shown = [text.get_text() for text in drawn.figure.legends[0].get_texts()]
-    assert shown == ["matched", "false: nothing is annotated there", "missed"]
+    assert shown == ["matched", "false: no annotation is left for it", "missed"]
     assert len(drawn.figure.axes) == 8, "annotations and predictions of each image"
 
 

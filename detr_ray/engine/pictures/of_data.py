@@ -170,9 +170,8 @@ def _pictured(title: str, picture: Picture, names: Sequence[str | None]) -> Pict
     height, width = picture.pixels.shape[:2]
     instances = picture.instances.scale((height, width))
     labels = instances.labels.tolist()
-    return PicturedImage(
-        title, picture.pixels.numpy(), instances.boxes_xyxy_px, [names[label] or f"label {label}" for label in labels]
-    )
+    texts = [names[label] or f"label {label}" for label in labels]
+    return PicturedImage(title, picture.pixels.numpy(), instances.boxes_xyxy_px, texts, labels)
 
 
 def _first(batch: PaddedBatch, count: int) -> PaddedBatch:
