@@ -52,16 +52,17 @@ class StepsBar:
         self._total = total_steps
 
     def step(self, step: int) -> None:
-        """Notes that so many steps are taken. The speed is measured from the first of them on that is told."""
-        if self._bar is None or step == self._step:
+        """Notes that so many steps are taken.
+
+        The speed is measured from the first of them on that is told. None at all are told while a run begins, or begins
+        again, before it knows its last checkpoint: that would count as many steps in no time.
+        """
+        if self._bar is None or step in (0, self._step):
             return
-        if self._task is not None and step < self._step:  # workers were started again, from a checkpoint
-            self._bar.remove_task(self._task)
-            self._task = None
-        if self._task is not None:
-            self._bar.update(self._task, completed=step)
-        elif step:
+        if self._task is None:
             self._task = self._bar.add_task("step", total=self._total, completed=step)
+        else:
+            self._bar.update(self._task, completed=step)
         self._step = step
 
 

@@ -23,6 +23,7 @@ from tiny import make_dataset
 
 from detr_ray import train, watch
 from detr_ray.engine.reporting.watching import GONE_S, RESTART_S, SILENT_S, Follower, overview
+from detr_ray.progress_bar import StepsBar
 from detr_ray.runtime.launch import fit
 from detr_ray.tracking import MemoryTracker
 from detr_ray.tracking import run_progress as run_progress_module
@@ -33,6 +34,7 @@ STEP = {
     "perf/step_s": 0.5, "perf/images_per_s": 32.0, "perf/data_wait_frac": 0.03, "train/skipped_steps": 0.0,
     "train/bad_images": 0.0,
 }  # fmt: skip
+COLOUR = r"\x1b\[[0-9;?]*[a-zA-Z]"
 BEGUN = RunProgress("mine", total_steps=100, steps_per_epoch=25)
 
 
@@ -212,7 +214,11 @@ def test_a_process_that_falls_silent_is_named_once_and_given_up() -> None:
     for clock.now in (SILENT_S - 1, SILENT_S + 1, SILENT_S + 5):
         assert not follow.see(progress)
     assert len(lines) == 1 and lines[0].startswith("no sign of life for 1 min 31 s")
-    clock.now = GONE_S + 1
+    progress = dataclasses.replace(progress, written=progress.written + 1)
+    assert not follow.see(progress)
+    clock.now += SILENT_S + 1
+    assert not follow.see(progress) and len(lines) == 2, "it lived, and is silent again"
+    clock.now += GONE_S
     assert follow.see(progress)
 
 
@@ -290,22 +296,32 @@ def test_a_terminal_shows_a_bar_and_a_pipe_the_lines_alone(tmp_path: Path, monke
     with terminal(monkeypatch) as shown:
         assert train.main(argv_of(data, tmp_path / "a")) == 0
     drawn = b"".join(shown).decode()
-    assert re.search(r"step\D+[1-4]/4\b.*%", drawn), repr(drawn)
+    assert re.search(r"step [1-4]/4 [^\n]*━[^\n]*\d%[^\n]* left ", re.sub(COLOUR, "", drawn)), repr(drawn)
     assert drawn.rstrip().endswith(str(tmp_path / "a" / "mine")), "the bar is gone at the end"
 
     piped = io.StringIO()
     with contextlib.redirect_stdout(piped):
         assert train.main(argv_of(data, tmp_path / "b")) == 0
     assert "\x1b" in drawn and "\x1b" not in piped.getvalue() and "\r" not in piped.getvalue()
-    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\r", "", drawn)
+    plain = re.sub(rf"{COLOUR}|\r", "", drawn)
     for line in piped.getvalue().splitlines():
         words = re.sub(r"[0-9.e+-]+", "#", line.replace(str(tmp_path / "b"), ""))
         assert words in re.sub(r"[0-9.e+-]+", "#", plain.replace(str(tmp_path / "a"), "")), line
 
 
-def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    from detr_ray.progress_bar import StepsBar
+def test_a_bar_begins_where_the_run_goes_on_and_lines_are_made_safe(monkeypatch: pytest.MonkeyPatch) -> None:
+    with terminal(monkeypatch) as shown, StepsBar() as bar:
+        bar.begin(50)
+        for step in (0, 20, 21, 0, 20):  # resumed; then the workers are started again
+            bar.step(step)
+            assert bar._bar is not None
+            tasks = [(task.completed, task.total) for task in bar._bar.tasks]
+            assert tasks == ([] if bar._step == 0 else [(bar._step, 50)])
+        bar.say("a line with \x1b[1m in it")
+    assert (bar._step, b"a line with \\x1b[1m in it" in b"".join(shown)) == (20, True)
 
+
+def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     with terminal(monkeypatch) as shown:
         monkeypatch.setenv("TERM", "dumb")
         with StepsBar() as bar:

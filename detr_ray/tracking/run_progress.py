@@ -145,10 +145,9 @@ class ProgressTracker:
         self._inner.sync()
 
     def finish(self, status: Status) -> None:
-        """See `Tracker`; the file says how the run ended."""
-        if self._progress.status == "running":
-            self._put(dataclasses.replace(self._progress, status=_STATUS_OF[status]))
-            self._writer.close()
+        """See `Tracker`; the file says how the run ended the first time."""
+        self._put(dataclasses.replace(self._progress, status=_STATUS_OF[status]))
+        self._writer.close()
         self._inner.finish(status)
 
     def _put(self, progress: RunProgress) -> None:

@@ -94,7 +94,7 @@ class Follower:
         return self._has_ended(progress, now - self._changed)
 
     def _say_news(self, before: RunProgress, progress: RunProgress) -> None:
-        if progress.metrics and (progress.step, progress.started) != (before.step, before.started):
+        if progress.metrics and progress.step != before.step:
             self._say(_step_line(progress))
         for line in _evaluation_lines(progress, but_not=before.evaluations):
             self._say(line)
