@@ -29,6 +29,12 @@ def _of_data(name: str) -> Draw:
     return draw
 
 
+def _augmentation(config: Config, request: PictureRequest) -> Drawn:
+    from detr_ray.engine.pictures.of_augmentation import augmentation_picture
+
+    return augmentation_picture(config, request, say)
+
+
 def _of_model(name: str) -> Draw:
     def draw(config: Config, request: PictureRequest) -> Drawn:
         from detr_ray.engine.pictures import of_model
@@ -104,6 +110,7 @@ def _evaluated(config: Config) -> Found:
 PICTURES: dict[str, tuple[str, Draw]] = {
     "batch": ("a planned batch as the model gets it: images, padding, boxes, names", _of_data("batch")),
     "sample": ("samples before and after each step of the augmentation", _of_data("sample")),
+    "augmentation": ("the same images under each transform of the augmentation, and under all", _augmentation),
     "data": ("both splits at a glance: boxes, classes, sizes as stored and as planned", _of_data("data")),
     "position": ("the position embedding of a model's first map", _of_model("position")),
     "encoder": ("encoder self-attention from points of an image", _of_model("encoder")),
@@ -149,7 +156,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--step", metavar="N", type=_whole, default=default.step,
-        help=f"optimizer step whose batch is drawn (batch, sample; default {default.step})",
+        help=f"optimizer step whose batch is drawn (batch, sample; augmentation: another draw; default {default.step})",
     )  # fmt: skip
     parser.add_argument(
         "--point", metavar="X,Y", type=_point, action="append", default=[],

@@ -213,7 +213,7 @@ class Planner:
         if bounds is None:
             images = np.cumsum([sum(map(len, group)) for group in self._shard_groups(epoch)])
             # A batch that two groups share goes with the second.
-            ends = np.unique([0, *(images // self.global_batch_size).clip(max=self.steps_per_epoch)]).tolist()
+            ends = np.unique([0, *images // self.global_batch_size]).tolist()
             pieces = [_cut_evenly(start, end, self._steps_at_most)[:-1] for start, end in pairwise(ends)]
             bounds = self._bounds[epoch] = (*chain.from_iterable(pieces), self.steps_per_epoch)
             if len(self._bounds) > CACHED_WINDOWS:
@@ -253,13 +253,12 @@ class Planner:
         """How often an epoch takes each image, ``[I]``; None: each once.
 
         Systematic sampling (Madow 1949): the images' numbers are laid end to end in random order, and marks at distance
-        1 that begin at a random place say which image is taken.
+        1 say which image is taken. So an epoch has as many samples as the whole numbers in their sum.
         """
         if self._repeats is None:
             return None
-        words = self._words(epoch, _REPEATS)
-        order = _random_order(words, len(self._repeats))
-        ends = self._repeats[order].cumsum() + int(words.random_raw()) % _ONCE
+        order = _random_order(self._words(epoch, _REPEATS), len(self._repeats))
+        ends = self._repeats[order].cumsum()
         times = np.empty(len(order), np.int64)
         times[order] = ends // _ONCE - (ends - self._repeats[order]) // _ONCE
         return times

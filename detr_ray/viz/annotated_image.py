@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from colorsys import hsv_to_rgb
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from detr_ray.viz.detections import colour_of
 from detr_ray.viz.figure import new_figure
 
 CELL_INCHES = 3.2
 _LONGEST_TITLE = 46
+_TEXT_SHARE = 0.05  # of the image's height: nearer to the top, texts would cover the title
 
 
 def image_grid(count: int, columns: int = 4, width: float = CELL_INCHES, height: float = CELL_INCHES) -> list[Axes]:
@@ -58,7 +59,7 @@ def draw_boxes(
     axes: Axes,
     boxes_xyxy_px: np.ndarray,
     texts: Sequence[str],
-    colours: Sequence[Any] | None = None,
+    colours: Sequence[Any],
     *,
     dashed: bool = False,
     width: float = 1.6,
@@ -69,23 +70,22 @@ def draw_boxes(
         axes: with an image of `show_image`.
         boxes_xyxy_px: ``[N, 4]``.
         texts: one a box; empty for none.
-        colours: one a box; None: each text has a colour of its own.
+        colours: one a box.
         dashed: with dashed lines.
         width: of the lines, in points.
     """
-    if colours is None:
-        colours = [name_colour(text) for text in texts]
+    below = _TEXT_SHARE * abs(axes.get_ylim()[0] - axes.get_ylim()[1])
     for (left, top, right, bottom), text, colour in zip(boxes_xyxy_px.tolist(), texts, colours, strict=True):
         style = "--" if dashed else "-"
         axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, ec=colour, lw=width, ls=style))
         if text:
             axes.text(
-                left, top, text, fontsize=7, color="black", va="bottom" if top > 0 else "top", parse_math=False,
+                left, top, text, fontsize=7, color="black", va="bottom" if top > below else "top", parse_math=False,
                 clip_on=False, bbox={"fc": colour, "ec": "none", "pad": 0.8, "alpha": 0.8},
             )  # fmt: skip
 
 
-def name_colour(name: str) -> tuple[float, float, float]:
-    """A bright colour that depends only on the name, as matplotlib has colours."""
-    red, green, blue = colour_of(name)
-    return red / 255, green / 255, blue / 255
+def label_colour(label: int) -> tuple[float, float, float]:
+    """A bright colour of a class; those of classes near each other differ most."""
+    red, green, blue = hsv_to_rgb((label * 0.618) % 1, 0.65 if label % 2 else 0.85, 1.0)
+    return red, green, blue

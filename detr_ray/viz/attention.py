@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from detr_ray.viz.annotated_image import draw_boxes, figure_of, image_grid, name_colour, show_image
+from detr_ray.viz.annotated_image import draw_boxes, figure_of, image_grid, label_colour, show_image
 from detr_ray.viz.figure import new_figure
 
 _POINT_COLOUR = "#ff2fd0"
@@ -28,6 +29,7 @@ class Attended:
         at_px: (x, y) of the query itself; None where it has no place.
         box_xyxy_px: ``[4]`` what the query found; None for none.
         name: of what it found.
+        label: of what it found; decides the colour.
     """
 
     title: str
@@ -37,6 +39,7 @@ class Attended:
     at_px: tuple[float, float] | None = None
     box_xyxy_px: np.ndarray | None = None
     name: str = ""
+    label: int = 0
 
 
 def attention_figure(pixels: np.ndarray, frame_px: tuple[int, int], attended: Sequence[Attended], title: str) -> Figure:
@@ -62,7 +65,7 @@ def attention_figure(pixels: np.ndarray, frame_px: tuple[int, int], attended: Se
     found = [one for one in attended if one.box_xyxy_px is not None]
     if found:
         boxes = np.stack([one.box_xyxy_px for one in found if one.box_xyxy_px is not None])
-        draw_boxes(axes[0], boxes, [one.name for one in found], [name_colour(one.name) for one in found])
+        draw_boxes(axes[0], boxes, [one.name for one in found], [label_colour(one.label) for one in found])
     figure = figure_of(axes[0])
     figure.suptitle(title, fontsize=10, parse_math=False)
     return figure
@@ -161,4 +164,6 @@ def _map(axes: Axes, embedding: Embedding, values: np.ndarray, title: str, colou
     axes.set_facecolor("#303040")
     axes.set_title(title, fontsize=8)
     axes.tick_params(labelsize=6)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     figure_of(axes).colorbar(image, ax=axes, shrink=0.8).ax.tick_params(labelsize=6)

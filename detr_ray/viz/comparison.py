@@ -16,7 +16,7 @@ COLOURS = {"matched": "#36d060", "confused": "#ffa020", "false": "#ff4040", "mis
 _MEANINGS = {
     "matched": "matched",
     "confused": "confused with another category",
-    "false": "false: nothing is annotated there",
+    "false": "false: no annotation is left for it",
     "missed": "missed",
     "ignored": "crowd, or inside of one",
 }

@@ -170,6 +170,8 @@ def _image_sizes(axes: Axes, splits: Sequence[SplitColumns]) -> None:
             )  # fmt: skip
     low, high = axes.get_xlim()[0], max(axes.get_xlim()[1], axes.get_ylim()[1])
     axes.plot([low, high], [low, high], color="black", lw=0.6, ls=":")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     axes.set(title="Size of images, as stored and as planned", xlabel="width, pixels", ylabel="height, pixels")
     legend = axes.legend(fontsize=8)
     for handle in legend.legend_handles:

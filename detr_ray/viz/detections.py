@@ -118,7 +118,7 @@ def _draw(cell: Image.Image, scale: float, truth: DrawnBoxes | None, found: Draw
         draw.rectangle(_corners(box, scale, size), outline=_ANNOTATION, width=1)
     font = ImageFont.load_default(size=12)
     for number, (box, name) in enumerate(zip(found.boxes_xywh_px, found.names, strict=True)):
-        colour = colour_of(name)
+        colour = _colour_of(name)
         corners = _corners(box, scale, size)
         draw.rectangle(corners, outline=colour, width=2)
         text = name if found.scores is None else f"{name} {found.scores[number]:.2f}"
@@ -134,7 +134,7 @@ def _corners(box_xywh_px: np.ndarray, scale: float, size: tuple[int, int]) -> tu
     return (min(max(left, 0), right), min(max(top, 0), bottom), right, bottom)
 
 
-def colour_of(name: str) -> tuple[int, int, int]:
+def _colour_of(name: str) -> tuple[int, int, int]:
     """A bright colour that depends only on the name."""
     hue = sum(ord(letter) * 31**place for place, letter in enumerate(name)) * 0.618 % 1
     red, green, blue = colorsys.hsv_to_rgb(hue, 0.65, 1.0)

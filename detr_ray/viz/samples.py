@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from detr_ray.structures import PaddedBatch
-from detr_ray.viz.annotated_image import draw_boxes, figure_of, image_grid, show_image
+from detr_ray.viz.annotated_image import draw_boxes, figure_of, image_grid, label_colour, show_image
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,14 @@ class PicturedImage:
         pixels: ``[H, W, 3]`` uint8.
         boxes_xyxy_px: ``[N, 4]``, in pixels of the image.
         names: ``[N]`` category names.
+        labels: ``[N]`` their labels, which decide the colours.
     """
 
     title: str
     pixels: np.ndarray
     boxes_xyxy_px: np.ndarray
     names: Sequence[str]
+    labels: Sequence[int]
 
 
 def sample_steps(samples: Sequence[Sequence[PicturedImage]]) -> Figure:
@@ -43,7 +45,7 @@ def sample_steps(samples: Sequence[Sequence[PicturedImage]]) -> Figure:
         for place, step in enumerate(steps):
             plot = axes[row * columns + place]
             show_image(plot, step.pixels, step.title)
-            draw_boxes(plot, step.boxes_xyxy_px, step.names)
+            draw_boxes(plot, step.boxes_xyxy_px, step.names, [label_colour(label) for label in step.labels])
     return figure_of(axes[0])
 
 
@@ -72,7 +74,9 @@ def padded_batch(batch: PaddedBatch, names: Sequence[str | None], title: str) ->
         boxes = batch.boxes_cxcywh[rows]
         corners = np.concatenate([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], axis=1)
         corners = corners * np.array([own_width, own_height, own_width, own_height])
-        draw_boxes(plot, corners, [names[label] or f"label {label}" for label in batch.labels[rows].tolist()])
+        labels = batch.labels[rows].tolist()
+        texts = [names[label] or f"label {label}" for label in labels]
+        draw_boxes(plot, corners, texts, [label_colour(label) for label in labels])
     figure = figure_of(axes[0])
     image_pixels = int(batch.sizes.astype(np.int64).prod(axis=1).sum())
     padding = 1 - image_pixels / (len(batch.images) * height * width)

@@ -82,7 +82,7 @@ def confusion_figure(names: Sequence[str], counts: np.ndarray, title: str = "") 
             )  # fmt: skip
     figure.colorbar(image, ax=axes, shrink=0.7, label="share of the row")
     more = f"; the {len(shown)} of {len(used)} categories with the most errors" if len(shown) < len(used) else ""
-    axes.set_title(f"{title}{more}", fontsize=9, parse_math=False)
+    axes.set_title(f"{title}{more}".replace("; ", "\n"), fontsize=8, parse_math=False)
     return figure
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -12,7 +13,7 @@ from defaults import size_policy
 
 from detr_ray.data.balance import Balance, repeat_factors, takings
 from detr_ray.data.errors import DataError
-from detr_ray.data.index import DatasetIndex
+from detr_ray.data.index import DatasetIndex, Sources
 from detr_ray.data.planner import Planner
 
 NAMES = ("common", "seldom", "rare", "never")
@@ -57,6 +58,10 @@ def test_background_has_its_share() -> None:
         assert repeats is not None
         assert repeats[82:].sum() / repeats.sum() == pytest.approx(share)
         assert repeats[:82] == pytest.approx(repeat_factors(index, threshold)[:82])
+    sources = Sources(("a", "b"), ("a", "b"), np.array([0, 1] * 50, np.int32))
+    weighted = Balance(0.0, 0.25, (1.0, 3.0)).repeats(replace(index, images_root=None, sources=sources))
+    assert weighted is not None and weighted[82:].sum() / weighted.sum() == pytest.approx(0.25)
+    assert weighted[1::2] == pytest.approx(3 * weighted[::2]), "images without a box are of a source, too"
     without = make_index([[0], [1]])
     with pytest.raises(DataError, match=r"drawn: data\.balance\.background=0\.1 is a share of samples without boxes"):
         Balance(0.0, 0.1).repeats(without)

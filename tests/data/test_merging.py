@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from coco_folder import sound_folder
+from coco_folder import encoded, sound_folder
 
 from detr_ray.config import Config, ConfigError, load_config
 from detr_ray.data.errors import DataError
@@ -26,6 +26,8 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Two data sets with the same image ids; the second has other ids for its classes, and one more of them."""
     folder = tmp_path_factory.mktemp("data")
     first, second = (sound_folder(folder / name) for name in ("first", "second"))
+    for number, path in enumerate(sorted(second.rglob("*.jpg"))):
+        path.write_bytes(encoded(seed=5000 + number))  # other pixels than those of the same name in the first
     for split in ("train", "val"):
         path = second / "annotations" / f"instances_{split}2017.json"
         content = json.loads(path.read_text())

@@ -51,6 +51,8 @@ def test_the_loss_that_is_logged_is_the_one_that_was_optimised(
     assert {name for name in logged if name.startswith("train/loss_")} == series.keys()
     total = sum(weight * logged[name] for name, weight in series.items())
     assert logged["train/loss"] == pytest.approx(total, rel=1e-5)
+    phases = [logged[f"perf/{phase}_s"] for phase in ("data_wait", "forward", "loss", "backward", "update")]
+    assert min(phases[1:]) > 0 and sum(phases) <= logged["perf/step_s"], "parts of the step's seconds"
 
 
 def test_a_loss_schedule_counts_as_it_was_at_each_step(dataset: Path, tmp_path: Path) -> None:

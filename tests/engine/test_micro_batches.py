@@ -141,7 +141,11 @@ def test_a_trial_leaves_everything_as_it_was(dataset: Path, tmp_path: Path) -> N
     random = torch.get_rng_state()
     trial = MemoryTrial(job, context, state)
     assert trial.sizes == [1, 2, 3, 4, 8]
+    masks = []
+    hook = state.model.register_forward_pre_hook(lambda model, inputs: masks.append(inputs[1]))
     trial.run(Shape(3, 48, 64))
+    hook.remove()
+    assert masks[0] is not None and masks[0].any(), "padding takes memory, too"
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(value, before[name]) for name, value in state.model.state_dict().items())
     assert not [name for name, parameter in state.model.named_parameters() if parameter.grad is not None]

@@ -12,7 +12,7 @@ from observing import observe, small_config
 from tiny import make_dataset
 
 from detr_ray.config import Config, ConfigError
-from detr_ray.engine.pictures import of_data, of_evaluation, of_model
+from detr_ray.engine.pictures import of_augmentation, of_data, of_evaluation, of_model
 from detr_ray.engine.pictures.request import PictureRequest
 from detr_ray.evaluation import DetectionTable, GroundTruth
 from detr_ray.show import PICTURES
@@ -83,6 +83,43 @@ def test_a_sample_is_shown_after_each_step(place: Path) -> None:
         of_data.sample_picture(settings, PictureRequest(image="nowhere"), print)
 
 
+def test_the_same_images_are_shown_under_each_transform(place: Path) -> None:
+    transforms = "data.augment.transforms=[mosaic: {p: 0.1}, grayscale: {p: 0.1, until_epoch: 1}, detr]"
+
+    def drawn(step: int) -> Figure:
+        request = PictureRequest(images=5, step=step)
+        return of_augmentation.augmentation_picture(config(place, transforms), request, print).figure
+
+    figure = drawn(0)
+    expected = ["as stored", "mosaic", "grayscale", "detr", "as trained"]
+    assert [title.split("\n")[0] for title in titles(figure)] == [name for name in expected for _ in range(5)]
+    images = [axes.images[0].get_array() for axes in figure.axes]
+    ids = [title.split("\n")[1].split(",")[0] for title in titles(figure)]
+    assert ids == ids[:5] * 5 and len(set(ids)) == 5
+    assert all((image[..., 0] == image[..., 2]).all() for image in images[10:15]), "each is done to all images"
+    assert not any((image[..., 0] == image[..., 2]).all() for image in images[:10])
+    boxes = [len(boxes_of(axes)) for axes in figure.axes]
+    assert sum(boxes[5:10]) > sum(boxes[:5]) and boxes[10:15] == boxes[:5], "a mosaic has objects of four images"
+    stored, mosaic, other = (figure.axes[place].images[0].get_array() for figure, place in
+                             ((figure, 0), (figure, 5), (drawn(1), 5)))  # fmt: skip
+    assert stored.shape == mosaic.shape == other.shape and (mosaic != other).any() and (stored != mosaic).any()
+
+
+def test_steps_of_transforms_are_named_with_what_was_drawn(place: Path) -> None:
+    transforms = "[mosaic: {p: 1}, zoom_out: {p: 1}, photometric: {p: 1}, detr]"
+    settings = config(place, f"data.augment.transforms={transforms}")
+    shown = titles(of_data.sample_picture(settings, PictureRequest(images=1), print).figure)
+    assert [title.split("\n")[0].split()[0] for title in shown][:6] == [
+        "image",
+        "crop",
+        "resize",
+        "tile",
+        "place",
+        "change",
+    ]
+    assert any(title.startswith("change colours brightness ") for title in shown)
+
+
 def test_a_data_set_at_a_glance_has_its_numbers(place: Path) -> None:
     drawn = of_data.data_picture(config(place), PictureRequest(), print)
     train = of_data.planned_data(config(place), lambda line: None).train
@@ -139,7 +176,7 @@ def test_outcomes_have_colours_of_their_own(place: Path) -> None:
     boxes = len(found.truth.category_ids)
     assert drawn.lines == [f"{boxes - 1} matched", "0 confused", "1 false", "1 missed"]
     shown = [text.get_text() for text in drawn.figure.legends[0].get_texts()]
-    assert shown == ["matched", "false: nothing is annotated there", "missed"]
+    assert shown == ["matched", "false: no annotation is left for it", "missed"]
     assert len(drawn.figure.axes) == 8, "annotations and predictions of each image"
 
 

@@ -48,6 +48,7 @@ MODULES = (
     "detr_ray/data/transforms/cutout.py",
     "detr_ray/data/transforms/several.py",
     "detr_ray/engine/stream/augmentation.py",
+    "detr_ray/engine/pictures/of_augmentation.py",
     "detr_ray/data/grouping.py",
     "detr_ray/data/formats/__init__.py",
     "detr_ray/data/sample.py",

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from detr_ray.config import Config, ConfigError
 from detr_ray.data.images import ImageReader, decode_image
 from detr_ray.data.index import DatasetIndex
-from detr_ray.data.sample import Crop, Flip, Picture, Resize, SamplePlan, Step
+from detr_ray.data.sample import Crop, Flip, Picture, Place, Resize, SamplePlan, Step
 from detr_ray.data.statistics import count_boxes
+from detr_ray.data.transforms.sequence import Combine
 from detr_ray.engine.job import Say, choose_label_space, label_map_for, open_data
 from detr_ray.engine.pictures.request import Drawn, PictureRequest
 from detr_ray.engine.stream.planned_data import PlannedData
@@ -60,7 +63,7 @@ def sample_picture(config: Config, request: PictureRequest, say: Say) -> Drawn:
     rows, lines = [], []
     for sample in samples:
         stages = _stages(data, reader, sample)
-        rows.append([_pictured(title, picture, names) for title, picture in stages])
+        rows.append([pictured(title, picture, names) for title, picture in stages])
         lines.append(f"image {sample.image_id}: {', '.join(title.replace(chr(10), ' ') for title, _ in stages)}")
     return Drawn(sample_steps(rows), lines)
 
@@ -153,7 +156,19 @@ def _described(step: Step) -> str:
         return f"resize to {step.size[1]} x {step.size[0]}"
     if isinstance(step, Crop):
         return f"crop {step.width} x {step.height} at ({step.left}, {step.top})"
-    return str(step)
+    if isinstance(step, Place):
+        return f"place on {step.margin.size[1]} x {step.margin.size[0]} at ({step.margin.left}, {step.margin.top})"
+    if isinstance(step, Combine):
+        return _described(step.step)
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(step).__name__).lower()
+    values = [f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in _values(step)]
+    return " ".join([words, ", ".join(values)])
+
+
+def _values(step: Step) -> list[tuple[str, Any]]:
+    """What a step was planned with, but for seeds."""
+    fields = dataclasses.fields(step)  # type: ignore[arg-type]
+    return [(field.name, getattr(step, field.name)) for field in fields if field.name != "seed"]
 
 
 def _size_of(picture: Picture) -> str:
@@ -166,13 +181,19 @@ def _boxes_of(picture: Picture) -> str:
     return f"{count} box{'' if count == 1 else 'es'}"
 
 
-def _pictured(title: str, picture: Picture, names: Sequence[str | None]) -> PicturedImage:
+def pictured(title: str, picture: Picture, names: Sequence[str | None]) -> PicturedImage:
+    """A picture with its title, and the names of its objects.
+
+    Args:
+        title: above it.
+        picture: what is shown.
+        names: one a label.
+    """
     height, width = picture.pixels.shape[:2]
     instances = picture.instances.scale((height, width))
     labels = instances.labels.tolist()
-    return PicturedImage(
-        title, picture.pixels.numpy(), instances.boxes_xyxy_px, [names[label] or f"label {label}" for label in labels]
-    )
+    texts = [names[label] or f"label {label}" for label in labels]
+    return PicturedImage(title, picture.pixels.numpy(), instances.boxes_xyxy_px, texts, labels)
 
 
 def _first(batch: PaddedBatch, count: int) -> PaddedBatch:

@@ -99,7 +99,11 @@ def decoder_picture(config: Config, request: PictureRequest, say: Say) -> Drawn:
         one = seen.attention.of_decoder(layer, 0, [query])
         name, score = seen.name_of(place), float(seen.found.scores[0, place])
         base = _attended(seen, one, f"{name} {score:.2f}, query {query}", None)
-        attended.append(dataclasses.replace(base, box_xyxy_px=seen.boxes_xyxy_px[place], name=name))
+        attended.append(
+            dataclasses.replace(
+                base, box_xyxy_px=seen.boxes_xyxy_px[place], name=name, label=int(seen.found.labels[0, place])
+            )
+        )
     title = f"Decoder attention, layer {layer + 1} of {len(seen.attention.decoder)}; {seen.title}"
     return Drawn(attention_figure(seen.pixels, seen.frame_px, attended, title), _lines(seen, request))
 

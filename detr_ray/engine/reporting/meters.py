@@ -17,7 +17,8 @@ from detr_ray.engine.context import WorkerContext
 from detr_ray.engine.step import StepOutcome, StepTimes
 from detr_ray.loss import ERROR_NAMES
 
-_PHASES = tuple(field.name for field in dataclasses.fields(StepTimes))
+_PHASES = tuple(f"{field.name}_s" for field in dataclasses.fields(StepTimes))
+"""Seconds a phase; ``loss`` without its ending would be the training loss."""
 _COUNTS = ("steps", "seconds", "grad_norm", "skipped", "worker_steps", "padded_pixels", "image_pixels", "bad_images")
 
 
@@ -55,7 +56,7 @@ class Meters:
         Args:
             times: this worker's seconds a phase since the interval began in this process.
         """
-        own = self._own_counts() | dataclasses.asdict(times)
+        own = self._own_counts() | {f"{phase}_s": seconds for phase, seconds in dataclasses.asdict(times).items()}
         names = self._agreed_loss_names()
         device = self._context.device
         counts = [self._carried.get(name, 0.0) + own[name] for name in (*_COUNTS, *_PHASES)]
@@ -81,10 +82,10 @@ class Meters:
             "train/bad_images": totals["bad_images"],
             "perf/images_per_s": steps * self._global_batch_size / seconds,
             "perf/step_s": seconds / steps,
-            "perf/data_wait_frac": totals["data_wait"] / (seconds * workers),
+            "perf/data_wait_frac": totals["data_wait_s"] / (seconds * workers),
             "perf/padding_frac": 1 - totals["image_pixels"] / max(totals["padded_pixels"], 1),
         }
-        return metrics | {f"perf/{phase}_s": totals[phase] / worker_steps for phase in _PHASES}
+        return metrics | {f"perf/{phase}": totals[phase] / worker_steps for phase in _PHASES}
 
     def _own_counts(self) -> dict[str, float]:
         """This worker's part; what is the same on all workers is rank 0's."""

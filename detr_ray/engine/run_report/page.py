@@ -17,7 +17,7 @@ _STYLE = """
 :root { --line: #d7dbe0; --pale: #5d6570; --good: #1a7f37; --bad: #b42318; --back: #f6f7f9; }
 * { box-sizing: border-box; }
 body { font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; color: #1b1f24;
-  margin: 0 auto; padding: 1rem; max-width: 72rem; background: #fff; overflow-wrap: anywhere; }
+  margin: 0 auto; padding: 1rem; max-width: 72rem; background: #fff; overflow-wrap: break-word; }
 h1 { font-size: 1.6rem; margin: .3rem 0; } h2 { font-size: 1.25rem; margin: 2rem 0 .6rem;
   border-bottom: 2px solid var(--line); padding-bottom: .2rem; } h3 { font-size: 1.02rem; margin: 1.2rem 0 .4rem; }
 p, ul { margin: .5rem 0; } .pale { color: var(--pale); font-size: .92rem; }
@@ -34,8 +34,10 @@ code, pre { font: .86rem/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, mon
 pre { background: var(--back); border: 1px solid var(--line); border-radius: .4rem; padding: .6rem; overflow-x: auto; }
 li.problem { margin: .4rem 0; } li.problem b { color: var(--bad); } li.fine { color: var(--good); }
 nav { font-size: .92rem; } nav a { margin-right: .9rem; } a { color: #0a58ca; }
+@media (max-width: 42rem) { figure { overflow-x: auto; } figure img { max-width: none; width: 46rem; } }
 details summary { cursor: pointer; color: #0a58ca; }
-@media print { body { max-width: none; padding: 0; font-size: 11pt; } nav { display: none; }
+@media print { figure img { max-width: 100% !important; width: auto !important; }
+  body { max-width: none; padding: 0; font-size: 11pt; } nav { display: none; }
   h2 { break-after: avoid; } figure, .card, tr { break-inside: avoid; } .wide { overflow: visible; }
   pre { white-space: pre-wrap; } a { color: inherit; text-decoration: none; } }
 """
@@ -154,7 +156,7 @@ def problems(found: Sequence[tuple[str, str]]) -> str:
     """What is wrong, each (what, what to do about it)."""
     if not found:
         return '<ul><li class="fine">Nothing was found that looks wrong.</li></ul>'
-    items = "".join(f'<li class="problem"><b>{escape(what)}.</b> {escape(advice)}</li>' for what, advice in found)
+    items = "".join(f'<li class="problem"><b>{escape(what)}:</b> {escape(advice)}</li>' for what, advice in found)
     return f"<ul>{items}</ul>"
 
 
