@@ -152,7 +152,7 @@ class Denoising:
 def _pairs_of_groups(counts: Sequence[int], groups: int, queries: int, layers: int) -> Matches:
     """Query ``i`` of each group of so many queries with box ``i`` of its image, in every layer."""
     boxes = torch.tensor(counts).repeat_interleave(groups)  # of each image and group
-    place = torch.arange(int(boxes.sum())) - (boxes.cumsum(0) - boxes).repeat_interleave(boxes)
+    place = torch.arange(groups * sum(counts)) - (boxes.cumsum(0) - boxes).repeat_interleave(boxes)
     first_query = (torch.arange(groups) * queries).repeat(len(counts)).repeat_interleave(boxes)
     images = torch.arange(len(counts)).repeat_interleave(groups).repeat_interleave(boxes)
     first_target = torch.tensor((0, *counts[:-1])).cumsum(0)

@@ -62,7 +62,8 @@ class DinoDecoder(DeformableDecoder):
 
     def query_positions(self, references_cxcywh: Tensor) -> Tensor:
         """Boxes ``[B, Q, 4]`` in 0..1 of the padded image as position vectors ``[B, Q, dim]``."""
-        in_order = references_cxcywh[..., [1, 0, 2, 3]]
+        cx, cy, w, h = references_cxcywh.unbind(-1)
+        in_order = torch.stack((cy, cx, w, h), dim=-1)
         channels = self.norm.normalized_shape[0] // 2
         described = waves(in_order * (2 * math.pi), channels, QUERY_TEMPERATURE).flatten(2)
         out: Tensor = self.ref_point_head(described.to(self.norm.weight.dtype))

@@ -65,13 +65,17 @@ def draw_batch(seed: int = 0, images: int = 3, height: int = 64, width: int = 96
 
 
 def draw_step(
-    device: torch.device | str, precision: str = "fp32", channels_last: bool = True, **options: Any
+    device: torch.device | str,
+    precision: str = "fp32",
+    channels_last: bool = True,
+    overrides: Iterable[str] = (),
+    **options: Any,
 ) -> TrainStep:
-    config = settings()
+    config = settings(*overrides)
     model = draw_model(config, device, channels_last)
     step = TrainStep(
         model,
-        build_criterion(config.loss, CLASSES, num_queries=model.num_queries).to(device),
+        build_criterion(config, CLASSES, num_queries=model.num_queries).to(device),
         build_optimizer(model, {"lr": 1e-4, "lr_backbone": 1e-5}, weight_decay=1e-4),
         LocalContext(device),
         seed=0,

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from detr_ray.engine.optimizer import LearningRates
 from detr_ray.engine.step import StepOutcome, TrainStep
 from detr_ray.schedules import constant
-from detr_ray.structures import IMAGENET_PIXELS, HostCopy, to_device
+from detr_ray.structures import IMAGENET_PIXELS, HostCopy, StepInfo, to_device
 
 STEPS = 3
 # Shares by which a step may differ from fp32 on the CPU. CPUs against themselves: 1e-7 and 4e-4 (bf16) for losses, 1e-7
@@ -171,13 +171,20 @@ class _Reads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_forward_loss_and_backward_read_nothing(device: torch.device) -> None:
+@pytest.mark.parametrize(
+    "overrides",
+    [(), ("model.architecture=deformable_detr", "model.two_stage=true"), ("model.architecture=dino",)],
+    ids=["detr", "deformable_detr", "dino"],
+)
+def test_forward_loss_and_backward_read_nothing(device: torch.device, overrides: tuple[str, ...]) -> None:
     """What a step waits for beside the matching would be one of these, on any device."""
-    step = draw_step(device, channels_last=False)
+    step = draw_step(device, channels_last=False, overrides=overrides)
     take(step, 1)
-    batch = to_device(draw_batch(), device, IMAGENET_PIXELS)
+    padded = draw_batch()
+    batch = to_device(padded, device, IMAGENET_PIXELS, step_info=StepInfo(seed=0, step=1, most_boxes=2))
     with _Reads() as reads:
-        losses = step.criterion(step.model(batch.images, batch.mask), batch.targets, (4.0, 9.0))
+        outputs = step.model(*step.model.inputs_of(batch))
+        losses = step.criterion(outputs, batch.targets, step.criterion.normalisers(padded.counts.tolist()))
         step.criterion.total(losses).backward()
     assert reads.found == []
     with _Reads() as reads:
