@@ -19,6 +19,7 @@ COMMANDS = {
     "watch": "follow a run that is being trained",
     "show": "draw a picture of data, a model, an evaluation or a run",
     "report": "write the report of a run, or of two side by side",
+    "registry": "show and change the versions of the registered model",
     "send": "send records that the tracking store did not take",
 }
 """Modules with a ``main(argv) -> int``, and what each does."""

@@ -16,6 +16,7 @@ from detr_ray.locations import read_bytes
 from detr_ray.model.state_dicts import WeightsError
 from detr_ray.prediction import LoadedModel
 from detr_ray.retries import reason_of
+from detr_ray.tracking.fetching import SCHEMES, fetched
 
 Say = Callable[[str], None]
 
@@ -28,7 +29,8 @@ def load_model(
     Args:
         source: a run's folder (of its checkpoints the one with the highest AP), a checkpoint's folder, the folder of a
             model package, a model file, published weights (``.pth``, ``.safetensors``), or the URL of a file. Paths
-            and addresses (``s3://``, ``gs://``).
+            and addresses (``s3://``, ``gs://``). Of MLflow's registry: ``models:/NAME@ALIAS``,
+            ``models:/NAME/VERSION``, ``runs:/RUN``; see `detr_ray.tracking.fetching`.
         config: says architecture and sizes of images for weights of others, which do not say them themselves; None for
             the published DETR with a ResNet-50. Models of this project have their own.
         scores: path or address of what the evaluate command wrote of the model's scores (``--scores``), for
@@ -38,7 +40,13 @@ def load_model(
     Raises:
         ConfigError: there is no model there, or its configuration is none for this version.
         WeightsError: it cannot be had, is damaged, was changed, or is of another architecture.
+        RegistryError: MLflow has no such version, or not its files.
     """
+    if source.startswith(SCHEMES):
+        with fetched(source) as place:
+            model = load_model(place, config, scores, say)
+        model.source = source  # the place may have been a copy for a while
+        return model
     found = find_model(source, "model")
     folder = package_of(found.file)
     if folder is None:

@@ -6,6 +6,7 @@ The docstring under a field is its meaning in ``--help`` and in the documentatio
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Annotated, Any, Literal
@@ -249,21 +250,38 @@ class EvalConfig(Section):
             yield Violation(("size", "max_size"), f"must not exceed eval.max_size ({self.max_size})")
 
 
-class TrackingConfig(Section):
-    """Recording of metrics, configuration and results in MLflow."""
+with warnings.catch_warnings():
+    # Pydantic warns of a field called register: Python's abstract classes have a method of that name, unused here.
+    warnings.filterwarnings("ignore", 'Field name "register"')
 
-    enabled: bool = True
-    """Record the run."""
-    uri: Text | None = None
-    """MLflow tracking URI. null: the environment variable `MLFLOW_TRACKING_URI`, or else a SQLite file in
-    `run.storage`. Must not contain a password: set `MLFLOW_TRACKING_USERNAME` and `MLFLOW_TRACKING_PASSWORD` in the
-    environment instead."""
-    experiment: Text = "detr_ray"
-    """MLflow experiment the run belongs to."""
-    report: bool = True
-    """Write `report.html` into the run's folder at the end of the training, and keep what the best weights found in
-    `evaluation/best.npz`, from which `python -m detr_ray.report` makes it again. Trials of a search get no report by
-    themselves."""
+    class TrackingConfig(Section):
+        """Recording of metrics, configuration and results in MLflow, and its registry of models."""
+
+        enabled: bool = True
+        """Record the run."""
+        uri: Text | None = None
+        """MLflow tracking URI. null: the environment variable `MLFLOW_TRACKING_URI`, or else a SQLite file in
+        `run.storage`. Must not contain a password: set `MLFLOW_TRACKING_USERNAME` and `MLFLOW_TRACKING_PASSWORD` in the
+        environment instead."""
+        experiment: Text = "detr_ray"
+        """MLflow experiment the run belongs to."""
+        report: bool = True
+        """Write `report.html` into the run's folder at the end of the training, and keep what the best weights found in
+        `evaluation/best.npz`, from which `python -m detr_ray.report` makes it again. Trials of a search get no report
+        by themselves."""
+        register: bool = False
+        """Make the best checkpoint a version of the registered model when the training ends; after a search, that of
+        the best trial."""
+        model_name: Name = "detr"
+        """Name of the registered model."""
+        champion_margin: Annotated[NonNegative, Field(lt=1)] = 0
+        """A new version becomes `champion` only if its AP is higher than the champion's by more than this, measured on
+        the same validation data at the same sizes."""
+
+        def rules(self) -> Iterator[Violation]:
+            """What is registered is linked to the run's records."""
+            if self.register and not self.enabled:
+                yield Violation(("register", "enabled"), "needs tracking.enabled=true")
 
 
 class Config(Section):

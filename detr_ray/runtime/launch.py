@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 def fit(
     config: Config, say: Say = lambda line: None, hooks_of: Callable[[TrainJob], JobHooks] = lambda job: JobHooks()
 ) -> FitResult:
-    """Trains what a configuration describes, or goes on with it.
+    """Trains what a configuration describes, or goes on with it; with ``tracking.register``, registers the best model.
 
     The process that calls it is afterwards as it was before; see `host_process_as_before`.
 
@@ -56,7 +56,12 @@ def fit(
         RunFailed: the run began and cannot go on.
     """
     job = prepare_job(config, say)
-    return run_job(job, hooks_of(job), say)
+    result = run_job(job, hooks_of(job), say)
+    if config.tracking.register and result.status != "stopped":
+        from detr_ray.runtime.registration import register_or_warn
+
+        register_or_warn(job.config, result.run_path, say)
+    return result
 
 
 @host_process_as_before()

@@ -15,11 +15,13 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 from coco_folder import CocoFolder, encoded
+from mlflow_store import empty_store
 from observing import observe, small_config
 from PIL import Image
 from tiny import make_dataset
@@ -568,3 +570,52 @@ def report_out(place: Place) -> None:
     code, _, err = place.call("report", place.folder / "absent")
     assert code == 2 and "absent" in err
     assert place.call("report")[0] == 2
+
+
+# registry
+
+_REGISTRIES: dict[Path, str] = {}
+
+
+def registry_of(place: Place) -> str:
+    """The configuration of a registry whose version 1 is the trained run; made once, since that takes seconds."""
+    if place.run not in _REGISTRIES:
+        _REGISTRIES[place.run] = f"tracking.uri={empty_store(place.run.parent / 'registry')}"
+        place.done("registry", "register", place.run, _REGISTRIES[place.run])
+    return _REGISTRIES[place.run]
+
+
+@shows("registry", "--json")
+def registry_json(place: Place) -> None:
+    store = registry_of(place)
+    (listed,) = json.loads(place.done("registry", "list", "--json", store))
+    assert (listed["name"], listed["version"], listed["aliases"]) == ("detr", 1, ["champion"])
+    assert json.loads(place.done("registry", "show", "champion", "--json", store)) == listed
+    out = place.done("registry", "register", place.run, "--json", store)
+    assert json.loads(out)["version"] == 1, "it is a version already, and what is said goes elsewhere"
+    compared = json.loads(place.done("registry", "compare", "1", "champion", "--json", store))
+    assert compared["versions"] == [1, 1] and compared["same_data"] and compared["config"] == {}
+    assert compared["metrics"]["val/AP"] == [listed["metrics"]["val/AP"]] * 2
+    table = place.done("registry", "list", store)
+    assert table.splitlines()[1].split()[:2] == ["1", "champion"]
+
+
+@shows("registry", "--reason")
+def registry_reason(place: Place) -> None:
+    """Kept where the champion moves; an action that gives no reason does not take one."""
+    store = registry_of(place)
+    client = mlflow_client(store)
+    client.delete_registered_model_alias("detr", "champion")
+    place.done("registry", "promote", 1, "--reason", "seen by eye", store)
+    assert client.get_model_version("detr", "1").tags["champion.reason"] == "seen by eye"
+    assert client.get_model_version_by_alias("detr", "champion").version == 1
+    code, _, err = place.call("registry", "list", "--reason", "none", store)
+    assert code == 2 and "--reason: means nothing for list" in err
+    code, _, err = place.call("registry", "rollback", "--reason", "worse", store)
+    assert code == 2 and "is the first champion" in err
+
+
+def mlflow_client(store: str) -> Any:
+    import mlflow
+
+    return mlflow.MlflowClient(store.removeprefix("tracking.uri="))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 from config_keys.registry import Place, shows
+from mlflow_store import empty_store
 
 from detr_ray.runtime.launch import fit
+from detr_ray.tracking.registry import ModelRegistry
 
 
 @shows("tracking.enabled", "tracking.uri", "tracking.experiment")
@@ -33,6 +35,7 @@ def tracking(place: Place) -> None:
     assert (run.data.tags["data.train.images"], run.data.tags["data.classes"]) == ("16", "6")
     assert run.data.tags["code.commit"] == "c0ffee" and run.data.tags["run.path"] == f"{place.folder}/runs/a"
     assert client.get_metric_history(run.info.run_id, "train/loss")
+    assert not client.search_registered_models(), "the default"
 
 
 @shows("tracking.report")
@@ -43,3 +46,16 @@ def report(place: Place) -> None:
         folder = place.folder / "runs" / name
         written = [(folder / file).is_file() for file in ("report.html", "evaluation/best.npz")]
         assert written == [value == "true"] * 2
+
+
+@shows("tracking.register", "tracking.model_name", "tracking.champion_margin")
+def registered(place: Place) -> None:
+    uri = empty_store(place.folder)
+    keys = ("train.max_steps=1", "tracking.enabled=true", f"tracking.uri={uri}", "tracking.register=true")
+    keys += ("tracking.model_name=mine-1.0",)
+    fit(place.config(*keys, "run.name=a"))
+    mine = ModelRegistry(uri, "mine-1.0")
+    (first,) = mine.versions()
+    assert first.is_champion and ModelRegistry(uri, "detr").versions() == []
+    fit(place.config(*keys, "run.name=b", "run.seed=1", "tracking.champion_margin=0.75"))
+    assert mine.version(2).tags["champion.reason"].endswith("not better by more than 0.75")

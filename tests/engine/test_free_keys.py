@@ -18,7 +18,7 @@ from recorded import final_weights
 from tiny import fit_here, make_dataset, tiny_config
 from torchvision.models import resnet18
 
-from detr_ray.config import Config, TuneConfig
+from detr_ray.config import Config, TrackingConfig, TuneConfig
 from detr_ray.config.schema import all_keys
 from detr_ray.data.formats import open_split
 from detr_ray.data.packing import write_shards
@@ -200,8 +200,11 @@ CASES = {
         (same_weights, same_metrics, evaluated_at(STEPS)),
     ),
     "records": Case(
-        ("tracking.enabled", "tracking.uri", "tracking.experiment"),
-        ("tracking={enabled: true, uri: 'sqlite:///$copy/other.db', experiment: other}",),
+        tuple(f"tracking.{name}" for name in TrackingConfig.model_fields),
+        (
+            "tracking={enabled: true, uri: 'sqlite:///$copy/other.db', experiment: other}",
+            "tracking.register=true", "tracking.model_name=other", "tracking.champion_margin=0.1",
+        ),
     ),
     "a search": Case(
         tuple(f"tune.{name}" for name in TuneConfig.model_fields),

@@ -6,6 +6,8 @@ TESTS = (
     "tests/seams", "tests/config_keys", "tests/commands", "tests/data", "tests/engine", "tests/loss", "tests/model",
     "tests/evaluation", "tests/prediction", "tests/viz", "tests/search", "tests/tracking/test_history.py",
     "tests/test_cli.py", "tests/test_check.py", "tests/test_watch.py", "tests/test_prepare.py",
+    "tests/runtime/test_registration.py", "tests/tracking/test_registry.py", "tests/tracking/test_champion.py",
+    "tests/tracking/test_fetching.py",
 )  # fmt: skip
 """Without Ray, so that a change is tried in seconds."""
 
@@ -101,6 +103,12 @@ MODULES = (
     "detr_ray/search/trials.py",
     "detr_ray/search/tables.py",
     "detr_ray/runtime/launch.py",
+    "detr_ray/runtime/registration.py",
+    "detr_ray/tracking/registry.py",
+    "detr_ray/tracking/champion.py",
+    "detr_ray/tracking/fetching.py",
+    "detr_ray/tracking/logged_model.py",
+    "detr_ray/registry.py",
     "detr_ray/train.py",
     "detr_ray/watch.py",
     "detr_ray/progress_bar.py",

@@ -22,9 +22,14 @@ from pathlib import Path
 import pytest
 from mlflow_reading import QUICK, client_of, history, the_only_run, wait_until
 from test_one_point_a_step import kill_and_resume
+from versions import QUICK as VERSION_TURNS
+from versions import stored
 
 from detr_ray import send
 from detr_ray.tracking import ChildState, MlflowTracker, SearchRun
+from detr_ray.tracking.champion import decide
+from detr_ray.tracking.fetching import fetched, read_record
+from detr_ray.tracking.registry import ModelRegistry, RegistryError, RegistryUnavailable
 
 START_LIMIT_S = 60.0
 
@@ -209,3 +214,44 @@ def test_kills_leave_one_point_a_step_on_a_server(server: Server, tmp_path: Path
     server.start()
     server.wait_until_up()
     kill_and_resume(tmp_path / "run", server.uri, kills=6, seed=3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_versions_and_their_champion_on_a_server(server: Server, tmp_path: Path) -> None:
+    server.start()
+    server.wait_until_up()
+    tracker = MlflowTracker(tmp_path / "run", uri=server.uri, experiment="detr", run_name="seven", run_uid="uid-7")
+    tracker.finish("FINISHED")
+    registry = ModelRegistry(server.uri, "detr")
+    assert registry.versions() == []
+    with (
+        pytest.raises(RegistryError, match="there is no version @champion"),
+        fetched("models:/detr@champion", server.uri),
+    ):
+        pass
+    for number, ap in ((1, 0.25), (2, 0.5), (3, 0.375)):
+        made = stored(registry, tmp_path / str(number), f"weights {number}", ap, run_uid="uid-7")
+        assert made.run_id == tracker.run_id
+        decide(registry, made, 0.0, lambda champion: 0.0, print, VERSION_TURNS)
+    champion = registry.champion()
+    assert champion is not None and champion.version == 2
+    for source, content in (
+        ("models:/detr@champion", "weights 2"),
+        ("models:/detr/1", "weights 1"),
+        (f"runs:/{tracker.run_id}", "weights 3"),
+    ):
+        with fetched(source, server.uri) as folder:
+            assert Path(folder, "weights.safetensors").read_text() == content
+        assert not Path(folder).exists(), "a copy"
+    assert b"optim" in read_record(registry, champion)
+    assert registry.rollback().version == 1 and registry.compare(1, 2).same_data
+    shutil.rmtree(server.folder / "artifacts")
+    with (
+        pytest.raises(RegistryError, match="the files of version 1 of detr are gone"),
+        fetched("models:/detr/1", server.uri),
+    ):
+        pass
+    server.kill()
+    with pytest.raises(RegistryUnavailable, match="does not answer"):
+        ModelRegistry(server.uri, "detr")

@@ -84,7 +84,19 @@ def run_search(config: Config, say: Say, *, resume: bool = False) -> SearchResul
     for name in _LOUD:
         logging.getLogger(name).setLevel(logging.ERROR)
     with directory.locked(say), _session(config):
-        return _Search(config, space, opened, directory, say).run()
+        result = _Search(config, space, opened, directory, say).run()
+    if config.tracking.register and result.status != "stopped" and result.best is not None:
+        _register(config, result, say)
+    return result
+
+
+def _register(config: Config, result: SearchResult, say: Say) -> None:
+    """Makes the best checkpoint of the best trial a version of the registered model."""
+    from detr_ray.runtime.registration import register_or_warn
+
+    assert result.best is not None and result.best.run_path is not None, "it was measured"
+    best = with_values(config, result.best_values or {})
+    register_or_warn(best, result.best.run_path, say)
 
 
 def check_metric(config: Config, opened: OpenedData | None) -> None:

@@ -23,8 +23,9 @@ from detr_ray.engine.job import prepare_job
 from detr_ray.runtime.launch import run_job
 from detr_ray.search.lived_schedule import lived_schedule
 from detr_ray.search.population import Population
-from detr_ray.search.trials import Trial, read_trials
+from detr_ray.search.trials import Trial, best_trial, read_trials
 from detr_ray.tracking import tracking_uri
+from detr_ray.tracking.registry import ModelRegistry
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(590)]
 
@@ -129,9 +130,13 @@ def test_a_population_moves_trials_and_what_one_lived_through_can_be_replayed(
         "tune.trials=3",
         f"train.launcher={launcher}",
         f"train.epochs={epochs}",
+        "tracking.register=true",
     )
     code, text = search.run()
     assert code == 0, text
+    best = best_trial(search.trials(), "max")
+    (version,) = ModelRegistry(tracking_uri(None, tmp_path), "detr").versions()
+    assert best is not None and version.tags["run.path"] == best.run_path and version.is_champion, text
     state = json.loads((search.folder / "population.json").read_text())
     assert state["decided_epoch"] == epochs - 1 and state["moves"], text
     move = state["moves"][-1]

@@ -1,0 +1,254 @@
+"""From a checkpoint to a version of a registered model, and whether it becomes the champion.
+
+`register` is what the command, the end of a training and the end of a search call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import shlex
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from detr_ray.addresses import join, parent
+from detr_ray.config import Config, ConfigError
+from detr_ray.config.loading import config_from_dict
+from detr_ray.data.errors import DataError
+from detr_ray.detector.artifact import SavedModel
+from detr_ray.detector.package import PACKAGE_FILE, WEIGHTS_FILE, ModelFacts, write_package
+from detr_ray.engine.checkpoints.run_directory import RECORD, record_at
+from detr_ray.engine.errors import RunFailed
+from detr_ray.engine.reporting.tracking_store import run_tracking_uri
+from detr_ray.engine.validation.evaluation_job import evaluation_config, prepare_evaluation
+from detr_ray.model.weights import WeightsError
+from detr_ray.model_sources import load_model
+from detr_ray.runtime.launch import run_prepared_evaluation
+from detr_ray.tracking import public_uri
+from detr_ray.tracking.champion import CannotBeMeasured, Decision, decide, is_decided, undecided_tags
+from detr_ray.tracking.fetching import fetched_version
+from detr_ray.tracking.logged_model import NewVersion, add_version
+from detr_ray.tracking.registry import (
+    CHECKPOINT,
+    MEASURED_ON,
+    NUMBERS,
+    PACKAGE_SHA256,
+    REASON,
+    WEIGHTS_SHA256,
+    ModelRegistry,
+    ModelVersion,
+    RegistryError,
+)
+
+Say = Callable[[str], None]
+
+_CODE = Path(__file__).with_name("mlflow_model.py")
+"""What MLflow runs to serve a version. To import it would tell MLflow to serve."""
+_LEFT_OUT = (RegistryError, ConfigError, DataError, WeightsError, RunFailed, OSError)
+"""What may keep a checkpoint from being registered, and is no reason for a training to fail."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Registered:
+    """What became of a checkpoint in the registry.
+
+    Attributes:
+        version: its version.
+        decision: whether it is the champion, and why or why not; None where it had been registered before.
+    """
+
+    version: ModelVersion
+    decision: Decision | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Candidate:
+    """A model that is to be registered, and what is known of it."""
+
+    saved: SavedModel
+    facts: ModelFacts
+    source: str
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        known = self.facts.evaluation.get("metrics") or {}
+        return {name: known[name] for name in NUMBERS if name in known}
+
+    @property
+    def measured_on(self) -> dict[str, Any]:
+        return dict(self.facts.evaluation.get("measured_on") or {})
+
+
+def register(config: Config, source: str, say: Say) -> Registered:
+    """Makes a checkpoint a version of the registered model, and the champion if it is better.
+
+    A checkpoint whose weights are a version already, measured on the same data, is not registered twice. One that was
+    not evaluated is evaluated first, where there is validation data: that of the configuration, or its run's own.
+
+    Args:
+        config: ``tracking`` says where and as what; ``data``, ``eval`` and ``train``, where they are given, how it and
+            a champion of other data are measured.
+        source: a run's folder (its best checkpoint), a checkpoint, a model package, or a file or URL of weights.
+        say: shows the user a line.
+
+    Raises:
+        RegistryError: the registry does not answer, or does not take it.
+        ConfigError: there is no such checkpoint, or the configuration does not fit it.
+        WeightsError: it is damaged.
+        DataError: its validation data cannot be used.
+        RunFailed: it cannot be evaluated.
+    """
+    candidate = _candidate(config, source, say)
+    registry = ModelRegistry(run_tracking_uri(config), config.tracking.model_name, create=True)
+    if not candidate.metrics:
+        candidate = _evaluated(config, candidate, say)
+    with tempfile.TemporaryDirectory(prefix="detr_ray-package-") as workplace:
+        package = Path(workplace, "package")
+        record = write_package(str(package), candidate.saved, candidate.facts)
+        known = _known(registry, record.files[WEIGHTS_FILE], candidate.measured_on)
+        if known is not None:
+            say(f"{source} is {known} already ({known.tags.get(REASON, 'without a decision')})")
+            return Registered(known, None)
+        version = add_version(registry, _new_version(candidate, package, record.files[WEIGHTS_FILE]))
+    say(f"registered {source} as {version}")
+    decision = decide(
+        registry,
+        version,
+        config.tracking.champion_margin,
+        lambda champion: _measured_anew(config, candidate, registry, champion, say),
+        say,
+    )
+    say(f"{version} {'is the champion' if decision.is_champion else 'is not the champion'}: {decision.reason}")
+    return Registered(registry.version(version.version), decision)
+
+
+def register_or_warn(config: Config, run_path: str, say: Say) -> Registered | None:
+    """Registers the best checkpoint of a run that has ended; what goes wrong is a warning, and the run has not failed.
+
+    Returns:
+        What became of it; None where it could not be registered.
+    """
+    try:
+        return register(config, run_path, say)
+    except _LEFT_OUT as error:
+        tracking = config.tracking
+        command = shlex.join(
+            [
+                *("python", "-m", "detr_ray.registry", "register", run_path),
+                f"tracking.uri={public_uri(run_tracking_uri(config))}",
+                f"tracking.model_name={tracking.model_name}",
+                f"tracking.champion_margin={tracking.champion_margin:g}",
+            ]
+        )
+        say(f"WARNING: the best checkpoint is not registered: {error}. To register it later: {command}")
+        return None
+
+
+def _candidate(config: Config, source: str, say: Say) -> _Candidate:
+    """Reads a model with all that its files, its checkpoint and its run say of it."""
+    loaded = load_model(source, config, say=say)
+    facts = loaded.facts
+    checkpoint = facts.origin.get("checkpoint")
+    if checkpoint is not None and "run" not in facts.origin:
+        facts = dataclasses.replace(facts, origin={**facts.origin, **_run_of(checkpoint)})
+    return _Candidate(loaded.saved, facts, source)
+
+
+def _run_of(checkpoint: str) -> dict[str, Any]:
+    """The run that a checkpoint lies in; nothing where it lies in none."""
+    run = parent(parent(checkpoint))
+    with contextlib.suppress(ConfigError):  # a damaged record: the model is whole, and only its origin is unknown
+        record = record_at(join(run, RECORD))
+        if record is not None:
+            return {"run": run, "run_id": record["run_id"], "fingerprints": dict(record["fingerprints"])}
+    return {}
+
+
+def _evaluated(config: Config, candidate: _Candidate, say: Say) -> _Candidate:
+    """The candidate with its numbers, where there is validation data to measure them on."""
+    settings, _ = evaluation_config(config, candidate.saved.config, candidate.saved.source)
+    if not settings.data.has_val:
+        say("WARNING: it was not evaluated, and no validation data is given (data.root, data.val): it has no AP")
+        return candidate
+    say("it was not evaluated: measuring it")
+    metrics, measured_on = _measured(settings, candidate.saved.source, say)
+    evaluation = {"metrics": metrics, "measured_on": measured_on}
+    return dataclasses.replace(candidate, facts=dataclasses.replace(candidate.facts, evaluation=evaluation))
+
+
+def _measured_anew(
+    config: Config, candidate: _Candidate, registry: ModelRegistry, champion: ModelVersion, say: Say
+) -> float:
+    """The AP of a champion on the validation data of the candidate, measured in the same way.
+
+    Raises:
+        CannotBeMeasured: the data is not there any more, has other categories, or the champion's files are gone.
+    """
+    try:
+        settings, _ = evaluation_config(config, candidate.saved.config, candidate.saved.source)
+        with fetched_version(registry, champion) as folder:
+            metrics, measured_on = _measured(settings, folder, say)
+    except _LEFT_OUT as error:
+        raise CannotBeMeasured(str(error)) from error
+    if measured_on != candidate.measured_on:
+        raise CannotBeMeasured(
+            f"the validation data or sizes are others now ({_values(measured_on)}) than those that the new version was "
+            f"measured with ({_values(candidate.measured_on)})"
+        )
+    if "val/AP" not in metrics:
+        raise CannotBeMeasured("the validation data has no boxes to score against")
+    return metrics["val/AP"]
+
+
+def _measured(settings: Config, source: str, say: Say) -> tuple[dict[str, float], dict[str, Any]]:
+    """The numbers of a model, and what they were measured with and on, by settings that all count as given."""
+    values = settings.to_dict()
+    values["eval"] |= {"checkpoint": source}
+    job = prepare_evaluation(config_from_dict(values, source, say), say)
+    return run_prepared_evaluation(job, say).metrics.as_metrics(), job.data.measured_on
+
+
+def _known(registry: ModelRegistry, weights_sha256: str, measured_on: Mapping[str, Any]) -> ModelVersion | None:
+    """The version with these weights, measured in the same way, that was decided about."""
+    versions = [version for version in registry.versions() if version.tags.get(WEIGHTS_SHA256) == weights_sha256]
+    return next((each for each in versions if each.measured_on == measured_on and is_decided(each)), None)
+
+
+def _new_version(candidate: _Candidate, package: Path, weights_sha256: str) -> NewVersion:
+    saved, facts = candidate.saved, candidate.facts
+    assert saved.config is not None and saved.label_map is not None, "completed when it was read"
+    origin = facts.origin
+    tags = {
+        CHECKPOINT: candidate.source,
+        PACKAGE_SHA256: hashlib.sha256((package / PACKAGE_FILE).read_bytes()).hexdigest(),
+        WEIGHTS_SHA256: weights_sha256,
+        MEASURED_ON: json.dumps(candidate.measured_on),
+        "step": str(saved.step),
+        "architecture": saved.config.model.architecture,
+        "classes": str(len(saved.label_map.categories)),
+        "run.path": str(origin.get("run", "")),
+    }
+    tags |= {f"data.{split}.fingerprint": value for split, value in (origin.get("fingerprints") or {}).items()}
+    tags |= {name: repr(value) for name, value in candidate.metrics.items()}
+    metadata = {
+        "labels": {str(category_id): name for category_id, name in saved.label_map.categories},
+        "evaluation": {"metrics": candidate.metrics, "measured_on": candidate.measured_on},
+        "origin": dict(origin),
+    }
+    return NewVersion(
+        package=package,
+        code=_CODE,
+        metadata=metadata,
+        tags={key: value for key, value in tags.items() if value} | undecided_tags(),
+        experiment=saved.config.tracking.experiment,
+        run_uid=origin.get("run_id"),
+        top_k=saved.config.eval.max_detections,
+    )
+
+
+def _values(measured_on: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in measured_on.items())
