@@ -210,15 +210,16 @@ def largest_on_gpu(trial: MemoryTrial, limit: int) -> tuple[int, str]:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_reserved(device)
+        ran_out = False
         try:
             trial.run(trial.shape(size))
         except torch.cuda.OutOfMemoryError:
-            return False
-        finally:
-            gc.collect()
-            needed[size] = torch.cuda.max_memory_reserved(device) - before
-            torch.cuda.empty_cache()
-        return needed[size] <= limit
+            ran_out = True
+        # Not within the handler: there the error still holds what the failed step had.
+        gc.collect()
+        needed[size] = torch.cuda.max_memory_reserved(device) - before
+        torch.cuda.empty_cache()
+        return not ran_out and needed[size] <= limit
 
     needed: dict[int, int] = {}
     return _worded(trial, largest_fitting(trial.sizes, fits), needed, limit, "GPU memory")

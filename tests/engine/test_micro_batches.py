@@ -20,7 +20,14 @@ from detr_ray.engine.context import LocalContext
 from detr_ray.engine.cpu import PeakMemory, free_bytes
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.job import TrainJob, prepare_job
-from detr_ray.engine.micro_batches import MemoryTrial, Shape, largest_fitting, largest_shape, micro_batch_size
+from detr_ray.engine.micro_batches import (
+    MemoryTrial,
+    Shape,
+    largest_fitting,
+    largest_on_gpu,
+    largest_shape,
+    micro_batch_size,
+)
 
 AUTO = "train.micro_batch_size=auto"
 IMAGE = 1000
@@ -106,6 +113,34 @@ def test_on_cpus_a_share_of_the_free_memory_is_filled_by_what_small_batches_took
         f"micro-batches of at most {largest} images: the largest planned batch of that ({shape}) takes "
         f"{needed / 1e9:.1f} of the {needed / 1e9:.1f} GB of memory that can be used (train.micro_batch_size=auto)"
     ]
+
+
+def test_on_gpus_running_out_of_memory_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the allocator says is made up here; with a real one: ``tests/gpu/test_gpu_micro_batches.py``."""
+    device_bytes, held = 20, [0]
+
+    class Trial:
+        device, sizes = torch.device("cpu"), [1, 2, 3, 5, 9, 30]
+
+        def shape(self, size: int) -> Shape:
+            return Shape(size, 1, 1)
+
+        def run(self, shape: Shape) -> None:
+            held[0] = min(shape.count, device_bytes)
+            if shape.count > device_bytes:
+                raise torch.cuda.OutOfMemoryError("made up")
+
+    for name, answer in {
+        "empty_cache": lambda: None,
+        "reset_peak_memory_stats": lambda device: None,
+        "memory_reserved": lambda device: 0,
+        "max_memory_reserved": lambda device: held[0],
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+    for limit, expected in ((100, 9), (8, 5), (1, 1)):
+        assert largest_on_gpu(Trial(), limit)[0] == expected  # type: ignore[arg-type]
+    with pytest.raises(RunFailed, match="one image of the largest planned size"):
+        largest_on_gpu(Trial(), 0)  # type: ignore[arg-type]
 
 
 def test_all_workers_take_the_smallest_answer_and_share_their_machine(
