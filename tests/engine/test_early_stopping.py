@@ -58,6 +58,14 @@ def test_it_ends_after_so_many_evaluations_without_a_better_score(
     assert ends_at is None
 
 
+def test_only_scores_that_may_end_the_run_are_worth_waiting_for() -> None:
+    rule, waits = EarlyStopping(2, 0.0, "val/AP", {}), []
+    for number, value in enumerate(AP[:END]):
+        waits.append(rule.next_may_be_last)
+        rule.note(number, {"val/AP": value})
+    assert waits == [False, False, False, True]
+
+
 def test_an_evaluation_without_the_score_does_not_count() -> None:
     rule = EarlyStopping(1, 0.0, "val/AP", {10: {"val/AP": 0.25}})
     rule.note(20, {"val/seconds": 1.0})
@@ -108,12 +116,17 @@ def test_stopping_and_going_on_changes_nothing(
 ) -> None:
     """Where the run is stopped at its very end, the evaluation that decides is made up for.
 
-    One checkpoint is kept, so that most of the scores are of checkpoints that are gone.
+    One checkpoint is kept, so that most of the scores are of checkpoints that are gone. Scores of later steps, which an
+    earlier process came to before its checkpoints were lost, do not count.
     """
     config = configured(dataset, tmp_path, "train.keep_last=1")
     script_scores(monkeypatch, {"AP": AP})
     stopped = fit_here(config, stop_after=stop_after)
     assert (stopped.status, stopped.step) == ("stopped", stop_after)
+    kept = tmp_path / "a" / "evaluations.json"
+    content = json.loads(kept.read_text())
+    content["scores"]["6"] = {"val/AP": 0.99}
+    kept.write_text(json.dumps(content))
     script_scores(monkeypatch, {"AP": AP[stop_after - 1 :]})
     result = fit_here(config)
     assert (result.status, result.step) == ("finished", END)
