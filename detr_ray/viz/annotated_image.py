@@ -79,10 +79,11 @@ def draw_boxes(
         style = "--" if dashed else "-"
         axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, ec=colour, lw=width, ls=style))
         if text:
-            axes.text(
+            written = axes.text(
                 left, top, text, fontsize=7, color="black", va="bottom" if top > below else "top", parse_math=False,
                 clip_on=False, bbox={"fc": colour, "ec": "none", "pad": 0.8, "alpha": 0.8},
             )  # fmt: skip
+            written.set_in_layout(False)  # one that sticks out at a side would move all images
 
 
 def label_colour(label: int) -> tuple[float, float, float]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from detr_ray.viz.annotated_image import draw_boxes, figure_of, image_grid, label_colour, show_image
@@ -67,8 +68,19 @@ def attention_figure(pixels: np.ndarray, frame_px: tuple[int, int], attended: Se
         boxes = np.stack([one.box_xyxy_px for one in found if one.box_xyxy_px is not None])
         draw_boxes(axes[0], boxes, [one.name for one in found], [label_colour(one.label) for one in found])
     figure = figure_of(axes[0])
+    levels = sorted({int(level) for one in attended if one.levels is not None for level in one.levels})
+    if levels:
+        handles = [
+            Line2D([], [], ls="", marker=_mark(level), color="#606060", label=f"read in map {level + 1}")
+            for level in levels
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(levels), frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=10, parse_math=False)
     return figure
+
+
+def _mark(level: int) -> str:
+    return _LEVEL_MARKS[level % len(_LEVEL_MARKS)]
 
 
 def _draw_attended(axes: Axes, pixels: np.ndarray, frame_px: tuple[int, int], one: Attended) -> None:
@@ -97,8 +109,8 @@ def _draw_points(axes: Axes, points_px: np.ndarray, weights: np.ndarray, levels:
     for level in np.unique(levels).tolist():
         here = levels == level
         axes.scatter(
-            points_px[here, 0], points_px[here, 1], s=6 + 40 * share[here], c=share[here], cmap="inferno", vmin=0,
-            vmax=1, marker=_LEVEL_MARKS[level % len(_LEVEL_MARKS)], linewidths=0.3, edgecolors="white",
+            points_px[here, 0], points_px[here, 1], s=4 + 26 * share[here], c=share[here], cmap="inferno", vmin=0,
+            vmax=1, marker=_mark(level), linewidths=0.3, edgecolors="white",
         )  # fmt: skip
 
 
