@@ -56,7 +56,7 @@ format: $(READY)  ## format the code
 
 lock:  ## resolve the newest allowed versions into requirements.lock
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
-	build/lock/bin/pip install --quiet '.[dev,tune]' setuptools
+	build/lock/bin/pip install --quiet '.[dev,tune,export]' setuptools
 	build/lock/bin/pip freeze --all --exclude detr_ray --exclude pip \
 		| sed -E '/^(nvidia-|triton|cuda-)/ s/$$/ ; sys_platform == "linux"/' > requirements.lock
 	rm -rf build/lock

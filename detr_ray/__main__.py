@@ -20,6 +20,8 @@ COMMANDS = {
     "show": "draw a picture of data, a model, an evaluation or a run",
     "report": "write the report of a run, or of two side by side",
     "registry": "show and change the versions of the registered model",
+    "export": "write a model as a file for other runtimes: ONNX, torch.export",
+    "serve": "serve a model over HTTP with Ray Serve",
     "send": "send records that the tracking store did not take",
 }
 """Modules with a ``main(argv) -> int``, and what each does."""

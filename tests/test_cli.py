@@ -236,7 +236,7 @@ def test_reader_that_goes_away_is_no_error():
 def test_no_command_lists_all_commands():
     done = run_python("-m", "detr_ray")
     assert done.returncode == 0
-    for name in ("train", "tune", "evaluate", "predict", "check", "prepare", "watch", "send"):
+    for name in ("train", "tune", "evaluate", "predict", "check", "prepare", "watch", "export", "serve", "send"):
         assert f"\n  {name} " in done.stdout
 
 

@@ -93,4 +93,4 @@ class MultiheadAttention(nn.Module):
 
     def _split_heads(self, x: Tensor) -> Tensor:
         """``[B, L, dim]`` as ``[B, num_heads, L, dim / num_heads]``, without a copy."""
-        return x.view(len(x), -1, self.num_heads, x.shape[-1] // self.num_heads).transpose(1, 2)
+        return x.view(x.shape[0], -1, self.num_heads, x.shape[-1] // self.num_heads).transpose(1, 2)

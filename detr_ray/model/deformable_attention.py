@@ -49,8 +49,12 @@ def sample_grid(value: Tensor, sizes: MapSizes, locations: Tensor, weights: Tens
     grids = (2 * locations - 1).transpose(1, 2).flatten(0, 1)
     by_head = weights.transpose(1, 2).flatten(0, 1)
     read = by_cell.new_zeros(batch * heads, channels, queries)
-    for level, cells in enumerate(by_cell.split([height * width for height, width in sizes], dim=1)):
-        maps = cells.permute(0, 2, 3, 1).reshape(batch * heads, channels, *sizes[level])
+    first = 0
+    for level, (height, width) in enumerate(sizes):
+        # By slices: exporters turn a split whose sizes they do not know into a sequence of tensors, which is slow.
+        cells = by_cell[:, first : first + height * width]
+        first += height * width
+        maps = cells.permute(0, 2, 3, 1).reshape(batch * heads, channels, height, width)
         samples = F.grid_sample(maps, grids[:, :, level], align_corners=False)
         read = read + torch.einsum("ncqp,nqp->ncq", samples, by_head[:, :, level])
     return read.view(batch, heads * channels, queries).transpose(1, 2).to(value.dtype)

@@ -21,7 +21,7 @@ from detr_ray.model.detection_model import DetectionModel, WeightNames, output_o
 from detr_ray.model.features import Backbone
 from detr_ray.model.heads import moved, new_box_head, new_class_head
 from detr_ray.model.position_encoding import SinePositionEncoding, waves
-from detr_ray.model.proposals import best_cells, cell_anchors
+from detr_ray.model.proposals import at_cells, best_cells, cell_anchors
 from detr_ray.model.pyramid import Pyramid, build_pyramid, input_projections, strides_for
 from detr_ray.structures import LayerOutput, ModelOutput
 
@@ -194,7 +194,7 @@ class DeformableDetr(DetectionModel):
         return output
 
     def _learned_queries(self, memory: Pyramid, count: int) -> Queries:
-        batch = len(memory.cells)
+        batch = memory.cells.shape[0]
         positions, contents = self.query_embed.weight[:count].expand(batch, -1, -1).chunk(2, dim=-1)
         with torch.autocast(memory.cells.device.type, enabled=False):
             references = self.transformer.reference_points(positions).sigmoid()
@@ -214,7 +214,7 @@ class DeformableDetr(DetectionModel):
             box_logits = (self.bbox_embed[-1](cells) + anchors).masked_fill(~is_usable[..., None], torch.inf)
             # The encoder's loss trains class 0 to say that there is an object, whatever its class.
             chosen = best_cells(logits[..., 0], is_usable, count)
-            references = box_logits.detach().take_along_dim(chosen[..., None], dim=1).sigmoid()
+            references = at_cells(box_logits.detach(), chosen).sigmoid()
             described = waves(references * (2 * math.pi), cells.shape[-1] // 2, QUERY_TEMPERATURE)
             placed = transformer.pos_trans_norm(transformer.pos_trans(described.flatten(2).to(cells.dtype)))
         positions, contents = placed.chunk(2, dim=-1)

@@ -130,7 +130,7 @@ class DeformableEncoder(nn.Module):
 
     def forward(self, pyramid: Pyramid) -> Tensor:
         """The encoded cells ``[B, S, dim]``."""
-        references = pyramid.in_each_map(pyramid.centres()).expand(len(pyramid.cells), -1, -1, -1)
+        references = pyramid.in_each_map(pyramid.centres()).expand(pyramid.cells.shape[0], -1, -1, -1)
         cells = pyramid.cells
         for layer in self.layers:
             cells = layer(cells, pyramid, references)

@@ -54,12 +54,14 @@ class DetectionModel(nn.Module):
         num_queries: objects that can be found in one image.
         pixels: how images have to be normalised.
         weight_names: which tensors depend on what.
+        aux_loss: whether ``forward`` gives every decoder layer's predictions, not only the last's.
     """
 
     num_classes: int
     num_queries: int
     pixels: PixelStatistics
     weight_names: WeightNames
+    aux_loss: bool
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> ModelOutput:
         """Predicts a set of objects an image. What a model takes beside that is its own matter (``inputs_of``).

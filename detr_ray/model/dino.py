@@ -33,7 +33,7 @@ from detr_ray.model.detection_model import DetectionModel, WeightNames, output_o
 from detr_ray.model.features import Backbone
 from detr_ray.model.heads import Perceptron, moved, new_box_head, new_class_head
 from detr_ray.model.position_encoding import SinePositionEncoding, waves
-from detr_ray.model.proposals import best_cells, cell_anchors
+from detr_ray.model.proposals import at_cells, best_cells, cell_anchors
 from detr_ray.model.pyramid import Pyramid, build_pyramid, input_projections, strides_for
 from detr_ray.structures import Batch, DenoisingOutput, LayerOutput, ModelOutput
 
@@ -229,7 +229,7 @@ class Dino(DetectionModel):
         memory = pyramid.with_cells(self.transformer.encoder(pyramid))
         proposals = self._proposals(memory)
         # Also without denoising, so that its table of labels has a gradient in every step.
-        extra = no_denoising(len(images), images.device) if denoising is None else denoising
+        extra = no_denoising(images.shape[0], images.device) if denoising is None else denoising
         logits, boxes_cxcywh = self._decode(proposals["pred_boxes"].detach(), extra, memory)
         first = extra.labels.shape[1]
         output = output_of_layers(logits[:, :, first:], boxes_cxcywh[:, :, first:], self.aux_loss)
@@ -251,12 +251,12 @@ class Dino(DetectionModel):
             with torch.no_grad():
                 scores = transformer.enc_out_class_embed(transformer.described(cells)).amax(-1)
             chosen = best_cells(scores, is_usable, self.num_queries)
-            described = transformer.described(cells.take_along_dim(chosen[..., None], dim=1))
-            box_logits = transformer.enc_out_bbox_embed(described) + anchors.take_along_dim(chosen[..., None], dim=1)
+            described = transformer.described(at_cells(cells, chosen))
+            box_logits = transformer.enc_out_bbox_embed(described) + at_cells(anchors, chosen)
             # Cells that serve again say nothing, or they would be trained as background by the queries of the same
             # cell that find no box. Where no cell at all is usable, one that is not was chosen.
             is_new = torch.arange(self.num_queries, device=chosen.device) < is_usable.sum(1, keepdim=True)
-            is_usable = is_usable.take_along_dim(chosen, dim=1)
+            is_usable = is_usable.gather(1, chosen)
             return LayerOutput(
                 pred_logits=transformer.enc_out_class_embed(described).masked_fill(~is_new[..., None], SILENT),
                 pred_boxes=box_logits.masked_fill(~is_usable[..., None], torch.inf).sigmoid(),
@@ -270,7 +270,7 @@ class Dino(DetectionModel):
         """
         decoder, class_head, box_head = self.transformer.decoder, self.class_embed[0], self.bbox_embed[0]
         labels = self.label_enc(denoising.labels.clamp(min=0)).masked_fill((denoising.labels < 0)[..., None], 0.0)
-        contents = self.transformer.tgt_embed.weight.expand(len(references_cxcywh), -1, -1)
+        contents = self.transformer.tgt_embed.weight.expand(references_cxcywh.shape[0], -1, -1)
         objects = torch.cat((labels, contents), dim=1)
         start = torch.cat((denoising.reference_logits.sigmoid(), references_cxcywh), dim=1)
         allowed = allowed_pairs(labels.shape[1], denoising.groups, contents.shape[1], objects.device)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detr_ray.structures import PixelStatistics
@@ -73,6 +72,16 @@ def shrink_mask(mask: Tensor, height: int, width: int) -> Tensor:
     Returns:
         ``[B, height, width]`` bool.
     """
-    small = F.interpolate(mask[:, None].to(torch.float32), size=(height, width))[:, 0].to(torch.bool)
-    small[:, 0, 0] = False
-    return small
+    small = mask.index_select(1, _corner_pixels(mask.shape[1], height, mask.device))
+    small = small.index_select(2, _corner_pixels(mask.shape[2], width, mask.device))
+    is_first = torch.arange(height * width, device=mask.device).view(height, width) == 0
+    return small & ~is_first
+
+
+def _corner_pixels(pixels: int, cells: int, device: torch.device) -> Tensor:
+    """The first pixel of each cell along an axis, int64: what ``F.interpolate`` reads, to the last rounding.
+
+    Written out because runtimes of exported models round their own interpolation in another way.
+    """
+    ratio = torch.full((), pixels, dtype=torch.float32, device=device) / cells
+    return (torch.arange(cells, device=device) * ratio).floor().to(torch.int64).clamp(max=pixels - 1)

@@ -66,7 +66,7 @@ class SinePositionEncoding(nn.Module):
         rows = (rows + self.offset) / (rows[:, -1:, :] + self.eps) * self.scale
         columns = (columns + self.offset) / (columns[:, :, -1:] + self.eps) * self.scale
         by_row, by_column = (waves(axis, self.axis_dim, self.temperature) for axis in (rows, columns))
-        batch = max(len(by_row), len(by_column))
+        batch = by_row.shape[0]
         return torch.cat(
             (
                 by_row.expand(batch, height, width, self.axis_dim),
@@ -99,7 +99,7 @@ class LearnedPositionEncoding(nn.Module):
             ValueError: the feature map has more rows or columns than there are vectors.
         """
         height, width = features.shape[-2:]
-        if max(height, width) > LEARNED_LIMIT:
+        if height > LEARNED_LIMIT or width > LEARNED_LIMIT:
             raise ValueError(
                 f"the learned position embedding reaches {LEARNED_LIMIT} rows and columns, the feature map is "
                 f"{height} x {width}: use smaller images, a larger model.backbone_stride, "

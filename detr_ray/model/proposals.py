@@ -26,8 +26,8 @@ def cell_anchors(memory: Pyramid) -> tuple[Tensor, Tensor]:
         ]
     )
     centres = memory.centres()
-    boxes_cxcywh = torch.cat((centres, sizes.expand(len(centres), -1, -1)), dim=-1)
-    is_usable = ((boxes_cxcywh > _SMALLEST) & (boxes_cxcywh < _LARGEST)).all(-1).expand(len(memory.cells), -1)
+    boxes_cxcywh = torch.cat((centres, sizes.expand(centres.shape[0], -1, -1)), dim=-1)
+    is_usable = ((boxes_cxcywh > _SMALLEST) & (boxes_cxcywh < _LARGEST)).all(-1).expand(memory.cells.shape[0], -1)
     if memory.padding is not None:
         is_usable = is_usable & ~memory.padding
     return inverse_sigmoid(boxes_cxcywh), is_usable
@@ -45,6 +45,15 @@ def best_cells(scores: Tensor, is_usable: Tensor, count: int) -> Tensor:
         ``[B, count]`` int64.
     """
     ranking = scores.detach().masked_fill(~is_usable, -torch.inf)
-    best = ranking.topk(min(count, ranking.shape[1]), dim=1).indices
+    best = ranking.topk(torch.sym_min(count, ranking.shape[1]), dim=1).indices
     rank = torch.arange(count, device=best.device) % is_usable.sum(1, keepdim=True).clamp(min=1)
-    return best.take_along_dim(rank, dim=1)
+    return best.gather(1, rank)
+
+
+def at_cells(values: Tensor, chosen: Tensor) -> Tensor:
+    """Values ``[B or 1, S, D]`` of the chosen cells ``[B, Q]``, ``[B, Q, D]``.
+
+    By ``gather``: tracing ``take_along_dim`` would turn sizes into constants.
+    """
+    batch, _ = chosen.shape
+    return values.expand(batch, -1, -1).gather(1, chosen[..., None].expand(-1, -1, values.shape[-1]))

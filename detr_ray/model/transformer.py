@@ -154,7 +154,7 @@ class Decoder(nn.Module):
             ``[layers, B, Q, dim]``, first layer first; ``[1, B, Q, dim]``, the last alone, unless ``every_layer``.
         """
         placed_memory = memory + positions
-        objects = memory.new_zeros(len(memory), *query_positions.shape)
+        objects = memory.new_zeros(memory.shape[0], *query_positions.shape)
         outputs = []
         for layer in self.layers:
             objects = layer(objects, query_positions, placed_memory, memory, allowed)

@@ -619,3 +619,6 @@ def mlflow_client(store: str) -> Any:
     import mlflow
 
     return mlflow.MlflowClient(store.removeprefix("tracking.uri="))
+
+
+import deployment_cases  # noqa: E402, F401 - further cases, which need what is above

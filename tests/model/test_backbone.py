@@ -160,3 +160,15 @@ def test_mask_is_read_at_each_cells_corner() -> None:
 def test_every_image_keeps_a_cell() -> None:
     small = shrink_mask(torch.ones(2, 64, 64, dtype=torch.bool), 2, 2)
     assert (~small).flatten(1).sum(1).tolist() == [1, 1]
+
+
+def test_mask_is_read_where_interpolation_reads_it() -> None:
+    """To the last rounding: the stripes of all widths in a column tell which column was read."""
+    for width in (32, 97, 333, 500, 801, 1066, 1333):
+        columns = torch.arange(width)
+        stripes = torch.stack([(columns >> bit) % 2 == 1 for bit in range(11)])[:, None, :].repeat(1, 3, 1)
+        for cells in {-(-width // 32), -(-width // 16), -(-width // 8), width // 5, width}:
+            expected = nn.functional.interpolate(stripes[:, None].float(), size=(3, cells))[:, 0].bool()
+            expected[:, 0, 0] = False
+            assert torch.equal(shrink_mask(stripes, 3, cells), expected), (width, cells)
+            assert torch.equal(shrink_mask(stripes.mT, cells, 3), expected.mT)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 TESTS = (
     "tests/seams", "tests/config_keys", "tests/commands", "tests/data", "tests/engine", "tests/loss", "tests/model",
-    "tests/evaluation", "tests/prediction", "tests/viz", "tests/search", "tests/tracking/test_history.py",
+    "tests/evaluation", "tests/prediction", "tests/exporting", "tests/viz", "tests/search",
+    "tests/tracking/test_history.py",
     "tests/test_cli.py", "tests/test_check.py", "tests/test_watch.py", "tests/test_prepare.py",
     "tests/runtime/test_registration.py", "tests/tracking/test_registry.py", "tests/tracking/test_champion.py",
     "tests/tracking/test_fetching.py",
@@ -95,6 +96,11 @@ MODULES = (
     "detr_ray/evaluation/suspicious.py",
     "detr_ray/tracking/history.py",
     "detr_ray/tracking/fetched_history.py",
+    "detr_ray/exporting/parity.py",
+    "detr_ray/exporting/graphs.py",
+    "detr_ray/exporting/onnx_resizing.py",
+    "detr_ray/prediction/requests.py",
+    "detr_ray/prediction/answers.py",
     "detr_ray/search/space.py",
     "detr_ray/search/reading.py",
     "detr_ray/search/templates.py",

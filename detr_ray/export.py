@@ -1,0 +1,85 @@
+"""Exports a model into a file that runs without this package."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from detr_ray.cli import run_command, say
+from detr_ray.config import Config, ConfigError
+
+DESCRIPTION = """Export a model into a file that runs without this package. SOURCE is what load_model takes: a run's
+folder, a checkpoint, models:/NAME@ALIAS, a published file or its URL.
+
+--to onnx: batches of normalised images of any size with their padding mask, in ONNX. --to onnx-image: one plain image
+of any size, in ONNX, with resizing, normalisation and pixel boxes inside. --to torch: as onnx, as an archive of
+torch.export. The file is kept only if it gives what the model gives, which is tried at two batch sizes and shapes."""
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", nargs="?", help="the model; see above")
+    parser.add_argument("--to", metavar="FORMAT", help="onnx, onnx-image or torch")
+    parser.add_argument("--out", metavar="FILE", help="the file to write; a path or URI")
+
+
+def _export(config: Config, arguments: argparse.Namespace) -> int:
+    from detr_ray.engine.preflight.writing import check_outputs, write_output
+    from detr_ray.exporting import FORMATS, export
+    from detr_ray.exporting.onnx_file import check_packages
+    from detr_ray.exporting.source import ExportSource
+
+    if not arguments.source:
+        raise ConfigError("SOURCE is missing: python -m detr_ray.export SOURCE --to FORMAT --out FILE")
+    if arguments.to not in FORMATS:
+        given = "is missing" if arguments.to is None else f"{arguments.to!r} is no format"
+        raise ConfigError(f"--to: {given}; one of {', '.join(FORMATS)}")
+    if not arguments.out:
+        raise ConfigError("--out: is missing; name the file to write")
+    if FORMATS[arguments.to].needs_onnx:
+        check_packages(f"--to {arguments.to}")
+    check_outputs({"--out": arguments.out})
+
+    from detr_ray.model_sources import load_model
+
+    model = load_model(arguments.source, config, say=say)
+    refuse_idle_keys(arguments, model.config is config)
+    source = ExportSource.of(model)
+    written = 0
+
+    def keep(content: bytes) -> None:
+        nonlocal written
+        write_output(arguments.out, content)
+        written = len(content)
+
+    agreement = export(source, arguments.to, keep)
+    say(
+        f"agrees with the model: differs by {agreement.difference:.1e} at most, of a probability or of a box in 0..1 "
+        f"(kept up to {agreement.tolerance:g}); tried {agreement.tried}"
+    )
+    say(f"wrote {arguments.out}, {written / 1e6:.1f} MB")
+    return 0
+
+
+def refuse_idle_keys(arguments: argparse.Namespace, is_used: bool) -> None:
+    """Refuses keys of the configuration that would change nothing, since the model says itself what it is.
+
+    Args:
+        arguments: of the command.
+        is_used: whether the configuration describes the model.
+
+    Raises:
+        ConfigError: there are some.
+    """
+    given = [*arguments.config, *arguments.overrides]
+    if given and not is_used:
+        raise ConfigError(f"{given[0]}: changes nothing: {arguments.source} says itself what it was trained with")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``python -m detr_ray.export``."""
+    return run_command("export", DESCRIPTION, _export, argv, add_arguments=_arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""Models as files that run without this package: ONNX, and archives of ``torch.export``."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from detr_ray.exporting.errors import ExportError
+from detr_ray.exporting.onnx_file import check_packages, write_batch_onnx, write_image_onnx
+from detr_ray.exporting.parity import Agreement
+from detr_ray.exporting.source import ExportSource
+from detr_ray.exporting.torch_archive import write_torch_archive
+
+__all__ = ["FORMATS", "Agreement", "ExportError", "ExportFormat", "ExportSource", "export"]
+
+
+@dataclass(frozen=True)
+class ExportFormat:
+    """A kind of file that models are exported to.
+
+    Attributes:
+        write: writes a model into a file, and compares what it gives with the model.
+        suffix: how names of such files end.
+        needs_onnx: whether it needs the packages of the extra ``export``.
+    """
+
+    write: Callable[[ExportSource, Path], Agreement]
+    suffix: str
+    needs_onnx: bool
+
+
+FORMATS = {
+    "onnx": ExportFormat(write_batch_onnx, ".onnx", True),
+    "onnx-image": ExportFormat(write_image_onnx, ".onnx", True),
+    "torch": ExportFormat(write_torch_archive, ".pt2", False),
+}
+"""Value of ``--to`` -> format."""
+
+
+def export(source: ExportSource, to: str, keep: Callable[[bytes], None]) -> Agreement:
+    """Exports a model; the file is kept only if it gives what the model gives.
+
+    Args:
+        source: the model.
+        to: a key of `FORMATS`.
+        keep: gets the file's content once it has been compared.
+
+    Returns:
+        How well the file agrees with the model.
+
+    Raises:
+        ExportError: the model cannot be exported, or the file's results are not the model's.
+        ConfigError: packages are missing.
+    """
+    kind = FORMATS[to]
+    if kind.needs_onnx:
+        check_packages(f"--to {to}")
+    with tempfile.TemporaryDirectory(prefix="detr_ray-export-") as folder:
+        path = Path(folder, f"model{kind.suffix}")
+        agreement = kind.write(source, path)
+        keep(path.read_bytes())
+    return agreement

@@ -1,0 +1,159 @@
+"""Whether an exported model gives what the model gives: the inputs that are tried, and how results are compared.
+
+Two models that compute the same in another order of additions differ in the last digits, and where queries are made of
+the best cells, or the best detections are kept, so may their order. So results are compared as sets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from scipy.spatial.distance import cdist
+
+from detr_ray.data.sample import Instances, Picture, resized_sizes
+from detr_ray.exporting.errors import ExportError
+from detr_ray.exporting.source import ExportSource
+from detr_ray.structures import PaddedBatch, padding_mask, to_device
+
+TOLERANCE = 1e-3
+"""Most by which a probability, or a box in 0..1 of its image, may differ."""
+IMAGE_TOLERANCE = 1e-2
+"""The same where resizing is part of the file: runtimes round single pixels in another way, by one of 255."""
+BATCH_SIZES = (1, 3)
+_SHORT_SIDE = 256
+
+RunBatch = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+"""``(images [B, 3, H, W] float32, mask [B, H, W] bool) -> (logits [B, Q, C], boxes_cxcywh [B, Q, 4])``."""
+
+RunImage = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]
+"""``image [H, W, 3] uint8 -> (boxes_xyxy_px [K, 4], scores [K], labels [K])``."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well an exported model agrees with the model.
+
+    Attributes:
+        difference: largest difference of a probability or of a box in 0..1.
+        tolerance: the largest allowed.
+        tried: what was tried, in words.
+    """
+
+    difference: float
+    tolerance: float
+    tried: str
+
+
+def check_batches(source: ExportSource, run: RunBatch) -> Agreement:
+    """Compares a runtime with the model on batches of two sizes and two shapes, padded ones among them.
+
+    Raises:
+        ExportError: they differ by more than `TOLERANCE`.
+    """
+    model = source.model.eval()
+    worst, tried = 0.0, []
+    for batch_size in BATCH_SIZES:
+        for height, width in _shapes(source):
+            images, mask = _batch(batch_size, height, width)
+            with torch.inference_mode():
+                output = model(images, mask)
+            expected = _rows(source, output["pred_logits"].numpy(), output["pred_boxes"].numpy())
+            found = _rows(source, *run(images.numpy(), mask.numpy()))
+            worst = max([worst, *(largest_difference(e, f) for e, f in zip(expected, found, strict=True))])
+            tried.append(f"{batch_size}x{height}x{width}")
+    return _agreed(source, Agreement(worst, TOLERANCE, ", ".join(tried)))
+
+
+def check_images(source: ExportSource, run: RunImage) -> Agreement:
+    """Compares a runtime with the model on images of two shapes, one after the other.
+
+    Every detection of the runtime has to be one of the model's, and the scores those of the model's best.
+
+    Raises:
+        ExportError: they differ by more than `IMAGE_TOLERANCE`.
+    """
+    worst, tried = 0.0, []
+    for number, (height, width) in enumerate(_shapes(source)):
+        image = np.random.default_rng(number).integers(0, 256, (height + 21, width + 34, 3), np.uint8)
+        boxes, scores, labels = run(image)
+        expected = _detections(source, image)
+        sides = np.array(image.shape[:2])[[1, 0, 1, 0]]
+        found = np.concatenate((boxes / sides, scores[:, None], labels[:, None]), axis=1)
+        best = np.sort(expected[:, 4])[::-1][: len(found)]
+        worst = max(worst, largest_difference(expected, found), float(np.abs(best - found[:, 4]).max()))
+        tried.append(f"{image.shape[0]}x{image.shape[1]}")
+    return _agreed(source, Agreement(worst, IMAGE_TOLERANCE, ", ".join(tried)))
+
+
+def largest_difference(expected: np.ndarray, found: np.ndarray) -> float:
+    """Pairs each row found with an expected row of its own, and gives the largest difference of a number in a pair.
+
+    Args:
+        expected: ``[N, D]``.
+        found: ``[K, D]``, with K at most N.
+
+    Returns:
+        Infinity where a number is not finite, or where there are too many rows.
+    """
+    if len(found) > len(expected) or not (np.isfinite(expected).all() and np.isfinite(found).all()):
+        return float("inf")
+    distances = cdist(found, expected, "chebyshev")
+    return float(distances[linear_sum_assignment(distances)].max(initial=0.0))
+
+
+def _agreed(source: ExportSource, agreement: Agreement) -> Agreement:
+    if agreement.difference <= agreement.tolerance:
+        return agreement
+    raise ExportError(
+        f"{source.name}: the exported {source.architecture} differs from the model by {agreement.difference:.2g} "
+        f"({agreement.tried}), and {agreement.tolerance:g} is the most that is kept: nothing was written"
+    )
+
+
+def _shapes(source: ExportSource) -> Iterator[tuple[int, int]]:
+    """Two shapes within the sizes that the model is used at, small ones, since they say as much."""
+    short = min(source.size, _SHORT_SIDE)
+    yield short, min(short * 4 // 3, source.max_size)
+    yield min(short * 5 // 4, source.max_size), short
+
+
+def _batch(count: int, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noise as normalised images; all but the first are padded."""
+    generator = torch.Generator().manual_seed(count * height + width)
+    images = torch.randn(count, 3, height, width, generator=generator)
+    sizes = torch.tensor([(height, width), (height * 3 // 4, width), (height, width * 2 // 3)])[:count]
+    mask = padding_mask(sizes, height, width)
+    return images.masked_fill(mask[:, None], 0.0), mask
+
+
+def _rows(source: ExportSource, logits: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """Probabilities and boxes of each query, ``[B, Q, C + 4]``."""
+    values = torch.from_numpy(np.asarray(logits, np.float32))
+    probabilities = values.softmax(-1) if source.has_no_object else values.sigmoid()
+    return np.concatenate((probabilities.numpy(), boxes), axis=-1)
+
+
+@torch.inference_mode()
+def _detections(source: ExportSource, image: np.ndarray) -> np.ndarray:
+    """All detections of the model on an image, ``[N, 6]``: box in 0..1, score, label. The way of evaluations."""
+    height, width = image.shape[:2]
+    (size,) = resized_sizes(np.array([image.shape[:2]]), np.array(source.size), source.max_size)
+    nothing = Instances(np.zeros((0, 4), np.float32), np.zeros(0, np.int64), (height, width))
+    picture = Picture(torch.from_numpy(image), nothing).resize((int(size[0]), int(size[1])))
+    ids = np.zeros(1, np.int64)
+    padded = PaddedBatch(
+        images=picture.pixels.numpy().transpose(2, 0, 1)[None], sizes=size[None], orig_sizes=size[None], image_ids=ids,
+        positions=ids, labels=np.zeros(0, np.int64), boxes_cxcywh=np.zeros((0, 4), np.float32), counts=ids,
+    )  # fmt: skip
+    batch = to_device(padded, torch.device("cpu"), source.model.pixels)
+    output = source.model.eval()(batch.images, batch.mask)
+    logits = output["pred_logits"]
+    found = source.class_loss.scores(logits.float(), logits[0].numel())
+    boxes = output["pred_boxes"].take_along_dim(found.queries[..., None], dim=1)[0]
+    centre, half = boxes[:, :2], boxes[:, 2:] / 2
+    columns = (centre - half, centre + half, found.scores[0][:, None], found.labels[0][:, None])
+    return torch.cat([column.to(torch.float32) for column in columns], dim=1).numpy()

@@ -1,0 +1,73 @@
+"""What is exported: a model with all that who runs it has to know, and how it is written into files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from detr_ray import __version__
+from detr_ray.data.label_map import LabelMap
+from detr_ray.loss import ClassLoss
+from detr_ray.model import DetectionModel
+from detr_ray.prediction import LoadedModel
+
+
+@dataclass(frozen=True)
+class ExportSource:
+    """A model on its way into a file.
+
+    Attributes:
+        model: the network, with its weights.
+        class_loss: says what its logits mean.
+        label_map: what its labels are.
+        architecture: value of ``model.architecture``.
+        size: short side in pixels that its images are resized to.
+        max_size: longest long side in pixels.
+        max_detections: detections kept an image, where a query may stand for several classes.
+        name: where the model comes from, for the file and for messages.
+    """
+
+    model: DetectionModel
+    class_loss: ClassLoss
+    label_map: LabelMap
+    architecture: str
+    size: int
+    max_size: int
+    max_detections: int
+    name: str
+
+    @classmethod
+    def of(cls, loaded: LoadedModel) -> ExportSource:
+        """A loaded model, for export."""
+        return cls(
+            model=loaded.model,
+            class_loss=loaded.class_loss,
+            label_map=loaded.label_map,
+            architecture=loaded.config.model.architecture,
+            size=loaded.sizes.short_side,
+            max_size=loaded.sizes.long_side,
+            max_detections=loaded.config.eval.max_detections,
+            name=loaded.source,
+        )
+
+    @property
+    def has_no_object(self) -> bool:
+        """Whether the last logit stands for no-object: a softmax gives the scores, and otherwise a sigmoid."""
+        return self.class_loss.num_logits > self.class_loss.num_classes
+
+    def metadata(self) -> dict[str, str]:
+        """What the file says of the model: each value is JSON."""
+        values = {
+            "names": self.label_map.names,
+            "category_ids": self.label_map.category_ids,
+            "size": self.size,
+            "max_size": self.max_size,
+            "mean": self.model.pixels.mean,
+            "std": self.model.pixels.std,
+            "scores": "softmax" if self.has_no_object else "sigmoid",
+            "max_detections": self.max_detections,
+            "architecture": self.architecture,
+            "source": self.name,
+            "detr_ray": __version__,
+        }
+        return {key: json.dumps(value) for key, value in values.items()}

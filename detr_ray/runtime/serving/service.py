@@ -1,0 +1,127 @@
+"""Starts a service on the cluster, or on this machine, and ends it."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import ray
+from ray import serve
+
+from detr_ray.config import ConfigError
+from detr_ray.engine.errors import RunFailed
+from detr_ray.engine.preflight.writing import within
+from detr_ray.prediction import LoadedModel
+from detr_ray.runtime.host_process import host_process_as_before
+from detr_ray.runtime.serving.replica import Replica
+from detr_ray.runtime.serving.settings import ServiceSettings, refuse_taken_port
+from detr_ray.runtime.session import ray_session
+
+APPLICATION = "detr_ray"
+REQUEST_TIMEOUT_S = 120.0
+"""How long an answer may take before the client is told so."""
+START_TIMEOUT_S = 300.0
+"""How long replicas may take to start: for room on the cluster, and to read the model."""
+_QUEUED_BATCHES = 32
+"""Batches that may wait for each replica's process that takes requests; more are refused with status 503."""
+
+
+@contextmanager
+def service(load: Callable[[], LoadedModel], settings: ServiceSettings) -> Iterator[None]:
+    """Runs a service while the body runs; requests are answered from its beginning.
+
+    Args:
+        load: gives the model; is called in each replica, on whatever node that is.
+        settings: how it runs.
+
+    Raises:
+        ConfigError: the port is taken, or the cluster cannot be joined.
+        RunFailed: the replicas cannot be started.
+    """
+    refuse_taken_port(settings.host, settings.port)
+    with host_process_as_before(), ray_session(settings.max_replicas * settings.cpus, 1, None):
+        _refuse_other_services()
+        use_gpu = ray.cluster_resources().get("GPU", 0) >= settings.max_replicas
+        http = {"host": settings.host, "port": settings.port, "request_timeout_s": REQUEST_TIMEOUT_S}
+        serve.start(http_options=http)
+        try:
+            _start(application(load, settings, use_gpu))
+            yield
+        finally:
+            serve.shutdown()
+
+
+def _refuse_other_services() -> None:
+    """Refuses a cluster where Ray Serve runs already: its address and port would hold, not those that are asked for.
+
+    Raises:
+        ConfigError: it does.
+    """
+    found = serve.status()
+    if found.proxies or found.applications:
+        names = ", ".join(found.applications) or "none"
+        raise ConfigError(
+            f"Ray Serve runs on this cluster already (applications: {names}): stop it (`serve shutdown`), or start the "
+            "model as an application of it: detr_ray.runtime.serving.service.application"
+        )
+
+
+def _start(target: serve.Application) -> None:
+    """Starts the replicas.
+
+    Raises:
+        RunFailed: they cannot be started, or are not within `START_TIMEOUT_S`.
+    """
+    try:
+        within(START_TIMEOUT_S, lambda: serve.run(target, name=APPLICATION, route_prefix="/"))
+    except TimeoutError as error:
+        found = serve.status().applications.get(APPLICATION)
+        reasons = [] if found is None else [one.message for one in found.deployments.values()]
+        raise RunFailed(f"the service did not start within {START_TIMEOUT_S:.0f} s: {' '.join(reasons)}") from error
+    except RuntimeError as error:
+        raise RunFailed(f"the service cannot start: {error}") from error
+
+
+def application(load: Callable[[], LoadedModel], settings: ServiceSettings, use_gpu: bool) -> serve.Application:
+    """The service as an application of Ray Serve, to be run beside others.
+
+    Args:
+        load: gives the model; is called in each replica.
+        settings: how it runs; address and port are those of Ray Serve.
+        use_gpu: whether each replica takes a GPU.
+    """
+    most = settings.batching.most
+    is_fixed = settings.replicas == settings.max_replicas
+    scaling = {
+        "min_replicas": settings.replicas,
+        "max_replicas": settings.max_replicas,
+        "target_ongoing_requests": most,
+    }
+    deployment = serve.deployment(
+        Replica,
+        name="detector",
+        num_replicas=settings.replicas if is_fixed else None,
+        autoscaling_config=None if is_fixed else scaling,
+        ray_actor_options={"num_cpus": settings.cpus, "num_gpus": 1 if use_gpu else 0},
+        # A batch under way, and the next one gathering.
+        max_ongoing_requests=2 * most,
+        max_queued_requests=_QUEUED_BATCHES * most,
+    )
+    return deployment.bind(load, settings.limits, settings.batching)
+
+
+def run_service(load: Callable[[], LoadedModel], settings: ServiceSettings, say: Callable[[str], None]) -> None:
+    """Runs a service until this process is told to stop, by Ctrl-C or SIGTERM; see `service`."""
+    stopped = threading.Event()
+
+    def stop(*_: object) -> None:
+        stopped.set()
+
+    with service(load, settings):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, stop)  # `service` sets them back
+        say(f"serving at {settings.address}; Ctrl-C stops it")
+        stopped.wait()
+        say("stopping")

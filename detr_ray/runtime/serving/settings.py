@@ -1,0 +1,66 @@
+"""How a service runs: where it listens, its replicas, its batches and its limits."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass, field
+
+from detr_ray.config import ConfigError
+from detr_ray.prediction.requests import Limits
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How images of several requests become one batch.
+
+    Attributes:
+        most: images of a batch; 1 for no batching.
+        wait_s: how long the first image waits for others.
+    """
+
+    most: int = 8
+    wait_s: float = 0.01
+
+
+@dataclass(frozen=True)
+class ServiceSettings:
+    """How a service runs.
+
+    Attributes:
+        host: address to listen on.
+        port: its port.
+        replicas: processes with the model.
+        max_replicas: most of them, started while many requests wait; the same for a fixed number.
+        cpus: cores of each, and so threads of torch.
+        batching: how images become batches.
+        limits: what a request may hold.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    replicas: int = 1
+    max_replicas: int = 1
+    cpus: int = 1
+    batching: Batching = field(default_factory=Batching)
+    limits: Limits = field(default_factory=Limits)
+
+    @property
+    def address(self) -> str:
+        """The service's own address."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}/"
+
+
+def refuse_taken_port(host: str, port: int) -> None:
+    """Finds out whether a port can be listened on.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind(address)
+    except OSError as error:
+        raise ConfigError(f"--host, --port: cannot listen on {host}:{port}: {error.strerror or error}") from error
