@@ -15,6 +15,7 @@ from observing import SMALLEST
 from tiny import TINY
 
 from detr_ray.config import load_config
+from detr_ray.config.schema import all_keys
 from detr_ray.loss import criterion
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +53,22 @@ def test_each_configuration_is_a_command_with_settings_that_there_are(
         assert config.train.launcher == "local"
         if "train" in configuration["module"]:
             config.check_training()
+
+
+def test_the_page_names_what_there_is() -> None:
+    page = (ROOT / "docs" / "debugging.md").read_text()
+    assert set(re.findall(r"^\| ([A-Z][^|]+) \| .*\|$", page, re.MULTILINE)) >= set(CONFIGURATIONS)
+    places = re.findall(r"`(?:(\w+)\.)?(\w+)` \(`([a-z_/]+\.py)`\)", page)
+    assert len(places) > 6
+    for owner, name, file in places:
+        code = (ROOT / "detr_ray" / file.removeprefix("detr_ray/")).read_text()
+        assert re.search(rf"^ *def {name}\b", code, re.MULTILINE), (file, name)
+        assert not owner or f"class {owner}" in code, (file, owner)
+    sections = {key.path.partition(".")[0] for key in all_keys()}
+    known = {key.path for key in all_keys()}
+    named = {name for name in re.findall(r"\b([a-z]+\.[a-z_.]+[a-z])=", page) if name.partition(".")[0] in sections}
+    named |= {name for name in re.findall(r"`([a-z]+\.[a-z_.]+)`", page) if name.partition(".")[0] in sections}
+    assert len(named) > 15 and named - known == set()
 
 
 @pytest.mark.slow  # a process that is debugged trains at a fraction of its speed
