@@ -105,13 +105,16 @@ def test_all_records_are_passed_on_and_the_file_is_valid_json(tmp_path: Path) ->
     assert time.time() - 60 < progress.started <= progress.written <= time.time()
 
 
-def test_a_run_that_goes_on_keeps_the_evaluations_before(tmp_path: Path) -> None:
+def test_a_run_that_goes_on_keeps_what_is_known_of_it(tmp_path: Path) -> None:
     for step, ap in ((25, 0.25), (50, 0.5)):
         tracker = ProgressTracker(MemoryTracker(), str(tmp_path), BEGUN)
+        if step == 25:
+            tracker.log_metrics(STEP, 30)
         tracker.log_metrics(scores(ap), step)
         tracker.finish("KILLED")
     progress = read_progress(str(tmp_path))
     assert progress is not None and progress.status == "stopped"
+    assert (progress.step, progress.metrics) == (30, STEP)
     assert progress.evaluations == {25: scores(0.25), 50: scores(0.5)}
 
 

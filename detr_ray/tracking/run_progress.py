@@ -109,7 +109,10 @@ class ProgressTracker:
 
     def __init__(self, inner: Tracker, run_path: str, begun: RunProgress) -> None:
         self._inner = inner
-        self._progress = dataclasses.replace(begun, started=time.time(), evaluations=_earlier_evaluations(run_path))
+        known = _earlier(run_path) or begun
+        self._progress = dataclasses.replace(
+            begun, started=time.time(), step=known.step, metrics=known.metrics, evaluations=known.evaluations
+        )
         self._writer = _Writer(run_path)
         self._writer.put(self._progress)
 
@@ -209,14 +212,13 @@ class _Writer:
             self._failing = False
 
 
-def _earlier_evaluations(run_path: str) -> Mapping[int, Mapping[str, float]]:
-    """Those of the processes before; none where the file cannot be read."""
+def _earlier(run_path: str) -> RunProgress | None:
+    """The progress that the process before left; None where there was none, or the file cannot be read."""
     try:
-        earlier = read_progress(run_path)
+        return read_progress(run_path)
     except (OSError, ValueError) as error:
         logger.info("the progress of %s up to now is not known: %s", run_path, error)
-        return {}
-    return {} if earlier is None else earlier.evaluations
+        return None
 
 
 def _finite(numbers: Mapping[str, float]) -> dict[str, float | None]:
