@@ -335,6 +335,16 @@ def test_steps_and_shapes_are_those_of_training(check, tmp_path):
     assert "forward pass 2 x 48x64 (one worker" in one_by_one[1]
 
 
+def test_transforms_that_do_not_end_before_the_training_are_named(check, tmp_path):
+    root = sound_folder(tmp_path / "set", num_train=12)
+    transforms = "data.augment.transforms=[mosaic: {until_epoch: 9}, mixup: {until_epoch: 8}, grayscale, detr]"
+    (said,) = (m for m in check(root, transforms, "train.epochs=9").messages("warning", "training") if "mosaic" in m)
+    assert "mosaic (until_epoch: 9) would be on until the end: train.epochs is 9" in said and "mixup" not in said
+    assert not any(
+        "until_epoch" in m for m in check(root, transforms, "train.epochs=10").messages("warning", "training")
+    )
+
+
 def test_what_an_epoch_takes_is_counted(check, tmp_path):
     root = sound_folder(tmp_path / "set", num_train=12)
     outcome = check(root, "data.balance={repeat_threshold: 1, background: 0}")

@@ -55,8 +55,10 @@ def _change_levels(pixels: np.ndarray, brightness: float, contrast: float) -> np
     levels = np.minimum(np.arange(256) * brightness, 255)
     counts = np.array(image.histogram(), np.float64).reshape(3, 256)
     mean = float(np.array(_GREY) @ (counts @ levels)) / (image.width * image.height)
-    table = np.rint((levels * contrast + (1 - contrast) * mean).clip(0, 255)).astype(int).tolist()
-    return np.array(image.point(table * 3))
+    table = np.rint((levels * contrast + (1 - contrast) * mean).clip(0, 255)).astype(np.uint8)
+    # The fastest way through a table of bytes: numpy turns each into an index of eight first.
+    changed = bytearray(image.tobytes()).translate(table.tobytes())
+    return np.frombuffer(changed, np.uint8).reshape(pixels.shape)
 
 
 def _saturate(colours: np.ndarray, factor: float, free: np.ndarray) -> None:

@@ -182,6 +182,7 @@ def check_plan(config: Config, opened: dict[str, DatasetIndex], label_map: Label
                 report.add("error", TRAINING, line)
     sizes = _check_shapes(data, min(steps, steps_per_epoch), report)
     _check_enlargement(train, sizes, report)
+    _check_ends(config, report)
     _check_length(config, len(train), steps * batch, float(np.median(sizes[:, 1:].min(axis=1))), report)
 
 
@@ -248,6 +249,19 @@ def _check_shapes(data: PlannedData, steps: int, report: Report) -> np.ndarray:
 def _padded(samples: tuple[SamplePlan, ...]) -> tuple[int, int, int]:
     """Number of images, height and width of a padded batch."""
     return len(samples), max(s.size[0] for s in samples), max(s.size[1] for s in samples)
+
+
+def _check_ends(config: Config, report: Report) -> None:
+    """Checks that transforms that are to end do so before the training does."""
+    epochs = config.train.epochs
+    ends = {transform.name: getattr(transform, "until_epoch", None) for transform in config.data.augment.transforms}
+    late = [f"{name} (until_epoch: {end})" for name, end in ends.items() if end is not None and end >= epochs]
+    if late:
+        report.add(
+            "warning", TRAINING,
+            f"data.augment.transforms: {', '.join(late)} would be on until the end: train.epochs is {epochs}",
+            f"set until_epoch to {max(1, epochs * 3 // 4)} or so, or to null",
+        )  # fmt: skip
 
 
 def _check_enlargement(train: DatasetIndex, samples: np.ndarray, report: Report) -> None:
