@@ -150,10 +150,6 @@ class TrainingLoop:
         self._save_unless_saved(PATIENTLY)
         if self.step % self.job.config.train.log_every_steps:
             self._log()
-        if self.context.rank == 0:
-            with self.inessential("tags cannot be recorded"):
-                self.tracker.set_tags({"run.ended_early": self.validation.verdict})
-            self.context.say(f"ending after step {self.step}: {self.validation.verdict}")
 
     def _wait_for_data(self) -> float:
         self.context.enter("waiting for data", self.step)
@@ -272,8 +268,13 @@ class TrainingLoop:
         self, status: Literal["finished", "stopped", "nothing to do"], leave: LeaveReason | None, seconds: float
     ) -> FitResult:
         latest = self.checkpoints.latest
+        ended_early = "" if leave or self.step >= self.job.total_steps else self.validation.verdict
         if self.context.rank == 0:
             self.checkpoints.finish()
+            if status == "finished" and ended_early:
+                with self.inessential("tags cannot be recorded"):
+                    self.tracker.set_tags({"run.ended_early": ended_early})
+                self.context.say(f"ending after step {self.step}: {ended_early}")
             if status == "finished" and latest is not None:
                 with self.inessential("the last checkpoint cannot be recorded"):
                     self.tracker.log_file(join(latest.path, MODEL_FILE), "checkpoints/last")
@@ -290,5 +291,5 @@ class TrainingLoop:
             table=self.validation.table,
             train_s=seconds,
             leave=leave,
-            ended_early="" if leave or self.step >= self.job.total_steps else self.validation.verdict,
+            ended_early=ended_early,
         )

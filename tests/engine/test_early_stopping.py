@@ -128,8 +128,10 @@ def test_stopping_and_going_on_changes_nothing(
     content["scores"]["6"] = {"val/AP": 0.99}
     kept.write_text(json.dumps(content))
     script_scores(monkeypatch, {"AP": AP[stop_after - 1 :]})
-    result = fit_here(config)
+    tracker = MemoryTracker()
+    result = fit_here(config, tracker)
     assert (result.status, result.step) == ("finished", END)
+    assert tracker.tags["run.ended_early"] == result.ended_early != ""
 
 
 def test_scores_of_other_validation_data_do_not_count(

@@ -114,12 +114,14 @@ class Validation:
         Scores that may end the run are awaited.
 
         Returns:
-            With early stopping: why the workers are to leave now, before it is known whether the run ends here.
+            With early stopping: why the workers are to leave now, before it is known whether the run ends here. None
+            after the last step, where `finish` waits for the scores.
         """
         self._left_out = self._begin(self._current, self._state.step)
-        while self._left_out == "resized" and self._state.step >= self._job.total_steps:
+        at_end = self._state.step >= self._job.total_steps
+        while self._left_out == "resized" and at_end:
             self._left_out = self._begin(self._current, self._state.step)
-        return None if self._early_stopping is None else self._left_out or self._await_decision()
+        return None if at_end or self._early_stopping is None else self._left_out or self._await_decision()
 
     def _await_decision(self) -> LeaveReason | None:
         scoring, rule = self._scoring, self._early_stopping
