@@ -83,6 +83,17 @@ def test_a_sample_is_shown_after_each_step(place: Path) -> None:
         of_data.sample_picture(settings, PictureRequest(image="nowhere"), print)
 
 
+def test_an_image_is_found_in_an_epoch_that_repeats_others(place: Path) -> None:
+    settings = config(place, "data.root=null", f"data.sources=[{{root: {place}/data, weight: 9}}]")
+    data = of_data.planned_data(settings, lambda line: None)
+    assert data.train is not None and data.planner.epoch_samples == 9 * len(data.train)
+    seen = [sample.image_id for step in range(data.planner.steps_per_epoch) for sample in data.plan(1, 0).step(step)[0]]
+    last = max(set(seen), key=seen.index)
+    assert seen.index(last) >= 2 * len(data.train), "later than in two epochs without repeats"
+    drawn = of_data.sample_picture(settings, PictureRequest(image=str(last), step=0), print)
+    assert f"image {last}," in titles(drawn.figure)[0]
+
+
 def test_the_same_images_are_shown_under_each_transform(place: Path) -> None:
     transforms = "data.augment.transforms=[mosaic: {p: 0.1}, grayscale: {p: 0.1, until_epoch: 1}, detr]"
 

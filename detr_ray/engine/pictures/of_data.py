@@ -115,15 +115,15 @@ def _samples_of_step(data: PlannedData, step: int) -> tuple[SamplePlan, ...]:
 
 
 def _sample_of_image(data: PlannedData, row: int, step: int) -> SamplePlan:
-    """The first sample of an image from a step on: in two epochs, every image comes."""
-    steps_per_epoch = max(1, len(_train(data)) // data.config.train.global_batch_size)
+    """The first sample of an image from a step on: in two epochs, every image comes that `data.balance` leaves in."""
+    steps = 2 * data.planner.steps_per_epoch
     plan = data.plan(1, 0)
-    for later in range(step, step + 2 * steps_per_epoch):
+    for later in range(step, step + steps):
         for batch in plan.step(later):
             for sample in batch:
                 if sample.index == row:
                     return sample
-    raise ConfigError(f"--image: image {_train(data).image_ids[row]} comes in none of {2 * steps_per_epoch} steps")
+    raise ConfigError(f"--image: image {_train(data).image_ids[row]} comes in none of {steps} steps")
 
 
 def _stages(data: PlannedData, reader: ImageReader, sample: SamplePlan) -> list[tuple[str, Picture]]:
@@ -230,8 +230,7 @@ def _planned_sizes(data: PlannedData, split: str) -> np.ndarray:
     """Sizes that the first epoch, or the evaluation, plans; of so many images at most."""
     if split == "val":
         return np.array([sample.size for batch in data.plan(1, 0).evaluation for sample in batch]).reshape(-1, 2)
-    steps = len(_train(data)) // data.config.train.global_batch_size
-    few = min(steps, max(1, _MOST_PLANNED // data.config.train.global_batch_size))
+    few = min(data.planner.steps_per_epoch, max(1, _MOST_PLANNED // data.config.train.global_batch_size))
     plan = data.plan(1, 0)
     sizes = [sample.size for step in range(few) for batch in plan.step(step) for sample in batch]
     return np.array(sizes).reshape(-1, 2)
