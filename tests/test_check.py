@@ -203,8 +203,8 @@ def test_a_wrong_images_folder_is_one_error(check, tmp_path):
     outcome = check(None, *places, f"data.train.images={root}/annotations")
     assert outcome.code == 1
     assert outcome.only("error", "images") == (
-        "train: 12 of 12 images cannot be used | none of the images is usable: is data.train.images (or data.root) "
-        "the right place?"
+        "train: 12 of 12 images cannot be used | none of the images is usable: is the folder right (data.train.images, "
+        "or data.root)?"
     )
     outcome = check(None, *places, f"data.train.images={root}/nowhere")
     assert outcome.only("error", "images") == (

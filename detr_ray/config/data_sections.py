@@ -255,6 +255,14 @@ class DataConfig(Section):
         """Whether there are to be training images."""
         return self.root is not None or self.train is not None or bool(self.sources)
 
+    def is_of_sources(self, split: str) -> bool:
+        """Whether the images of a split are those of `sources`."""
+        return bool(self.sources) and (split == "train" or self.split is not None)
+
+    def place_of(self, split: str) -> str:
+        """The keys that say where the images of a split lie, for advice."""
+        return "data.sources" if self.is_of_sources(split) else f"data.{split}.images, or data.root"
+
     @property
     def has_val(self) -> bool:
         """Whether there are to be validation images."""

@@ -36,7 +36,7 @@ class ConfiguredData:
             DataError: it cannot be read, or is not what it should be.
         """
         data, reading = self._data, Reading(self._data.on_bad_image == "skip", progress)
-        if data.sources and (split == "train" or data.split is not None):
+        if data.is_of_sources(split):
             if self._undivided is None:
                 self._undivided = merge([self._open_source(source, reading) for source in data.sources])
             if data.split is None:

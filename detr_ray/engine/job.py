@@ -172,11 +172,11 @@ def _open_split(data: DataConfig, configured: ConfiguredData, split: str, say: S
     for misreading in find_misreadings(index):
         if misreading.ruins:
             raise DataError(f"{index.source}: {misreading.message}. {misreading.advice}")
-    _look_at_images(index, split, data.on_bad_image == "skip", say)
+    _look_at_images(index, split, data, say)
     return index
 
 
-def _look_at_images(index: DatasetIndex, split: str, skip: bool, say: Say) -> None:
+def _look_at_images(index: DatasetIndex, split: str, data: DataConfig, say: Say) -> None:
     """Finds now, and not when the workers have started, what is wrong with all images, or many.
 
     A few images are looked at, all over the set: of one that is sorted, the first may be bad and the others not.
@@ -194,11 +194,12 @@ def _look_at_images(index: DatasetIndex, split: str, skip: bool, say: Say) -> No
         return
     cause = common_cause(bad, len(rows))
     if not cause and is_other_folder(bad, len(rows)):
-        cause = f"Is the folder right (data.{split}.images, or data.root)?"
+        cause = f"Is the folder right ({data.place_of(split)})?"
     message = (
         f"{bad[0].file}: {bad[0].reason} ({split}: {len(bad)} of {len(rows)} images that were looked at cannot be "
         f"used). {cause or 'The check command names all of them'}"
     )
+    skip = data.on_bad_image == "skip"
     if len(bad) == len(rows) or (split == "val" and not skip):
         raise DataError(message)
     if not skip:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,21 @@ def test_a_source_is_taken_as_often_as_its_weight_says(roots: tuple[Path, Path],
         prepare_job(configured(roots, tmp_path, f"data.val={{{places(roots[1], 'val')}}}"), lambda line: None)
 
 
+def test_a_run_goes_on_where_its_sources_have_moved_to(roots: tuple[Path, Path], tmp_path: Path) -> None:
+    keys = (f"data.val={{{places(roots[0], 'val')}}}", "run.name=a")
+    begun = prepare_job(configured(roots, tmp_path, *keys), lambda line: None)
+    moved = tmp_path / "moved"
+    shutil.copytree(roots[0], moved)
+    again = prepare_job(configured((moved, roots[1]), tmp_path, *keys), lambda line: None)
+    assert again.run.run_id == begun.run.run_id and not again.run.is_new
+    for other, message in (
+        (f"[{{root: {moved}}}, {{{places(roots[1], 'train')}, weight: 2}}]", "data.sources: begun with"),
+        (f"[{{root: {moved}}}, {{{places(moved, 'train')}, weight: 3}}]", "train"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            prepare_job(configured(roots, tmp_path, *keys, f"data.sources={other}"), lambda line: None)
+
+
 def test_validation_images_are_held_out_of_all_sources(roots: tuple[Path, Path], tmp_path: Path) -> None:
     sources = ", ".join(f"{{{places(root, 'train')}}}" for root in roots)
     opened = ConfiguredData(configured(roots, tmp_path, "data.split={val: 0.4}", f"data.sources=[{sources}]").data)
@@ -115,6 +131,15 @@ def test_validation_images_are_held_out_of_all_sources(roots: tuple[Path, Path],
     assert train.sources is not None and val.sources is not None
     assert set(val.sources.of.tolist()) == {0, 1} and len(train) + len(val) == 2 * 12
     assert val.categories == train.categories
+
+
+def test_a_folder_without_the_images_is_refused_by_the_key_of_the_sources(
+    roots: tuple[Path, Path], tmp_path: Path
+) -> None:
+    annotations = roots[0] / "annotations" / "instances_train2017.json"
+    sources = f"data.sources=[{{annotations: {annotations}, images: {tmp_path}}}]"
+    with pytest.raises(DataError, match=r"Is the folder right \(data\.sources\)\?"):
+        prepare_job(configured(roots, tmp_path, sources, "train.global_batch_size=2"), lambda line: None)
 
 
 def test_what_does_not_go_together_is_refused(roots: tuple[Path, Path], tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from detr_ray.addresses import check_address, join, local_path, resolve
 from detr_ray.config import Config, ConfigError, ModelConfig, flatten
+from detr_ray.config.yaml_format import parse_yaml
 from detr_ray.engine.checkpoints.run_lock import claimed, held
 from detr_ray.engine.checkpoints.store import CheckpointStore
 from detr_ray.locations import make_folder, read_bytes, sync, write_bytes
@@ -295,6 +296,14 @@ def begun_with(record: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]
     return {key: record["config"].get(key, defaults.get(key)) for key in keys}
 
 
+def _has_moved(key: str, before: str, now: str) -> bool:
+    """Whether data sets of ``data.sources`` lie elsewhere and no more: fingerprints tell whether they are the same."""
+    if key != "data.sources":
+        return False
+    weights = [[source["weight"] for source in parse_yaml(sources)] for sources in (before, now)]
+    return weights[0] == weights[1] != []
+
+
 def _differences(run: RunDirectory, stored: Mapping[str, Any], config: Mapping[str, Any], say: Say) -> list[str]:
     """One line for each key whose change prevents resuming.
 
@@ -304,7 +313,9 @@ def _differences(run: RunDirectory, stored: Mapping[str, Any], config: Mapping[s
     begun = stored["config"]
     before = begun_with(stored, config)
     changed = sorted(
-        key for key, now in config.items() if before[key] != now and not is_free(key, has_checkpoint=False)
+        key
+        for key, now in config.items()
+        if before[key] != now and not is_free(key, has_checkpoint=False) and not _has_moved(key, before[key], now)
     )
     if any(is_free(key) for key in changed) and run.checkpoints.latest() is not None:
         changed = [key for key in changed if not is_free(key)]

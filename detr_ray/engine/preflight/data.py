@@ -60,8 +60,7 @@ def open_splits(config: Config, report: Report) -> dict[str, DatasetIndex]:
     """Opens the configured splits. A split that cannot be opened is reported and left out."""
     configured, opened = ConfiguredData(config.data), {}
     for split in ("train", "val"):
-        from_sources = bool(config.data.sources) and (split == "train" or config.data.split is not None)
-        if config.data.root is None and config.data.places(split) is None and not from_sources:
+        if config.data.root is None and config.data.places(split) is None and not config.data.is_of_sources(split):
             if split == "val":
                 report.add(
                     "warning", DATA, "val: no validation data is given, so no AP is computed and no checkpoint is best",
@@ -247,7 +246,7 @@ def check_images(
         report.add("error", IMAGES, f"{split}: the images' storage does not answer: {error}")
         return
     if missing and index.shards is None:
-        report.add("error", IMAGES, f"{split}: {missing[-1]}", f"set data.{split}.images, or data.root")
+        report.add("error", IMAGES, f"{split}: {missing[-1]}", f"set {config.data.place_of(split)}")
         return
     if missing and index.shards is not None:
         report.add(
@@ -303,7 +302,7 @@ def _add_bad(config: Config, split: str, index: DatasetIndex, seen: Inspection, 
     if cause:
         advice = cause
     elif is_other_folder(seen.bad, len(index)):
-        advice = f"none of the images is usable: is data.{split}.images (or data.root) the right place?"
+        advice = f"none of the images is usable: is the folder right ({config.data.place_of(split)})?"
     message = f"{split}: {len(seen.bad)} of {len(index)} images cannot be used"
     report.add(level, IMAGES, message, advice, names)
 
