@@ -116,7 +116,8 @@ def open_past_run(location: str, say: Callable[[str], None] = lambda line: None)
         config = _config_of(path, say)
         checkpoints = directory.checkpoints.checkpoints()
         best = _read_best_found(path, say)
-    return PastRun(directory, record, config, checkpoints, _history_of(config, directory, say), best)
+    history = _history_of(config, directory, bool(record.get("forked_from")), say)
+    return PastRun(directory, record, config, checkpoints, history, best)
 
 
 def keep_best_found(path: str, step: int, truth: GroundTruth, detections: DetectionTable) -> None:
@@ -166,15 +167,27 @@ def _config_of(path: str, say: Callable[[str], None]) -> Config:
     return config_from_dict(content, location, warn)
 
 
-def _history_of(config: Config, directory: RunDirectory, say: Callable[[str], None]) -> RunHistory | None:
-    """The log on this machine; where there is none, what the MLflow store has."""
+def _history_of(
+    config: Config, directory: RunDirectory, is_fork: bool, say: Callable[[str], None]
+) -> RunHistory | None:
+    """The log on this machine; where that lacks the run's beginning, with what the MLflow store has."""
     history = read_history(tracking_folder(config, directory))
-    if history is not None or not config.tracking.enabled:
+    if not config.tracking.enabled or (history is not None and (is_fork or _has_beginning(history))):
         return history
     from detr_ray.tracking.fetched_history import fetch_history  # and MLflow, which takes seconds
 
     try:
-        return fetch_history(run_tracking_uri(config), config.tracking.experiment, directory.run_id)
+        fetched = fetch_history(run_tracking_uri(config), config.tracking.experiment, directory.run_id)
     except Exception as error:  # of a store, which may fail in any way: the run's other records are still of use
-        say(f"WARNING: the run's metrics are neither on this machine nor to be had from its MLflow store: {error}")
-        return None
+        which = "metrics" if history is None else "first metrics"
+        say(f"WARNING: the run's {which} are neither on this machine nor to be had from its MLflow store: {error}")
+        return history
+    if history is None or fetched is None:
+        return history or fetched
+    return history.joined(fetched)
+
+
+def _has_beginning(history: RunHistory) -> bool:
+    """Whether the log begins with the run, which logs its first step; a run in a bucket may have begun elsewhere."""
+    steps, _ = history.metrics.get("train/epoch", (np.zeros(0), np.zeros(0)))
+    return not len(steps) or int(steps[0]) <= 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,21 @@ class RunHistory:
     def seconds(self) -> float:
         """How long the run was at work, over all its processes."""
         return sum(session.ended_ms - session.began_ms for session in self.sessions) / 1000
+
+    def joined(self, other: RunHistory) -> RunHistory:
+        """This and what was logged of the same run elsewhere: a value that both have is taken from this one."""
+        metrics = {}
+        for name in {**other.metrics, **self.metrics}:
+            steps: dict[int, float] = {}
+            for history in (other, self):
+                if name in history.metrics:
+                    at, values = history.metrics[name]
+                    steps |= dict(zip(at.tolist(), values.tolist(), strict=True))
+            metrics[name] = _columns(steps)
+        until = self.sessions[0].began_ms
+        earlier = [session for session in other.sessions if session.began_ms < until]
+        before = [replace(session, ended_ms=min(session.ended_ms, until)) for session in earlier]
+        return RunHistory(metrics, other.tags | self.tags, [*before, *self.sessions])
 
 
 def read_history(folder: str | Path) -> RunHistory | None:

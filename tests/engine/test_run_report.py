@@ -13,6 +13,7 @@ from observing import Observed, observe, small_config
 from tiny import make_dataset
 
 from detr_ray.config import ConfigError
+from detr_ray.config.data_sections import SourceConfig
 from detr_ray.engine.past_run import PastRun, keep_best_found, open_past_run
 from detr_ray.engine.run_report import at_end
 from detr_ray.engine.run_report.comparison import comparison_report
@@ -118,6 +119,45 @@ def test_a_run_with_little_has_a_report_too(trained: Observed, past: PastRun) ->
     with_images, without = Reported.of(past, val).found, Reported.of(past, train).found
     assert with_images is not None and with_images.index is val
     assert without is not None and without.index is None, "images of another data set are not the run's"
+
+
+def test_it_says_where_the_data_lay_and_why_the_run_ended_early(past: PastRun) -> None:
+    sources = (SourceConfig(root="/one"), SourceConfig(annotations="/two.json", images="/two", weight=2))
+    data = past.config.data.model_copy(update={"root": None, "sources": sources})
+    history = RunHistory(
+        {"train/epoch": (np.array([4]), np.array([1.0]))}, {"run.ended_early": "no rise"}, [Session(0, 1, "FINISHED")]
+    )
+    config = past.config.model_copy(update={"data": data})
+    page = Page(run_report(dataclasses.replace(past, config=config, history=history, best=None)))
+    assert "data.sources [{" in page.text and "root: /one" in page.text and "annotations: /two.json" in page.text
+    assert "data.root" not in page.text.split("On what")[-1].split("How it went")[0]
+    assert "it ended early: no rise." in page.text
+
+
+@pytest.mark.parametrize("first_step", [1, 5])
+def test_a_log_that_begins_late_gets_its_beginning_from_the_store(
+    trained: Observed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first_step: int
+) -> None:
+    """As that of a run in a bucket has it which goes on on another machine."""
+    record, config = (Path(trained.job.run.path) / name for name in ("run.json", "config.yaml"))
+    (tmp_path / "run.json").write_bytes(record.read_bytes())
+    (tmp_path / "config.yaml").write_text(config.read_text().replace("enabled: false", "enabled: true"))
+    log = EventLog(tmp_path / "tracking")
+    log.append("start")
+    log.append("metrics", step=first_step, metrics={"train/epoch": 1.25, "train/loss": 3.0})
+    log.close()
+    values = {"train/loss": (np.array([1, 5]), np.array([9.0, 8.0])), "val/AP": (np.array([4]), np.array([0.5]))}
+    sent = RunHistory(values, {"host": "other"}, [Session(0, 1 << 60, None)])
+    monkeypatch.setattr("detr_ray.tracking.fetched_history.fetch_history", lambda *where: sent)
+    history = open_past_run(str(tmp_path)).history
+    assert history is not None
+    steps, losses = history.metrics["train/loss"]
+    if first_step == 1:
+        assert (steps.tolist(), losses.tolist(), len(history.sessions)) == ([1], [3.0], 1)
+        return
+    assert (steps.tolist(), losses.tolist()) == ([1, 5], [9.0, 3.0]) and history.tags == {"host": "other"}
+    assert "val/AP" in history.metrics and len(history.sessions) == 2
+    assert history.sessions[0].ended_ms == history.sessions[1].began_ms, "no time counts twice"
 
 
 def test_two_runs_side_by_side(past: PastRun) -> None:

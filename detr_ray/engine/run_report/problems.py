@@ -73,7 +73,8 @@ def _of_training(run: PastRun) -> Iterator[Problem]:
     if len(waits) and waits.mean() > _WAITS:
         yield (
             f"{waits.mean():.0%} of the time was spent waiting for data",
-            "give the data tasks more CPUs (data.tasks_per_worker), or pack the images into shards (detr-ray prepare)",
+            "give the data tasks more CPUs (data.tasks_per_worker), or pack the images into shards (`python -m "
+            "detr_ray.prepare --shards`)",
         )
     padding = series.get("perf/padding_frac", np.zeros(0))
     if len(padding) and padding.mean() > _PADS:

@@ -43,6 +43,10 @@ _MAIN_KEYS = (
     "train.precision", "optim.lr", "optim.lr_backbone", "optim.schedule", "optim.ema_decay", "data.augment.scales",
     "data.augment.max_size", "eval.size", "eval.max_size", "run.seed",
 )  # fmt: skip
+_PLACES = (
+    "data.root", "data.sources", "data.train.annotations", "data.train.images", "data.train.shards",
+    "data.val.annotations", "data.val.images", "data.val.shards",
+)  # fmt: skip
 _PICTURED_IMAGES = 6
 _ENDS = {
     "FINISHED": "finished",
@@ -142,6 +146,8 @@ def _state(run: PastRun) -> str:
             text += f" in {len(sessions)} starts"
         began = datetime.datetime.fromtimestamp(sessions[0].began_ms / 1000, datetime.UTC)
         text += f"; begun {began:%Y-%m-%d %H:%M} UTC"
+        if "run.ended_early" in run.history.tags and (run.last("train/epoch") or 0) < run.config.train.epochs:
+            text += f"; it ended early: {run.history.tags['run.ended_early']}"
     return f"{text}."
 
 
@@ -183,9 +189,8 @@ def _what(run: PastRun) -> list[str]:
 
 def _data(reported: Reported) -> list[str]:
     run, tags = reported.run, {} if reported.run.history is None else reported.run.history.tags
-    data = run.config.data
-    places = [("data.root", data.root), ("data.train", data.train), ("data.val", data.val)]
-    rows = [[key, str(place)] for key, place in places if place is not None]
+    flat = flatten(run.config)
+    rows = [[key, str(flat[key])] for key in _PLACES if flat[key] not in (None, "[]")]
     for tag, meaning in (("data.train.images", "training images"), ("data.classes", "classes")):
         if tag in tags:
             rows.append([meaning, tags[tag]])
