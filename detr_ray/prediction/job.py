@@ -106,9 +106,16 @@ class PredictionJob:
             "train.precision": config.train.precision,
             "data.reduced_decoding": config.data.reduced_decoding,
             "--threshold": self.threshold,
+            "thresholds": self._digest_of_thresholds(),
             "--top-k": self.top_k,
             "--part-images": self.part_images,
         }
+
+    def _digest_of_thresholds(self) -> str | None:
+        """A hash of the lowest score of each label, which ``best_f1`` takes from a file that may have changed."""
+        assert self.saved.label_map is not None
+        lowest = label_thresholds(self.threshold, self.saved.label_map, self.facts.scores, self.saved.source)
+        return None if lowest is None else hashlib.sha256(lowest.tobytes()).hexdigest()[:16]
 
 
 def _digest(saved: SavedModel) -> str:

@@ -245,6 +245,12 @@ def test_results_of_another_prediction_are_not_mixed(
         assert code == 2 and "holds the results of another prediction" in err and message in err
     code, _, err = run(capsys, trained.run_path, "--images", shapes / "train2017", "--out", out)
     assert code == 2 and "images: " in err
+    scores, best = tmp_path / "scores.json", ["--threshold", "best_f1", "--scores", tmp_path / "scores.json"]
+    scores.write_text('{"all": {"threshold": 0.1}, "categories": {}}')
+    predicted(capsys, tmp_path / "best", trained.run_path, *coco, *best)
+    scores.write_text('{"all": {"threshold": 0.2}, "categories": {}}')
+    code, _, err = run(capsys, trained.run_path, *coco, "--out", tmp_path / "best", *best)
+    assert code == 2 and "thresholds: '" in err
     (out / "parts" / "part-000000.parquet").write_bytes(b"PAR1")
     code, _, err = run(capsys, trained.run_path, *coco, "--out", out)
     assert code == 2 and "part-000000.parquet is damaged" in err and "the same command makes it anew" in err
