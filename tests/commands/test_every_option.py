@@ -239,19 +239,21 @@ def results(out: Path) -> list[dict]:
     return json.loads((out / "results.json").read_text())
 
 
-@shows("predict", "--images", "--out", "--root")
+@shows("predict", "--images", "--out")
 def predict_images(place: Place) -> None:
-    """Two images, by their names and by a COCO file that names them."""
-    images = sorted((place.data / "val2017").iterdir())[:2]
-    found = results(predicted(place, "--images", *images))
+    out = predicted(place, "--images", *sorted((place.data / "val2017").iterdir())[:2])
+    found = results(out)
     assert {row["image_id"] for row in found} == {1, 2} and len(found) == 2 * 6
-    named = []
-    for number, path in enumerate(images, 5):
-        with Image.open(path) as image:
-            named.append({"id": number, "file_name": path.name, "height": image.height, "width": image.width})
-    (place.folder / "some.json").write_text(json.dumps({"images": named}))
-    arguments = ("--images", place.folder / "some.json", "--root", place.data / "val2017")
-    assert [row | {"image_id": row["image_id"] + 4} for row in found] == results(predicted(place, *arguments))
+
+
+@shows("predict", "--root")
+def predict_root(place: Place) -> None:
+    path = max((place.data / "val2017").iterdir())
+    with Image.open(path) as image:
+        named = {"id": 5, "file_name": path.name, "height": image.height, "width": image.width}
+    (place.folder / "one.json").write_text(json.dumps({"images": [named]}))
+    out = predicted(place, "--images", place.folder / "one.json", "--root", place.data / "val2017")
+    assert {row["image_id"] for row in results(out)} == {5} and not (out / "bad_images.txt").read_text()
 
 
 @shows("predict", "--to")
@@ -261,16 +263,24 @@ def predict_to(place: Place) -> None:
         assert {path.name for path in predicted(place, "--to", formats).iterdir()} == beside | written
 
 
-@shows("predict", "--threshold", "--scores", "--top-k")
-def predict_less(place: Place) -> None:
+@shows("predict", "--threshold")
+def predict_threshold(place: Place) -> None:
     everything = results(predicted(place))
-    scores = sorted((row["score"] for row in everything), reverse=True)
-    assert results(predicted(place, "--threshold", scores[3])) == [r for r in everything if r["score"] >= scores[3]]
+    middle = sorted(row["score"] for row in everything)[12]
+    assert results(predicted(place, "--threshold", middle)) == [row for row in everything if row["score"] >= middle]
+
+
+@shows("predict", "--top-k")
+def predict_top_k(place: Place) -> None:
     assert len(results(predicted(place, "--top-k", 2))) == 4 * 2
-    measured = {"all": {"threshold": scores[2]}, "categories": {}}
-    (place.folder / "scores.json").write_text(json.dumps(measured))
+
+
+@shows("predict", "--scores")
+def predict_scores(place: Place) -> None:
+    """None of this model's scores reaches the best threshold of this file."""
+    (place.folder / "scores.json").write_text(json.dumps({"all": {"threshold": 0.99}, "categories": {}}))
     best = predicted(place, "--threshold", "best_f1", "--scores", place.folder / "scores.json")
-    assert len(results(best)) == 3
+    assert results(best) == []
 
 
 @shows("predict", "--picture-score")

@@ -15,6 +15,7 @@ from tiny import tiny_config
 
 from detr_ray import predict as command
 from detr_ray.data.formats import open_split
+from detr_ray.data.formats.bare_images import open_bare_images
 from detr_ray.data.packing import write_shards
 from detr_ray.engine.reporting.progress import FitResult
 from detr_ray.evaluation import DetectionTable, GroundTruth, evaluate_detections
@@ -75,25 +76,39 @@ def test_cocos_results_score_the_ap_of_evaluate_to_the_last_digit(
 
 
 def test_images_are_the_same_ones_however_they_are_named(
-    trained: FitResult, shapes: Path, coco: list[str], tmp_path: Path, capsys
+    trained: FitResult, shapes: Path, tmp_path: Path, capsys
 ) -> None:
+    """Sizes and names without the model; then boxes, of a folder and of shards."""
     write_shards(open_split(str(shapes), None, "val"), str(tmp_path / "shards"))
     folder = shapes / "val2017"
     (copied := tmp_path / "other" / "deeper").mkdir(parents=True)
     for path in folder.iterdir():
         shutil.copy(path, copied)
     (copied / "notes.txt").write_text("no image")
+    annotations = f"{shapes}/annotations/instances_val2017.json"
     given = [
-        coco, ["--images", folder], ["--images", f"{folder}/*.jpg"], ["--images", *sorted(folder.iterdir())],
-        ["--images", tmp_path / "shards"], ["--images", f"{tmp_path}/other/**/*"], ["--images", f"file://{copied}"],
-        ["--images", sorted(folder.iterdir())[0], folder],
+        [folder], [f"{folder}/*.jpg"], sorted(folder.iterdir()), [tmp_path / "shards"], [f"{tmp_path}/other/**/*"],
+        [f"file://{copied}"], [min(folder.iterdir()), folder], [annotations],
     ]  # fmt: skip
-    found = []
-    for number, arguments in enumerate(given):
+    expected = [(path.name, _size(path)) for path in sorted(folder.iterdir())]
+    for named in given:
+        found = open_bare_images([str(one) for one in named], str(folder) if named == [annotations] else None)
+        index = found.index
+        names = [Path(name).name for name in index.file_names.to_pylist()]
+        sizes = zip(index.heights.tolist(), index.widths.tolist(), strict=True)
+        assert list(zip(names, sizes, strict=True)) == expected, named
+        assert found.unreadable == () and not len(index.category_ids)
+    boxes = []
+    for number, images in enumerate((folder, tmp_path / "shards")):
         out = tmp_path / f"out{number}"
-        assert run(capsys, trained.run_path, *arguments, "--out", out, "--to", "parquet")[0] == 0
-        found.append(by_name(out))
-    assert len(found[0]) == 6 and all(one == found[0] for one in found)
+        assert run(capsys, trained.run_path, "--images", images, "--out", out, "--to", "parquet")[0] == 0
+        boxes.append(by_name(out))
+    assert len(boxes[0]) == 6 and boxes[0] == boxes[1]
+
+
+def _size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.height, image.width
 
 
 def test_it_goes_on_where_it_was_interrupted(
