@@ -57,7 +57,7 @@ def through_ray_data(scratch: str, folder: str, size: int, longest: int) -> dict
     from detr_ray.engine.prediction_job import Wanted, prepare_prediction, write_parts
     from detr_ray.model_sources import load_model
     from detr_ray.prediction.results import ResultFolder
-    from detr_ray.runtime.prediction import predict_batches
+    from detr_ray.runtime.prediction import predict_on_cluster
     from detr_ray.runtime.session import session_of
 
     config = load_config(None, _settings(size, longest))
@@ -71,7 +71,7 @@ def through_ray_data(scratch: str, folder: str, size: int, longest: int) -> dict
 
         def predict(numbers: Any) -> Any:
             nonlocal count
-            for number, found in zip(numbers, predict_batches(job, numbers, config), strict=True):
+            for number, found in zip(numbers, predict_on_cluster(job, numbers, config), strict=True):
                 if not begun:
                     begun.append(time.perf_counter())
                 else:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from detr_ray.cli import run_command, say
 from detr_ray.config import Config, ConfigError
 
 if TYPE_CHECKING:
-    from detr_ray.prediction.job import BatchFindings, PredictionJob
+    from detr_ray.prediction import LoadedModel
+    from detr_ray.prediction.job import PredictionJob
     from detr_ray.prediction.results import ResultFolder
 
 DESCRIPTION = """Find objects on images with a trained model, and write what was found into a folder.
@@ -108,31 +109,33 @@ def _predict(config: Config, arguments: argparse.Namespace) -> int:
         if str(error).startswith("threshold: "):
             raise ConfigError(f"--{error}") from error
         raise
-    del model
     folder = ResultFolder(arguments.out, job)
     parts = folder.open()
     done = len(job.parts) - len(parts)
     say(f"{len(job.index)} images in {len(job.parts)} parts" + (f", of which {done} are done" if done else ""))
-    _predict_parts(job, folder, parts, config)
+    _predict_parts(job, model, folder, parts, config)
     return _finish(job, folder, arguments)
 
 
-def _predict_parts(job: PredictionJob, folder: ResultFolder, parts: list[int], config: Config) -> None:
+def _predict_parts(
+    job: PredictionJob, model: LoadedModel, folder: ResultFolder, parts: list[int], config: Config
+) -> None:
     from detr_ray.data.errors import DataError
-    from detr_ray.engine.prediction_job import write_parts
+    from detr_ray.engine.prediction_job import predict_here, write_parts
     from detr_ray.retries import reason_of
-    from detr_ray.runtime.prediction import predict_batches
-    from detr_ray.runtime.session import session_of
-
-    def predict(numbers: Sequence[int]) -> Iterable[BatchFindings]:
-        return predict_batches(job, numbers, config)
 
     if not parts:
         return
-    session = contextlib.nullcontext() if config.train.launcher == "local" else session_of(config)
     try:
-        with session:
-            write_parts(job, folder, parts, predict, say)
+        if config.train.launcher == "local":
+            device = {None: None, True: "cuda", False: "cpu"}[config.train.use_gpu]
+            write_parts(job, folder, parts, lambda numbers: predict_here(job, model, numbers, device), say)
+            return
+        from detr_ray.runtime.prediction import predict_on_cluster
+        from detr_ray.runtime.session import session_of
+
+        with session_of(config):
+            write_parts(job, folder, parts, lambda numbers: predict_on_cluster(job, numbers, config), say)
     except OSError as error:
         raise DataError(f"--out: {folder.location} could not be written: {reason_of(error)}") from error
 

@@ -79,15 +79,18 @@ def prepare_prediction(model: LoadedModel, given: Config, wanted: Wanted, say: S
     )
 
 
-def predict_here(job: PredictionJob, numbers: Iterable[int], device: str | None) -> Iterator[BatchFindings]:
+def predict_here(
+    job: PredictionJob, model: LoadedModel, numbers: Iterable[int], device: str | None
+) -> Iterator[BatchFindings]:
     """Finds objects on batches of a job in this process; a thread makes the next batches meanwhile.
 
     Args:
         job: the job.
+        model: its model.
         numbers: of its batches.
         device: where to work; None for the GPU, if there is one.
     """
-    predict = BatchPredictor(job, device)
+    predict = BatchPredictor(job, device, model)
     for batch in load_ahead(job.loader().load, [job.batches[number] for number in numbers], _PREFETCH):
         yield predict(batch)
 

@@ -147,10 +147,12 @@ class BatchPredictor:
     Args:
         job: the job.
         device: where to work; None for the GPU, if there is one.
+        model: the job's model where it is loaded already.
     """
 
-    def __init__(self, job: PredictionJob, device: str | None) -> None:
-        self._model = LoadedModel(job.saved, job.facts)
+    def __init__(self, job: PredictionJob, device: str | None, model: LoadedModel | None = None) -> None:
+        assert job.saved.config is not None
+        self._model = LoadedModel(job.saved, job.facts) if model is None else model.with_config(job.saved.config)
         self._device = self._model.to(device)
         self._thresholds = label_thresholds(job.threshold, self._model.label_map, job.facts.scores, job.saved.source)
         self._top_k = job.top_k

@@ -6,6 +6,7 @@ functions, at the sizes that the model was evaluated at. So it finds the same bo
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import overload
 
@@ -57,10 +58,13 @@ class LoadedModel:
             WeightsError: the weights are another model's.
         """
         own = saved.config or config or Config()
-        skeleton = build_skeleton(own.model, 1)
+        label_map = saved.label_map
+        skeleton = build_skeleton(own.model, 1 if label_map is None else label_map.num_classes)
         weights = saved.weights_for(skeleton)
-        label_map = saved.label_map or _numbered_labels(skeleton.weight_names.classes_in(weights.tensors))
-        state = whole_state(build_skeleton(own.model, label_map.num_classes), weights, saved.source)
+        if label_map is None:
+            label_map = _numbered_labels(skeleton.weight_names.classes_in(weights.tensors))
+            skeleton = build_skeleton(own.model, label_map.num_classes)
+        state = whole_state(skeleton, weights, saved.source)
         with torch.random.fork_rng(devices=[]):  # the program's random numbers stay as they were
             detector = build_detector(own.model, own.loss, label_map.num_classes)
         self.model: DetectionModel = detector.model
@@ -76,6 +80,17 @@ class LoadedModel:
         self.source = saved.source
         self._step, self._is_averaged = saved.step, saved.is_averaged
         self._category_ids = label_map.category_ids_of(np.arange(label_map.num_classes))
+
+    def with_config(self, config: Config) -> LoadedModel:
+        """The same network with other settings of images, batches and precision.
+
+        Args:
+            config: with the same section ``model``.
+        """
+        other = copy.copy(self)
+        other.config = config
+        other.sizes = ImageSizes.of(config)
+        return other
 
     @property
     def saved(self) -> SavedModel:

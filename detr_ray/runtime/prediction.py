@@ -19,7 +19,6 @@ from ray.data import ActorPoolStrategy, ExecutionResources
 from detr_ray.config import Config
 from detr_ray.data.errors import DataError
 from detr_ray.data.loader import BatchLoader, from_table, to_table
-from detr_ray.engine.prediction_job import predict_here
 from detr_ray.evaluation import DetectionTable
 from detr_ray.model.state_dicts import WeightsError
 from detr_ray.prediction.job import BatchFindings, BatchPredictor, PredictionJob
@@ -84,14 +83,6 @@ def _for_users(error: BaseException) -> BaseException:
             return type(cause)(str(getattr(cause, "cause", cause)))
         cause = getattr(cause, "cause", None) or cause.__cause__
     return error
-
-
-def predict_batches(job: PredictionJob, numbers: Numbers, config: Config) -> Iterator[BatchFindings]:
-    """Finds objects on batches of a job, where ``train.launcher`` says."""
-    if config.train.launcher == "local":
-        device = {None: None, True: "cuda", False: "cpu"}[config.train.use_gpu]
-        return predict_here(job, numbers, device)
-    return predict_on_cluster(job, numbers, config)
 
 
 @functools.lru_cache(maxsize=2)

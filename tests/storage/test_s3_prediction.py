@@ -14,6 +14,7 @@ from detr_ray import predict as command
 from detr_ray.locations import delete_file, list_names, read_bytes
 
 
+@pytest.mark.slow
 def test_images_model_and_results_lie_in_a_bucket(
     s3: S3Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
