@@ -25,14 +25,19 @@ _ENVIRONMENT = {
 }
 
 
+def set_environment() -> None:
+    """Sets MLflow's environment variables that are not set yet; it reads them when it is imported."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
 def open_client(tracking_uri: str) -> Any:
     """An ``MlflowClient`` of a store. The tables of an SQLite database that does not exist yet are created.
 
     Raises:
         Exception: Any error of MLflow where the database cannot be created.
     """
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    set_environment()
     from mlflow import MlflowClient  # takes two seconds
 
     database = sqlite_path(tracking_uri)

@@ -15,7 +15,7 @@ from typing import Any
 
 from detr_ray.credentials import without_credentials
 from detr_ray.printable import shortened
-from detr_ray.tracking.mlflow_client import open_client
+from detr_ray.tracking.mlflow_client import open_client, set_environment
 from detr_ray.tracking.reachability import UnreachableError, try_store
 from detr_ray.tracking.store import public_uri, sqlite_path
 
@@ -153,6 +153,7 @@ class ModelRegistry:
             try_store(uri)
         except UnreachableError as error:
             raise RegistryUnavailable(str(error)) from error
+        set_environment()
         with self.calls():
             self.client = open_client(uri)
 

@@ -78,7 +78,7 @@ def test_a_version_says_what_it_is_and_where_it_is_from(folder: Path, store: Mod
     for split, data in index.items():
         assert version.tags[f"data.{split}.fingerprint"] == data.fingerprint
     assert version.tags["code.commit"] == "c0ffee" and version.tags["step"] == "2"
-    assert version.tags["run.path"] == f"{folder}/runs/first"
+    assert version.tags["run.path"] == f"{folder}/runs/first" and version.tags["checkpoint"] == best.path
     run = store.client.get_run(version.run_id)
     assert run.info.run_name == "first"
     model = yaml.safe_load((package_of(version).parents[1] / "MLmodel").read_text())

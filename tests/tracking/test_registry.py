@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -113,3 +114,11 @@ def test_a_store_that_is_not_there_is_not_made_by_looking(tmp_path: Path) -> Non
 def test_a_server_that_is_away_is_said_so(tmp_path: Path) -> None:
     with pytest.raises(RegistryUnavailable, match=r"http://127\.0\.0\.1:9 does not answer"):
         ModelRegistry("http://127.0.0.1:9", "detr")
+
+
+def test_mlflow_is_imported_with_its_settings(store_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quiet, without a connection to the internet, and without its own long retries."""
+    monkeypatch.delenv("MLFLOW_DISABLE_TELEMETRY", raising=False)
+    monkeypatch.setattr("detr_ray.tracking.registry.open_client", lambda uri: None)
+    ModelRegistry(store_uri, "detr")
+    assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
