@@ -204,7 +204,7 @@ def test_each_worker_has_random_numbers_of_its_own(dataset: Path, tmp_path: Path
     found = []
     for rank in (0, 1):
         seen = prepare(small_config(dataset, tmp_path, f"run.name=rank-{rank}"))
-        seen.loop.context.rank = rank  # type: ignore[misc]
+        seen.loop.context.rank, seen.loop.context.world_size = rank, 2  # type: ignore[misc]
         with seen.job.run.locked(), noting(seen):
             micro_batches = next(seen.loop.batches.train_batches(0, 1))
             seen.loop._train_step(0, micro_batches)
