@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_readme_has_the_commands_that_a_stranger_needs() -> None:
     assert {re.match(r"python -m detr_ray\.(\w+)", line)[1] for line in OURS} == {  # type: ignore[index]
-        "train", "check", "evaluate", "predict", "watch", "prepare", "tune", "show", "report",
+        "train", "check", "evaluate", "predict", "watch", "prepare", "tune", "show", "report", "registry",
     }  # fmt: skip
     assert [line.split()[1] for line in BLOCKS if line.startswith("make ")] == ["quickstart", "test"]
 
