@@ -19,7 +19,8 @@ from detr_ray.data.label_map import LabelMap
 from detr_ray.data.merging import merge, merged_categories
 from detr_ray.data.packing import write_shards
 from detr_ray.engine.configured_data import ConfiguredData
-from detr_ray.engine.job import prepare_job
+from detr_ray.engine.job import open_evaluation_data, prepare_job
+from detr_ray.engine.validation.evaluation_job import evaluation_config
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +132,22 @@ def test_validation_images_are_held_out_of_all_sources(roots: tuple[Path, Path],
     assert train.sources is not None and val.sources is not None
     assert set(val.sources.of.tolist()) == {0, 1} and len(train) + len(val) == 2 * 12
     assert val.categories == train.categories
+
+
+@pytest.mark.parametrize("in_sources", [True, False])
+def test_what_a_run_held_out_is_evaluated_where_no_data_is_given(
+    roots: tuple[Path, Path], tmp_path: Path, in_sources: bool
+) -> None:
+    first, second = (f"{{{places(root, 'train')}}}" for root in roots)
+    place = [f"data.sources=[{first}, {second}]"] if in_sources else ["data.sources=[]", f"data.train={first}"]
+    stored = configured(roots, tmp_path, "data.split={val: 0.4, seed: 3}", *place)
+    config, lines = evaluation_config(load_config(None, ["eval.size=64"]), stored, "a run")
+    assert "the validation data is the run's own, since none is given" in lines
+    held_out = ConfiguredData(stored.data).open("val")
+    assert open_evaluation_data(config.data, print).fingerprint == held_out.fingerprint
+    given = load_config(None, [f"data.val={{{places(roots[1], 'val')}}}"])
+    config, _ = evaluation_config(given, stored, "a run")
+    assert config.data == given.data.model_copy(update={"reduced_decoding": config.data.reduced_decoding})
 
 
 def test_a_folder_without_the_images_is_refused_by_the_key_of_the_sources(

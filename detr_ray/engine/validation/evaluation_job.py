@@ -44,8 +44,10 @@ DECISIVE = (
 """Keys that decide what an evaluation gives, beside the weights, the model and the images."""
 
 _SHOWN = DECISIVE[:4]
-_IMAGES = ("root", "val", "generate", "max_images")
-"""Keys of ``data`` that say which images there are; they are taken together or not at all."""
+_IMAGES = ("root", "format", "val", "generate", "max_images", "split")
+_DIVIDED = ("train", "sources")
+"""Keys of ``data`` that say which images there are, the second ones with ``split``; they are taken together or not at
+all."""
 
 
 def evaluation_config(
@@ -105,8 +107,8 @@ def _defaults(given: Config, stored: Config, with_data: bool) -> tuple[dict[str,
     if taken["train"].get("precision") == "fp16" and (given.train.use_gpu is False or not torch.cuda.is_available()):
         del taken["train"]["precision"]
         lines.append("the run was trained with train.precision=fp16, which needs a GPU: it is scored in fp32 here")
-    if with_data and not {"root", "train", "val"} & given.data.model_fields_set:
-        for name in _IMAGES:
+    if with_data and not {"root", "train", "val", "sources"} & given.data.model_fields_set:
+        for name in _IMAGES if stored.data.split is None else (*_IMAGES, *_DIVIDED):
             if name not in given.data.model_fields_set:
                 taken["data"][name] = values["data"][name]
         lines.append("the validation data is the run's own, since none is given")
