@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from detr_ray.addresses import local_path, resolve
 from detr_ray.cli import run_command, say
 from detr_ray.config import Config, ConfigError
 
@@ -74,8 +72,8 @@ def _serve(config: Config, arguments: argparse.Namespace) -> int:
     _check_packages()
 
     from detr_ray.export import refuse_idle_keys
-    from detr_ray.model_sources import load_model
     from detr_ray.prediction.requests import Limits
+    from detr_ray.runtime.serving.loading import loader
     from detr_ray.runtime.serving.settings import Batching, ServiceSettings, refuse_taken_port
 
     settings = ServiceSettings(
@@ -89,21 +87,15 @@ def _serve(config: Config, arguments: argparse.Namespace) -> int:
     )
     refuse_taken_port(settings.host, settings.port)
     # Loaded here, too, so that a model that cannot be had is refused in seconds.
-    source = _absolute(arguments.source)
-    model = load_model(source, config, say=say)
+    load = loader(arguments.source, config)
+    model = load()
     refuse_idle_keys(arguments, model.config is config)
     say(f"{model.source}: {len(model.label_map.categories)} categories")
 
     from detr_ray.runtime.serving.service import run_service
 
-    run_service(functools.partial(load_model, source, config), settings, say)
+    run_service(load, settings, say)
     return 0
-
-
-def _absolute(source: str) -> str:
-    """The source as replicas find it, whose working folder is another one."""
-    path = local_path(source)
-    return resolve(source) if path is not None and path.exists() else source
 
 
 def _check_packages() -> None:

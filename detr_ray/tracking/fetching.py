@@ -73,6 +73,24 @@ def fetched(source: str, uri: str | None = None) -> Iterator[str]:
         )
 
 
+def pinned(source: str, uri: str | None = None) -> str:
+    """The address of the version that an alias means now; other addresses stay as they are.
+
+    Args:
+        source: as `fetched` takes it.
+        uri: likewise.
+
+    Raises:
+        RegistryError: there is no such version.
+    """
+    model = _MODEL.fullmatch(source)
+    if model is None or model["alias"] is None:
+        return source
+    registry = ModelRegistry(uri or tracking_uri(None, "runs"), model["name"])
+    version = _version(registry, source, f"@{model['alias']}")
+    return f"models:/{version.name}/{version.version}"
+
+
 def _version(registry: ModelRegistry, source: str, which: str) -> ModelVersion:
     try:
         return registry.version(which)

@@ -11,10 +11,11 @@ from typing import Any
 
 from test_every_option import Place, shows
 
-from detr_ray import exporting, model_sources
+from detr_ray import exporting
 from detr_ray.data.label_map import LabelMap
 from detr_ray.exporting import Agreement, ExportFormat, ExportSource
 from detr_ray.prediction.requests import Limits
+from detr_ray.runtime.serving import loading
 from detr_ray.runtime.serving.settings import Batching, ServiceSettings
 
 # export
@@ -51,7 +52,7 @@ def export_to(place: Place) -> None:
 # serve
 
 
-def served(place: Place, *argv: object) -> ServiceSettings:
+def served(place: Place, *argv: object, source: object = None) -> ServiceSettings:
     """What the command would start, with a model whose reading takes no time."""
     started: list[ServiceSettings] = []
     model = SimpleNamespace(source="a run", config=None, label_map=LabelMap.coco91())
@@ -64,14 +65,14 @@ def served(place: Place, *argv: object) -> ServiceSettings:
         assert source == str(place.run)
         return model
 
-    place.patch.setattr(model_sources, "load_model", load_model)
+    place.patch.setattr(loading, "load_model", load_model)
 
     # In place of the real one, whose import is Ray Serve.
     place.patch.setitem(sys.modules, "detr_ray.runtime.serving.service", SimpleNamespace(run_service=run_service))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    code, _, err = place.call("serve", place.run, *(argv if "--port" in argv else ("--port", port, *argv)))
+    code, _, err = place.call("serve", source or place.run, *(argv if "--port" in argv else ("--port", port, *argv)))
     assert code == 0, err
     (settings,) = started
     return settings
@@ -79,7 +80,8 @@ def served(place: Place, *argv: object) -> ServiceSettings:
 
 @shows("serve", "--host", "--port")
 def serve_address(place: Place) -> None:
-    assert served(place).host == "127.0.0.1"
+    place.patch.chdir(place.run.parent)
+    assert served(place, source=place.run.name).host == "127.0.0.1", "of a path that is made absolute for replicas"
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

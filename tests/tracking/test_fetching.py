@@ -13,7 +13,7 @@ from versions import stored
 
 from detr_ray.addresses import local_path
 from detr_ray.tracking import MlflowTracker
-from detr_ray.tracking.fetching import fetched, read_record
+from detr_ray.tracking.fetching import fetched, pinned, read_record
 from detr_ray.tracking.registry import ModelRegistry, ModelVersion, RegistryError
 
 
@@ -64,6 +64,20 @@ def test_each_address_gives_the_package_in_place(
         with fetched(source, registry.uri) as folder:
             assert Path(folder) == folder_of(registry.version(number)) / "artifacts" / "package"
     assert b'"lr": 13' in read_record(registry, registry.version(2))
+
+
+def test_an_alias_is_pinned_to_the_version_that_it_means_now(
+    registry: ModelRegistry, version: ModelVersion, tmp_path: Path
+) -> None:
+    registry.promote(1)
+    assert pinned("models:/detr@champion", registry.uri) == "models:/detr/1"
+    stored(registry, tmp_path / "second", "other weights")
+    registry.promote(2)
+    assert pinned("models:/detr@champion", registry.uri) == "models:/detr/2"
+    for source in ("models:/detr/1", f"runs:/{'0' * 32}"):
+        assert pinned(source, registry.uri) == source
+    with pytest.raises(RegistryError, match=r"models:/detr@absent \(in "):
+        pinned("models:/detr@absent", registry.uri)
 
 
 def test_the_store_is_that_of_the_environment(

@@ -6,14 +6,17 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 
 from detr_ray.config import ConfigError
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.preflight.writing import within
 from detr_ray.prediction import LoadedModel
+from detr_ray.retries import reason_of
 from detr_ray.runtime.host_process import host_process_as_before
 from detr_ray.runtime.serving.replica import Replica
 from detr_ray.runtime.serving.settings import ServiceSettings, refuse_taken_port
@@ -45,9 +48,8 @@ def service(load: Callable[[], LoadedModel], settings: ServiceSettings) -> Itera
         _refuse_other_services()
         use_gpu = ray.cluster_resources().get("GPU", 0) >= settings.max_replicas
         http = {"host": settings.host, "port": settings.port, "request_timeout_s": REQUEST_TIMEOUT_S}
-        serve.start(http_options=http)
         try:
-            _start(application(load, settings, use_gpu))
+            _start(application(load, settings, use_gpu), http)
             yield
         finally:
             serve.shutdown()
@@ -68,20 +70,21 @@ def _refuse_other_services() -> None:
         )
 
 
-def _start(target: serve.Application) -> None:
-    """Starts the replicas.
+def _start(target: serve.Application, http: dict[str, Any]) -> None:
+    """Starts the entrance and the replicas.
 
     Raises:
         RunFailed: they cannot be started, or are not within `START_TIMEOUT_S`.
     """
     try:
+        serve.start(http_options=http)
         within(START_TIMEOUT_S, lambda: serve.run(target, name=APPLICATION, route_prefix="/"))
     except TimeoutError as error:
         found = serve.status().applications.get(APPLICATION)
         reasons = [] if found is None else [one.message for one in found.deployments.values()]
         raise RunFailed(f"the service did not start within {START_TIMEOUT_S:.0f} s: {' '.join(reasons)}") from error
-    except RuntimeError as error:
-        raise RunFailed(f"the service cannot start: {error}") from error
+    except (RuntimeError, RayError) as error:
+        raise RunFailed(f"the service cannot start: {reason_of(error)}") from error
 
 
 def application(load: Callable[[], LoadedModel], settings: ServiceSettings, use_gpu: bool) -> serve.Application:

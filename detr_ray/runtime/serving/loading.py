@@ -1,0 +1,42 @@
+"""One model for all replicas, wherever they run and whenever they start."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+
+from detr_ray.addresses import local_path, resolve
+from detr_ray.config import Config
+from detr_ray.model_sources import load_model
+from detr_ray.prediction import LoadedModel
+from detr_ray.tracking.fetching import SCHEMES, pinned
+from detr_ray.tracking.store import tracking_uri
+
+_STORE = "MLFLOW_TRACKING_URI"
+
+
+def loader(source: str, config: Config) -> Callable[[], LoadedModel]:
+    """A function that loads a model, to be called in other processes and on other machines.
+
+    Paths are made absolute, since replicas work in another folder. An alias in MLflow's registry is looked up now: a
+    replica that is started later, to share the work or in place of another, would have another model otherwise.
+
+    Args:
+        source: as `load_model` takes it.
+        config: likewise.
+
+    Raises:
+        RegistryError: MLflow has no such version.
+    """
+    if source.startswith(SCHEMES):
+        store = tracking_uri(None, "runs")
+        return functools.partial(_load, pinned(source, store), config, store)
+    path = local_path(source)
+    return functools.partial(_load, resolve(source) if path is not None and path.exists() else source, config, None)
+
+
+def _load(source: str, config: Config, store: str | None) -> LoadedModel:
+    if store is not None:
+        os.environ[_STORE] = store
+    return load_model(source, config)
