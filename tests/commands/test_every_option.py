@@ -502,14 +502,14 @@ def show_out(place: Place) -> None:
     from PIL import ImageShow
 
     for name, begins in (("a.png", b"\x89PNG"), ("b.svg", b"<?xml"), ("c.jpg", b"\xff\xd8")):
-        place.done("show", "batch", "--out", place.folder / name)
+        place.done("show", "batch", "--images", 1, "--out", place.folder / name)
         assert (place.folder / name).read_bytes().startswith(begins)
     code, _, err = place.call("show", "--config", place.file(), "batch", "--out", place.folder / "a.txt")
     assert code == 2 and ".png" in err
     opened: list[Image.Image] = []
     place.patch.setattr(ImageShow, "show", lambda image, title: bool(opened.append(image)) or len(opened) > 1)
-    assert place.call("show", "--config", place.file(), "batch")[0] == 2, "there is no such program"
-    place.done("show", "batch")
+    assert place.call("show", "--config", place.file(), "batch", "--images", 1)[0] == 2, "no such program"
+    place.done("show", "batch", "--images", 1)
     assert len(opened) == 2 and opened[1].size[0] > 300
 
 
@@ -546,24 +546,30 @@ def show_score(place: Place) -> None:
     """The fewer predictions count, the more annotations are missed."""
 
     def missed(score: float) -> int:
-        line = next(line for line in shown(place, "predictions", "--score", score)[0].splitlines() if "missed" in line)
-        return int(line.split()[0])
+        said = shown(place, "predictions", "--images", 1, "--score", score)[0].splitlines()
+        return int(next(line for line in said if "missed" in line).split()[0])
 
     boxes = len(open_split(str(place.data), None, "val").category_ids)
     assert missed(1) == boxes and missed(0) <= boxes
     assert place.call("show", "--config", place.file(), "predictions", "--score", "2")[0] == 2
 
 
-@shows("show", "--layer", "--point")
-def show_layer_and_point(place: Place) -> None:
-    pictures = {layer: shown(place, "decoder", "--layer", layer, "--images", 1, "--score", 1)[1] for layer in (1, 2)}
-    assert pictures[1] != pictures[2] == shown(place, "decoder", "--images", 1, "--score", 1)[1]
+@shows("show", "--layer")
+def show_layer(place: Place) -> None:
+    """The last one by default; there are two."""
+    best = ("decoder", "--images", 1, "--score", 1)
+    assert shown(place, *best, "--layer", 1)[1] != shown(place, *best, "--layer", 2)[1] == shown(place, *best)[1]
     code, _, err = place.call("show", "--config", place.file(), "decoder", "--layer", 3)
     assert code == 2 and "1 to 2" in err
+
+
+@shows("show", "--point")
+def show_point(place: Place) -> None:
     near, far = (shown(place, "encoder", "--point", point)[1] for point in ("2,2", "38,38"))
     assert near != far
     code, _, err = place.call("show", "--config", place.file(), "encoder", "--point", "999,2")
     assert code == 2 and "outside" in err
+    assert place.call("show", "--config", place.file(), "encoder", "--point", "2")[0] == 2
 
 
 # report

@@ -42,7 +42,9 @@ def tracking(place: Place) -> None:
 def report(place: Place) -> None:
     """A report and what it is made of in the run's folder, or neither."""
     for value, name in (("true", "a"), ("false", "b")):
-        fit(place.config("train.max_steps=1", f"tracking.report={value}", f"run.name={name}"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("detr_ray.engine.run_report.report.run_report", lambda run, index: f"of {run.name}")
+            fit(place.config("train.max_steps=1", f"tracking.report={value}", f"run.name={name}"))
         folder = place.folder / "runs" / name
         written = [(folder / file).is_file() for file in ("report.html", "evaluation/best.npz")]
         assert written == [value == "true"] * 2

@@ -73,3 +73,10 @@ def test_crowds_and_categories_without_annotations_are_no_errors() -> None:
     truth = ground_truth([[A, B]], [[1, 1]], [[False, True]])
     errors = break_down_errors(truth, detections([(10, 1, A, 0.9), (10, 1, [205, 205, 20, 20], 0.95), (10, 2, A, 0.9)]))
     assert errors.ap50 == pytest.approx(1.0) and set(errors.counts.values()) == {0}
+
+
+def test_a_duplicate_may_fit_worse_than_the_one_that_is_right() -> None:
+    truth = ground_truth([[A, B]], [[1, 2]])
+    near = [15.0, 10.0, 40.0, 40.0]  # IoU 7/9 with A
+    errors = break_down_errors(truth, detections([(10, 1, A, 0.95), (10, 1, near, 0.9), (10, 2, B, 0.5)]))
+    assert errors.counts == dict.fromkeys(KINDS, 0) | {"duplicate": 1}

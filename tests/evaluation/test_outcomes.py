@@ -7,6 +7,7 @@ import pytest
 from test_coco_metrics import detections, ground_truth, noisy_detections
 
 from detr_ray.evaluation import DetectionTable, GroundTruth
+from detr_ray.evaluation.by_image import images_of
 from detr_ray.evaluation.outcomes import Outcome, confusion_matrix, find_outcomes
 
 A, B = [10.0, 10.0, 40.0, 40.0], [200.0, 200.0, 60.0, 60.0]
@@ -100,3 +101,11 @@ def test_nothing_found_and_nothing_annotated() -> None:
     outcomes = find_outcomes(truth, detections([]), 0.5)
     assert outcomes.annotated.tolist() == [Outcome.MISSED]
     assert confusion_matrix(truth, detections([]), outcomes).tolist() == [[0, 0, 1], [0, 0, 0], [0, 0, 0]]
+
+
+def test_annotations_that_are_not_numbers_are_left_alone() -> None:
+    truth = ground_truth([[[float("nan"), 10.0, 40.0, 40.0], B]], [[1, 1]])
+    outcomes = find_outcomes(truth, detections([(10, 1, A, 0.9)]), 0.5)
+    assert [Outcome(value).name for value in outcomes.annotated] == ["IGNORED", "MISSED"]
+    (image,) = images_of(truth, detections([(10, 1, A, 0.9)]))
+    assert image.annotated.tolist() == [1] and image.iou.tolist() == [[0.0]]

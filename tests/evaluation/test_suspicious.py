@@ -33,6 +33,7 @@ def test_a_confident_detection_where_nothing_is_annotated() -> None:
 def test_another_category_than_the_annotated_one() -> None:
     found = [(10, 2, A, 0.9), (10, 1, A, 0.2), RIGHT[1]]
     assert kinds(found) == [("other category", 0, 0, pytest.approx(0.72))]
+    assert kinds([*found, (10, 2, A, 0.8)]) == kinds(found), "an annotation is named once"
 
 
 def test_a_box_that_does_not_fit() -> None:
