@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from itertools import chain
 
 import numpy as np
 import pytest
+import torch
 from defaults import augmentation
 
 from detr_ray.data.planner import Planner
-from detr_ray.data.sample import Crop, Flip, Margin, Place, Resize, SamplePlan
+from detr_ray.data.sample import Crop, Flip, Instances, Margin, Picture, Place, Resize, SamplePlan
 from detr_ray.data.transforms.colour import Grayscale, MakeGrey
 from detr_ray.data.transforms.geometry import IouCrop, Mirror, Rotate90, ScaleJitter, ZoomOut
 from detr_ray.data.transforms.sequence import Combine, Entry, TransformSequence, always, sequence_of
@@ -104,6 +106,20 @@ def test_each_gets_its_own_partners() -> None:
     assert len(seen) >= 6
 
 
+def test_a_step_gets_the_partners_of_its_transform_alone() -> None:
+    pictures = [Picture(torch.zeros(0), Instances(np.zeros((0, 4)), np.zeros(0), (k, k))) for k in range(5)]
+    tile, picture = Tile((9, 9)), pictures[0]
+    given = []
+
+    class Noting:
+        def apply(self, picture: Picture, partners: Sequence[Picture]) -> Picture:
+            given.extend(partners)
+            return picture
+
+    assert Combine(tile, 1, 2) != Combine(tile, 0, 2)
+    assert Combine(Noting(), 1, 2).apply(picture, pictures[1:]) is picture and given == pictures[2:4]
+
+
 def test_partners_are_all_others_of_a_window_equally_often() -> None:
     rng = np.random.default_rng(0)
     places = np.stack([other_places(rng.random((5, 3))) for _ in range(1000)])
@@ -125,6 +141,9 @@ LISTS = {
         Entry(IouCrop((0.2, 1.0), (0.3, 3.0), (0.0,)), 0.8), Entry(DETR), Entry(Rotate90((1, 2)), 0.5),
     ),
     "no crop": (Entry(IouCrop((0.3, 1.0), (0.5, 2.0), (0.0,))), Entry(augmentation(scales=(64,), max_size=80, crop=0))),
+    "crop of oblong images": (
+        Entry(IouCrop((0.3, 1.0), (0.5, 2.0), (0.0,)), 0.5), Entry(augmentation(scales=(64,), max_size=5000, crop=0)),
+    ),
     "jitter": (Entry(Mosaic((0.2, 0.8), (1, 2), 0.2), 0.5), Entry(ScaleJitter(96, (0.1, 2.0), 0))),
 }  # fmt: skip
 

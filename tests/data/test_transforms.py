@@ -241,6 +241,19 @@ def _iou(box: np.ndarray, other: tuple[int, int, int, int]) -> float:
     return float(shared / (sum(areas) - shared))
 
 
+def test_a_crop_that_cannot_have_the_overlap_has_the_highest_of_those_tried() -> None:
+    box = np.array([30, 30, 60, 60], np.float32)
+    instances = Instances(box[None], np.array([1]), (100, 100))
+
+    def overlap(min_iou: float, seed: int) -> float:
+        top, left = CropAroundObjects(40, 40, min_iou, seed).corner(instances)
+        return _iou(box, (left, top, left + 40, top + 40))
+
+    pairs = [(overlap(0.0, seed), overlap(0.99, seed)) for seed in range(20)]
+    assert all(first <= best for first, best in pairs) and sum(first < best for first, best in pairs) > 10
+    assert min(best for _, best in pairs) > 0.35
+
+
 def test_a_crop_for_which_no_place_is_found_is_around_an_object() -> None:
     boxes = np.array([[997, 3, 1000, 5]], np.float32)
     picture = Picture(torch.zeros(8, 1000, 3, dtype=torch.uint8), Instances(boxes, np.array([4]), (8, 1000)))
