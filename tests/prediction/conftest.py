@@ -20,5 +20,12 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> FitResult:
     """A run with two checkpoints, whose sizes and numbers of detections are not the defaults."""
     storage = tmp_path_factory.mktemp("prediction-runs")
-    settings = ("run.name=a", "train.epochs=2", "eval.max_detections=7", "optim.lr=1e-2", "optim.ema_decay=0.5")
+    settings = (
+        "run.name=a",
+        "train.epochs=2",
+        "eval.max_detections=7",
+        "eval.max_size=60",
+        "optim.lr=1e-2",
+        "optim.ema_decay=0.5",
+    )
     return fit_here(tiny_config(shapes, storage, *settings))

@@ -95,7 +95,7 @@ def test_a_model_remembers_labels_sizes_and_averaged_weights(
     again = detr_ray.load_model(str(package))
     stored = torch.load(f"{trained.best_checkpoint}/model.pt", weights_only=True)
     for one in (model, again):
-        assert (one.sizes.short_side, one.sizes.long_side) == (48, 96)
+        assert (one.sizes.short_side, one.sizes.long_side) == (48, 60)
         assert (one.sizes.trained_short_sides, one.sizes.trained_long_side) == ((48, 64), 96)
         assert one.label_map.to_dict() == stored["label_map"] and one.saved.is_averaged
         assert not one.model.training and one.config.eval.max_detections == 7

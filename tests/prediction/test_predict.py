@@ -21,6 +21,7 @@ from detr_ray.data.images import decode_image
 from detr_ray.engine.reporting.progress import FitResult
 from detr_ray.model.weights import WeightsError
 from detr_ray.prediction import LoadedModel, Prediction
+from detr_ray.prediction.thresholds import label_thresholds
 from detr_ray.runtime.launch import evaluate
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 66, 3), dtype=np.uint8)
@@ -52,7 +53,9 @@ def turned(orientation: int) -> Image.Exif:
 def test_the_boxes_are_those_of_evaluation_to_the_bit(
     model: LoadedModel, trained: FitResult, shapes: Path, tmp_path: Path
 ) -> None:
-    config = tiny_config(shapes, tmp_path, f"eval.checkpoint={trained.run_path}", "eval.max_detections=7")
+    config = tiny_config(
+        shapes, tmp_path, f"eval.checkpoint={trained.run_path}", "eval.max_detections=7", "eval.max_size=60"
+    )
     expected = evaluate(config).detections
     images = {int(path.stem): path for path in (shapes / "val2017").iterdir()}
     predicted = model.predict(images.values(), device="cpu")
@@ -200,19 +203,18 @@ def test_the_best_thresholds_are_those_of_each_category(model: LoadedModel) -> N
     everything = model.predict(PIXELS, device="cpu", top_k=8)
     ids = [category_id for category_id, _ in model.label_map.categories]
     middle = float(np.median(everything.scores))
-    of_each = {str(i): {"threshold": 1.0} for i in ids}
+    of_each: dict[str, dict] = {str(i): {"threshold": 0.25 + i / 100} for i in ids}
     of_each[str(everything.category_ids[0])] = {"threshold": middle}
-    of_each[str(everything.category_ids[-1])] = {"threshold": None}
-    scores = {"all": {"threshold": 0.0}, "categories": of_each}
-    thresholds = {i: of_each[str(i)]["threshold"] for i in ids}
-    other = dataclasses.replace(model.facts, scores=scores)
-    chosen = LoadedModel(model.saved, other).predict(PIXELS, threshold="best_f1", top_k=8, device="cpu")
-    expected = [
-        score
-        for score, i in zip(everything.scores.tolist(), everything.category_ids.tolist(), strict=True)
-        if score >= (0.0 if thresholds[i] is None else thresholds[i])
-    ]
-    assert chosen.scores.tolist() == expected and 0 < len(expected) <= 8
+    without = next(i for i in ids if i != everything.category_ids[0])
+    of_each[str(without)] = {"threshold": None}
+    scores: dict[str, dict] = {"all": {"threshold": 0.125}, "categories": of_each}
+    expected = np.array([of_each[str(i)]["threshold"] or 0.125 for i in model.label_map.category_ids], np.float32)
+    assert np.array_equal(label_thresholds("best_f1", model.label_map, scores, "a"), expected)  # type: ignore[arg-type]
+    other = LoadedModel(model.saved, dataclasses.replace(model.facts, scores=scores))
+    chosen = other.predict(PIXELS, threshold="best_f1", top_k=8, device="cpu")
+    labels = [model.label_map.category_ids.index(i) for i in everything.category_ids.tolist()]
+    assert chosen.scores.tolist() == everything.scores[everything.scores >= expected[labels]].tolist()
+    assert 0 < len(chosen) < 8
     scores["all"]["threshold"] = None
     with pytest.raises(ValueError, match="none of its detections was right"):
-        LoadedModel(model.saved, other).predict(PIXELS, threshold="best_f1", device="cpu")
+        other.predict(PIXELS, threshold="best_f1", device="cpu")

@@ -63,7 +63,9 @@ def coco(shapes: Path) -> list[str]:
 def test_cocos_results_score_the_ap_of_evaluate_to_the_last_digit(
     trained: FitResult, shapes: Path, coco: list[str], tmp_path: Path, capsys
 ) -> None:
-    config = tiny_config(shapes, tmp_path, f"eval.checkpoint={trained.run_path}", "eval.max_detections=7")
+    config = tiny_config(
+        shapes, tmp_path, f"eval.checkpoint={trained.run_path}", "eval.max_detections=7", "eval.max_size=60"
+    )
     expected = evaluate(config)
     rows = predicted(capsys, tmp_path / "out", trained.run_path, *coco, "--part-images", 2)
     assert rows[0].keys() == {"image_id", "category_id", "bbox", "score"} and len(rows) == 6 * 7

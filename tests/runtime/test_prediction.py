@@ -11,7 +11,7 @@ from tiny import fit_here, make_dataset, tiny_config
 
 from detr_ray import predict as command
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300), pytest.mark.usefixtures("shared_ray")]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.usefixtures("shared_ray")]
 
 
 def test_the_cluster_finds_what_this_process_finds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
