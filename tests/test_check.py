@@ -611,5 +611,5 @@ def test_as_a_process(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200, check=False)
     assert result.returncode == 1
-    assert "error    12 training images are fewer than one step takes" in result.stdout
+    assert "error    12 training images are too few for one step" in result.stdout
     assert "Traceback" not in result.stderr

@@ -251,21 +251,17 @@ def prepare_job(config: Config, say: Say, opened: OpenedData | None = None) -> T
             "have hundreds of them; set data.pad_multiple, to 64 for example"
         )
     train, val = opened or open_data(config.data, say)
-    if len(train) < config.train.global_batch_size:
-        raise DataError(
-            f"{train.source} has {len(train)} images, fewer than one global batch; "
-            f"set train.global_batch_size (now {config.train.global_batch_size}) to {len(train)} or less"
-        )
     record = read_record(config.run.name, config.run.storage)
     fork = find_fork(config, record)
     space = choose_label_space(config, train, lambda: _is_official(config.model.init_from), record, fork)
     label_map = label_map_for(space, train, val)
     refuse_unknown_score(config, label_map.names)
     data = PlannedData(config, train, val, label_map)
+    steps = total_steps(config, data.planner.steps_per_epoch)  # refuses data that is too little before there is a run
     refuse_positions_out_of_reach(config, config.model, train, val)
     fingerprints = {"train": train.fingerprint} | ({} if val is None else {"val": val.fingerprint})
     if fork is not None:
-        fork.refuse_misfit(config, fingerprints, total_steps(config, data.planner.steps_per_epoch))
+        fork.refuse_misfit(config, fingerprints, steps)
     check_tracking(config, say)
     run = open_run(
         config.run.name, config.run.storage, flatten(config), fingerprints, config.to_yaml(), space,

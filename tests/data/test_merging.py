@@ -110,6 +110,16 @@ def test_a_source_is_taken_as_often_as_its_weight_says(roots: tuple[Path, Path],
         prepare_job(configured(roots, tmp_path, f"data.val={{{places(roots[1], 'val')}}}"), lambda line: None)
 
 
+def test_too_few_samples_are_refused_before_there_is_a_run(roots: tuple[Path, Path], tmp_path: Path) -> None:
+    keys = ("run.name=a", f"data.val={{{places(roots[0], 'val')}}}")
+    few = f"data.sources=[{{root: {roots[0]}, weight: 0.1}}]"
+    with pytest.raises(DataError, match=r"1 training images are too few for one step of train\.global_batch_size=4"):
+        prepare_job(configured(roots, tmp_path, *keys, few), lambda line: None)
+    assert list(tmp_path.iterdir()) == []
+    often = (f"data.sources=[{{root: {roots[0]}, weight: 2}}]", "data.max_images=5", "train.global_batch_size=8")
+    assert prepare_job(configured(roots, tmp_path, *keys, *often), lambda line: None).steps_per_epoch == 1
+
+
 def test_a_run_goes_on_where_its_sources_have_moved_to(roots: tuple[Path, Path], tmp_path: Path) -> None:
     keys = (f"data.val={{{places(roots[0], 'val')}}}", "run.name=a")
     begun = prepare_job(configured(roots, tmp_path, *keys), lambda line: None)

@@ -142,13 +142,6 @@ def check_plan(config: Config, opened: dict[str, DatasetIndex], label_map: Label
     if train is None:
         return
     batch = config.train.global_batch_size
-    if len(train) < batch:
-        report.add(
-            "error", TRAINING,
-            f"{len(train)} training images are fewer than one step takes (train.global_batch_size={batch})",
-            f"set train.global_batch_size to {len(train)} or less",
-        )  # fmt: skip
-        return
     data = PlannedData(config, train, opened.get("val"), label_map or LabelMap.contiguous(train.categories))
     try:
         steps_per_epoch, samples = data.planner.steps_per_epoch, data.planner.epoch_samples
