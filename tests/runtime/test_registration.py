@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import pickle
@@ -104,6 +105,24 @@ def test_the_champion_gives_the_boxes_of_its_checkpoint(folder: Path, store: Mod
         found = detr_ray.load_model(source).predict(image)
         assert len(found) > 0 and np.array_equal(found.boxes_xyxy_px, wanted.boxes_xyxy_px), source
         assert np.array_equal(found.scores, wanted.scores) and found.names == wanted.names, source
+
+
+def test_mlflow_serves_it_from_code_with_the_boxes_of_predict(folder: Path, store: ModelRegistry) -> None:
+    import mlflow
+    import pandas
+
+    images = sorted((folder / "data" / "val2017").iterdir())[:2]
+    texts = [base64.b64encode(image.read_bytes()).decode() for image in images]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+        served = mlflow.pyfunc.load_model(store.version(1).source)
+    model = detr_ray.load_model("models:/detr/1")
+    for params, arguments in (({}, {}), ({"threshold": 0.2, "top_k": 3}, {"threshold": 0.2, "top_k": 3})):
+        wanted = [{**one.to_dict(), "image": f"image[{n}]"} for n, one in enumerate(model.predict(images, **arguments))]
+        assert served.predict(pandas.DataFrame({"image": texts}), params=params) == wanted
+    with pytest.raises(mlflow.MlflowException, match=r"^image\[1\]: is no base64") as caught:
+        served.predict(pandas.DataFrame({"image": [texts[0], "?"]}))
+    assert caught.value.get_http_status_code() == 400
 
 
 def test_the_same_weights_are_registered_once(folder: Path, store: ModelRegistry) -> None:

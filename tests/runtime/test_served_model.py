@@ -27,7 +27,6 @@ from tiny import make_dataset
 
 import detr_ray
 from detr_ray.runtime.registration import register
-from detr_ray.tracking.registry import ModelRegistry
 
 Post = Callable[..., tuple[int, Any]]
 
@@ -56,22 +55,6 @@ def expected(folder: Path, count: int = 3, **arguments: Any) -> list[dict[str, A
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
         found = detr_ray.load_model("models:/detr@champion").predict(images, **arguments)
     return [{**one.to_dict(), "image": f"image[{number}]"} for number, one in enumerate(found)]
-
-
-def test_mlflow_loads_it_from_code_and_gives_what_predict_gives(folder: Path) -> None:
-    import mlflow
-    import pandas
-
-    version = ModelRegistry(f"sqlite:///{folder}/mlflow.db", "detr").version("champion")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
-        model = mlflow.pyfunc.load_model(version.source)
-    table = pandas.DataFrame({"image": texts(folder)})
-    assert model.predict(table, params={"threshold": 0.0}) == expected(folder)
-    assert model.predict(table, params={"threshold": 0.0, "top_k": 2}) == expected(folder, top_k=2)
-    with pytest.raises(mlflow.MlflowException, match=r"^image\[1\]: is no base64") as caught:
-        model.predict(pandas.DataFrame({"image": [*texts(folder, 1), "?"]}))
-    assert caught.value.get_http_status_code() == 400
 
 
 @pytest.fixture(scope="module")
