@@ -107,6 +107,8 @@ def _converted(
     shapes: dict[str, Any],
     outputs: tuple[str, ...],
 ) -> onnx.ModelProto:
+    import onnx
+
     program = traced(source, graph, examples, shapes)
     try:
         with _quiet():
@@ -116,12 +118,14 @@ def _converted(
                 output_names=list(outputs),
                 opset_version=OPSET,
                 dynamo=True,
+                optimize=False,  # it drops bounds of clamps that others still need; runtimes optimize when they load
                 verbose=False,
             )
+            assert converted is not None, "no file was named"
+            model: onnx.ModelProto = converted.model_proto
+            onnx.checker.check_model(model)
     except Exception as error:  # as in tracing
         raise ExportError(f"{source.architecture} cannot be exported to ONNX: {reason_of(error)}") from error
-    assert converted is not None, "no file was named"
-    model: onnx.ModelProto = converted.model_proto
     return model
 
 
@@ -147,7 +151,6 @@ def _save(source: ExportSource, model: onnx.ModelProto, path: Path) -> None:
 
     del model.metadata_props[:]
     onnx.helper.set_model_props(model, source.metadata())
-    onnx.checker.check_model(model)
     path.write_bytes(model.SerializeToString())
 
 

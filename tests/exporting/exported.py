@@ -17,6 +17,7 @@ SMALL = (
     "model={dim_feedforward: 32, encoder_layers: 1, decoder_layers: 1, num_queries: 12}",
 )
 DEFORMABLE = ("model={architecture: deformable_detr, num_feature_levels: 3, box_refine: true}",)
+UNREFINED = ("model={architecture: deformable_detr, num_feature_levels: 4, encoder_layers: 2, decoder_layers: 6}",)
 TWO_STAGES = (*DEFORMABLE, "model={two_stage: true, mixed_query_selection: true, decoder_layers: 2}")
 DINO = ("model={architecture: dino, num_feature_levels: 3, denoising_queries: 4, decoder_layers: 2}",)
 NAMES = ("cat", "dog", None)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from exported import DEFORMABLE, NAMES, TWO_STAGES, source
+from exported import DEFORMABLE, DINO, NAMES, TWO_STAGES, UNREFINED, source
 from torch import Tensor, nn
 
 from detr_ray.config import ConfigError
@@ -69,7 +69,7 @@ def test_one_plain_image(overrides: tuple[str, ...], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overrides", [DEFORMABLE, TWO_STAGES])
+@pytest.mark.parametrize("overrides", [UNREFINED, DEFORMABLE, TWO_STAGES, DINO])
 def test_architectures_of_several_maps(overrides: tuple[str, ...], tmp_path: Path) -> None:
     agreement = write_batch_onnx(source(*overrides), tmp_path / "batches.onnx")
     assert agreement.difference < 1e-4
