@@ -17,7 +17,13 @@ from detr_ray.tracking import Timing
 
 CANARY = "canary7"
 DATA = "data.generate={num_train: 16, num_val: 4, image_size: [48, 72], max_objects: 2, min_object_size: 12}"
-KEYS = [*(key for key in TINY if not key.startswith("tracking.")), DATA, "run.name=odd", "train.max_steps=2"]
+KEYS = [
+    *(key for key in TINY if not key.startswith("tracking=")),
+    "tracking.report=false",
+    DATA,
+    "run.name=odd",
+    "train.max_steps=2",
+]
 
 SECRET = [
     f"http://me:{CANARY}@127.0.0.1:5000",
@@ -65,7 +71,7 @@ def test_other_addresses_are_left_alone(address: str) -> None:
 
 def text_keys() -> list[str]:
     """Keys that take any text. Names have a form of their own, and lists are no addresses."""
-    named = ("run.name", "tune.name")
+    named = ("run.name", "tune.name", "tracking.model_name")
     texts = [key for key in all_keys() if not key.is_section and "text" in key.kind and "list of" not in key.kind]
     return [key.path for key in texts if key.path not in named]
 

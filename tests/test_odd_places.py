@@ -12,7 +12,7 @@ from detr_ray import evaluate, train
 from detr_ray.tracking.store import sqlite_path
 
 DATA = "data.generate={num_train: 16, num_val: 4, image_size: [48, 72], max_objects: 2, min_object_size: 12}"
-KEYS = [key for key in TINY if not key.startswith("tracking.")]
+KEYS = [*(key for key in TINY if not key.startswith("tracking=")), "tracking.report=false"]
 
 
 def ran(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -80,7 +80,7 @@ def test_a_home_folder_is_found_in_all_places(
     (tmp_path / "work").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path / "work")
-    keys = ["data.root=~/data", "run.storage=~/runs", "tracking={enabled: false, report: false}", "train.max_steps=1"]
+    keys = ["data.root=~/data", "run.storage=~/runs", "tracking.enabled=false", "train.max_steps=1"]
     ran(capsys, *keys)
     assert evaluate.main([*KEYS, *keys, "eval.checkpoint=~/runs/odd"]) == 0
     assert names_in(tmp_path / "home") == ["data", "runs"]

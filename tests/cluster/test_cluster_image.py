@@ -100,9 +100,9 @@ def upload_of(folder: Path, to: Path) -> tuple[int, set[str]]:
 
 def test_a_job_uploads_the_package_and_the_recipes_only(tmp_path: Path) -> None:
     size, names = upload_of(ROOT, tmp_path)
-    assert size < 2_000_000
+    assert size < 4_000_000
     assert {name.split("/")[0] for name in names} == {"detr_ray", "configs"}
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "detr_ray").rglob("*.py")}
+    sources = {str(path.relative_to(ROOT)) for kind in ("*.py", "*.html") for path in (ROOT / "detr_ray").rglob(kind)}
     assert sources | {str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml")} == names
 
 

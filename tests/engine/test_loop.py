@@ -179,7 +179,7 @@ def test_storage_that_cannot_be_written_is_refused(dataset: Path, tmp_path: Path
 
 
 def test_fewer_images_than_a_batch_are_refused(dataset: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"has 40 images.*train\.global_batch_size"):
+    with pytest.raises(DataError, match=r"^40 training images are too few .* train\.global_batch_size=64"):
         fit_here(tiny_config(dataset, tmp_path, "train.global_batch_size=64"))
 
 
