@@ -110,6 +110,64 @@ def say(line: str, stream: TextIO | None = None) -> None:
     stream.flush()
 
 
+def count(text: str) -> int:
+    """The type of options that take a whole number of at least 1."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1 (got {text})")
+    return int(text)
+
+
+def share(text: str) -> float:
+    """The type of options that take a number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1 (got {text})")
+    return value
+
+
+def write_result(option: str, location: str, content: Callable[[], bytes], what: str) -> bool:
+    """Writes a file that an option names, and says so; an error is reported, so that other files are still written.
+
+    Args:
+        option: its name.
+        location: path or URI.
+        content: gives the file's bytes.
+        what: a word for the file.
+
+    Returns:
+        Whether it was written.
+    """
+    from detr_ray.data.errors import DataError
+    from detr_ray.engine.preflight.writing import write_output
+    from detr_ray.retries import reason_of
+
+    try:
+        write_output(location, content())
+    except (OSError, DataError) as error:
+        sys.stderr.write(f"error: {option}: {location} could not be written: {reason_of(error)}\n")
+        return False
+    say(f"{what:<13}{location}")
+    return True
+
+
+def refuse_idle_keys(arguments: argparse.Namespace, is_used: bool) -> None:
+    """Refuses keys of the configuration that would change nothing, since the model says itself what it is.
+
+    Args:
+        arguments: of a command whose ``source`` is a model.
+        is_used: whether the configuration describes the model.
+
+    Raises:
+        ConfigError: there are some.
+    """
+    given = [*arguments.config, *arguments.overrides]
+    if given and not is_used:
+        raise ConfigError(f"{given[0]}: changes nothing: {arguments.source} says itself what it was trained with")
+
+
 def _escape_unknown_characters() -> None:
     """Lets output escape characters that the terminal's encoding does not have, instead of raising an error."""
     for stream in (sys.stdout, sys.stderr):

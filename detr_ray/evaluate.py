@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from detr_ray.cli import EXIT_FAILED, run_command, say
+from detr_ray.cli import EXIT_FAILED, count, run_command, say, share, write_result
 from detr_ray.config import Config
 
 if TYPE_CHECKING:
@@ -34,12 +34,12 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--picture", metavar="FILE", type=_file, help="draw the first images with their boxes into this file (PNG)"
     )
     parser.add_argument(
-        "--picture-images", metavar="N", type=_count, default=12, help="number of images in the picture (default 12)"
+        "--picture-images", metavar="N", type=count, default=12, help="number of images in the picture (default 12)"
     )
     parser.add_argument(
         "--picture-score",
         metavar="S",
-        type=_share,
+        type=share,
         default=0.5,
         help="lowest score that is drawn, from 0 to 1 (default 0.5)",
     )
@@ -49,22 +49,6 @@ def _file(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("must name a file")
     return text
-
-
-def _count(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1 (got {text})")
-    return int(text)
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1 (got {text})")
-    return value
 
 
 def _evaluate(config: Config, arguments: argparse.Namespace) -> int:
@@ -98,23 +82,12 @@ def _evaluate(config: Config, arguments: argparse.Namespace) -> int:
         "--scores": lambda: _scores(job, result),
         "--picture": lambda: _picture(job, result, arguments),
     }
-    written = [_write(option, location, contents[option]) for option, location in given.items() if location is not None]
+    written = [
+        write_result(option, location, contents[option], option.removeprefix("--"))
+        for option, location in given.items()
+        if location is not None
+    ]
     return 0 if all(written) else EXIT_FAILED
-
-
-def _write(option: str, location: str, content: Callable[[], bytes]) -> bool:
-    """Writes one of the files; an error is reported, so that the other files are still written."""
-    from detr_ray.data.errors import DataError
-    from detr_ray.engine.preflight.writing import write_output
-    from detr_ray.retries import reason_of
-
-    try:
-        write_output(location, content())
-    except (OSError, DataError) as error:
-        sys.stderr.write(f"error: {option}: {location} could not be written: {reason_of(error)}\n")
-        return False
-    say(f"{option.removeprefix('--'):<13}{location}")
-    return True
 
 
 def _numbers(job: EvaluationJob, result: EvaluationResult) -> bytes:
@@ -133,8 +106,7 @@ def _picture(job: EvaluationJob, result: EvaluationResult, arguments: argparse.N
 
     index, detections = job.data.val, result.detections
     assert index is not None, "there is a validation set"
-    # The model may have more categories than the validation set.
-    names = dict(job.data.label_map.categories) | dict(index.categories)
+    names = job.names
     annotations, found = [], []
     for i in range(min(arguments.picture_images, len(index))):
         rows = slice(index.first_box[i], index.first_box[i + 1])

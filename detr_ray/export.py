@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from detr_ray.cli import run_command, say
+from detr_ray.cli import refuse_idle_keys, run_command, say
 from detr_ray.config import Config, ConfigError
 
 DESCRIPTION = """Export a model into a file that runs without this package. SOURCE is what load_model takes: a run's
@@ -59,21 +59,6 @@ def _export(config: Config, arguments: argparse.Namespace) -> int:
     )
     say(f"wrote {arguments.out}, {written / 1e6:.1f} MB")
     return 0
-
-
-def refuse_idle_keys(arguments: argparse.Namespace, is_used: bool) -> None:
-    """Refuses keys of the configuration that would change nothing, since the model says itself what it is.
-
-    Args:
-        arguments: of the command.
-        is_used: whether the configuration describes the model.
-
-    Raises:
-        ConfigError: there are some.
-    """
-    given = [*arguments.config, *arguments.overrides]
-    if given and not is_used:
-        raise ConfigError(f"{given[0]}: changes nothing: {arguments.source} says itself what it was trained with")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

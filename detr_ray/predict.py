@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from detr_ray.cli import run_command, say
+from detr_ray.cli import count, run_command, say, share
 from detr_ray.config import Config, ConfigError
 
 if TYPE_CHECKING:
@@ -46,15 +46,15 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--threshold", metavar="S", type=_threshold,
         help="lowest score that is kept, from 0 to 1, or best_f1 for the best one of each category (default: all)",
     )  # fmt: skip
-    parser.add_argument("--top-k", metavar="N", type=_count, help="most objects an image (default eval.max_detections)")
+    parser.add_argument("--top-k", metavar="N", type=count, help="most objects an image (default eval.max_detections)")
     parser.add_argument(
         "--scores", metavar="FILE", help="what evaluate --scores wrote, for best_f1 of weights that lack it"
     )
     parser.add_argument(
-        "--picture-score", metavar="S", type=_share, default=0.5, help="lowest score that is drawn (default 0.5)"
+        "--picture-score", metavar="S", type=share, default=0.5, help="lowest score that is drawn (default 0.5)"
     )
     parser.add_argument(
-        "--part-images", metavar="N", type=_count, default=PART_IMAGES,
+        "--part-images", metavar="N", type=count, default=PART_IMAGES,
         help=f"images whose results are written together; at most these are done again (default {PART_IMAGES})",
     )  # fmt: skip
 
@@ -67,24 +67,11 @@ def _formats(text: str) -> tuple[str, ...]:
     return names
 
 
-def _count(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1 (got {text})")
-    return int(text)
-
-
-def _share(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 <= float(text) <= 1:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"must be a number from 0 to 1 (got {text})")
-
-
 def _threshold(text: str) -> float | str:
     if text == "best_f1":
         return text
     try:
-        return _share(text)
+        return share(text)
     except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, or best_f1 (got {text})") from None
 
@@ -120,13 +107,11 @@ def _predict(config: Config, arguments: argparse.Namespace) -> int:
 def _predict_parts(
     job: PredictionJob, model: LoadedModel, folder: ResultFolder, parts: list[int], config: Config
 ) -> None:
-    from detr_ray.data.errors import DataError
     from detr_ray.engine.prediction_job import predict_here, write_parts
-    from detr_ray.retries import reason_of
 
     if not parts:
         return
-    try:
+    with _writing_to(folder):
         if config.train.launcher == "local":
             device = {None: None, True: "cuda", False: "cpu"}[config.train.use_gpu]
             write_parts(job, folder, parts, lambda numbers: predict_here(job, model, numbers, device), say)
@@ -136,17 +121,25 @@ def _predict_parts(
 
         with session_of(config):
             write_parts(job, folder, parts, lambda numbers: predict_on_cluster(job, numbers, config), say)
+
+
+@contextlib.contextmanager
+def _writing_to(folder: ResultFolder) -> Iterator[None]:
+    """Says of storage that fails which option named it."""
+    from detr_ray.data.errors import DataError
+    from detr_ray.retries import reason_of
+
+    try:
+        yield
     except OSError as error:
         raise DataError(f"--out: {folder.location} could not be written: {reason_of(error)}") from error
 
 
 def _finish(job: PredictionJob, folder: ResultFolder, arguments: argparse.Namespace) -> int:
     from detr_ray.addresses import join
-    from detr_ray.data.errors import DataError
     from detr_ray.engine.reporting.progress import Pace
     from detr_ray.evaluation import DetectionTable
     from detr_ray.prediction.pictures import draw_pictures
-    from detr_ray.retries import reason_of
 
     assert job.saved.label_map is not None
     names = dict(job.saved.label_map.categories)
@@ -155,13 +148,11 @@ def _finish(job: PredictionJob, folder: ResultFolder, arguments: argparse.Namesp
         place = join(folder.location, "pictures")
         draw_pictures(place, job.index, found, names, arguments.picture_score, Pace("drew", say))
 
-    try:
-        count, bad = folder.finish(arguments.to, draw)
-    except OSError as error:
-        raise DataError(f"--out: {folder.location} could not be written: {reason_of(error)}") from error
+    with _writing_to(folder):
+        num_found, bad = folder.finish(arguments.to, draw)
     images = len(job.index) + len(job.unreadable)
     left_out = f"; {len(bad)} could not be read, see bad_images.txt" if bad else ""
-    say(f"{count} detections on {images - len(bad)} of {images} images{left_out}: {folder.location}")
+    say(f"{num_found} detections on {images - len(bad)} of {images} images{left_out}: {folder.location}")
     return 0
 
 

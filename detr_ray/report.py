@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from detr_ray.cli import EXIT_FAILED, run_command, say
+from detr_ray.cli import EXIT_FAILED, run_command, say, write_result
 from detr_ray.config import Config, ConfigError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def _report(config: Config, arguments: argparse.Namespace) -> int:
         from detr_ray.engine.run_report.comparison import comparison_report
 
         content = comparison_report(*runs)
-    return _write(out, content)
+    return 0 if write_result("--out", out, content.encode, "report") else EXIT_FAILED
 
 
 def _validation_set(config: Config, run: PastRun) -> DatasetIndex | None:
@@ -70,19 +70,6 @@ def _validation_set(config: Config, run: PastRun) -> DatasetIndex | None:
         say(f"WARNING: no images in the report: {index.source} is not what the run was validated on")
         return None
     return index
-
-
-def _write(location: str, content: str) -> int:
-    from detr_ray.engine.preflight.writing import write_output
-    from detr_ray.retries import reason_of
-
-    try:
-        write_output(location, content.encode())
-    except OSError as error:
-        sys.stderr.write(f"error: --out: {location} could not be written: {reason_of(error)}\n")
-        return EXIT_FAILED
-    say(f"report       {location}")
-    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from detr_ray.cli import run_command, say
+from detr_ray.cli import count, refuse_idle_keys, run_command, say
 from detr_ray.config import Config, ConfigError
 
 DESCRIPTION = """Serve a model over HTTP with Ray Serve, until Ctrl-C. SOURCE is what load_model takes: a run's folder,
@@ -22,12 +22,6 @@ _PACKAGES = ("starlette", "uvicorn", "aiohttp", "grpc_reflection")
 """What Ray Serve needs beside Ray."""
 
 
-def _count(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1 (got {text})")
-    return int(text)
-
-
 def _port(text: str) -> int:
     if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 65535:
         raise argparse.ArgumentTypeError(f"must be a number from 1 to 65535 (got {text})")
@@ -40,26 +34,26 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--host", metavar="ADDRESS", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine)"
     )
     parser.add_argument("--port", metavar="N", type=_port, default=8000, help="port to listen on (default 8000)")
-    parser.add_argument("--replicas", metavar="N", type=_count, default=1, help="processes with the model (default 1)")
+    parser.add_argument("--replicas", metavar="N", type=count, default=1, help="processes with the model (default 1)")
     parser.add_argument(
-        "--max-replicas", metavar="N", type=_count, help="start up to so many while requests wait (default: --replicas)"
+        "--max-replicas", metavar="N", type=count, help="start up to so many while requests wait (default: --replicas)"
     )
     parser.add_argument(
-        "--cpus-per-replica", metavar="N", type=_count, default=1, help="cores of each replica (default 1)"
+        "--cpus-per-replica", metavar="N", type=count, default=1, help="cores of each replica (default 1)"
     )
     parser.add_argument(
-        "--max-batch", metavar="N", type=_count, default=8,
+        "--max-batch", metavar="N", type=count, default=8,
         help="images that go through the model at once; 1 for no batching (default 8)",
     )  # fmt: skip
     parser.add_argument(
-        "--batch-wait-ms", metavar="MS", type=_count, default=10,
+        "--batch-wait-ms", metavar="MS", type=count, default=10,
         help="how long an image waits for others to share its batch (default 10)",
     )  # fmt: skip
     parser.add_argument(
-        "--max-request-mb", metavar="MB", type=_count, default=32, help="longest request that is taken (default 32)"
+        "--max-request-mb", metavar="MB", type=count, default=32, help="longest request that is taken (default 32)"
     )
     parser.add_argument(
-        "--max-megapixels", metavar="N", type=_count, default=50, help="largest image that is taken (default 50)"
+        "--max-megapixels", metavar="N", type=count, default=50, help="largest image that is taken (default 50)"
     )
 
 
@@ -71,7 +65,6 @@ def _serve(config: Config, arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--max-replicas: {most} is less than --replicas ({arguments.replicas})")
     _check_packages()
 
-    from detr_ray.export import refuse_idle_keys
     from detr_ray.prediction.requests import Limits
     from detr_ray.runtime.serving.loading import loader
     from detr_ray.runtime.serving.settings import Batching, ServiceSettings, refuse_taken_port

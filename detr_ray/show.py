@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from detr_ray.cli import EXIT_FAILED, run_command, say
+from detr_ray.cli import EXIT_FAILED, count, run_command, say, share, write_result
 from detr_ray.config import Config, ConfigError
 from detr_ray.engine.pictures.request import Drawn, PictureRequest
 
@@ -103,8 +103,7 @@ def _evaluated(config: Config) -> Found:
     assert index is not None, "there is a validation set"
     from detr_ray.evaluation import GroundTruth
 
-    names = dict(job.data.label_map.categories) | dict(index.categories)
-    return Found(job.checkpoint, GroundTruth.from_columns(index), result.detections, names, index)
+    return Found(job.checkpoint, GroundTruth.from_columns(index), result.detections, job.names, index)
 
 
 PICTURES: dict[str, tuple[str, Draw]] = {
@@ -147,7 +146,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--out", metavar="FILE", help="write the picture into this file (png, svg, pdf, jpg, webp) and open no window"
     )
     parser.add_argument(
-        "--images", metavar="N", type=_count, default=default.images,
+        "--images", metavar="N", type=count, default=default.images,
         help=f"most images in the picture (default {default.images})",
     )  # fmt: skip
     parser.add_argument(
@@ -163,10 +162,10 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="in pixels of the stored image; may be repeated (encoder; default: centres of what is detected)",
     )  # fmt: skip
     parser.add_argument(
-        "--layer", metavar="N", type=_count, help="layer from 1 on (encoder, decoder; default: the last)"
+        "--layer", metavar="N", type=count, help="layer from 1 on (encoder, decoder; default: the last)"
     )
     parser.add_argument(
-        "--score", metavar="S", type=_share, default=default.score,
+        "--score", metavar="S", type=share, default=default.score,
         help=f"lowest score of predictions that count, from 0 to 1 (default {default.score})",
     )  # fmt: skip
 
@@ -175,22 +174,6 @@ def _whole(text: str) -> int:
     if not text.isascii() or not text.isdigit():
         raise argparse.ArgumentTypeError(f"must be a whole number (got {text})")
     return int(text)
-
-
-def _count(text: str) -> int:
-    if _whole(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1 (got {text})")
-    return int(text)
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1 (got {text})")
-    return value
 
 
 def _point(text: str) -> tuple[float, float]:
@@ -229,18 +212,10 @@ def _format_of(location: str) -> str:
 
 
 def _write(figure: Figure, location: str) -> int:
-    from detr_ray.engine.preflight.writing import write_output
-    from detr_ray.retries import reason_of
     from detr_ray.viz.figure import figure_bytes
 
     content = figure_bytes(figure, _format_of(location))
-    try:
-        write_output(location, content)
-    except OSError as error:
-        sys.stderr.write(f"error: --out: {location} could not be written: {reason_of(error)}\n")
-        return EXIT_FAILED
-    say(f"picture      {location}")
-    return 0
+    return 0 if write_result("--out", location, lambda: content, "picture") else EXIT_FAILED
 
 
 def _open(figure: Figure) -> int:

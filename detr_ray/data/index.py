@@ -134,6 +134,33 @@ class DatasetIndex:
     fingerprint: str = field(init=False)
 
     @classmethod
+    def of_images(
+        cls,
+        *,
+        image_ids: np.ndarray,
+        heights: np.ndarray,
+        widths: np.ndarray,
+        file_names: Sequence[str],
+        **others: Any,
+    ) -> DatasetIndex:
+        """Makes an index of images that have neither annotations nor categories; see `of_annotations`."""
+        none = np.zeros(0, np.int64)
+        return cls.of_annotations(
+            image_ids=image_ids,
+            heights=heights,
+            widths=widths,
+            file_names=file_names,
+            annotated_ids=none,
+            boxes_xywh_px=np.zeros((0, 4)),
+            category_ids=none,
+            areas=np.zeros(0),
+            is_crowd=np.zeros(0, bool),
+            annotation_ids=none,
+            categories=(),
+            **others,
+        )
+
+    @classmethod
     def of_annotations(
         cls,
         *,

@@ -94,15 +94,19 @@ class DecoderLayers:
         return PredictionSet(suffixes, logits, boxes_cxcywh, flatten_targets(targets, logits.device))
 
 
-class EncoderCells:
-    """What the encoder predicts for each of its cells, matched with the image's boxes (two-stage Deformable DETR).
-
-    It only says whether there is an object: every box counts as one of class 0, and the model ranks cells by it.
-    """
+class CountedByBoxes:
+    """Sources whose losses are divided by numbers of boxes, those of one group where there are several."""
 
     def normalisers(self, counts: Sequence[int], class_loss: ClassLoss) -> tuple[float, float]:
         """The number of boxes, and the class loss's own, which must not depend on the number of queries."""
         return float(sum(counts)), class_loss.normaliser(counts, 0)
+
+
+class EncoderCells(CountedByBoxes):
+    """What the encoder predicts for each of its cells, matched with the image's boxes (two-stage Deformable DETR).
+
+    It only says whether there is an object: every box counts as one of class 0, and the model ranks cells by it.
+    """
 
     def predictions(self, outputs: ModelOutput, targets: Sequence[Target]) -> PredictionSet | None:
         """The predictions under ``enc_outputs``; names of their losses end with ``_enc``."""
@@ -114,12 +118,8 @@ class EncoderCells:
         return PredictionSet(("_enc",), cells["pred_logits"].float()[None], cells["pred_boxes"].float()[None], objects)
 
 
-class ChosenCells:
+class ChosenCells(CountedByBoxes):
     """What the encoder predicts for the cells that became queries, matched with the image's boxes (DINO)."""
-
-    def normalisers(self, counts: Sequence[int], class_loss: ClassLoss) -> tuple[float, float]:
-        """The number of boxes, and the class loss's own."""
-        return float(sum(counts)), class_loss.normaliser(counts, 0)
 
     def predictions(self, outputs: ModelOutput, targets: Sequence[Target]) -> PredictionSet | None:
         """The predictions under ``interm_outputs``; names of their losses end with ``_interm``."""
@@ -130,12 +130,8 @@ class ChosenCells:
         return PredictionSet(("_interm",), cells["pred_logits"].float()[None], cells["pred_boxes"].float()[None], flat)
 
 
-class Denoising:
+class Denoising(CountedByBoxes):
     """Queries that start from noised boxes: which box each is to find is known (DINO, Zhang et al. 2022)."""
-
-    def normalisers(self, counts: Sequence[int], class_loss: ClassLoss) -> tuple[float, float]:
-        """The number of boxes, and the class loss's own; of one group."""
-        return float(sum(counts)), class_loss.normaliser(counts, 0)
 
     def predictions(self, outputs: ModelOutput, targets: Sequence[Target]) -> PredictionSet | None:
         """The predictions under ``dn_outputs``; names of their losses end with ``_dn``, or ``_dn_0`` and so on."""

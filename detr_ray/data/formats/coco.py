@@ -85,19 +85,11 @@ def read_coco_images(location: str, images_root: str, follow_links: bool = False
         DataError: see `read_coco_index`.
     """
     images = Records(location, "image", _parse(location, ("images",))["images"])
-    none = np.zeros(0, np.int64)
-    return DatasetIndex.of_annotations(
+    return DatasetIndex.of_images(
         image_ids=images.ids(),
         heights=_read_sides(images, "height"),
         widths=_read_sides(images, "width"),
         file_names=images.texts("file_name"),
-        annotated_ids=none,
-        boxes_xywh_px=np.zeros((0, 4)),
-        category_ids=none,
-        areas=np.zeros(0),
-        is_crowd=np.zeros(0, bool),
-        annotation_ids=none,
-        categories=(),
         source=location,
         images_root=images_root,
         follow_links=follow_links,

@@ -5,7 +5,7 @@ The other images are taken as they are stored: transforms that come before are d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -141,10 +141,28 @@ class Tile:
         return Picture(pixels, placed[0].join(placed[1:]))
 
 
-def _fitted(sizes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Sizes of other images, ``[n, 2]``, when they are as large as they can be inside of these."""
-    scale = (sizes / others).min(axis=1, keepdims=True)
-    return (others * scale + 1e-6).astype(np.int64).clip(1, sizes)
+def _one_other(
+    sizes: np.ndarray, numbers: np.ndarray, stored: np.ndarray
+) -> tuple[np.ndarray, Callable[[int], tuple[Partner, ...]]]:
+    """One other image for each sample, as large as it can be inside of it.
+
+    Args:
+        sizes: ``[n, 2]`` (height, width) in pixels of the samples.
+        numbers: ``[n, 1]`` in [0, 1): which image.
+        stored: ``[n, 2]`` (height, width) of the stored images.
+
+    Returns:
+        ``[n, 2]`` sizes that the others get, and what gives the partners of a place of the window.
+    """
+    others = other_places(numbers)[:, 0]
+    scale = (sizes / stored[others]).min(axis=1, keepdims=True)
+    fitted = (stored[others] * scale + 1e-6).astype(np.int64).clip(1, sizes)
+
+    def partners_at(place: int) -> tuple[Partner, ...]:
+        height, width = fitted[place].tolist()
+        return (Partner(int(others[place]), (height, width)),)
+
+    return fitted, partners_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,17 +181,12 @@ class Mixup:
 
     def draw(self, sizes: np.ndarray, uniform: np.ndarray, stored: np.ndarray) -> DrawnOneByOne:
         """See `Transform`."""
-        others = other_places(uniform[:, :1])[:, 0]
+        fitted, partners_at = _one_other(sizes, uniform[:, :1], stored)
         weights = between(self.weight, uniform[:, 1])
-        fitted = _fitted(sizes, stored[others])
         corners = below(sizes - fitted + 1, uniform[:, 2:4])
 
         def steps_at(place: int) -> tuple[Step, ...]:
             return (Blend(float(weights[place]), *corners[place].tolist()),)
-
-        def partners_at(place: int) -> tuple[Partner, ...]:
-            height, width = fitted[place].tolist()
-            return (Partner(int(others[place]), (height, width)),)
 
         return DrawnOneByOne(sizes, steps_at, partners_at)
 
@@ -218,15 +231,10 @@ class CopyPaste:
 
     def draw(self, sizes: np.ndarray, uniform: np.ndarray, stored: np.ndarray) -> DrawnOneByOne:
         """See `Transform`."""
-        others = other_places(uniform[:, :1])[:, 0]
-        fitted = _fitted(sizes, stored[others])
+        _, partners_at = _one_other(sizes, uniform[:, :1], stored)
 
         def steps_at(place: int) -> tuple[Step, ...]:
             return (PasteBoxes(self.max_objects, self.min_visible, seed_from(uniform[place, 1])),)
-
-        def partners_at(place: int) -> tuple[Partner, ...]:
-            height, width = fitted[place].tolist()
-            return (Partner(int(others[place]), (height, width)),)
 
         return DrawnOneByOne(sizes, steps_at, partners_at)
 

@@ -156,6 +156,12 @@ class EvaluationJob:
         values = flatten(self.data.config)
         return {key: values[key] for key in DECISIVE}
 
+    @property
+    def names(self) -> dict[int, str]:
+        """Category id -> name, of the model's and of the validation set's: either may have more."""
+        assert self.data.val is not None, "there is a validation set"
+        return dict(self.data.label_map.categories) | dict(self.data.val.categories)
+
     def build_detector(self) -> Detector:
         """The detector with the checkpoint's weights."""
         detector = build_detector(self.model_config, self.loss_config, self.data.label_map.num_classes)
