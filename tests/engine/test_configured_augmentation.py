@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import chain
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from observing import without_validation
+from streams import boxes_and_pixels, plans_by_position
 from test_loop import assert_same_weights
 from tiny import make_dataset, tiny_config
 
@@ -89,28 +89,19 @@ def test_samples_of_several_images_are_the_same_for_1_2_and_4_workers_and_wherev
 ) -> None:
     def plans(world_size: int, steps: Sequence[int]) -> dict[int, SamplePlan]:
         data = job_of(dataset, tmp_path).data
-        shares = [data.plan(world_size, rank) for rank in range(world_size)]
-        samples = chain.from_iterable(chain.from_iterable(share.step(step)) for step in steps for share in shares)
-        return {sample.position: sample for sample in samples}
+        return plans_by_position([data.plan(world_size, rank) for rank in range(world_size)], steps)
 
     alone = plans(1, range(9))
     assert sorted(alone) == list(range(72)) and {len(plan.partners) for plan in alone.values()} >= {0, 1, 3, 4, 5}
     assert plans(2, range(9)) == alone == plans(4, range(8, -1, -1))
     assert plans(2, range(7, 9)) == {position: plan for position, plan in alone.items() if position >= 56}
 
-    def boxes_and_pixels(world_size: int) -> dict[int, tuple]:
-        found = {}
+    def batches(world_size: int) -> Iterator[LocalBatches]:
         for rank in range(world_size):
             data = job_of(dataset, tmp_path).data
-            for (batch,) in LocalBatches(data.plan(world_size, rank), *data.loaders()).train_batches(2, 3):
-                ends = batch.counts.cumsum()
-                for i, position in enumerate(batch.positions.tolist()):
-                    height, width = batch.sizes[i]
-                    boxes = batch.boxes_cxcywh[ends[i] - batch.counts[i] : ends[i]]
-                    found[position] = batch.images[i, :, :height, :width].tolist(), boxes.tolist()
-        return found
+            yield LocalBatches(data.plan(world_size, rank), *data.loaders())
 
-    assert boxes_and_pixels(1) == boxes_and_pixels(2) == boxes_and_pixels(4)
+    assert boxes_and_pixels(batches(1), 2) == boxes_and_pixels(batches(2), 2) == boxes_and_pixels(batches(4), 2)
 
 
 def test_going_on_with_mosaics_is_never_having_stopped(dataset: Path, tmp_path: Path) -> None:

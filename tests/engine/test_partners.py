@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from observing import without_validation
+from streams import boxes_and_pixels, plans_by_position
 from test_loop import assert_same_weights
 from tiny import make_dataset, tiny_config
 
@@ -123,26 +124,17 @@ def test_pairs_are_the_same_for_1_2_and_4_workers_and_wherever_one_begins(datase
 
     def plans(world_size: int, steps: Sequence[int]) -> dict[int, SamplePlan]:
         shares = [WorkerPlan(planner_of(job), lambda: [], world_size, rank, None) for rank in range(world_size)]
-        samples = chain.from_iterable(chain.from_iterable(share.step(step)) for step in steps for share in shares)
-        return {sample.position: sample for sample in samples}
+        return plans_by_position(shares, steps)
 
     alone = plans(1, range(10))
     assert sorted(alone) == list(range(80))
     assert plans(2, range(10)) == alone == plans(4, range(9, -1, -1))
     assert plans(2, range(7, 10)) == {position: plan for position, plan in alone.items() if position >= 56}
 
-    def boxes_and_pixels(world_size: int) -> dict[int, tuple]:
-        found = {}
-        for rank in range(world_size):
-            for (batch,) in batches_of(job, world_size, rank).train_batches(6, 7):
-                ends = batch.counts.cumsum()
-                for i, position in enumerate(batch.positions.tolist()):
-                    height, width = batch.sizes[i]
-                    boxes = batch.boxes_cxcywh[ends[i] - batch.counts[i] : ends[i]]
-                    found[position] = batch.images[i, :, :height, :width].tolist(), boxes.tolist()
-        return found
+    def found(world_size: int) -> dict[int, tuple]:
+        return boxes_and_pixels((batches_of(job, world_size, rank) for rank in range(world_size)), 6)
 
-    assert boxes_and_pixels(1) == boxes_and_pixels(2) == boxes_and_pixels(4)
+    assert found(1) == found(2) == found(4)
 
 
 def test_going_on_with_pairs_is_never_having_stopped(dataset: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from given_maps import predicted_from, take_maps_as_they_are
 from torch import Tensor
 
 from detr_ray.config import Config, load_config
@@ -18,10 +19,9 @@ from detr_ray.detector import build_skeleton
 from detr_ray.loss import SetCriterion, build_criterion
 from detr_ray.model import build_model, load_published, published_state_dict, weights
 from detr_ray.model.deformable_detr import DeformableDetr
-from detr_ray.model.features import FeatureLevel
 from detr_ray.model.state_dicts import WeightsError
 from detr_ray.model.weights import find_detector, load_initial_weights, read_checkpoint, whole_state
-from detr_ray.structures import ModelOutput, Target
+from detr_ray.structures import Target
 
 CLASSES = 5
 TINY: dict[str, Any] = {
@@ -180,16 +180,8 @@ def test_an_image_alone_is_the_same_image_padded(changes: dict[str, Any], monkey
     padded = [torch.nn.functional.pad(level, (0, level.shape[3], 0, 0), value=7.0) for level in alone]
     mask = torch.zeros(1, 64, 128, dtype=torch.bool)
     mask[:, :, 64:] = True
-    monkeypatch.setattr(model, "input_proj", torch.nn.ModuleList([torch.nn.Identity()] * 4))
-
-    def predicted(maps: list[Tensor], mask: Tensor | None) -> ModelOutput:
-        shrunk = [None if mask is None else mask[:, :: 8 * 2**i, :: 8 * 2**i] for i in range(4)]
-        levels = [FeatureLevel(*pair, 8 * 2**i) for i, pair in enumerate(zip(maps, shrunk, strict=True))]
-        model.backbone[0].forward = lambda images, mask: tuple(levels)
-        with torch.no_grad():
-            return model(torch.zeros(1, 3, 64, 128), mask)
-
-    expected, found = predicted(alone, None), predicted(padded, mask)
+    take_maps_as_they_are(model, monkeypatch, 4)
+    expected, found = predicted_from(model, alone, None), predicted_from(model, padded, mask)
     torch.testing.assert_close(found["pred_logits"], expected["pred_logits"], rtol=0, atol=1e-4)
     torch.testing.assert_close(found["pred_boxes"], expected["pred_boxes"], rtol=0, atol=1e-5)
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from given_maps import predicted_from, take_maps_as_they_are
 
 from detr_ray.config import Config, load_config
 from detr_ray.detector import build_skeleton
@@ -20,10 +20,9 @@ from detr_ray.loss import SetCriterion, build_criterion
 from detr_ray.model import build_model, load_published, published_state_dict, weights
 from detr_ray.model.denoising import DenoisingQueries
 from detr_ray.model.dino import Dino
-from detr_ray.model.features import FeatureLevel
 from detr_ray.model.state_dicts import WeightsError
 from detr_ray.model.weights import find_detector, load_initial_weights, read_checkpoint, whole_state
-from detr_ray.structures import IMAGENET_PIXELS, Batch, ModelOutput, PaddedBatch, StepInfo, to_device
+from detr_ray.structures import IMAGENET_PIXELS, Batch, PaddedBatch, StepInfo, to_device
 
 CLASSES = 5
 TINY: dict[str, Any] = {
@@ -211,16 +210,9 @@ def test_what_stands_in_the_padding_plays_no_part(monkeypatch: pytest.MonkeyPatc
     )
     mask = torch.zeros(1, 64, 128, dtype=torch.bool)
     mask[:, :, 64:] = True
-    monkeypatch.setattr(model, "input_proj", torch.nn.ModuleList([torch.nn.Identity()] * 4))
-
-    def predicted(maps: list[Tensor], mask: Tensor | None) -> ModelOutput:
-        shrunk = [None if mask is None else mask[:, :: 8 * 2**i, :: 8 * 2**i] for i in range(4)]
-        levels = [FeatureLevel(*pair, 8 * 2**i) for i, pair in enumerate(zip(maps, shrunk, strict=True))]
-        model.backbone[0].forward = lambda images, mask: tuple(levels)
-        with torch.no_grad():
-            return model(torch.zeros(1, 3, 64, 128), mask)
-
-    expected, found, same = predicted(alone, None), predicted(padded, mask), predicted(otherwise, mask)
+    take_maps_as_they_are(model, monkeypatch, 4)
+    expected = predicted_from(model, alone, None)
+    found, same = predicted_from(model, padded, mask), predicted_from(model, otherwise, mask)
     for part, atol in (("pred_logits", 1e-4), ("pred_boxes", 1e-5)):
         torch.testing.assert_close(found[part], same[part], rtol=0, atol=1e-6)
         torch.testing.assert_close(found["interm_outputs"][part], expected["interm_outputs"][part], rtol=0, atol=atol)
