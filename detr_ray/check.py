@@ -29,17 +29,18 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 def _check(config: Config, arguments: argparse.Namespace) -> int:
     from detr_ray.engine.preflight.checks import run_preflight, section
     from detr_ray.engine.preflight.findings import Report
+    from detr_ray.progress_bar import ImagesBar
 
     to_stdout = arguments.json == "-"
-    tell = (lambda line: say(line, sys.stderr)) if to_stdout else say
     report = Report()
-    if arguments.cluster:
-        from detr_ray.runtime.cluster_check import AREA, check_cluster
+    with ImagesBar(sys.stderr if to_stdout else None) as bar:
+        if arguments.cluster:
+            from detr_ray.runtime.cluster_check import AREA, check_cluster
 
-        with section(AREA, report, tell):
-            check_cluster(config, report, tell)
-    run_preflight(config, tell, decode=arguments.decode, report=report)
-    tell(f"\n{report.summary()}")
+            with section(AREA, report, bar.say):
+                check_cluster(config, report, bar.say)
+        run_preflight(config, bar.say, decode=arguments.decode, report=report, pace=bar.pace)
+        bar.say(f"\n{report.summary()}")
     if arguments.json:
         content = json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n"
         if to_stdout:

@@ -1,11 +1,12 @@
-"""A bar of the steps under the lines of a command, where its output is a terminal; elsewhere the lines alone."""
+"""A bar under the lines of a command, where its output is a terminal; elsewhere lines alone."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TextIO
 
 from detr_ray.cli import say
 from detr_ray.printable import printable_lines
@@ -14,18 +15,21 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 
-def is_terminal() -> bool:
-    """Whether standard output is a terminal on which a line can be drawn anew."""
-    return sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+def is_terminal(stream: TextIO) -> bool:
+    """Whether a stream is a terminal on which a line can be drawn anew."""
+    return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
-class StepsBar:
-    """Shows lines, and the steps of a run below them. Used as a context, at whose end the bar is gone."""
+class _Lines:
+    """Shows lines, above a bar where the stream is a terminal. Used as a context, at whose end the bar is gone.
 
-    def __init__(self) -> None:
-        self._bar: Progress | None = _new_bar() if is_terminal() else None
-        self._task: TaskID | None = None
-        self._total = self._step = 0
+    Args:
+        stream: where to; None: standard output.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = sys.stdout if stream is None else stream
+        self._bar: Progress | None = _new_bar(self._stream) if is_terminal(self._stream) else None
 
     def __enter__(self) -> Self:
         if self._bar is not None:
@@ -41,11 +45,20 @@ class StepsBar:
     def say(self, line: str) -> None:
         """Shows a line, above the bar where there is one."""
         if self._bar is None:
-            say(line)
+            say(line, self._stream)
             return
         from rich.text import Text
 
         self._bar.console.print(Text(printable_lines(line)), soft_wrap=True)
+
+
+class StepsBar(_Lines):
+    """Shows lines, and the steps of a run below them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._task: TaskID | None = None
+        self._total = self._step = 0
 
     def begin(self, total_steps: int) -> None:
         """Notes how many steps there are."""
@@ -66,7 +79,36 @@ class StepsBar:
         self._step = step
 
 
-def _new_bar() -> Progress:
+class ImagesBar(_Lines):
+    """Shows lines, and below them how far the work over images is; in a log, a line about it every few seconds."""
+
+    def pace(self, what: str) -> Callable[[int, int], None]:
+        """A function that is told of the images that are done, and of all.
+
+        Args:
+            what: what is done to the images, and to which: ``train: read the sizes of``.
+        """
+        if self._bar is None:
+            from detr_ray.engine.reporting.progress import Pace
+
+            return Pace(f"  {what}", self.say)
+        bar = self._bar
+        task: TaskID | None = None
+
+        def tell(done: int, total: int) -> None:
+            nonlocal task
+            if task is None and done < total:
+                task = bar.add_task(what, total=total)
+            if task is not None:
+                bar.update(task, completed=done)
+                if done >= total:
+                    bar.remove_task(task)
+                    task = None
+
+        return tell
+
+
+def _new_bar(stream: TextIO) -> Progress:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -84,7 +126,7 @@ def _new_bar() -> Progress:
         TaskProgressColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        console=Console(file=sys.stdout),
+        console=Console(file=stream),
         refresh_per_second=2,
         transient=True,
     )

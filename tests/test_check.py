@@ -8,6 +8,7 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 import torch
 from coco_folder import CocoFolder, encoded, sound_folder
 from data.format_sets import FORMATS
+from terminal import COLOUR, terminal
 
 from detr_ray.check import main
 from detr_ray.config import load_config
@@ -26,6 +28,7 @@ from detr_ray.data.packing import write_shards
 from detr_ray.engine.optimizer import build_optimizer
 from detr_ray.engine.preflight.storage import checkpoint_bytes
 from detr_ray.engine.preflight.writing import within
+from detr_ray.engine.reporting.progress import Pace
 from detr_ray.model import build_model
 from detr_ray.runtime.shared_places import sample_files
 
@@ -594,6 +597,30 @@ def test_the_report_can_go_to_standard_output(tmp_path, capsys):
     output = capsys.readouterr()
     assert json.loads(output.out)["ok"] is True
     assert "0 errors, 0 warnings" in output.err
+
+
+@pytest.mark.parametrize("options", [[], ["--decode"]])
+def test_work_on_many_images_is_a_bar_in_a_terminal_and_lines_in_a_log(tmp_path, capsys, monkeypatch, options):
+    monkeypatch.setattr("detr_ray.data.image_sizes._GROUP_IMAGES", 4)
+    monkeypatch.setattr("detr_ray.data.inspection._GROUP_IMAGES", 4)
+    monkeypatch.setattr(Pace.__init__, "__defaults__", (0.0,))
+    root = FORMATS["yolo"](tmp_path / "set")  # whose sizes are in the images' headers alone
+    argv = [*SMALL, f"data.root={root}", f"run.storage={tmp_path}/runs", "train.global_batch_size=2", *options]
+    pieces = ["read the sizes of", "decoded" if options else "read the headers of"]
+    assert main(argv) == 0
+    logged = capsys.readouterr().out
+    assert main([*argv, "--json", "-"]) == 0
+    piped = capsys.readouterr()
+    with terminal(monkeypatch) as shown:
+        assert main(argv) == 0
+    drawn = b"".join(shown).decode()
+    plain = re.sub(COLOUR, "", drawn)
+    for piece in pieces:
+        assert re.search(rf"\n  train: {piece} 4 of 12 images, \d+ images/s, left ", logged), logged
+        assert f"train: {piece}" in piped.err and "{" in piped.out[:2]
+        assert re.search(rf"train: {piece} \d+/12 ━", plain), plain
+    assert "\x1b" not in logged + piped.err and "images/s" not in plain
+    assert re.search(r"\n0 errors, \d warnings", plain.replace("\r", "")), "lines are above the bar"
 
 
 def test_a_report_that_cannot_be_written_is_told(tmp_path, capsys):

@@ -7,18 +7,15 @@ import dataclasses
 import io
 import json
 import math
-import os
-import pty
 import re
 import shutil
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from observing import small_config, without_validation
+from terminal import COLOUR, terminal
 from tiny import make_dataset
 
 from detr_ray import train, watch
@@ -34,7 +31,6 @@ STEP = {
     "perf/step_s": 0.5, "perf/images_per_s": 32.0, "perf/data_wait_frac": 0.03, "train/skipped_steps": 0.0,
     "train/bad_images": 0.0,
 }  # fmt: skip
-COLOUR = r"\x1b\[[0-9;?]*[a-zA-Z]"
 BEGUN = RunProgress("mine", total_steps=100, steps_per_epoch=25)
 
 
@@ -262,29 +258,6 @@ def test_the_exit_code_says_whether_the_run_finished(
 
 
 # The bar
-
-
-@contextlib.contextmanager
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
-    """Standard output is a terminal, whose bytes are kept."""
-    leader, follower_end = pty.openpty()
-    shown: list[bytes] = []
-
-    def read() -> None:
-        with contextlib.suppress(OSError):  # at its end
-            while data := os.read(leader, 65536):
-                shown.append(data)
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "100")
-    try:
-        with open(follower_end, "w") as stream, contextlib.redirect_stdout(stream):  # noqa: PTH123
-            yield shown
-    finally:
-        reader.join(10)
-        os.close(leader)
 
 
 def argv_of(data: Path, storage: Path) -> list[str]:

@@ -30,12 +30,17 @@ from detr_ray.engine.preflight.training import (
     check_weights,
     starts_from_official_weights,
 )
+from detr_ray.engine.reporting.progress import Pace
 from detr_ray.engine.reporting.tracking_store import run_tracking_uri
 from detr_ray.tracking.reachability import UnreachableError, UnusableError, try_store
 
 
 def run_preflight(
-    config: Config, say: Callable[[str], None], decode: bool = False, report: Report | None = None
+    config: Config,
+    say: Callable[[str], None],
+    decode: bool = False,
+    report: Report | None = None,
+    pace: Callable[[str], Callable[[int, int], None]] | None = None,
 ) -> Report:
     """Checks everything that a training run needs.
 
@@ -44,13 +49,15 @@ def run_preflight(
         say: shows the user a line. The findings of an area are shown when the area is done.
         decode: decode every image, instead of reading only its header.
         report: earlier findings, to which the new ones are added.
+        pace: for a piece of work, what is told of the images that are done, and of all; None: lines of `say`.
 
     Returns:
         All findings.
     """
     report = Report() if report is None else report
+    pace = pace or (lambda what: Pace(f"  {what}", say))
     with section(DATA, report, say):
-        opened = open_splits(config, report) if check_generated(config, report) else {}
+        opened = open_splits(config, report, pace) if check_generated(config, report) else {}
     label_map = None
     if opened:
         with section(LABELS, report, say):
@@ -67,7 +74,7 @@ def run_preflight(
     if opened:
         with section(IMAGES, report, say):
             for split, index in opened.items():
-                check_images(config, split, index, decode, report, say)
+                check_images(config, split, index, decode, report, pace)
     return report
 
 

@@ -18,7 +18,7 @@ from detr_ray.engine.errors import CheckpointError
 from detr_ray.engine.job import choose_label_space, draw, generated_root, label_map_for
 from detr_ray.engine.preflight.findings import Level, Report
 from detr_ray.engine.preflight.writing import TIMEOUT_S, try_storage, within
-from detr_ray.engine.reporting.progress import Pace, duration
+from detr_ray.engine.reporting.progress import duration
 
 DATA, LABELS, IMAGES = "data", "labels", "images"
 FEW_BOXES = 10
@@ -56,7 +56,9 @@ def check_generated(config: Config, report: Report) -> bool:
     return True
 
 
-def open_splits(config: Config, report: Report) -> dict[str, DatasetIndex]:
+def open_splits(
+    config: Config, report: Report, pace: Callable[[str], Callable[[int, int], None]]
+) -> dict[str, DatasetIndex]:
     """Opens the configured splits. A split that cannot be opened is reported and left out."""
     configured, opened = ConfiguredData(config.data), {}
     for split in ("train", "val"):
@@ -68,7 +70,7 @@ def open_splits(config: Config, report: Report) -> dict[str, DatasetIndex]:
                 )  # fmt: skip
             continue
         try:
-            opened[split] = index = configured.open(split)
+            opened[split] = index = configured.open(split, pace(f"{split}: read the sizes of"))
         except DataError as error:
             report.add("error", DATA, f"{split}: {error}")
             continue
@@ -236,7 +238,12 @@ def _check_classes(
 
 
 def check_images(
-    config: Config, split: str, index: DatasetIndex, decode: bool, report: Report, say: Callable[[str], None]
+    config: Config,
+    split: str,
+    index: DatasetIndex,
+    decode: bool,
+    report: Report,
+    pace: Callable[[str], Callable[[int, int], None]],
 ) -> None:
     """Checks every image of a split, or as many as can be reached."""
     report.splits[split] |= {"images_seen": 0, "decoded": decode, "bad_images": []}
@@ -255,7 +262,7 @@ def check_images(
             "copy them again from where they were written, or write them again", list(missing.values()),
         )  # fmt: skip
     started = time.perf_counter()
-    progress = Pace(f"  {split}: {'decoded' if decode else 'read the headers of'}", say)
+    progress = pace(f"{split}: {'decoded' if decode else 'read the headers of'}")
     seen = inspect_images(index, decode=decode, without_shards=frozenset(missing), progress=progress)
     _add_bad(config, split, index, seen, report)
     seconds = time.perf_counter() - started
