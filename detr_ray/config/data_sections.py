@@ -215,7 +215,7 @@ class DataConfig(Section):
     """Draws a generated data set in `data.root` first, if it does not exist yet. `{}`: all defaults."""
     max_images: Count | None = None
     """Uses only this number of images of each split, the lowest image ids: to check within minutes whether a model can
-    overfit a few images. null: all."""
+    overfit a few images. Of several `data.sources` the same share of each is taken. null: all."""
     augment: AugmentConfig = AugmentConfig()
     """Augmentation of training images."""
     balance: BalanceConfig = BalanceConfig()
@@ -245,10 +245,11 @@ class DataConfig(Section):
     on_bad_image: Literal["raise", "skip"] = "raise"
     """What happens with an image that cannot be read. `raise`: the run ends. `skip`: training uses a black image
     without boxes instead, and counts it; validation counts the image as one without detections. Its annotated boxes
-    stay, so scores do not get better."""
+    stay, so scores do not get better. Where the annotations do not state sizes, an image whose header cannot be read
+    is left out, of validation too: without a size its boxes have no place."""
     max_bad_images: CountOrZero = 100
-    """With `data.on_bad_image=skip`: the run ends if more than this number of different training images cannot be
-    read."""
+    """With `data.on_bad_image=skip`: the run ends, or does not start, if more than this number of different training
+    images cannot be read, those that are left out because they have no size among them."""
 
     @property
     def has_train(self) -> bool:

@@ -219,13 +219,29 @@ class DatasetIndex:
     def __len__(self) -> int:
         return len(self.image_ids)
 
+    @property
+    def images_left_out(self) -> int:
+        """Images that are not in it because their size cannot be read; in each part of a data set, those of all."""
+        return self.problems.get("images_without_size", 0)
+
     def file_name(self, i: int) -> str:
         """File name of image ``i``, as the annotations have it."""
         return self.file_names[i].as_py()
 
     def first(self, count: int) -> DatasetIndex:
-        """The first ``count`` images with their annotations, as a data set of its own."""
-        return self.take(np.arange(min(count, len(self))))
+        """The first ``count`` images with their annotations, as a data set of its own.
+
+        Of several sources the first of each are taken: the same share of each, and at least one where ``count`` allows.
+        """
+        if self.sources is None:
+            return self.take(np.arange(min(count, len(self))))
+        sizes = np.bincount(self.sources.of, minlength=len(self.sources.names))
+        starts = np.concatenate([[0], sizes.cumsum()])
+        by_source = np.argsort(self.sources.of, kind="stable")
+        place_within = np.empty(len(self))
+        of = self.sources.of[by_source]
+        place_within[by_source] = (np.arange(len(self)) - starts[of]) / sizes[of]
+        return self.take(np.sort(np.argsort(place_within, kind="stable")[:count]))
 
     def take(self, rows: np.ndarray) -> DatasetIndex:
         """Some of the images with their annotations, as a data set of its own.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from detr_ray.config import DataConfig
 from detr_ray.config.data_sections import SourceConfig
@@ -33,12 +34,14 @@ class ConfiguredData:
             progress: told of the images whose size was read, and of all, where annotations do not state sizes.
 
         Raises:
-            DataError: it cannot be read, or is not what it should be.
+            DataError: it cannot be read, or is not what it should be; or too many training images have no size.
         """
-        data, reading = self._data, Reading(self._data.on_bad_image == "skip", progress)
+        data = self._data
+        of_train = split == "train" or data.split is not None
+        reading = Reading(data.on_bad_image == "skip", data.max_bad_images if of_train else None, progress)
         if data.is_of_sources(split):
             if self._undivided is None:
-                self._undivided = merge([self._open_source(source, reading) for source in data.sources])
+                self._undivided = merge(self._open_sources(reading))
             if data.split is None:
                 return self._undivided
             return Holdout(**data.split.model_dump()).part(self._undivided, split)
@@ -50,6 +53,15 @@ class ConfiguredData:
                 data.root, places, data.follow_links, data_format=data.format, reading=reading
             )
         return Holdout(**data.split.model_dump()).part(self._undivided, split)
+
+    def _open_sources(self, reading: Reading) -> list[DatasetIndex]:
+        """All of several data sets, which together may lack as many sizes as one may."""
+        opened: list[DatasetIndex] = []
+        for source in self._data.sources:
+            skipped = sum(index.images_left_out for index in opened)
+            most = None if reading.most_skipped is None else max(0, reading.most_skipped - skipped)
+            opened.append(self._open_source(source, replace(reading, most_skipped=most)))
+        return opened
 
     def _open_source(self, source: SourceConfig, reading: Reading) -> DatasetIndex:
         """One of several data sets: its training images, or all where some are to be held out."""

@@ -204,11 +204,15 @@ class TrainingLoop:
             self.context.say(step_line(metrics, self.step, self.job.total_steps, self.job.steps_per_epoch))
 
     def _count_bad_images(self) -> None:
-        """Adds the images that any worker could not read since the last count; all workers then know the same."""
+        """Adds the images that any worker could not read since the last count; all workers then know the same.
+
+        Those that were left out when the data was opened, because not even their size can be read, count as well.
+        """
         for image_ids in self.context.gather(self._bad_since):
             self.state.bad_image_ids.update(image_ids)
         self._bad_since = []
-        count, most = len(self.state.bad_image_ids), self.job.config.data.max_bad_images
+        left_out = 0 if self.job.data.train is None else self.job.data.train.images_left_out
+        count, most = len(self.state.bad_image_ids) + left_out, self.job.config.data.max_bad_images
         if count > most:
             raise RunFailed(
                 f"step {self.step}: {count} different images could not be read, more than data.max_bad_images={most}; "

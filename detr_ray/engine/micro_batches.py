@@ -9,10 +9,11 @@ takes it from there. Nothing of the model changes, and neither do results: accum
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,14 +28,13 @@ from detr_ray.retries import reason_of
 from detr_ray.structures import PaddedBatch, StepInfo, to_device
 
 if TYPE_CHECKING:  # see the loop
-    from detr_ray.data.planner import Planner
     from detr_ray.engine.checkpoints.training_state import TrainingState
     from detr_ray.engine.job import TrainJob
 
 FOUND = "micro_batch.json"
 SHARE_OF_GPU, SHARE_OF_CPU = 0.9, 0.5
 """What a step may take of the memory that is free: data tasks and the rest of a machine need some, too."""
-_MOST_PLANNED = 200_000
+_MOST_PLANNED = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -93,23 +93,38 @@ def micro_batch_size(job: TrainJob, context: WorkerContext, state: TrainingState
     return size
 
 
-def largest_shape(planner: Planner, size: int, world_size: int, epochs: int, pad_multiple: int = 1) -> Shape:
-    """The micro-batch with the most pixels, of those that the plan has in its first epochs.
+def epochs_looked_at(epochs: int, epoch_samples: int, changes: Collection[int]) -> list[int]:
+    """The epochs of a run whose batches decide how large the largest is: all, or some of all over the run.
+
+    The first and the last are among them, and those in which the augmentation changes (an entry of
+    ``data.augment.transforms`` ends), since the batches of all later ones are of another kind.
 
     Args:
-        planner: the plan.
+        epochs: of the run.
+        epoch_samples: samples of one.
+        changes: epochs in which the augmentation changes.
+    """
+    most = max(1, _MOST_PLANNED // epoch_samples)
+    spread = np.linspace(0, epochs - 1, min(epochs, most)).astype(int).tolist()
+    return sorted({0, *spread, epochs - 1, *(epoch for epoch in changes if epoch < epochs)})
+
+
+def largest_shape(epoch_sizes: Iterable[np.ndarray], size: int, world_size: int, pad_multiple: int = 1) -> Shape:
+    """The micro-batch with the most pixels.
+
+    Args:
+        epoch_sizes: for each epoch the planned sizes of its samples, ``[steps, global batch size, 2]``; see
+            `Planner.epoch_sizes`.
         size: most images of a micro-batch.
         world_size: number of workers.
-        epochs: of the run; the first 200,000 samples are looked at.
         pad_multiple: heights and widths are multiples of it.
     """
     from detr_ray.data.planner import share_bounds
 
-    most = max(1, _MOST_PLANNED // (planner.steps_per_epoch * planner.global_batch_size))
     found = Shape(0, 0, 0)
     ranks = range(world_size)
-    for epoch in range(min(epochs, most)):
-        sizes = -(-planner.epoch_sizes(epoch).astype(np.int64) // pad_multiple) * pad_multiple
+    for of_epoch in epoch_sizes:
+        sizes = -(-of_epoch.astype(np.int64) // pad_multiple) * pad_multiple
         for first, last in (b for rank in ranks for b in share_bounds(sizes.shape[1], world_size, rank, size)):
             height, width = sizes[:, first:last].max(axis=1).T
             step = int((height * width).argmax())
@@ -132,6 +147,7 @@ class MemoryTrial:
 
     def __init__(self, job: TrainJob, context: WorkerContext, state: TrainingState) -> None:
         self._job, self._state, self.device = job, state, context.device
+        self._shapes: dict[int, Shape] = {}
         self._world_size = context.world_size
         assert job.data.train is not None
         from detr_ray.data.statistics import count_boxes
@@ -150,10 +166,23 @@ class MemoryTrial:
 
     def shape(self, size: int) -> Shape:
         """The largest micro-batch of at most so many images."""
-        config = self._job.config
-        return largest_shape(
-            self._job.data.planner, size, self._world_size, config.train.epochs, config.data.pad_multiple
-        )
+        if size not in self._shapes:
+            self._shapes[size] = largest_shape(
+                self._planned, size, self._world_size, self._job.config.data.pad_multiple
+            )
+        return self._shapes[size]
+
+    @functools.cached_property
+    def _planned(self) -> list[np.ndarray]:
+        """The planned sizes of the samples of some epochs, of which each takes as long as an epoch's shuffling."""
+        planner, config = self._job.data.planner, self._job.config
+        ends = [getattr(transform, "until_epoch", None) for transform in config.data.augment.transforms]
+        samples = planner.steps_per_epoch * planner.global_batch_size
+        epochs = min(config.train.epochs, -(-self._job.total_steps // planner.steps_per_epoch))
+        return [
+            planner.epoch_sizes(epoch)
+            for epoch in epochs_looked_at(epochs, samples, [end for end in ends if end is not None])
+        ]
 
     def run(self, shape: Shape) -> None:
         """Takes forward pass, loss and backward pass of one batch; weights, gradients and statistics stay.

@@ -54,6 +54,12 @@ def check_search(config: Config, space: SearchSpace, *, is_whole: bool) -> tuple
 def _settings(config: Config) -> Iterator[str]:
     """The scheduler's epochs, and the metric."""
     tune, epochs, every = config.tune, config.train.epochs, config.eval.every_epochs
+    if config.train.micro_batch_size == "auto" and not config.train.use_gpu and tune.max_concurrent != 1:
+        yield (
+            "train.micro_batch_size: auto would count the same free memory for each of the trials that train at the "
+            "same time on one machine's CPUs; give a number, or set tune.max_concurrent=1, or train.use_gpu=true "
+            "(each worker has a GPU of its own)"
+        )
     known = tune.metric in METRICS or (tune.metric.startswith("val/AP/") and len(tune.metric) > len("val/AP/"))
     if not known:
         yield (

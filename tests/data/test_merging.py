@@ -144,6 +144,21 @@ def test_validation_images_are_held_out_of_all_sources(roots: tuple[Path, Path],
     assert val.categories == train.categories
 
 
+def test_few_images_are_some_of_each_source(roots: tuple[Path, Path]) -> None:
+    first, second = (open_split(str(root), None, "train") for root in roots)
+    merged = merge([first, second.first(4), first.first(1)])
+    assert [len(first), len(merged)] == [12, 17]
+
+    def taken(count: int) -> list[list[int]]:
+        few = merged.first(count)
+        assert few.sources is not None and len(few) == min(count, 17)
+        return [(few.image_ids[few.sources.of == number] - start).tolist() for number, start in enumerate((1, 13, 17))]
+
+    assert taken(8) == [[0, 1, 2, 3, 4], [0, 1], [0]]
+    assert taken(3) == [[0], [0], [0]] and taken(1) == [[0], [], []]
+    assert merged.first(17).fingerprint == merged.first(99).fingerprint == merged.fingerprint
+
+
 @pytest.mark.parametrize("in_sources", [True, False])
 def test_what_a_run_held_out_is_evaluated_where_no_data_is_given(
     roots: tuple[Path, Path], tmp_path: Path, in_sources: bool

@@ -23,6 +23,7 @@ from detr_ray.engine.job import TrainJob, prepare_job
 from detr_ray.engine.micro_batches import (
     MemoryTrial,
     Shape,
+    epochs_looked_at,
     largest_fitting,
     largest_on_gpu,
     largest_shape,
@@ -91,11 +92,34 @@ def test_the_largest_batch_is_the_largest_of_the_plan(
         for batch in job.data.plan(world_size, rank, size).step(step):
             height, width = (max(sample.size[side] for sample in batch) for side in (0, 1))
             shapes.add((len(batch) * height * width, Shape(len(batch), height, width)))
-    found = largest_shape(job.data.planner, size, world_size, epochs=3)
+    planned = [job.data.planner.epoch_sizes(epoch) for epoch in range(3)]
+    found = largest_shape(planned, size, world_size)
     pixels = found.count * found.height * found.width
     assert pixels == max(shapes, key=lambda pair: pair[0])[0] and (pixels, found) in shapes
-    padded = largest_shape(job.data.planner, size, world_size, epochs=3, pad_multiple=64)
+    padded = largest_shape(planned, size, world_size, pad_multiple=64)
     assert (padded.height % 64, padded.width % 64) == (0, 0) and padded.height >= found.height
+
+
+def test_epochs_of_the_whole_run_are_looked_at(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert epochs_looked_at(300, epoch_samples=1000, changes=()) == list(range(300))
+    monkeypatch.setattr(micro_batches, "_MOST_PLANNED", 5000)
+    assert epochs_looked_at(300, 1000, [45, 300, 45]) == [0, 45, 74, 149, 224, 299]
+    assert epochs_looked_at(300, 10**6, ()) == [0, 299] and epochs_looked_at(1, 10**6, ()) == [0]
+    # Images become large when an entry of the list ends, or in the last epoch alone.
+    monkeypatch.setattr(micro_batches, "_MOST_PLANNED", 1)
+    for end in (5, 7):
+        job = job_of(
+            configured(
+                dataset, tmp_path / str(end), "data.augment.scales=[64]", "data.augment.max_size=64",
+                f"data.augment.transforms=[zoom_out: {{p: 1, scale: [3, 3], until_epoch: {end}}}, detr]",
+                "train.epochs=8",
+            )
+        )  # fmt: skip
+        every = [job.data.planner.epoch_sizes(epoch) for epoch in range(8)]
+        assert largest_shape(every[end:], 1, 1) != largest_shape(every[:end], 1, 1), "the test shows something"
+        looked = MemoryTrial(job, LocalContext(), TrainingState(job, LocalContext())).shape(1)
+        expected = {largest_shape([every[epoch]], 1, 1) for epoch in (0, end, 7)}
+        assert looked == max(expected, key=lambda shape: shape.height * shape.width)
 
 
 @pytest.mark.parametrize("largest", [1, 4, 8])
@@ -103,7 +127,7 @@ def test_on_cpus_a_share_of_the_free_memory_is_filled_by_what_small_batches_took
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, largest: int
 ) -> None:
     job = job_of(configured(dataset, tmp_path, AUTO, "data.augment.scales=[64]", "data.augment.max_size=64"))
-    shape = largest_shape(job.data.planner, largest, 1, epochs=1)
+    shape = largest_shape([job.data.planner.epoch_sizes(0)], largest, 1)
     needed = IMAGE * shape.count * shape.height * shape.width
     memory = MadeUpMemory(monkeypatch, free=int(needed / micro_batches.SHARE_OF_CPU) + 1000)
     context = LocalContext(say=(lines := []).append)
@@ -190,7 +214,7 @@ def test_a_trial_leaves_everything_as_it_was(dataset: Path, tmp_path: Path) -> N
 def test_results_are_those_of_the_same_number_given_and_a_run_that_goes_on_keeps_it(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = largest_shape(job_of(configured(dataset, tmp_path / "look")).data.planner, 2, 1, epochs=1)
+    one = largest_shape([job_of(configured(dataset, tmp_path / "look")).data.planner.epoch_sizes(0)], 2, 1)
     memory = MadeUpMemory(monkeypatch, free=2 * IMAGE * one.count * one.height * one.width)
     config = configured(dataset, tmp_path / "auto", AUTO)
     fit_here(config, stop_after=1)

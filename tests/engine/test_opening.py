@@ -10,11 +10,12 @@ import pytest
 from coco_folder import CocoFolder, encoded
 from defaults import augmentation
 from PIL import Image
-from tiny import tiny_config
+from tiny import fit_here, tiny_config
 
 from detr_ray.config import Config, ConfigError, DataConfig
 from detr_ray.data.errors import DataError
 from detr_ray.engine.configured_data import ConfiguredData
+from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.job import open_data, prepare_job
 from detr_ray.engine.preflight.checks import run_preflight
 from detr_ray.engine.stream.planned_data import refuse_positions_out_of_reach
@@ -247,6 +248,56 @@ def test_no_draw_exceeds_the_largest_side(seed: int) -> None:
 
 def test_the_published_sizes_are_within_reach() -> None:
     assert augmentation().largest_side(np.array([[480, 640], [640, 427]])) == 1250
+
+
+def unsized(root: Path, bad: int) -> Path:
+    """A data set whose sizes are in the images' headers alone, ``bad`` of which cannot be read."""
+    for split in ("train", "val"):
+        (root / split).mkdir(parents=True)
+        for number in range(8):
+            is_bad = number < bad and split == "train"
+            (root / split / f"{number}.png").write_bytes(b"" if is_bad else encoded("PNG"))
+        rows = "".join(f"{number}.png,1,1,9,9,cat\n" for number in range(8))
+        (root / f"{split}.csv").write_text(rows)
+    return root
+
+
+def test_images_without_a_size_are_bad_images(tmp_path: Path) -> None:
+    root = unsized(tmp_path / "set", bad=3)
+    skip, most = "data.on_bad_image=skip", "data.max_bad_images="
+    for keys, message in (
+        ((), r"train\.csv: the size of 3 of 8 images cannot be read \(.*0\.png.*on_bad_image=skip leaves them out"),
+        (
+            (skip, f"{most}2"),
+            r"the size of 3 of 8 images cannot be read .*; or raise data\.max_bad_images",
+        ),
+    ):
+        config = tiny_config(root, tmp_path, *keys)
+        with pytest.raises(DataError, match=message):
+            opened(config)
+        assert any("the size of 3 of 8 images" in line for line in errors_of_check(config))
+    config = tiny_config(root, tmp_path, skip, f"{most}3", "train.global_batch_size=2", "train.epochs=1", "run.name=a")
+    assert "3 images whose size cannot be read (left out)" in opened(config)
+    assert errors_of_check(config) == [] and fit_here(config).status == "finished"
+    # One more that only decoding finds is one too many, as the check command says before.
+    (root / "train" / "7.png").write_bytes(encoded("PNG")[:-200])
+    assert "or set data.max_bad_images to 4" in errors_of_check(config)[0]
+    with pytest.raises(RunFailed, match=r"4 different images could not be read, more than data\.max_bad_images=3"):
+        fit_here(tiny_config(root, tmp_path, skip, f"{most}3", "train.global_batch_size=2", "run.name=b"))
+
+
+def test_images_without_a_size_are_counted_over_all_sources(tmp_path: Path) -> None:
+    roots = [unsized(tmp_path / name, bad=2) for name in ("first", "second")]
+    for split in (None, {"val": 0.3}):
+        if split is not None:
+            for root in roots:
+                (root / "val.csv").unlink()
+                (root / "train.csv").rename(root / "labels.csv")
+        sources = [{"root": str(root)} for root in roots]
+        data = DataConfig(sources=sources, split=split, on_bad_image="skip", max_bad_images=4)
+        assert ConfiguredData(data).open("train").images_left_out == 4
+        with pytest.raises(DataError, match=r"second.*the size of 2 of 8 images .*or raise data\.max_bad_images"):
+            ConfiguredData(data.model_copy(update={"max_bad_images": 3})).open("train")
 
 
 def test_a_set_that_is_divided_is_read_once(tmp_path):

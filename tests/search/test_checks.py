@@ -82,6 +82,7 @@ def test_faults_of_the_space(space: dict[str, Any], message: str) -> None:
         (["tune.constraints=['optim.lr <']"], "tune.constraints: 'optim.lr <' is no expression"),
         (["tune.constraints=['optim.lr < x']"], "tune.constraints: 'optim.lr < x': unknown key 'x'"),
         (["tune.constraints=['optim.lr > 1']"], "tune.constraints: none of 200 random combinations fulfils all"),
+        (["train.micro_batch_size=auto"], "train.micro_batch_size: auto would count the same free memory for each of"),
         (["tune.searcher=grid"], "tune.searcher: grid needs grids alone, but optim.lr would be drawn"),
     ],
 )  # fmt: skip
@@ -93,6 +94,11 @@ def test_faults_of_the_settings(overrides: list[str], message: str) -> None:
 def test_the_settings_of_other_schedulers_are_not_looked_at() -> None:
     assert faults(RATE, "tune.grace_epochs=999", "tune.perturb_every_epochs=999", "eval.every_epochs=0") == []
     assert faults(RATE, "tune.scheduler=asha", "tune.perturb_every_epochs=999") == []
+
+
+def test_a_micro_batch_is_found_where_one_trial_has_the_memory_for_itself() -> None:
+    for alone in ("tune.max_concurrent=1", "train.use_gpu=true"):
+        assert faults(RATE, "train.micro_batch_size=auto", alone) == []
 
 
 def test_grids_are_for_the_grid() -> None:

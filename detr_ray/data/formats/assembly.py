@@ -27,10 +27,12 @@ class Reading:
 
     Attributes:
         skip_unreadable: whether images whose size cannot be read are left out; else they are an error.
+        most_skipped: with ``skip_unreadable``: more than so many are an error; None for no limit.
         progress: told of the images whose header was read, and of all.
     """
 
     skip_unreadable: bool = False
+    most_skipped: int | None = None
     progress: Progress | None = None
 
 
@@ -147,11 +149,13 @@ def _sizes(
     if missing:
         read, faults = read_sizes(ImageReader(stored), missing, reading.progress)
         sizes[missing] = read
-        if faults and (not reading.skip_unreadable or len(faults) == len(order)):
+        is_too_many = reading.most_skipped is not None and len(faults) > reading.most_skipped
+        if faults and (not reading.skip_unreadable or is_too_many or len(faults) == len(order)):
+            skip = "data.on_bad_image=skip leaves them out, as many as data.max_bad_images says"
             raise DataError(
                 f"{source}: the size of {len(faults)} of {len(order)} images cannot be read "
-                f"({few(list(faults.values()), 3)}). Replace these files or take them out; data.on_bad_image=skip "
-                "leaves them out"
+                f"({few(list(faults.values()), 3)}). Replace these files or take them out; "
+                f"{'or raise data.max_bad_images' if reading.skip_unreadable and is_too_many else skip}"
             )
         if faults:
             gathered.count("images_without_size", len(faults))

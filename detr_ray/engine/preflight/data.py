@@ -300,8 +300,8 @@ def _add_bad(config: Config, split: str, index: DatasetIndex, seen: Inspection, 
         advice += "; data.on_bad_image=skip " + (
             "trains without them" if split == "train" else "counts them as images without detections"
         )
-    elif split == "train" and len(seen.bad) > config.data.max_bad_images:
-        advice += f"; or set data.max_bad_images to {len(seen.bad)}"
+    elif split == "train" and (count := len(seen.bad) + index.images_left_out) > config.data.max_bad_images:
+        advice += f"; or set data.max_bad_images to {count}"
     else:
         level = "warning"
     names = [f"{bad.file}: {bad.reason}" for bad in seen.bad]
