@@ -191,10 +191,11 @@ class DataConfig(Section):
 
     root: Text | None = None
     """Folder or URI of a data set: COCO's layout (`annotations/instances_train2017.json`, `train2017/` and the same for
-    `val`), YOLO, Pascal VOC, CSV or shards; docs/your_data.md says what each needs. Replaces `data.train` and
-    `data.val`."""
+    `val`), YOLO, Pascal VOC, CSV, Open Images or shards; docs/your_data.md says what each needs. Replaces `data.train`
+    and `data.val`."""
     format: Text | None = None
-    """Format of what lies in `data.root`: `coco`, `yolo`, `voc`, `csv` or `shards`. null: what lies there tells."""
+    """Format of what lies in `data.root`: `coco`, `yolo`, `voc`, `csv`, `open_images` or `shards`. null: what lies
+    there tells."""
     split: HoldoutConfig | None = None
     """Takes validation images out of `data.root`, or `data.train`, where the data set has none of its own:
     `{val: 0.1}`."""

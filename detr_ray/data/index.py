@@ -35,9 +35,9 @@ PROBLEMS = {
     "boxes_without_area": "boxes without area (left out in training)",
     "boxes_difficult": "boxes marked difficult (not learnt, and ignored in evaluation)",
     "rows_repeated": "boxes that an image has twice (taken once)",
-    "labels_without_image": "label files without an image (left out)",
+    "labels_without_image": "annotated images, or label files, that lack their image (left out)",
     "images_without_labels": "images without a label file (taken for images without objects)",
-    "images_not_annotated": "images without an annotation file (left out)",
+    "images_not_annotated": "images without annotations of their own (left out)",
     "images_without_size": "images whose size cannot be read (left out)",
     "images_without_boxes": "images without annotations (kept: all no-object)",
 }

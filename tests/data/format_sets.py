@@ -162,6 +162,38 @@ def write_csv(root: Path, header: Sequence[str] | None = None, delimiter: str = 
     return root
 
 
+OPEN_IMAGES_HEADER = (
+    "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside"
+)
+
+
+def write_open_images(root: Path, exported: bool = False) -> Path:
+    """As Open Images is downloaded, or in a folder for each split as it is exported."""
+    for split, images in data_set().items():
+        name = {"train": "train", "val": "validation"}[split]
+        put_images(root / name / ("data" if exported else ""), images)
+        file = io.StringIO()
+        writer = csv.writer(file)
+        writer.writerow(OPEN_IMAGES_HEADER.split(","))
+        for image in images[::-1]:
+            height, width = image.size
+            rows = [
+                (Path(image.name).stem, "xclick", f"/m/0{k}", 1, x / width, right / width, y / height, bottom / height,
+                 0, -1, 0, 0, 0)
+                for k, x, y, right, bottom in image.boxes
+            ] or [(Path(image.name).stem, *("",) * 12)]  # fmt: skip
+            writer.writerows(rows)
+        table = root / (f"{name}/labels/detections.csv" if exported else f"oidv6-{name}-annotations-bbox.csv")
+        table.parent.mkdir(exist_ok=True)
+        table.write_bytes(b"\xef\xbb\xbf" + file.getvalue().encode())
+    classes = io.StringIO()
+    csv.writer(classes).writerows([(f"/m/0{k}", name) for k, name in enumerate(NAMES)])
+    described = root / ("train/metadata/classes.csv" if exported else "class-descriptions-boxable.csv")
+    described.parent.mkdir(exist_ok=True)
+    described.write_text(classes.getvalue(), encoding="utf-8")
+    return root
+
+
 ROBOFLOW_ROOT = {
     "train": "../train/images",
     "val": "../valid/images",
@@ -194,5 +226,7 @@ FORMATS: dict[str, Callable[[Path], Path]] = {
     "csv, header": lambda root: write_csv(
         root, ("class", "width", "height", "filename", "xmin", "xmax", "ymin", "ymax"), ";"
     ),
+    "open images": write_open_images,
+    "open images, exported": lambda root: write_open_images(root, exported=True),
     "csv, paths of another machine": lambda root: write_csv(root, prefix="C:\\data\\set\\"),
 }  # fmt: skip

@@ -269,6 +269,71 @@ def test_tables_that_are_taken_and_counted(tmp_path):
     assert index.file_names.to_pylist() == ["a.jpg", "b.jpg"] and index.categories == ((0, "cat"),)
 
 
+# Open Images
+
+HEADER = "ImageID,LabelName,XMin,XMax,YMin,YMax,IsGroupOf\n"
+CLASSES = "/m/1,cat\n/m/2,dog\n"
+OPEN_IMAGES_ROWS = {
+    "a,/m/1,0.1,0.5,0.1\n": r"train-annotations-bbox\.csv, line 2: 5 cells, the header has 7: complete the row",
+    "a,/m/1,0.1,x,0.1,0.5,0\n": r"bbox\.csv, line 2: 'x' is not a number",
+    'a,/m/1,"0,1",0.2,0.1,0.5,0\n': r"bbox\.csv, line 2: '0,1' has a decimal comma: write decimal points \(0\.1\)",
+    "a,/m/1,0.1,,0.1,0.5,0\n": r"bbox\.csv, line 2: no XMax: fill in the row, or leave box and class empty",
+    ",/m/1,0.1,0.5,0.1,0.5,0\n": r"bbox\.csv, line 2: no ImageID: fill it in",
+    "\na,/m/3,0.1,0.5,0.1,0.5,0\n": r"bbox\.csv, line 3: class '/m/3' is not in .*boxable\.csv: add it there",
+    "a,/m/1,10,50,10,40,0\n": r"bbox\.csv: 1 of 1 boxes have numbers above 2: they look like pixels.* divide XMin",
+    "gone,/m/1,0.1,0.5,0.1,0.5,0\n": r"none of the 1 images of the table is in .*/train: .* ImageID \(gone\.jpg\)",
+    "twice,/m/1,0.1,0.5,0.1,0.5,0\n": r"line 2: the image 'twice' may be twice\.jpg, twice\.png: rename or remove one",
+    'a,/m/1,0.1,0.5,0.1,0.5,"0\n': r"bbox\.csv, line 2: not CSV: unexpected end of data",
+    "bad,/m/1,0.1,0.5,0.1,0.5,0\n": r"the size of 1 of 1 images cannot be read \(.*bad\.jpg: .*\)\. Replace",
+}  # fmt: skip
+
+
+def open_images(root: Path, rows: str) -> Path:
+    files = {
+        f"train/{name}": encoded(name[-3:].upper().replace("JPG", "JPEG")) for name in ("a.jpg", "b.png", "twice.jpg")
+    }
+    table = {"train-annotations-bbox.csv": HEADER + rows, "class-descriptions-boxable.csv": CLASSES}
+    return put(root, files | table | {"train/twice.png": encoded("PNG"), "train/bad.jpg": b"\xff\xd8\xff\xe0"})
+
+
+@pytest.mark.parametrize("rows", OPEN_IMAGES_ROWS)
+def test_tables_of_open_images_that_are_refused(tmp_path, rows):
+    with pytest.raises(DataError, match=OPEN_IMAGES_ROWS[rows]):
+        read(open_images(tmp_path, rows))
+
+
+def test_classes_of_open_images_that_are_refused_or_missing(tmp_path):
+    root = open_images(tmp_path, "a,/m/2,0.1,0.5,0.1,0.5,0\nb,/m/1,0.1,0.5,0.1,0.5,0\n")
+    assert read(root).categories == ((0, "cat"), (1, "dog"))
+    for content, message in {
+        "/m/1,cat\n/m/1,dog": r"boxable\.csv, line 2: class '/m/1' is there twice", "/m/1": "line 1: 1 cells: a row is",
+        "/m/1,cat\n/m/2, ": "class 1 has no name", "": "lists no classes",
+    }.items():  # fmt: skip
+        with pytest.raises(DataError, match=message):
+            read(put(root, {"class-descriptions-boxable.csv": content}))
+    assert read(put(root, {"class-descriptions-boxable.csv": "LabelName,DisplayName\n" + CLASSES})).categories[1] == (
+        1,
+        "dog",
+    )
+    (root / "class-descriptions-boxable.csv").unlink()
+    assert read(root).categories == ((0, "/m/1"), (1, "/m/2"))
+
+
+def test_tables_of_open_images_that_are_taken_and_counted(tmp_path):
+    boxes = [
+        "0.1,0.5,0.1,0.5", "0.1,0.5,0.1,0.5", "0.5,0.1,0.5,0.1", "1.2,1.4,0.1,0.2", "0.8,1.1,0.1,0.2", "nan,1,0,1",
+    ]  # fmt: skip
+    rows = [*(f"a,/m/1,{box},0" for box in boxes), "b,/m/2,0,1,0,1,1", "gone,/m/1,0,1,0,1,0", "gone,/m/2,0,1,0,1,0"]
+    root = open_images(tmp_path, "\r\n".join(rows))
+    index = read(root)
+    assert index.problems == {
+        "boxes_not_finite": 1, "boxes_clipped": 1, "boxes_outside": 1, "boxes_without_area": 1, "rows_repeated": 1,
+        "labels_without_image": 1, "images_not_annotated": 2,
+    }  # fmt: skip
+    assert index.file_names.to_pylist() == ["a.jpg", "b.png"]
+    assert index.is_crowd.tolist() == [False] * 4 + [True], "a group of objects is not learnt as one"
+
+
 # All
 
 

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import yaml
 from coco_folder import SIZE, encoded
-from format_sets import FORMATS
+from format_sets import FORMATS, write_coco
 
 from detr_ray.data.errors import DataError
 from detr_ray.data.formats import open_split
 from detr_ray.data.formats.coco import read_coco_index
-from detr_ray.data.formats.conversion import convert
+from detr_ray.data.formats.conversion import SHARDS, WRITTEN, convert
 from detr_ray.data.images import ImageReader
 from detr_ray.data.index import DatasetIndex
 from detr_ray.data.packing import write_shards
@@ -77,12 +77,16 @@ def test_round_trips_lose_nothing(tmp_path):
         assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("name", ["voc", "csv", "yolo, outlines"])
+@pytest.mark.parametrize("name", ["coco", "yolo", "yolo, outlines", "voc", "csv", "open images"])
 def test_every_format_can_become_another(tmp_path, name):
-    root = FORMATS[name](tmp_path / "set")
+    root = write_coco(tmp_path / "set") if name == "coco" else FORMATS[name](tmp_path / "set")
     indexes = {split: open_split(str(root), None, split) for split in ("train", "val")}
-    for target in ("coco", "yolo"):
-        convert(indexes, str(tmp_path / target), target)
+    for target in WRITTEN:
+        if target == SHARDS:
+            for split, index in indexes.items():
+                write_shards(index, tmp_path / target / split)
+        else:
+            convert(indexes, str(tmp_path / target), target)
         assert_same(tmp_path / target, indexes)
 
 

@@ -104,7 +104,14 @@ def test_what_is_not_known_is_refused_with_what_each_format_needs(tmp_path):
     (tmp_path / "photos" / "a.jpg").write_bytes(b"")
     with pytest.raises(DataError, match=r"holds no data set in a known format. There is photos") as error:
         open_split(str(tmp_path), None, "train")
-    for word in ("instances_train2017.json", "data.yaml", "ImageSets", "train.csv", "index.parquet"):
+    for word in (
+        "instances_train2017.json",
+        "data.yaml",
+        "ImageSets",
+        "train.csv",
+        "index.parquet",
+        "train-annotations-bbox.csv",
+    ):
         assert word in str(error.value)
 
 
@@ -117,7 +124,9 @@ def test_two_formats_in_one_folder_need_to_be_told(tmp_path, coco):
         assert_same(open_split(str(root), None, "train", data_format=name), open_split(str(coco), None, "train"))
     with pytest.raises(DataError, match=r"not in the format of data\.format=yolo; what it needs is YOLO: data\.yaml"):
         open_split(str(root), None, "train", data_format="yolo")
-    with pytest.raises(DataError, match=r"data\.format: 'yolov5' is not known; one of coco, shards, yolo, voc, csv"):
+    with pytest.raises(
+        DataError, match=r"data\.format: 'yolov5' is not known; one of coco, shards, yolo, voc, csv, open_images"
+    ):
         open_split(str(root), None, "train", data_format="yolov5")
     with pytest.raises(DataError, match=r"data\.format=csv is the format of what lies in data\.root"):
         open_split(None, places_of(coco), "train", data_format="csv")

@@ -19,6 +19,9 @@ from detr_ray.data.index import MOST_PIXELS_A_SIDE, DatasetIndex
 _DECIMALS = 6
 """Boxes are rounded to a millionth of a pixel: what a fraction of an image's side says is then what it was made of."""
 _MOST_FINITE = 1e38
+_FRACTIONS_END = 2.0
+"""Beyond this a coordinate is not a fraction of an image that was rounded or drawn over its border."""
+_MOSTLY = 0.9
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,25 @@ def _sizes(
         if faults:
             gathered.count("images_without_size", len(faults))
     return sizes, np.asarray((sizes > 0).all(axis=1) & (sizes <= MOST_PIXELS_A_SIDE).all(axis=1))
+
+
+def refuse_pixels(gathered: Gathered, what: str, advice: str) -> None:
+    """Refuses boxes that ought to be fractions and look like pixels.
+
+    Args:
+        gathered: the boxes.
+        what: what to call the data set.
+        advice: what is to be divided by what.
+
+    Raises:
+        DataError: most of them do.
+    """
+    far = sum(max(corners) > _FRACTIONS_END for corners in gathered.corners)
+    if far and far >= _MOSTLY * len(gathered.corners):
+        raise DataError(
+            f"{what}: {far} of {len(gathered.corners)} boxes have numbers above {_FRACTIONS_END:g}: they look like "
+            f"pixels, and ought to be fractions: divide {advice}"
+        )
 
 
 def _finite_and_first(gathered: Gathered, rows: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from detr_ray.data.errors import DataError, few, shown
+from detr_ray.data.formats import open_images
 from detr_ray.data.formats.assembly import Gathered, Reading, assemble
 from detr_ray.data.formats.folder import SPLIT_NAMES, Folder
 from detr_ray.data.formats.image_names import ImageFinder
@@ -156,14 +157,14 @@ def find(folder: Folder) -> CsvFolder | None:
     tables = {}
     for split, names in SPLIT_NAMES.items():
         places = [place for name in names for place in (f"{name}.csv", f"{name}/{_SPLIT_TABLE}")]
-        found = next((place for place in places if folder.has(place)), None)
+        found = next((place for place in places if folder.has(place) and not open_images.is_table(folder, place)), None)
         if found is not None:
             tables[split] = found
     if not tables:
         others = [name for name in folder.names() if name.endswith(".csv") and name not in (CLASS_TABLE, "test.csv")]
         usual = [name for name in others if name in ("annotations.csv", _SPLIT_TABLE, "labels.csv")]
         only = usual or others
-        if len(only) == 1 and _is_table(folder, only[0]):
+        if len(only) == 1 and _is_table(folder, only[0]) and not open_images.is_table(folder, only[0]):
             tables["all"] = only[0]
     return CsvFolder(folder, tables) if tables else None
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from detr_ray.addresses import LocationError
 from detr_ray.data.errors import DataError, few
-from detr_ray.data.formats import coco_folder, csv_rows, shard_folder, voc, yolo
+from detr_ray.data.formats import coco_folder, csv_rows, open_images, shard_folder, voc, yolo
 from detr_ray.data.formats.assembly import Reading
 from detr_ray.data.formats.folder import Folder
 from detr_ray.data.index import DatasetIndex
@@ -41,7 +41,7 @@ class Format(Protocol):
         """The data set that lies in a folder in this format; None if it does not look like it."""
 
 
-_FORMATS: tuple[Format, ...] = (coco_folder, shard_folder, yolo, voc, csv_rows)
+_FORMATS: tuple[Format, ...] = (coco_folder, shard_folder, yolo, voc, csv_rows, open_images)
 NAMES = tuple(known.NAME for known in _FORMATS)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from detr_ray.data.errors import DataError, few
-from detr_ray.data.formats.assembly import Gathered, Reading, assemble
+from detr_ray.data.formats.assembly import Gathered, Reading, assemble, refuse_pixels
 from detr_ray.data.formats.folder import SPLIT_NAMES, Folder, is_image, stem
 from detr_ray.data.formats.image_names import ImageFinder
 from detr_ray.data.formats.values import at_line, categories_of, read_class_file, to_class_number, to_number
@@ -25,10 +25,6 @@ from detr_ray.printable import printable
 
 NAME = "yolo"
 NEEDS = "YOLO: data.yaml (or classes.txt) with folders of images and of labels"
-
-_FRACTIONS_END = 2.0
-"""Beyond this a coordinate is not a fraction of an image that was rounded or drawn over its border."""
-_MOSTLY = 0.9
 
 
 @dataclass(frozen=True)
@@ -77,7 +73,7 @@ class YoloFolder:
         present = [image for image in images if image in labels]
         for image, text in zip(present, self.folder.texts([labels[image] for image in present]), strict=True):
             self._add_rows(gathered, places[image], labels[image], text)
-        self._refuse_pixels(gathered, what)
+        refuse_pixels(gathered, what, "x and width by the image's width, y and height by its height")
         self._count(gathered, images, labels)
         categories = categories_of(self.names)
         index = assemble(
@@ -169,14 +165,6 @@ class YoloFolder:
         if len(values) == 6:
             advice += "; if the last value is a confidence, take it out"
         raise DataError(f"{where}: {len(values)} values: {advice}")
-
-    def _refuse_pixels(self, gathered: Gathered, what: str) -> None:
-        far = sum(max(corners) > _FRACTIONS_END for corners in gathered.corners)
-        if far and far >= _MOSTLY * len(gathered.corners):
-            raise DataError(
-                f"{what}: {far} of {len(gathered.corners)} boxes have numbers above {_FRACTIONS_END:g}: they look like "
-                "pixels. YOLO's are fractions: divide x and width by the image's width, y and height by its height"
-            )
 
     def _count(self, gathered: Gathered, images: Sequence[str], labels: Mapping[str, str]) -> None:
         gathered.count("images_without_labels", len(images) - len(labels))
