@@ -12,9 +12,11 @@ import pytest
 from coco_folder import encoded
 from PIL import Image
 
+from detr_ray.config import DataConfig
 from detr_ray.data.errors import DataError
 from detr_ray.data.formats import Reading, open_split
 from detr_ray.data.index import DatasetIndex
+from detr_ray.engine.configured_data import ConfiguredData
 
 YAML = "train: images\nval: images\nnames: [cat, dog]\n"
 
@@ -289,11 +291,9 @@ OPEN_IMAGES_ROWS = {
 
 
 def open_images(root: Path, rows: str) -> Path:
-    files = {
-        f"train/{name}": encoded(name[-3:].upper().replace("JPG", "JPEG")) for name in ("a.jpg", "b.png", "twice.jpg")
-    }
-    table = {"train-annotations-bbox.csv": HEADER + rows, "class-descriptions-boxable.csv": CLASSES}
-    return put(root, files | table | {"train/twice.png": encoded("PNG"), "train/bad.jpg": b"\xff\xd8\xff\xe0"})
+    images = {"train/a.jpg": encoded(), "train/b.png": encoded("PNG"), "train/twice.jpg": encoded()}
+    tables = {"train-annotations-bbox.csv": HEADER + rows, "class-descriptions-boxable.csv": CLASSES}
+    return put(root, images | tables | {"train/twice.png": encoded("PNG"), "train/bad.jpg": b"\xff\xd8\xff\xe0"})
 
 
 @pytest.mark.parametrize("rows", OPEN_IMAGES_ROWS)
@@ -311,10 +311,8 @@ def test_classes_of_open_images_that_are_refused_or_missing(tmp_path):
     }.items():  # fmt: skip
         with pytest.raises(DataError, match=message):
             read(put(root, {"class-descriptions-boxable.csv": content}))
-    assert read(put(root, {"class-descriptions-boxable.csv": "LabelName,DisplayName\n" + CLASSES})).categories[1] == (
-        1,
-        "dog",
-    )
+    put(root, {"class-descriptions-boxable.csv": "LabelName,DisplayName\n" + CLASSES})
+    assert read(root).categories == ((0, "cat"), (1, "dog"))
     (root / "class-descriptions-boxable.csv").unlink()
     assert read(root).categories == ((0, "/m/1"), (1, "/m/2"))
 
@@ -335,6 +333,28 @@ def test_tables_of_open_images_that_are_taken_and_counted(tmp_path):
 
 
 # All
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("train.csv", "a table"), ("data.yaml", "YOLO's data file"), ("a.XML", "one of VOC's files"),
+        ("list.txt", "a text file"), ("Annotations", "a folder"),
+    ],
+)  # fmt: skip
+def test_annotations_of_other_formats_are_refused_with_what_to_set(tmp_path, name, kind):
+    path = tmp_path / "set" / name
+    path.mkdir(parents=True) if name == "Annotations" else put(path.parent, {name: ""})
+    for split in ("train", "val"):
+        data = DataConfig(**{split: {"annotations": str(path), "images": str(tmp_path)}})
+        with pytest.raises(
+            DataError, match=rf"set/{name}: .*JSON files, and this is {kind}\..* data\.root={path.parent} "
+        ):
+            ConfiguredData(data).open(split)
+    with pytest.raises(DataError, match=r"\.csv: .*this is a table"):
+        ConfiguredData(DataConfig(train={"annotations": "s3://bucket/a.csv?region=x", "images": "s3://bucket"})).open(
+            "train"
+        )
 
 
 def test_odd_characters_do_not_reach_the_terminal(tmp_path):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
 from typing import Protocol
 
-from detr_ray.addresses import LocationError, check_address, parent, resolve
+from detr_ray.addresses import LocationError, check_address, local_path, parent, resolve
 from detr_ray.data.errors import DataError
 from detr_ray.data.formats.assembly import Reading
 from detr_ray.data.formats.coco import read_coco_index
@@ -15,6 +16,12 @@ from detr_ray.data.image_places import name_below
 from detr_ray.data.index import DatasetIndex
 
 __all__ = ["Reading", "SplitPlaces", "first_image", "open_split", "open_undivided"]
+
+
+_OTHER_SUFFIXES = {
+    ".csv": "a table", ".yaml": "YOLO's data file", ".yml": "YOLO's data file", ".xml": "one of VOC's files",
+    ".txt": "a text file",
+}  # fmt: skip
 
 
 class SplitPlaces(Protocol):
@@ -148,5 +155,20 @@ def _read(annotations: str | None, images: str | None, shards: str | None, follo
         case _, _, str():
             return read_shard_index(shards)
         case str(), str(), None:
+            _refuse_other_formats(annotations)
             return read_coco_index(annotations, images, follow_links)
     raise AssertionError("validated with the configuration")
+
+
+def _refuse_other_formats(annotations: str) -> None:
+    """Refuses annotations that are not COCO's: a split alone does not tell how the others count the classes."""
+    path = local_path(annotations)
+    suffix = PurePosixPath(annotations.partition("?")[0]).suffix.lower()
+    kind = _OTHER_SUFFIXES.get(suffix, "a folder" if path is not None and path.is_dir() else "")
+    if kind:
+        raise DataError(
+            f"{annotations}: annotations (of data.train, data.val, data.sources) are COCO's JSON files, and this is "
+            f"{kind}. Other formats are read from a folder that all of the set lies in, since only that tells the "
+            f"numbers of the classes: set data.root={parent(annotations)}, and data.train and data.val to null; or root "
+            "in an entry of data.sources"
+        )
