@@ -347,14 +347,11 @@ def test_annotations_of_other_formats_are_refused_with_what_to_set(tmp_path, nam
     path.mkdir(parents=True) if name == "Annotations" else put(path.parent, {name: ""})
     for split in ("train", "val"):
         data = DataConfig(**{split: {"annotations": str(path), "images": str(tmp_path)}})
-        with pytest.raises(
-            DataError, match=rf"set/{name}: .*JSON files, and this is {kind}\..* data\.root={path.parent} "
-        ):
+        with pytest.raises(DataError, match=rf"set/{name}: .*, and this is {kind}\..* data\.root={path.parent},"):
             ConfiguredData(data).open(split)
-    with pytest.raises(DataError, match=r"\.csv: .*this is a table"):
-        ConfiguredData(DataConfig(train={"annotations": "s3://bucket/a.csv?region=x", "images": "s3://bucket"})).open(
-            "train"
-        )
+    remote = DataConfig(train={"annotations": "s3://bucket/a.csv?region=x", "images": "s3://bucket"})
+    with pytest.raises(DataError, match=r"a\.csv\?region=x: .*this is a table"):
+        ConfiguredData(remote).open("train")
 
 
 def test_odd_characters_do_not_reach_the_terminal(tmp_path):

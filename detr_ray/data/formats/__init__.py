@@ -169,6 +169,6 @@ def _refuse_other_formats(annotations: str) -> None:
         raise DataError(
             f"{annotations}: annotations (of data.train, data.val, data.sources) are COCO's JSON files, and this is "
             f"{kind}. Other formats are read from a folder that all of the set lies in, since only that tells the "
-            f"numbers of the classes: set data.root={parent(annotations)}, and data.train and data.val to null; or root "
-            "in an entry of data.sources"
+            f"numbers of the classes: set data.root={parent(annotations)}, and data.train and data.val to null; or "
+            "root in an entry of data.sources"
         )
