@@ -103,6 +103,7 @@ class ImagesBar(_Lines):
                 bar.update(task, completed=done)
                 if done >= total:
                     bar.remove_task(task)
+                    bar.refresh()  # or the next lines would stand above what is over
                     task = None
 
         return tell

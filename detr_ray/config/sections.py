@@ -147,7 +147,8 @@ class TrainConfig(Section):
     """Largest number of images in one forward pass. A worker with a larger share accumulates gradients over several
     passes. Changes memory, not results. null: the whole share in one pass. `auto`: the largest number for which the
     largest batch of the plan fits into memory, tried out before the first step: on a GPU in nine tenths of its free
-    memory, on CPUs in half of the machine's (or the container's), which its workers share."""
+    memory, on CPUs in half of the machine's (or the container's), which its workers share. A search over CPUs needs a
+    number, or `tune.max_concurrent=1`."""
     num_workers: CountOrRange | None = None
     """Number of training workers. `[least, most]`: as many as the cluster has room for; workers are added and removed
     as nodes come and go, and batches and results stay the same. null: one for each GPU of the cluster, or one if there

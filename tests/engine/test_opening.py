@@ -293,6 +293,7 @@ def test_images_without_a_size_are_counted_over_all_sources(tmp_path: Path) -> N
             for root in roots:
                 (root / "val.csv").unlink()
                 (root / "train.csv").rename(root / "labels.csv")
+                (root / "train").rename(root / "images")
         sources = [{"root": str(root)} for root in roots]
         data = DataConfig(sources=sources, split=split, on_bad_image="skip", max_bad_images=4)
         assert ConfiguredData(data).open("train").images_left_out == 4

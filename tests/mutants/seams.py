@@ -54,6 +54,7 @@ MODULES = (
     "detr_ray/engine/pictures/of_augmentation.py",
     "detr_ray/data/grouping.py",
     "detr_ray/data/formats/__init__.py",
+    "detr_ray/data/formats/open_images.py",
     "detr_ray/data/sample.py",
     "detr_ray/data/label_map.py",
     "detr_ray/schedules.py",
