@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from detr_ray.cli import EXIT_FAILED, count, run_command, say, share, write_result
 from detr_ray.config import Config
+from detr_ray.progress_bar import ProgressBar
 
 if TYPE_CHECKING:
     from detr_ray.engine.validation.evaluation_job import EvaluationJob, EvaluationResult
@@ -73,7 +74,9 @@ def _evaluate(config: Config, arguments: argparse.Namespace) -> int:
     from detr_ray.evaluation import describe_scores
     from detr_ray.runtime.launch import run_prepared_evaluation
 
-    result = run_prepared_evaluation(job, say)
+    with ProgressBar("image") as bar:
+        bar.begin(job.num_images)
+        result = run_prepared_evaluation(job, bar.say, bar.update)
     say("\n" + result.metrics.table() + "\n\n" + result.metrics.category_table() + "\n")
     say(describe_scores(result.metrics.scores) + "\n")
     contents: dict[str, Callable[[], bytes]] = {

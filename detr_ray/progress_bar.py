@@ -1,4 +1,8 @@
-"""A bar under the lines of a command, where its output is a terminal; elsewhere lines alone."""
+"""A bar under the lines of a command, where its output is a terminal; elsewhere lines alone.
+
+`ProgressBar` counts one thing to its end: the steps of a training, the trials of a search, the images of an evaluation.
+`ImagesBar` has a bar for each piece of work over images, and tells of it in a log too.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,10 @@ from detr_ray.printable import printable_lines
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
+
+
+_SPEED_OVER_S = 3600.0
+"""The speed is that of the last 1,000 changes, or of this time: a trial's share changes once in several minutes."""
 
 
 def is_terminal(stream: TextIO) -> bool:
@@ -52,31 +60,38 @@ class _Lines:
         self._bar.console.print(Text(printable_lines(line)), soft_wrap=True)
 
 
-class StepsBar(_Lines):
-    """Shows lines, and the steps of a run below them."""
+class ProgressBar(_Lines):
+    """Shows lines, and below them how much is done.
 
-    def __init__(self) -> None:
+    Args:
+        unit: what is counted; the word at the left of the bar.
+    """
+
+    def __init__(self, unit: str) -> None:
         super().__init__()
+        self._unit = unit
         self._task: TaskID | None = None
-        self._total = self._step = 0
+        self._total = 0
+        self._done = 0.0
 
-    def begin(self, total_steps: int) -> None:
-        """Notes how many steps there are."""
-        self._total = total_steps
+    def begin(self, total: int) -> None:
+        """Notes how many there are."""
+        self._total = total
 
-    def step(self, step: int) -> None:
-        """Notes that so many steps are taken.
+    def update(self, done: float) -> None:
+        """Notes that so many are done, with the done part of those that are at work.
 
-        The speed is measured from the first of them on that is told. None at all are told while a run begins, or begins
-        again, before it knows its last checkpoint: that would count as many steps in no time.
+        The speed is measured from the first number on that is told. 0 is told while a run begins, or begins again,
+        before it knows its last checkpoint, and is passed over: else all steps up to there would count as taken in no
+        time.
         """
-        if self._bar is None or step in (0, self._step):
+        if self._bar is None or done in (0, self._done):
             return
         if self._task is None:
-            self._task = self._bar.add_task("step", total=self._total, completed=step)
+            self._task = self._bar.add_task(self._unit, total=self._total, completed=done)  # type: ignore[arg-type]
         else:
-            self._bar.update(self._task, completed=step)
-        self._step = step
+            self._bar.update(self._task, completed=done)
+        self._done = done
 
 
 class ImagesBar(_Lines):
@@ -129,5 +144,6 @@ def _new_bar(stream: TextIO) -> Progress:
         TimeRemainingColumn(),
         console=Console(file=stream),
         refresh_per_second=2,
+        speed_estimate_period=_SPEED_OVER_S,
         transient=True,
     )

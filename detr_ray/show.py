@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from detr_ray.cli import EXIT_FAILED, count, run_command, say, share, write_result
 from detr_ray.config import Config, ConfigError
 from detr_ray.engine.pictures.request import Drawn, PictureRequest
+from detr_ray.progress_bar import ProgressBar
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -98,7 +99,9 @@ def _evaluated(config: Config) -> Found:
     job = prepare_evaluation(config, say)
     from detr_ray.runtime.launch import run_prepared_evaluation
 
-    result = run_prepared_evaluation(job, say)
+    with ProgressBar("image") as bar:
+        bar.begin(job.num_images)
+        result = run_prepared_evaluation(job, bar.say, bar.update)
     index = job.data.val
     assert index is not None, "there is a validation set"
     from detr_ray.evaluation import GroundTruth

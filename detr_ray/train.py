@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from detr_ray.cli import EXIT_INTERRUPTED, run_command, say
 from detr_ray.config import Config
-from detr_ray.progress_bar import StepsBar
+from detr_ray.progress_bar import ProgressBar
 
 if TYPE_CHECKING:
     from detr_ray.engine.hooks import JobHooks
@@ -35,7 +35,7 @@ def _fit(config: Config, started: float) -> int:
     from detr_ray.runtime.launch import fit
     from detr_ray.tracking import viewing_hint
 
-    with StepsBar() as bar:
+    with ProgressBar("step") as bar:
         result = fit(config, bar.say, lambda job: _hooks(job, bar))
     if result.status == "nothing to do":
         steps = f"after step {result.step}" if result.ended_early else f"all {result.step} steps"
@@ -59,11 +59,11 @@ def _fit(config: Config, started: float) -> int:
     return EXIT_INTERRUPTED if result.status == "stopped" else 0
 
 
-def _hooks(job: TrainJob, bar: StepsBar) -> JobHooks:
+def _hooks(job: TrainJob, bar: ProgressBar) -> JobHooks:
     from detr_ray.engine.hooks import JobHooks
 
     bar.begin(job.total_steps)
-    return JobHooks(on_step=bar.step)
+    return JobHooks(on_step=bar.update)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from detr_ray.cli import EXIT_FAILED, EXIT_INTERRUPTED, run_command, say
 from detr_ray.config import Config, ConfigError
+from detr_ray.progress_bar import ProgressBar
 
 DESCRIPTION = """Search settings: `tune.space` says which, and each trial is a whole training.
 
@@ -39,7 +40,9 @@ def _tune(config: Config, arguments: argparse.Namespace) -> int:
     from detr_ray.runtime.search.results import summary
     from detr_ray.runtime.search.search import run_search
 
-    result = run_search(config, say, resume=arguments.resume)
+    with ProgressBar("trial") as bar:
+        bar.begin(config.tune.trials)
+        result = run_search(config, bar.say, resume=arguments.resume, on_progress=bar.update)
     say(summary(result, arguments.config, arguments.overrides))
     if result.status == "stopped":
         return EXIT_INTERRUPTED
@@ -49,7 +52,9 @@ def _tune(config: Config, arguments: argparse.Namespace) -> int:
         from detr_ray.runtime.search.confirm import Stopped, confirm
 
         try:
-            found = confirm(config, result, arguments.confirm, say)
+            with ProgressBar("training") as bar:
+                bar.begin(2 * arguments.confirm)
+                found = confirm(config, result, arguments.confirm, bar.say, bar.update)
         except Stopped as stopped:
             say(f"stopped in {stopped}; the same command with --resume tune.name={result.name} goes on")
             return EXIT_INTERRUPTED

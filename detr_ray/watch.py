@@ -47,11 +47,11 @@ def _watch(config: Config, arguments: argparse.Namespace) -> int:
 def _follow(path: str) -> int:
     from detr_ray.addresses import is_remote
     from detr_ray.engine.reporting.watching import Follower
-    from detr_ray.progress_bar import StepsBar
+    from detr_ray.progress_bar import ProgressBar
 
     pause_s = LOOK_REMOTE_S if is_remote(path) else LOOK_S
     give_up = time.monotonic() + BEGIN_WITHIN_S
-    with StepsBar() as bar:
+    with ProgressBar("step") as bar:
         follower = Follower(bar.say)
         while True:
             progress = _progress(path)
@@ -59,7 +59,7 @@ def _follow(path: str) -> int:
                 raise ConfigError(f"{path}: there is no progress.json; is the run being trained by this version?")
             if progress is not None:
                 bar.begin(progress.total_steps)
-                bar.step(progress.step)
+                bar.update(progress.step)
                 if follower.see(progress):
                     return 0 if progress.status == "finished" else EXIT_FAILED
             time.sleep(pause_s)

@@ -11,6 +11,7 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,10 @@ from observing import small_config, without_validation
 from terminal import COLOUR, terminal
 from tiny import make_dataset
 
-from detr_ray import train, watch
+from detr_ray import evaluate, train, tune, watch
+from detr_ray.config import Config, ConfigError
 from detr_ray.engine.reporting.watching import GONE_S, RESTART_S, SILENT_S, Follower, overview
-from detr_ray.progress_bar import StepsBar
+from detr_ray.progress_bar import ProgressBar
 from detr_ray.runtime.launch import fit
 from detr_ray.tracking import MemoryTracker
 from detr_ray.tracking import run_progress as run_progress_module
@@ -285,24 +287,44 @@ def test_a_terminal_shows_a_bar_and_a_pipe_the_lines_alone(tmp_path: Path, monke
         assert words in re.sub(r"[0-9.e+-]+", "#", plain.replace(str(tmp_path / "a"), "")), line
 
 
+def test_an_evaluation_counts_images_and_a_search_trials(
+    trained: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = ("train.launcher=local", "train.use_gpu=false", "eval.batch_size=1")
+    with terminal(monkeypatch) as shown:
+        assert evaluate.main([f"eval.checkpoint={trained[0]}", *keys]) == 0
+    drawn = re.sub(COLOUR, "", b"".join(shown).decode())
+    assert re.search(r"image [1-4]/4 [^\n]*━[^\n]*\d%[^\n]* left ", drawn), repr(drawn)
+
+    def run_search(config: Config, say: Callable[[str], None], *, on_progress: Callable[[float], None], **more: object):
+        on_progress(2.5)
+        raise ConfigError("enough was seen")
+
+    monkeypatch.setattr("detr_ray.runtime.search.search.run_search", run_search)
+    space = "tune={trials: 5, space: {optim.lr: {uniform: [0, 1]}}}"
+    with terminal(monkeypatch) as shown:
+        assert tune.main(["data.root=/data", space]) == 2
+    assert re.search(r"trial 2/5 [^\n]* 50%", re.sub(COLOUR, "", b"".join(shown).decode())), repr(shown)
+
+
 def test_a_bar_begins_where_the_run_goes_on_and_lines_are_made_safe(monkeypatch: pytest.MonkeyPatch) -> None:
-    with terminal(monkeypatch) as shown, StepsBar() as bar:
+    with terminal(monkeypatch) as shown, ProgressBar("step") as bar:
         bar.begin(50)
         for step in (0, 20, 21, 0, 20):  # resumed; then the workers are started again
-            bar.step(step)
+            bar.update(step)
             assert bar._bar is not None
             tasks = [(task.completed, task.total) for task in bar._bar.tasks]
-            assert tasks == ([] if bar._step == 0 else [(bar._step, 50)])
+            assert tasks == ([] if bar._done == 0 else [(bar._done, 50)])
         bar.say("a line with \x1b[1m in it")
-    assert (bar._step, b"a line with \\x1b[1m in it" in b"".join(shown)) == (20, True)
+    assert (bar._done, b"a line with \\x1b[1m in it" in b"".join(shown)) == (20, True)
 
 
 def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     with terminal(monkeypatch) as shown:
         monkeypatch.setenv("TERM", "dumb")
-        with StepsBar() as bar:
+        with ProgressBar("step") as bar:
             bar.begin(5)
-            bar.step(3)
+            bar.update(3)
             bar.say("a line with \x1b[1m in it")
             sys.stdout.flush()
     assert b"".join(shown) == b"a line with \\x1b[1m in it\r\n"

@@ -62,7 +62,8 @@ class JobHooks:
             checkpoint: what it did since its last one is lost. Its result says ``stopped``.
         hold_evaluated: whether checkpoints that are evaluated are held: they stay, whatever ``train.keep_last`` says,
             until someone releases them (`release`): another run may be about to begin there.
-        on_step: told of the steps that rank 0 has taken, about twice a second.
+        on_step: told of the steps that rank 0 has taken, about twice a second; in an evaluation, of the batches that
+            all workers have done.
     """
 
     should_stop: Callable[[], bool] = lambda: False

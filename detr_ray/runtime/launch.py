@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -165,18 +166,32 @@ def evaluate(config: Config, say: Say = lambda line: None) -> EvaluationResult:
     return run_prepared_evaluation(prepare_evaluation(config, say), say)
 
 
-def run_prepared_evaluation(job: EvaluationJob, say: Say) -> EvaluationResult:
-    """Does what `prepare_evaluation` prepared; see `evaluate`."""
+def run_prepared_evaluation(
+    job: EvaluationJob, say: Say, on_images: Callable[[int], None] = lambda images: None
+) -> EvaluationResult:
+    """Does what `prepare_evaluation` prepared; see `evaluate`.
+
+    Args:
+        job: what it gave.
+        say: shows the user a line.
+        on_images: told about twice a second, or after each batch, for how many images the model has been asked.
+    """
     from detr_ray.engine.validation.evaluation_job import run_evaluation
 
     config = job.data.config
+    images_after = list(itertools.accumulate(map(len, job.data.plan(1, 0).evaluation), initial=0))
+
+    def on_batches(batches: int) -> None:
+        on_images(images_after[min(batches, len(images_after) - 1)])
+
     if config.train.launcher == "local":
         batches = LocalBatches(job.data.plan(1, 0), *job.data.loaders())
-        result = run_evaluation(job, LocalContext(_local_device(config, Budget()), say=say), batches)
+        context = LocalContext(_local_device(config, Budget()), say=say, on_step=on_batches)
+        result = run_evaluation(job, context, batches)
         assert result is not None, "one worker is rank 0"
         return result
     with session_of(config), _workers(job, say) as workers:
-        evaluated: EvaluationResult = workers.run(job, JobHooks(), last=True)
+        evaluated: EvaluationResult = workers.run(job, JobHooks(on_step=on_batches), last=True)
         return evaluated
 
 

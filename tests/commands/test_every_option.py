@@ -308,11 +308,11 @@ def tuned(place: Place, *argv: object) -> tuple[list[bool], list[int], str]:
     trial = Trial("t000", {"optim.lr": 1e-4}, "finished").measured(1, 4, 0.5, "max")
     result = SearchResult("a", "/runs/a", "finished", "val/AP", "max", (trial,), {}, 1.0, trial, {"optim.lr": 1e-4})
 
-    def run_search(config: Config, say: Callable[[str], None], *, resume: bool) -> SearchResult:
+    def run_search(config: Config, say: Callable[[str], None], *, resume: bool, **hooks: object) -> SearchResult:
         resumed.append(resume)
         return result
 
-    def confirmed(config: Config, found: SearchResult, number: int, say: Callable[[str], None]) -> Confirmation:
+    def confirmed(config: Config, found: SearchResult, number: int, *hooks: object) -> Confirmation:
         assert found is result
         seeds.append(number)
         return compare([0.5] * number, [0.25] * number, "max")

@@ -157,6 +157,12 @@ class EvaluationJob:
         return {key: values[key] for key in DECISIVE}
 
     @property
+    def num_images(self) -> int:
+        """Images of the validation set."""
+        assert self.data.val is not None, "there is a validation set"
+        return len(self.data.val)
+
+    @property
     def names(self) -> dict[int, str]:
         """Category id -> name, of the model's and of the validation set's: either may have more."""
         assert self.data.val is not None, "there is a validation set"

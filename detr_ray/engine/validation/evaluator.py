@@ -63,14 +63,15 @@ class Evaluator:
 
     @torch.inference_mode()
     def detect(
-        self, model: DetectionModel, batches: Iterator[PaddedBatch], step: int = 0
+        self, model: DetectionModel, batches: Iterator[PaddedBatch], step: int | None = None
     ) -> tuple[DetectionTable, list[int], dict[int, str]]:
         """Detections on this worker's batches.
 
         Args:
             model: the model.
             batches: this worker's share.
-            step: optimizer steps that the model has taken, for whoever looks for workers that hang.
+            step: optimizer steps that the model has taken, for whoever looks for workers that hang. None for an
+                evaluation that is no part of a training: its steps are the batches of all workers.
 
         Returns:
             The detections; the ids of all images seen; a line for each image that could not be read, by id.
@@ -81,7 +82,8 @@ class Evaluator:
         found: list[DetectionTable] = []
         image_ids: list[int] = []
         bad_images: dict[int, str] = {}
-        self._context.enter("detecting on validation images", step)
+        done = 0
+        self._context.enter("detecting on validation images", step or 0)
         for padded in batches:
             detections = detect(
                 model,
@@ -98,12 +100,16 @@ class Evaluator:
             )
             image_ids += ids
             bad_images |= zip(padded.bad_image_ids.tolist(), padded.bad_images, strict=True)
-            self._context.enter("detecting on validation images", step)  # each batch is progress
+            done += self._context.world_size
+            # Each batch is progress.
+            self._context.enter("detecting on validation images", done if step is None else step)
         model.train(was_training)
-        self._context.enter("waiting for the scores", step)
+        self._context.enter("waiting for the scores", done if step is None else step)
         return DetectionTable.concat(found), image_ids, bad_images
 
-    def find(self, model: DetectionModel, batches: Iterator[PaddedBatch], step: int = 0) -> DetectionTable | None:
+    def find(
+        self, model: DetectionModel, batches: Iterator[PaddedBatch], step: int | None = None
+    ) -> DetectionTable | None:
         """Detections over the shares of all workers; every worker must call it. See `detect`.
 
         An image that cannot be read counts as one in which nothing was found: its annotated boxes stay, so that scores

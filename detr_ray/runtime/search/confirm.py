@@ -22,7 +22,13 @@ class Stopped(Exception):  # noqa: N818 - it names what happened
 
 
 @host_process_as_before()
-def confirm(config: Config, result: SearchResult, seeds: int, say: Callable[[str], None]) -> Confirmation:
+def confirm(
+    config: Config,
+    result: SearchResult,
+    seeds: int,
+    say: Callable[[str], None],
+    on_progress: Callable[[float], None] = lambda trainings: None,
+) -> Confirmation:
     """Compares the best configuration of a search with the unchanged one.
 
     Each training is a run in the search's folder; those that are there already are not trained again.
@@ -32,6 +38,7 @@ def confirm(config: Config, result: SearchResult, seeds: int, say: Callable[[str
         result: of the search.
         seeds: number of trainings of each.
         say: shows the user a line.
+        on_progress: told how many trainings are done, with the done part of the one that runs.
 
     Raises:
         Stopped: the user stopped it.
@@ -46,9 +53,13 @@ def confirm(config: Config, result: SearchResult, seeds: int, say: Callable[[str
                 name = f"confirm-{kind}-{seed}"
                 run = {"run.name": name, "run.storage": result.path, "run.seed": seed}
                 job = prepare_job(with_values(chosen, run), say)
-                done = runs.run(job, JobHooks())
+                done = runs.run(job, _hooks(on_progress, sum(map(len, measured.values())), job.total_steps))
                 if done.status == "stopped":
                     raise Stopped(name)
                 measured[kind].append(done.metrics[config.tune.metric])
                 say(f"{name}: {config.tune.metric} {measured[kind][-1]:.4f}")
     return compare(measured["best"], measured["default"], config.tune.mode)
+
+
+def _hooks(on_progress: Callable[[float], None], before: int, total_steps: int) -> JobHooks:
+    return JobHooks(on_step=lambda step: on_progress(before + step / total_steps))

@@ -63,11 +63,11 @@ class Progress:
     """What a trial tells beside its results.
 
     Attributes:
-        step: optimizer steps of its present run.
+        share: how much of its training is done, 0..1.
         moved: generation -> seconds from the order to the first step after it.
     """
 
-    step: int = 0
+    share: float = 0.0
     moved: Mapping[int, float] = dataclasses.field(default_factory=dict)
 
 
@@ -114,7 +114,7 @@ class Line:
         stopping: whether the trial is to stop.
         decided_epoch: the last round that is decided.
         order: the trial's last order.
-        step: what is told of the trial's step.
+        share: what is told of how much of the training is done.
     """
 
     def __init__(self, control: ActorHandle, trial: str) -> None:
@@ -123,7 +123,7 @@ class Line:
         self.stopping = False
         self.decided_epoch = 0
         self.order: Order | None = None
-        self.step = 0
+        self.share = 0.0
         self._moved: dict[int, float] = {}
         self._ended = threading.Event()
         self._heard = time.monotonic()
@@ -143,7 +143,7 @@ class Line:
 
     def _run(self) -> None:
         while not self._ended.wait(ASK_S):
-            progress = Progress(self.step, self._moved)
+            progress = Progress(self.share, self._moved)
             try:
                 answer = ray.get(self._control.ask.remote(self._trial, progress), timeout=ANSWER_WITHIN_S)
             except ray.exceptions.RayError as error:

@@ -59,7 +59,13 @@ STOPPED_WITHIN_S = 180.0
 
 
 @host_process_as_before()
-def run_search(config: Config, say: Say, *, resume: bool = False) -> SearchResult:
+def run_search(
+    config: Config,
+    say: Say,
+    *,
+    resume: bool = False,
+    on_progress: Callable[[float], None] = lambda trials: None,
+) -> SearchResult:
     """Searches what the section ``tune`` describes.
 
     The process that calls it is afterwards as it was before.
@@ -68,6 +74,7 @@ def run_search(config: Config, say: Say, *, resume: bool = False) -> SearchResul
         config: the configuration; its section ``tune`` says what is searched and how.
         say: shows the user a line.
         resume: whether to go on with an existing search of that name.
+        on_progress: told how many trials are over, with the done parts of those that train, several times a second.
 
     Raises:
         ConfigError: the space or a setting cannot be used, the data does not fit, or the name is taken.
@@ -84,7 +91,7 @@ def run_search(config: Config, say: Say, *, resume: bool = False) -> SearchResul
     for name in _LOUD:
         logging.getLogger(name).setLevel(logging.ERROR)
     with directory.locked(say), _session(config):
-        result = _Search(config, space, opened, directory, say).run()
+        result = _Search(config, space, opened, directory, say, on_progress).run()
     if config.tracking.register and result.status != "stopped" and result.best is not None:
         _register(config, result, say)
     return result
@@ -162,9 +169,16 @@ class _Search:
     """One process's part of a search, from the first trial that is left to the last."""
 
     def __init__(
-        self, config: Config, space: SearchSpace, opened: OpenedData | None, directory: SearchDirectory, say: Say
+        self,
+        config: Config,
+        space: SearchSpace,
+        opened: OpenedData | None,
+        directory: SearchDirectory,
+        say: Say,
+        on_progress: Callable[[float], None],
     ) -> None:
         self._config, self._settings, self._space, self._say = config, config.tune, space, say
+        self._on_progress = on_progress
         self._opened = opened
         self._directory = directory
         self._deadline = (
@@ -193,7 +207,12 @@ class _Search:
         try:
             with stop_signals() as signals:
                 watch = SearchWatch(
-                    self._book, self._control, self._records, lambda: self._why_stop(signals), self._say
+                    self._book,
+                    self._control,
+                    self._records,
+                    lambda: self._why_stop(signals),
+                    self._say,
+                    self._on_progress,
                 )
                 self._run_trials(watch)
             if not watch.stopping:

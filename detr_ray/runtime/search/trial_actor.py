@@ -300,7 +300,7 @@ class Training:
         self._events.put({**last, "done": True, "problem": problem, "again": again, "stopped": stopped})
 
     def _note_step(self, step: int) -> None:
-        self._line.step = step
+        self._line.share = step / self._total_steps
         if self._ordered is not None and step > self._ordered[2]:
             self._line.moved(self._ordered[0], time.monotonic() - self._ordered[1])
             self._ordered = None

@@ -32,13 +32,20 @@ class SearchWatch(Unsaved, tune.Callback):  # type: ignore[misc]
         records: what MLflow and the search's folder get.
         should_stop: whether the search is to end now.
         say: shows the user a line.
+        on_progress: told how many trials are over, with the done parts of those that train, after each round of Tune's.
     """
 
     def __init__(
-        self, book: Book, control: Control, records: SearchRecords, should_stop: Callable[[], str], say: Say
+        self,
+        book: Book,
+        control: Control,
+        records: SearchRecords,
+        should_stop: Callable[[], str],
+        say: Say,
+        on_progress: Callable[[float], None] = lambda trials: None,
     ) -> None:
         self._book, self._control, self._records = book, control, records
-        self._should_stop, self._say = should_stop, say
+        self._should_stop, self._say, self._on_progress = should_stop, say, on_progress
         self._names: dict[str, str] = {}  # Tune's id of a trial -> its name
         self._done: dict[str, Mapping[str, Any]] = {}
         self._population: Population | None = None
@@ -106,8 +113,13 @@ class SearchWatch(Unsaved, tune.Callback):  # type: ignore[misc]
             self._say(f"{why}: stopping {self._book.counts['running']} trials, each with a checkpoint")
             self._control.stop()
         self._control.exchange()
+        self._on_progress(self._trials_done())
         if self._changed and time.monotonic() - self._shown_at > TABLE_EVERY_S:
             self.show_table()
+
+    def _trials_done(self) -> float:
+        at_work = self._control.progress
+        return sum(1.0 if one.is_over else at_work.get(one.name, Progress()).share for one in self._book.trials)
 
     def end_all(self) -> None:
         """Notes that nothing runs any more: trials that were cut off can go on when the search is resumed."""

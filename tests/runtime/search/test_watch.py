@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from detr_ray.runtime.search.control import Progress
 from detr_ray.runtime.search.watch import SearchWatch
 from detr_ray.search.book import Book
 from detr_ray.search.population import Move, Population, Report
@@ -22,9 +23,12 @@ class Place:
         records: Any = SimpleNamespace(
             metric="val/AP", mode="max", parameters=["lr"], progress=lambda: None, path_of=lambda name: f"/runs/{name}"
         )
-        control: Any = SimpleNamespace(exchange=lambda: None, stop=lambda: None)
+        self.control: Any = SimpleNamespace(exchange=lambda: None, stop=lambda: None, progress={})
         self.why_stop = ""
-        self.watch = SearchWatch(self.book, control, records, lambda: self.why_stop, self.said.append)
+        self.done: list[float] = []
+        self.watch = SearchWatch(
+            self.book, self.control, records, lambda: self.why_stop, self.said.append, self.done.append
+        )
         self.trials = {}
         for number in range(2):
             trial = self.book.add({"lr": float(number)})
@@ -64,6 +68,17 @@ def test_how_a_trial_ended(tmp_path: Path, last: dict[str, Any], state: str) -> 
     trial = place.book["t000"]
     assert (trial.state, trial.problem, trial.epoch, trial.value) == (state, last.get("problem", ""), 2, 0.5)
     assert any(line.startswith("t000 is the best so far: val/AP 0.250 at epoch 1") for line in place.said)
+
+
+def test_how_much_of_the_search_is_done_counts_parts_of_trials(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    place.watch.on_step_end(0, [])
+    place.control.progress = {"t000": Progress(0.25), "t001": Progress(0.75)}
+    place.watch.on_step_end(0, [])
+    place.result("t001", 1, 0.25, done=True)  # stopped early: its other three quarters are not left to do
+    place.complete("t001")
+    place.watch.on_step_end(0, [])
+    assert place.done == [0.0, 1.0, 1.25]
 
 
 def test_a_trial_whose_process_was_lost_is_tried_again(tmp_path: Path) -> None:
