@@ -4,9 +4,9 @@
 
 Both train the quickstart's model on its data in this process (`train.launcher=local`), in turns: STEPS steps, with the
 validation at their end. *Everything* records in MLflow (a SQLite file), keeps what the best weights found, writes the
-report and its pictures, and draws the bar in a terminal that a thread reads. *Nothing* has neither records nor a report,
-and its lines go to no terminal. `progress.json` is kept by both. The time of the loop and that of what comes after it
-are told apart, since a whole quickstart has the first 6,000 / STEPS times and the second once.
+report and its pictures, and draws the bar in a terminal that a thread reads. *Nothing* has no records, no report and no
+terminal. `progress.json` is kept by both. The time of the loop and that of the rest are told apart, since a whole
+quickstart has the first WHOLE / STEPS times, and the second once.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def _report(config: Config, arguments: argparse.Namespace) -> int:
     if alone:
         from detr_ray.engine.run_report.report import run_report
 
-        content = run_report(runs[0], _validation_set(config, runs[0]))
+        content = run_report(runs[0], _validation_set(config, runs[0])).html
     else:
         from detr_ray.engine.run_report.comparison import comparison_report
 

@@ -15,7 +15,7 @@ from PIL import Image
 from tiny import make_dataset
 
 from detr_ray.engine.past_run import open_past_run
-from detr_ray.engine.run_report.report import write_report
+from detr_ray.engine.run_report.report import run_report
 from detr_ray.tracking.event_log import EventLog
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -47,7 +47,9 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for step, metrics in seen.tracker.metrics:
         log.append("metrics", step=step, metrics=metrics)
     log.close()
-    return Path(write_report(open_past_run(seen.job.run.path), seen.job.data.val))
+    page = Path(seen.job.run.path, "report.html")
+    page.write_text(run_report(open_past_run(seen.job.run.path), seen.job.data.val).html)
+    return page
 
 
 def browse(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:

@@ -267,9 +267,9 @@ with warnings.catch_warnings():
         experiment: Text = "detr_ray"
         """MLflow experiment the run belongs to."""
         report: bool = True
-        """Write `report.html` into the run's folder at the end of the training, and keep what the best weights found in
-        `evaluation/best.npz`, from which `python -m detr_ray.report` makes it again. Trials of a search get no report
-        by themselves."""
+        """Write `report.html` and its `pictures/` into the run's folder at the end of the training and record them, and
+        keep what the best weights found in `evaluation/best.npz`, from which `python -m detr_ray.report` makes the
+        report again. Trials of a search get no report by themselves."""
         register: bool = False
         """Make the best checkpoint a version of the registered model when the training ends; after a search, that of
         the best trial."""

@@ -6,6 +6,7 @@ import pytest
 from config_keys.registry import Place, shows
 from mlflow_store import empty_store
 
+from detr_ray.engine.run_report.report import RunReport
 from detr_ray.runtime.launch import fit
 from detr_ray.tracking.registry import ModelRegistry
 
@@ -40,14 +41,17 @@ def tracking(place: Place) -> None:
 
 @shows("tracking.report")
 def report(place: Place) -> None:
-    """A report and what it is made of in the run's folder, or neither."""
+    """A report, its pictures and what it is made of in the run's folder, or neither."""
     for value, name in (("true", "a"), ("false", "b")):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("detr_ray.engine.run_report.report.run_report", lambda run, index: f"of {run.name}")
+            patch.setattr(
+                "detr_ray.engine.run_report.report.run_report",
+                lambda run, index, batch: RunReport(f"of {run.name}", {"a.svg": b"a picture"}),
+            )
             fit(place.config("train.max_steps=1", f"tracking.report={value}", f"run.name={name}"))
         folder = place.folder / "runs" / name
-        written = [(folder / file).is_file() for file in ("report.html", "evaluation/best.npz")]
-        assert written == [value == "true"] * 2
+        written = [(folder / file).is_file() for file in ("report.html", "pictures/a.svg", "evaluation/best.npz")]
+        assert written == [value == "true"] * 3
 
 
 @shows("tracking.register", "tracking.model_name", "tracking.champion_margin")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import re
 from html.parser import HTMLParser
@@ -94,7 +95,7 @@ def test_training_ends_with_a_report_that_is_whole_by_itself(trained: Observed, 
     assert trained.result is not None
     at_end.report_at_end(trained.job, trained.result, tracker, said.append)
     report = Path(trained.job.run.path) / "report.html"
-    assert str(report) in said[0] and [(str(path), folder) for path, folder in tracker.files] == [(str(report), "")]
+    assert str(report) in said[0] and tracker.files[-1] == (str(report), "")
 
     content = report.read_text()
     page = Page(content)
@@ -102,7 +103,12 @@ def test_training_ends_with_a_report_that_is_whole_by_itself(trained: Observed, 
     assert {link[1:] for link in page.addresses if link.startswith("#")} <= page.anchors
     assert "default-src 'none'" in content
     assert sum(address.startswith("data:image/svg") for address in page.addresses) == 7
-    assert sum(address.startswith("data:image/jpeg") for address in page.addresses) >= 1, "the worst images"
+    assert sum(address.startswith("data:image/jpeg") for address in page.addresses) >= 2, "first batch, worst images"
+    pictures = [Path(path) for path, folder in tracker.files if folder == "pictures"]
+    curves = {"training", "schedules", "times", "precision-recall", "sizes", "errors", "confusion"}
+    assert {path.name for path in pictures} >= {f"{name}.svg" for name in curves} | {"batch.jpg", "worst.jpg"}
+    contents = [base64.b64decode(address.partition(",")[2]) for address in page.addresses if "base64" in address]
+    assert [path.read_bytes() for path in pictures] == contents, "the pictures of the page, and drawn once"
     summary = evaluate_detections(past.best.truth, past.best.detections).summary  # type: ignore[union-attr]
     for expected in (
         "Run mine", "It finished", f"{summary['AP']:.3f}", "8 steps, 2.00 of 2 epochs", "optim.lr 0.001", "rectangle",
@@ -113,7 +119,7 @@ def test_training_ends_with_a_report_that_is_whole_by_itself(trained: Observed, 
 
 def test_a_run_with_little_has_a_report_too(trained: Observed, past: PastRun) -> None:
     bare = dataclasses.replace(past, history=None, best=None, checkpoints=[])
-    page = Page(run_report(bare))
+    page = Page(run_report(bare).html)
     assert "There is no checkpoint" in page.text and "not on this machine" in page.text
     val, train = trained.job.data.val, trained.job.data.train
     with_images, without = Reported.of(past, val).found, Reported.of(past, train).found
@@ -128,7 +134,7 @@ def test_it_says_where_the_data_lay_and_why_the_run_ended_early(past: PastRun) -
         {"train/epoch": (np.array([4]), np.array([1.0]))}, {"run.ended_early": "no rise"}, [Session(0, 1, "FINISHED")]
     )
     config = past.config.model_copy(update={"data": data})
-    page = Page(run_report(dataclasses.replace(past, config=config, history=history, best=None)))
+    page = Page(run_report(dataclasses.replace(past, config=config, history=history, best=None)).html)
     assert "data.sources [{" in page.text and "root: /one" in page.text and "annotations: /two.json" in page.text
     assert "data.root" not in page.text.split("On what")[-1].split("How it went")[0]
     assert "it ended early: no rise." in page.text

@@ -39,7 +39,16 @@ def planned_data(config: Config, say: Say) -> PlannedData:
 
 def batch_picture(config: Config, request: PictureRequest, say: Say) -> Drawn:
     """The first micro-batch of rank 0 at a step of the training, as the model gets it."""
-    data = planned_data(config, say)
+    return planned_batch(planned_data(config, say), request)
+
+
+def planned_batch(data: PlannedData, request: PictureRequest) -> Drawn:
+    """The same of data that is planned already.
+
+    Args:
+        data: with a training set.
+        request: its ``step`` and ``images`` are used.
+    """
     samples = _samples_of_step(data, request.step)
     loader = data.loaders()[0]
     assert loader is not None

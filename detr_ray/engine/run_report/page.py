@@ -124,16 +124,36 @@ def table(rows: Sequence[Sequence[str]], head: Sequence[str] = (), numbers_from:
     return f'<div class="wide"><table>{top}<tbody>{body}</tbody></table></div>'
 
 
-def picture(figure: Figure, caption: str, file_format: str = "svg") -> str:
-    """A figure inside of the page.
+@dataclass
+class Pictures:
+    """Puts figures into a page, and keeps each as the content of a file of its own.
 
-    Args:
-        figure: it.
-        caption: what it shows; also read out where pictures are not seen.
-        file_format: ``svg`` for lines, ``jpg`` for photos, ``png``.
+    Attributes:
+        files: file name -> content, in the order of the page.
     """
-    content = base64.b64encode(figure_bytes(figure, file_format, dpi=100)).decode()
-    source = f"data:{_MIME[file_format]};base64,{content}"
+
+    files: dict[str, bytes] = field(default_factory=dict)
+
+    def add(self, name: str, figure: Figure, caption: str, file_format: str = "svg") -> str:
+        """A figure inside of the page.
+
+        Args:
+            name: of its file, without the ending.
+            figure: it.
+            caption: what it shows; also read out where pictures are not seen.
+            file_format: ``svg`` for lines, ``jpg`` for photos, ``png``.
+        """
+        content = self.files[f"{name}.{file_format}"] = figure_bytes(figure, file_format, dpi=100)
+        return _image(content, caption, file_format)
+
+
+def picture(figure: Figure, caption: str, file_format: str = "svg") -> str:
+    """A figure inside of the page; see `Pictures.add`."""
+    return _image(figure_bytes(figure, file_format, dpi=100), caption, file_format)
+
+
+def _image(content: bytes, caption: str, file_format: str) -> str:
+    source = f"data:{_MIME[file_format]};base64,{base64.b64encode(content).decode()}"
     return f'<figure><img src="{source}" alt="{escape(caption)}"><figcaption>{escape(caption)}</figcaption></figure>'
 
 

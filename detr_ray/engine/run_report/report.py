@@ -5,7 +5,9 @@ from __future__ import annotations
 import datetime
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from matplotlib.figure import Figure
 
 from detr_ray.addresses import join
 from detr_ray.config import flatten
@@ -31,11 +33,12 @@ from detr_ray.evaluation import CocoMetrics, evaluate_detections
 from detr_ray.evaluation.coco_metrics import SUMMARY
 from detr_ray.evaluation.error_breakdown import ErrorBreakdown, break_down_errors
 from detr_ray.evaluation.suspicious import find_suspicious
-from detr_ray.locations import write_bytes
 from detr_ray.viz.curves import schedules_figure, step_times_figure, training_figure
 
 REPORT = "report.html"
 """Name of the file in the run's folder."""
+PICTURES = "pictures"
+"""Name of the folder with its pictures in the run's folder, and among the artifacts of its MLflow run."""
 
 _MAIN_KEYS = (
     "model.architecture", "model.backbone", "model.num_queries", "model.hidden_dim", "model.encoder_layers",
@@ -47,7 +50,8 @@ _PLACES = (
     "data.root", "data.sources", "data.train.annotations", "data.train.images", "data.train.shards",
     "data.val.annotations", "data.val.images", "data.val.shards",
 )  # fmt: skip
-_PICTURED_IMAGES = 6
+PICTURED_IMAGES = 6
+"""Most images in a picture of images."""
 _ENDS = {
     "FINISHED": "finished",
     "FAILED": "failed",
@@ -65,12 +69,14 @@ class Reported:
         found: what its best weights found; None where that was not kept.
         metrics: of these weights.
         errors: what their AP50 is lost to.
+        pictures: takes the figures of the page.
     """
 
     run: PastRun
     found: Found | None
     metrics: CocoMetrics | None
     errors: ErrorBreakdown | None
+    pictures: page.Pictures = field(default_factory=page.Pictures)
 
     @classmethod
     def of(cls, run: PastRun, index: DatasetIndex | None) -> Reported:
@@ -93,12 +99,26 @@ class Reported:
         return cls(run, found, metrics, break_down_errors(best.truth, best.detections))
 
 
-def run_report(run: PastRun, index: DatasetIndex | None = None) -> str:
-    """The report of a run as one HTML page.
+@dataclass(frozen=True)
+class RunReport:
+    """The report of a run.
+
+    Attributes:
+        html: one page with everything in it.
+        pictures: file name -> content: those of the page, each as a file.
+    """
+
+    html: str
+    pictures: dict[str, bytes]
+
+
+def run_report(run: PastRun, index: DatasetIndex | None = None, first_batch: Figure | None = None) -> RunReport:
+    """The report of a run.
 
     Args:
         run: the run.
         index: its validation set, for pictures of images; None where it is not at hand.
+        first_batch: what the model was trained on first; None where the training set is not at hand.
     """
     reported = Reported.of(run, index)
     sections = [
@@ -106,31 +126,14 @@ def run_report(run: PastRun, index: DatasetIndex | None = None) -> str:
             "wrong", "What looks wrong", [page.problems(find_problems(run, reported.metrics, reported.errors))]
         ),
         page.Section("run", "What was run", _what(run)),
-        page.Section("data", "On what", _data(reported)),
-        page.Section("course", "How it went", _course(run)),
+        page.Section("data", "On what", _data(reported, first_batch)),
+        page.Section("course", "How it went", _course(reported)),
         page.Section("scores", "How good it is", _scores(reported)),
         page.Section("errors", "What it gets wrong", _errors(reported)),
         page.Section("next", "How to go on", [page.commands(_next(run))]),
     ]
-    return page.render(f"Run {run.name}", [page.paragraph(_state(run)), page.cards(_numbers(reported))], sections)
-
-
-def write_report(run: PastRun, index: DatasetIndex | None = None) -> str:
-    """Writes the report into the run's folder.
-
-    Args:
-        run: the run.
-        index: see `run_report`.
-
-    Returns:
-        Where it is.
-
-    Raises:
-        OSError: it could not be written.
-    """
-    location = join(run.directory.path, REPORT)
-    write_bytes(location, run_report(run, index).encode())
-    return location
+    html = page.render(f"Run {run.name}", [page.paragraph(_state(run)), page.cards(_numbers(reported))], sections)
+    return RunReport(html, reported.pictures.files)
 
 
 def _state(run: PastRun) -> str:
@@ -187,7 +190,7 @@ def _what(run: PastRun) -> list[str]:
     return [page.table(rows), page.folded("the whole configuration", run.config.to_yaml())]
 
 
-def _data(reported: Reported) -> list[str]:
+def _data(reported: Reported, first_batch: Figure | None) -> list[str]:
     run, tags = reported.run, {} if reported.run.history is None else reported.run.history.tags
     flat = flatten(run.config)
     rows = [[key, str(flat[key])] for key in _PLACES if flat[key] not in (None, "[]")]
@@ -198,17 +201,23 @@ def _data(reported: Reported) -> list[str]:
     if metrics is not None:
         rows.append(["validation images", f"{metrics.images:,}, with {metrics.boxes:,} annotated boxes"])
     rows += [[f"fingerprint, {split}", print_[:16]] for split, print_ in run.record["fingerprints"].items()]
-    return [page.table(rows)]
+    parts = [page.table(rows)]
+    if first_batch is not None:
+        caption = "The first images that it was trained on, as the model gets them"
+        parts.append(reported.pictures.add("batch", first_batch, caption, "jpg"))
+    return parts
 
 
-def _course(run: PastRun) -> list[str]:
+def _course(reported: Reported) -> list[str]:
+    run, pictures = reported.run, reported.pictures
     if run.history is None:
         return [page.paragraph("Its metrics are not on this machine, or were not recorded (tracking.enabled=false).")]
     curves = curves_of(run)
+    training = "Training loss, its parts, validation scores, and gradient norm"
     return [
-        page.picture(training_figure([curves]), "Training loss, its parts, validation scores, and gradient norm"),
-        page.picture(schedules_figure(curves), "Learning rates and loss weights as they were"),
-        page.picture(step_times_figure(curves), "Where the time of a step went"),
+        pictures.add("training", training_figure([curves]), training),
+        pictures.add("schedules", schedules_figure(curves), "Learning rates and loss weights as they were"),
+        pictures.add("times", step_times_figure(curves), "Where the time of a step went"),
     ]
 
 
@@ -227,29 +236,33 @@ def _scores(reported: Reported) -> list[str]:
         page.table(rows, ["number", "value", "meaning"]),
         page.heading("Categories"),
         page.table(categories, ["category", "AP", "AP50"], numbers_from=1),
-        page.picture(precision_recall_picture(reported.found).figure, "Precision and recall of the worst categories"),
-        page.picture(sizes_picture(reported.found).figure, "AP and AR by the size of objects"),
-    ]
+        reported.pictures.add(
+            "precision-recall", precision_recall_picture(reported.found).figure,
+            "Precision and recall of the worst categories",
+        ),
+        reported.pictures.add("sizes", sizes_picture(reported.found).figure, "AP and AR by the size of objects"),
+    ]  # fmt: skip
 
 
 def _errors(reported: Reported) -> list[str]:
-    found = reported.found
+    found, pictures = reported.found, reported.pictures
     if found is None:
         return []
-    request = PictureRequest(images=_PICTURED_IMAGES)
+    request = PictureRequest(images=PICTURED_IMAGES)
     confusion, errors = confusion_picture(found, request), errors_picture(found)
     parts = [
-        page.picture(errors.figure, "What AP50 is lost to"),
-        page.picture(confusion.figure, "What annotations of each category were found as"),
+        pictures.add("errors", errors.figure, "What AP50 is lost to"),
+        pictures.add("confusion", confusion.figure, "What annotations of each category were found as"),
         page.listing(confusion.lines),
     ]
     if found.index is not None:
         worst = worst_picture(found, request)
-        parts += [page.picture(worst.figure, "The images that cost most AP", "jpg"), page.listing(worst.lines)]
+        parts += [pictures.add("worst", worst.figure, "The images that cost most AP", "jpg"), page.listing(worst.lines)]
     suspicions = find_suspicious(found.truth, found.detections, CONFIDENT)
     parts.append(page.heading(f"Annotations that look wrong: {len(suspicions)}"))
     if suspicions and found.index is not None:
-        parts.append(page.picture(suspicious_picture(found, request).figure, "Annotations that look wrong", "jpg"))
+        figure = suspicious_picture(found, request).figure
+        parts.append(pictures.add("suspicious", figure, "Annotations that look wrong", "jpg"))
     return [*parts, page.listing([suspicion_line(one, found) for one in suspicions])]
 
 
