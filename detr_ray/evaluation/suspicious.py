@@ -1,15 +1,21 @@
-"""Annotations that look wrong, by what a trained detector finds with confidence: for people who clean data.
+"""Annotations that look wrong, by what a trained detector finds: for people who clean data.
 
-* an object without annotation: a confident detection that overlaps nothing annotated;
-* another category: a confident detection of another category than the annotation that it overlaps;
-* a box that does not fit: a confident detection of the same category that overlaps an annotation a little;
+* no annotation: a detection where nothing is annotated;
+* other category: a detection of another category than the annotation that it overlaps;
+* box does not fit: a detection of the same category that overlaps an annotation a little;
 * never found: an annotation that no detection overlaps, not even one of little confidence.
+
+How strong a suspicion is follows from the detection's score and from how reliable such evidence is on this very
+validation set, most of whose annotations are taken for right: of all detections of the category with at least this
+score, the share that agrees with the annotations in the point that is in question. So a detector that often takes one
+category for another accuses few annotations of it, and one that has learnt little accuses none.
 
 Good suspicions come from a detector that did not train on the images: it learns mistakes by heart.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,11 +24,17 @@ import numpy as np
 from detr_ray.evaluation.by_image import ImageBoxes, images_of
 from detr_ray.evaluation.detections import DetectionTable
 from detr_ray.evaluation.ground_truth import GroundTruth
+from detr_ray.evaluation.matching import all_iou
 
 Kind = Literal["no annotation", "other category", "box does not fit", "never found"]
 
+LEAST_STRENGTH = 0.5
 _OVERLAP = 0.5
 _LITTLE_OVERLAP = 0.1
+_SEEN = 0.4
+"""Score from which an annotation counts as seen by a detection that overlaps it."""
+_OTHERS_WEIGHT = 8
+"""As many detections of all categories are counted with those of one, which may be few."""
 
 
 @dataclass(frozen=True)
@@ -44,58 +56,163 @@ class Suspicion:
     annotation: int | None
 
 
-def find_suspicious(truth: GroundTruth, detections: DetectionTable, confident: float = 0.7) -> list[Suspicion]:
+def find_suspicious(truth: GroundTruth, detections: DetectionTable, least: float = LEAST_STRENGTH) -> list[Suspicion]:
     """What looks wrong, the strongest first. Crowd regions are left alone, and whatever lies inside of one.
 
     Args:
         truth: the annotations.
         detections: in any order, those of little confidence included.
-        confident: score from which a detection is taken for right; an annotation is never found where the detections
-            that overlap it have less than 1 less this score.
+        least: the least strength. No detection with a lower score says anything.
     """
-    found: list[Suspicion] = []
-    for image in images_of(truth, detections):
-        found += _of_image(image, detections.scores[image.found].astype(float), confident)
+    evidence = _Evidence.of(truth, detections)
+    found = [one for image in images_of(truth, detections) for one in _of_image(image, detections, evidence, least)]
     return sorted(found, key=lambda one: (-one.strength, one.image_id, one.annotation or -1, one.detection or -1))
 
 
-def _of_image(image: ImageBoxes, scores: np.ndarray, confident: float) -> list[Suspicion]:
-    found: list[Suspicion] = []
+@dataclass(frozen=True)
+class _Evidence:
+    """What is known of single detections and annotations from the whole validation set.
+
+    Attributes:
+        scores: ``[D]`` of the detections.
+        on_object: ``[D]`` how many of its like are on something annotated: their share.
+        of_category: ``[D]`` of those that are, the share of the annotated category.
+        of_extent: ``[D]`` of its like that are near an annotation of their category, the share that overlaps it well.
+        supported: ``[A]`` the best score of a detection of its category that overlaps the annotation well.
+        overlapped: ``[A]`` the same for detections of any category.
+        seen: ``[A]`` the share of annotations of its category that are overlapped with some confidence.
+    """
+
+    scores: np.ndarray
+    on_object: np.ndarray
+    of_category: np.ndarray
+    of_extent: np.ndarray
+    supported: np.ndarray
+    overlapped: np.ndarray
+    seen: np.ndarray
+
+    @classmethod
+    def of(cls, truth: GroundTruth, detections: DetectionTable) -> _Evidence:
+        scores, categories = detections.scores.astype(float), detections.category_ids
+        on_any, on_same, near_same, counts = (np.zeros(len(detections), bool) for _ in range(4))
+        supported, overlapped = np.zeros(len(truth.category_ids)), np.zeros(len(truth.category_ids))
+        for image in images_of(truth, detections):
+            iou, is_same, annotated = _plain(image)
+            well, own = iou >= _OVERLAP, scores[image.found][:, None]
+            on_any[image.found], on_same[image.found] = well.any(axis=1), (well & is_same).any(axis=1)
+            near_same[image.found] = ((iou >= _LITTLE_OVERLAP) & is_same).any(axis=1)
+            counts[image.found] = ~_in_crowd(image)
+            supported[annotated] = _best(np.where(well & is_same, own, 0.0))
+            overlapped[annotated] = _best(np.where(well, own, 0.0))
+        plain = truth.readable_boxes() & ~truth.is_crowd.astype(bool)
+        return cls(
+            scores,
+            _reliability(scores, categories, on_any, counts),
+            _reliability(scores, categories, on_same, counts & on_any),
+            _reliability(scores, categories, on_same, counts & near_same),
+            supported,
+            overlapped,
+            _shares(truth.category_ids, overlapped >= _SEEN, plain),
+        )
+
+
+def _of_image(image: ImageBoxes, detections: DetectionTable, evidence: _Evidence, least: float) -> Iterator[Suspicion]:
+    iou, is_same, annotated = _plain(image)
+    supported, overlapped = evidence.supported[annotated], evidence.overlapped[annotated]
     accused: set[int] = set()
-    in_crowd = (image.iou * image.is_crowd > _OVERLAP).any(axis=1)
-    plain = np.flatnonzero(~image.is_crowd)
-    iou, is_same = image.iou[:, plain], image.is_same[:, plain]
-    supported = _best(np.where(is_same & (iou >= _OVERLAP), scores[:, None], 0.0))
-    for place in np.flatnonzero((scores >= confident) & ~in_crowd).tolist():
-        near = np.flatnonzero(iou[place] >= _OVERLAP)
-        if is_same[place, near].any():
+    explained = np.zeros(len(image.found), bool)  # by a suspicion of a better detection at the same place
+    scores = evidence.scores[image.found]
+    with_same = (iou >= _OVERLAP) & is_same
+    for place in np.flatnonzero((scores >= least) & ~_in_crowd(image) & ~with_same.any(axis=1)).tolist():
+        if explained[place]:
             continue
+        row, score = int(image.found[place]), float(scores[place])
+        well = np.flatnonzero(iou[place] >= _OVERLAP)
+        near = np.flatnonzero((iou[place] >= _LITTLE_OVERLAP) & is_same[place] & (overlapped < score / 2))
         kind: Kind = "no annotation"
-        annotation, strength = None, float(scores[place])
-        free = np.array([column for column in near.tolist() if supported[column] < scores[place]], dtype=np.int64)
-        little = np.flatnonzero((iou[place] >= _LITTLE_OVERLAP) & is_same[place] & (supported < confident))
-        if len(free):
-            kind, annotation = "other category", int(free[iou[place, free].argmax()])
-            strength *= 1 - float(supported[annotation])
+        column = None
+        if len(well):
+            # A place that another detection explains better says nothing.
+            column = int(well[iou[place, well].argmax()])
+            margin = max(0.0, 1 - supported[column] / score)
+            # Squared, since a wrong category is the most frequent mistake of detectors.
+            kind, strength = "other category", evidence.of_category[row] ** 2 * score * margin**2 * iou[place, column]
         elif len(near):
-            continue  # the annotation that it overlaps is found better by another one
-        elif len(little):
-            kind, annotation = "box does not fit", int(little[iou[place, little].argmax()])
-        if annotation is not None:
-            if annotation in accused:
-                continue
-            accused.add(annotation)
-        row = None if annotation is None else int(image.annotated[plain[annotation]])
-        found.append(Suspicion(kind, image.image_id, strength, int(image.found[place]), row))
-    overlapped = _best(np.where(iou >= _OVERLAP, scores[:, None], 0.0))
-    for column in np.flatnonzero(overlapped < 1 - confident).tolist():
+            column = int(near[iou[place, near].argmax()])
+            kind, strength = "box does not fit", evidence.of_extent[row] * score
+        else:
+            strength = evidence.on_object[row] * score * (1 - iou[place].max(initial=0.0))
+        if strength < least or column in accused:
+            continue
+        if column is not None:
+            accused.add(column)
+        explained |= _overlaps(detections, image.found, row)
+        yield Suspicion(kind, image.image_id, float(strength), row, None if column is None else int(annotated[column]))
+    strengths = evidence.seen[annotated] * (1 - overlapped / _SEEN)
+    for column in np.flatnonzero(strengths >= least).tolist():
         if column not in accused:
-            row = int(image.annotated[plain[column]])
-            found.append(Suspicion("never found", image.image_id, 1 - float(overlapped[column]), None, row))
-    return found
+            yield Suspicion("never found", image.image_id, float(strengths[column]), None, int(annotated[column]))
+
+
+def _plain(image: ImageBoxes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """IoU, whether categories are the same, and rows, of the annotations that are no crowd regions."""
+    plain = np.flatnonzero(~image.is_crowd)
+    return image.iou[:, plain], image.is_same[:, plain], image.annotated[plain]
+
+
+def _in_crowd(image: ImageBoxes) -> np.ndarray:
+    in_crowd: np.ndarray = (image.iou * image.is_crowd > _OVERLAP).any(axis=1)
+    return in_crowd
+
+
+def _overlaps(detections: DetectionTable, rows: np.ndarray, row: int) -> np.ndarray:
+    """Which of some detections overlap one of them well."""
+    boxes = detections.boxes_xywh_px.astype(float)
+    overlap: np.ndarray = all_iou(boxes[rows], boxes[[row]], np.zeros(1, bool))[:, 0] >= _OVERLAP
+    return overlap
 
 
 def _best(values: np.ndarray) -> np.ndarray:
     """The largest of each column; 0 where there are no rows."""
     best: np.ndarray = values.max(axis=0, initial=0.0)
     return best
+
+
+def _reliability(scores: np.ndarray, categories: np.ndarray, is_right: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """``[N]`` share of right ones among the others with at least this score, above all of the same category.
+
+    Args:
+        scores: ``[N]``.
+        categories: ``[N]``.
+        is_right: ``[N]`` bool.
+        counts: ``[N]`` bool, those that are looked at.
+    """
+    right, others = _from_the_top(scores, is_right & counts, counts, scores)
+    of_all = (right + 1) / (others + 2)
+    share = of_all.copy()
+    for category in np.unique(categories).tolist():
+        own = categories == category
+        right, others = _from_the_top(scores, is_right & counts & own, counts & own, scores[own])
+        share[own] = (right + _OTHERS_WEIGHT * of_all[own]) / (others + _OTHERS_WEIGHT)
+    return share
+
+
+def _from_the_top(
+    scores: np.ndarray, is_right: np.ndarray, counts: np.ndarray, at: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """How many right ones, and how many in all but one, have at least each of some scores."""
+    right, all_ = np.sort(scores[is_right]), np.sort(scores[counts])
+    in_all = len(all_) - np.searchsorted(all_, at)
+    return len(right) - np.searchsorted(right, at), np.maximum(in_all - 1, 0)
+
+
+def _shares(categories: np.ndarray, is_seen: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """``[A]`` share of seen annotations in the category of each, without itself where it is not seen."""
+    of_all = is_seen[counts].mean() if counts.any() else 0.0
+    share = np.zeros(len(categories))
+    for category in np.unique(categories).tolist():
+        own = counts & (categories == category)
+        share[categories == category] = (is_seen[own].sum() + _OTHERS_WEIGHT * of_all) / (
+            max(own.sum() - 1, 0) + _OTHERS_WEIGHT
+        )
+    return share.clip(max=1.0)

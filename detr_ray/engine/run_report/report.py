@@ -14,7 +14,6 @@ from detr_ray.config import flatten
 from detr_ray.data.index import DatasetIndex
 from detr_ray.engine.past_run import PastRun
 from detr_ray.engine.pictures.of_evaluation import (
-    CONFIDENT,
     Found,
     confusion_picture,
     errors_picture,
@@ -258,7 +257,7 @@ def _errors(reported: Reported) -> list[str]:
     if found.index is not None:
         worst = worst_picture(found, request)
         parts += [pictures.add("worst", worst.figure, "The images that cost most AP", "jpg"), page.listing(worst.lines)]
-    suspicions = find_suspicious(found.truth, found.detections, CONFIDENT)
+    suspicions = find_suspicious(found.truth, found.detections)
     parts.append(page.heading(f"Annotations that look wrong: {len(suspicions)}"))
     if suspicions and found.index is not None:
         figure = suspicious_picture(found, request).figure
