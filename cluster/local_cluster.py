@@ -159,7 +159,7 @@ class LocalCluster:
         """Starts one more node and returns its name without waiting."""
         with self._state() as state:
             name = f"node-{len(state['nodes'])}"
-            self._start(state, name, ["--address", _gcs_address(state)], state["spec"]["cpus_per_node"], {})
+            self._start(state, name, ["--address", state["gcs"]], state["spec"]["cpus_per_node"], {})
         return name
 
     def remove_node(self, name: str) -> None:
@@ -260,7 +260,7 @@ class LocalCluster:
         with self._state() as state:
             return {
                 "RAY_API_SERVER_ADDRESS": f"http://{LOCALHOST}:{state['port']}",
-                "RAY_ADDRESS": _gcs_address(state),
+                "RAY_ADDRESS": state["gcs"],
                 **self._authentication(),
             }
 
@@ -272,7 +272,8 @@ class LocalCluster:
         gcs_port, client_port, free_port, *metric_ports = free_ports(5)
         if spec.port and not is_free(spec.port):
             raise ClusterError(f"--port {spec.port}: something listens there already")
-        record = {"spec": dataclasses.asdict(spec), "gcs_port": gcs_port, "port": spec.port or free_port, "nodes": {}}
+        gcs = f"{node_address('head')}:{gcs_port}"
+        record = {"spec": dataclasses.asdict(spec), "gcs": gcs, "port": spec.port or free_port, "nodes": {}}
         self._state_file.write_text(json.dumps(record))
         arguments = [
             "--head", "--port", str(gcs_port), "--ray-client-server-port", str(client_port),
@@ -397,7 +398,3 @@ class LocalCluster:
     @property
     def _token(self) -> Path:
         return self.folder / "token"
-
-
-def _gcs_address(state: Mapping[str, Any]) -> str:
-    return f"{node_address('head')}:{state['gcs_port']}"
