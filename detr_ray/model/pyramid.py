@@ -43,10 +43,7 @@ class Pyramid:
     def centres(self) -> Tensor:
         """Centres of all cells, ``[B or 1, S, 2]`` (x, y) in 0..1 of the unpadded image; beyond 1 in the padding."""
         return torch.cat(
-            [
-                _cell_middles(height, width, self.cells.device) / self.valid_ratios[:, level, None]
-                for level, (height, width) in enumerate(self.sizes)
-            ],
+            [_centres(height, width, self.valid_ratios[:, level]) for level, (height, width) in enumerate(self.sizes)],
             dim=1,
         )
 
@@ -56,14 +53,20 @@ class Pyramid:
         return places[:, :, None] * ratios[:, None]
 
 
-def _cell_middles(height: int, width: int, device: torch.device) -> Tensor:
-    """Middles of the cells of a map, ``[height * width, 2]`` (x, y) in 0..1 of the map, row by row."""
-    y, x = torch.meshgrid(
-        (torch.arange(height, device=device, dtype=torch.float32) + 0.5) / height,
-        (torch.arange(width, device=device, dtype=torch.float32) + 0.5) / width,
-        indexing="ij",
+def _centres(height: int, width: int, valid_ratios: Tensor) -> Tensor:
+    """Centres of the cells of a map, ``[B, height * width, 2]`` (x, y), from its ``valid_ratios [B, 2]``.
+
+    Divided by whole numbers of cells: with 50 rows the first one lies at 0.01, where proposals begin, and the last bit
+    of a ratio would decide whether it proposes.
+    """
+    columns, rows = (
+        (torch.arange(cells, device=valid_ratios.device, dtype=torch.float32) + 0.5)
+        / (valid_ratios[:, axis, None] * cells).round()
+        for axis, cells in enumerate((width, height))
     )
-    return torch.stack((x, y), dim=-1).flatten(0, 1)
+    return torch.stack(
+        (columns[:, None].expand(-1, height, -1), rows[:, :, None].expand(-1, -1, width)), dim=-1
+    ).flatten(1, 2)
 
 
 def valid_ratios(paddings: Sequence[Tensor | None], device: torch.device) -> Tensor:
@@ -112,7 +115,8 @@ def input_projections(channels: Sequence[int], num_levels: int, dim: int) -> nn.
         nn.init.xavier_uniform_(convolution.weight)
         assert convolution.bias is not None
         nn.init.zeros_(convolution.bias)
-        projections.append(nn.Sequential(convolution, nn.GroupNorm(math.gcd(32, dim), dim)))
+        # Two channels a group at least: a map of one cell would be all zeros, and alone in a batch torch refuses it.
+        projections.append(nn.Sequential(convolution, nn.GroupNorm(math.gcd(min(32, dim // 2), dim), dim)))
     return projections
 
 

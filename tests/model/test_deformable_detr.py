@@ -19,6 +19,7 @@ from detr_ray.detector import build_skeleton
 from detr_ray.loss import SetCriterion, build_criterion
 from detr_ray.model import build_model, load_published, published_state_dict, weights
 from detr_ray.model.deformable_detr import DeformableDetr
+from detr_ray.model.pyramid import input_projections
 from detr_ray.model.state_dicts import WeightsError
 from detr_ray.model.weights import find_detector, load_initial_weights, read_checkpoint, whole_state
 from detr_ray.structures import Target
@@ -161,6 +162,14 @@ def test_more_queries_than_cells_are_no_failure(changes: dict[str, Any]) -> None
     assert output["pred_boxes"].shape == (2, 50, 4)
     losses = criterion(**changes)(output, targets(3, 0))
     assert all(bool(value.isfinite()) for value in losses.values())
+
+
+@pytest.mark.parametrize("dim", [16, 32, 48, 96, 256])
+def test_maps_of_one_cell_are_no_failure(dim: int) -> None:
+    """Of one image alone, and of models so narrow that a group of the norm had one channel."""
+    (project,) = input_projections((8,), 1, dim)
+    assert project(torch.randn(1, 8, 1, 1)).any()
+    assert project[1].num_groups == (dim // 2 if dim < 64 else 32), "published models are at least as wide"
 
 
 def levels_of(sizes: list[tuple[int, int]], channels: tuple[int, ...], count: int = 1) -> list[Tensor]:
