@@ -26,6 +26,7 @@ from detr_ray.config import load_config
 from detr_ray.data.formats import open_split
 from detr_ray.data.packing import write_shards
 from detr_ray.engine.optimizer import build_optimizer
+from detr_ray.engine.preflight import training
 from detr_ray.engine.preflight.storage import checkpoint_bytes
 from detr_ray.engine.preflight.writing import within
 from detr_ray.engine.reporting.progress import Pace
@@ -45,6 +46,15 @@ SMALL = [
 @pytest.fixture(autouse=True)
 def no_tracking_in_the_environment(monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+CHECK_MEMORY = training.check_memory
+
+
+@pytest.fixture(autouse=True)
+def no_estimate_of_memory(monkeypatch):
+    """It takes half a second each time; its own tests are in ``engine/test_memory_estimate.py``."""
+    monkeypatch.setattr(training, "check_memory", lambda *arguments: None)
 
 
 class Outcome:
@@ -326,7 +336,8 @@ def test_a_set_without_any_box_is_an_error(check, tmp_path):
 # The training plan
 
 
-def test_steps_and_shapes_are_those_of_training(check, tmp_path):
+def test_steps_and_shapes_are_those_of_training(check, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "check_memory", CHECK_MEMORY)
     root = sound_folder(tmp_path / "set", num_train=13)
     messages = check(root, "train.epochs=4000", "data.augment.scales=[96]", "eval.batch_size=3").messages(
         "ok", "training"
@@ -334,6 +345,7 @@ def test_steps_and_shapes_are_those_of_training(check, tmp_path):
     assert messages[0].startswith("steps: 3 an epoch, 12000 in all, of 4 images each")
     assert "largest training image 96x128 (height x width)" in messages[1]
     assert "forward pass 2 x 96x128 (2 workers); in validation 3 x 48x64" in messages[1]
+    assert "a step of the largest batch takes about" in messages[2]
     one_by_one = check(root, "train.num_workers=null", "train.micro_batch_size=3").messages("ok", "training")
     assert "forward pass 2 x 48x64 (one worker" in one_by_one[1]
 
@@ -378,7 +390,9 @@ def test_training_that_cannot_lead_anywhere_is_a_warning(check, tmp_path):
     large = check(root, "data.augment.scales=[200]", "data.augment.max_size=400", "train.epochs=3000")
     enlarged, short = large.messages("warning", "training")
     assert "enlarges its images 4.2 times" in enlarged
-    assert "needs about 1000000" in short
+    assert "detr needs about 1000000" in short
+    other = check(root, "train.epochs=10", "model.architecture=dino", "model.num_feature_levels=2")
+    assert "dino needs about 10000 before" in other.only("warning", "training")
 
 
 def test_validating_on_the_training_set_and_not_at_all_are_warnings(check, tmp_path):

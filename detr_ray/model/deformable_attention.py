@@ -104,13 +104,14 @@ class _Layout(NamedTuple):
     corners: Tensor
 
 
-def _layout(sizes: MapSizes, device: torch.device, dtype: torch.dtype) -> _Layout:
-    """The layout for maps of these sizes; made once, since a copy to a GPU waits for it.
+def _layout(sizes: MapSizes, locations: Tensor) -> _Layout:
+    """The layout for maps of these sizes, for such locations; made once, since a copy to a GPU waits for it.
 
-    A compiler's stand-ins for tensors must not be kept.
+    What stands for a tensor while a model is compiled, or where only shapes are of interest, must not be kept.
     """
-    make = _new_layout.__wrapped__ if torch.compiler.is_compiling() else _new_layout
-    return make(tuple(sizes), device, dtype)
+    is_kept = type(locations) is Tensor and not torch.compiler.is_compiling()
+    make = _new_layout if is_kept else _new_layout.__wrapped__
+    return make(tuple(sizes), locations.device, locations.dtype)
 
 
 @lru_cache(maxsize=256)
@@ -173,7 +174,7 @@ class _WeightedCells(torch.autograd.Function):
         ctx.save_for_backward(bordered, locations, weights)
         ctx.sizes = sizes
         batch, num_cells, heads, channels = bordered.shape
-        cells = _cells_around(locations, num_cells, _layout(sizes, locations.device, locations.dtype))
+        cells = _cells_around(locations, num_cells, _layout(sizes, locations))
         shares = (_bilinear(cells.fractions) * weights[..., None]).view(cells.rows.shape)
         read = F.embedding_bag(
             cells.rows, bordered.reshape(-1, channels), mode="sum", per_sample_weights=shares.to(bordered.dtype)
@@ -185,7 +186,7 @@ class _WeightedCells(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         bordered, locations, weights = ctx.saved_tensors
         channels = bordered.shape[-1]
-        layout = _layout(ctx.sizes, locations.device, locations.dtype)
+        layout = _layout(ctx.sizes, locations)
         cells = _cells_around(locations, bordered.shape[1], layout)
         by_bag = gradient.reshape(-1, channels)
         bilinear = _bilinear(cells.fractions)
@@ -326,5 +327,5 @@ class DeformableAttention(nn.Module):
         """Places of the points, ``[B, Q, M, L, P, 2]``."""
         centres = references[:, :, None, :, None, :2]
         if references.shape[-1] == 2:
-            return centres + offsets / _layout(sizes, offsets.device, offsets.dtype).extent
+            return centres + offsets / _layout(sizes, offsets).extent
         return centres + offsets * (references[:, :, None, :, None, 2:] * (0.5 / self.num_points))

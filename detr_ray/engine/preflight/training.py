@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torchvision.models import get_model_weights
 
+from detr_ray.architectures import FROM_SCRATCH
 from detr_ray.config import Config, ConfigError
 from detr_ray.data.balance import takings
 from detr_ray.data.errors import DataError
@@ -26,6 +27,7 @@ from detr_ray.detector import build_skeleton
 from detr_ray.engine.cpu import slow_precision
 from detr_ray.engine.parameters import refuse_misnamed
 from detr_ray.engine.preflight.findings import Level, Report
+from detr_ray.engine.preflight.memory import check_memory
 from detr_ray.engine.stream.planned_data import PlannedData, refuse_positions_out_of_reach
 from detr_ray.model.weights import WeightsError, load_backbone_weights, load_initial_weights, read_checkpoint
 
@@ -36,10 +38,6 @@ TIMEOUT_S = 5.0
 # Status codes of servers that refuse HEAD requests; the file may exist all the same.
 _NO_ANSWER = (401, 403, 405, 501)
 
-# Training images (with repetitions) that a model needs from random weights. For photographs: about eight epochs of
-# COCO. Measured on generated images of 64 pixels: AP 0.1 after 16,000 images, 0.4 after 32,000.
-_PASSES_FROM_SCRATCH = 1_000_000
-_PASSES_FROM_SCRATCH_SMALL = 30_000
 _SMALL_SIDE_PX = 160
 _MOST_LEFT_OUT = 0.1
 _MOST_ENLARGED = 2.0
@@ -173,7 +171,8 @@ def check_plan(config: Config, opened: dict[str, DatasetIndex], label_map: Label
         except ConfigError as error:
             for line in error.errors:
                 report.add("error", TRAINING, line)
-    sizes = _check_shapes(data, min(steps, steps_per_epoch), report)
+    sizes, largest_batch = _check_shapes(data, min(steps, steps_per_epoch), report)
+    check_memory(config, data.label_map.num_classes, largest_batch, count_boxes(train).most, TRAINING, report)
     _check_enlargement(train, sizes, report)
     _check_ends(config, report)
     _check_length(config, len(train), steps * batch, float(np.median(sizes[:, 1:].min(axis=1))), report)
@@ -210,8 +209,13 @@ def _check_precision(config: Config, report: Report) -> None:
         report.add("warning", TRAINING, message, advice)
 
 
-def _check_shapes(data: PlannedData, steps: int, report: Report) -> np.ndarray:
-    """Plans the first epoch and returns its samples as ``[n, 3]`` (row of the index, height, width)."""
+def _check_shapes(data: PlannedData, steps: int, report: Report) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """Plans the first epoch.
+
+    Returns:
+        Its samples as ``[n, 3]`` (row of the index, height, width), and the images, height and width of the largest
+        batch of a forward pass.
+    """
     config = data.config
     # With the smallest number of workers, each has the largest share.
     workers = config.train.worker_range[0] if config.train.worker_range else None
@@ -236,7 +240,7 @@ def _check_shapes(data: PlannedData, steps: int, report: Report) -> np.ndarray:
         count, height, width = max((_padded(part) for part in plan.evaluation), key=math.prod)
         message += f"; in validation {count} x {height}x{width}"
     report.add("ok", TRAINING, message)
-    return np.array(samples, np.int64)
+    return np.array(samples, np.int64), largest_batch
 
 
 def _padded(samples: tuple[SamplePlan, ...]) -> tuple[int, int, int]:
@@ -273,11 +277,13 @@ def _check_enlargement(train: DatasetIndex, samples: np.ndarray, report: Report)
 def _check_length(config: Config, num_images: int, passes: int, short_side_px: float, report: Report) -> None:
     if config.model.init_from is not None:
         return
-    enough = _PASSES_FROM_SCRATCH_SMALL if short_side_px <= _SMALL_SIDE_PX else _PASSES_FROM_SCRATCH
+    architecture = config.model.architecture
+    needed = FROM_SCRATCH[architecture]
+    enough = needed.small if short_side_px <= _SMALL_SIDE_PX else needed.photographs
     if passes < enough:
         report.add(
             "warning", TRAINING,
             f"training from scratch sees {passes} images ({num_images}, {passes / num_images:.0f} times each); with "
-            f"images of this size DETR needs about {enough} before it finds much",
+            f"images of this size {architecture} needs about {enough} before it finds much",
             "start from trained weights (model.init_from), or train for more epochs on more images",
         )  # fmt: skip
