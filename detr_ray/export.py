@@ -14,12 +14,13 @@ folder, a checkpoint, models:/NAME@ALIAS, a published file or its URL.
 
 --to onnx: batches of normalised images of any size with their padding mask, in ONNX. --to onnx-image: one plain image
 of any size, in ONNX, with resizing, normalisation and pixel boxes inside. --to torch: as onnx, as an archive of
-torch.export. The file is kept only if it gives what the model gives, which is tried at two batch sizes and shapes."""
+torch.export. --to published: the weights alone, under the names of the published files, for the code that these came
+with. The file is kept only if it gives what the model gives, which is tried at two batch sizes and shapes."""
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", nargs="?", help="the model; see above")
-    parser.add_argument("--to", metavar="FORMAT", help="onnx, onnx-image or torch")
+    parser.add_argument("--to", metavar="FORMAT", help="onnx, onnx-image, torch or published")
     parser.add_argument("--out", metavar="FILE", help="the file to write; a path or URI")
 
 

@@ -1,4 +1,4 @@
-"""Models as files that run without this package: ONNX, and archives of ``torch.export``."""
+"""Models as files for use without this package: ONNX, archives of ``torch.export``, weights under published names."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from detr_ray.exporting.errors import ExportError
 from detr_ray.exporting.onnx_file import check_packages, write_batch_onnx, write_image_onnx
 from detr_ray.exporting.parity import Agreement
+from detr_ray.exporting.published_file import write_published_file
 from detr_ray.exporting.source import ExportSource
 from detr_ray.exporting.torch_archive import write_torch_archive
 
@@ -35,6 +36,7 @@ FORMATS = {
     "onnx": ExportFormat(write_batch_onnx, ".onnx", True),
     "onnx-image": ExportFormat(write_image_onnx, ".onnx", True),
     "torch": ExportFormat(write_torch_archive, ".pt2", False),
+    "published": ExportFormat(write_published_file, ".pth", False),
 }
 """Value of ``--to`` -> format."""
 
