@@ -1,8 +1,8 @@
 """The training augmentation of DETR: what is drawn for a sample, and the steps that this makes.
 
-One draw is: mirror or not; then either a resize of the short side to a random scale, or a resize to a small scale, a
-random cut-out and a resize of the cut-out to a random scale. All of it is decided by an image's size and eight numbers
-in 0..1, for any number of samples at once and without touching a pixel. Knows nothing of the order of samples or of
+Each sample is mirrored or not. Then its short side is resized to a random scale; or it is resized to a small scale,
+cropped at random, and the crop is resized to a random scale. All of it follows from the image's size and eight numbers
+in 0..1. It is computed for many samples at once, without their pixels. Knows nothing of the order of samples or of
 files.
 
 Source of the rules: Carion et al. 2020, section A.4, and the transforms of the published code.
@@ -21,8 +21,8 @@ from detr_ray.data.sample import Crop, Flip, Partner, Resize, Step, resized_size
 _DECIDING_SIZE = slice(1, 6)
 """Of a sample's random numbers, those that decide its final size."""
 
-# The cut-out branch resizes with no limit on the long side. An image so long that this side would pass the limit here
-# (35 times as long as wide at the default scales) is not cut: one image would take gigabytes on its way.
+# The resize before a crop has no limit for the long side. An image whose long side would exceed this limit (35 times as
+# long as wide at the default scales) is not cropped: it would take gigabytes in between.
 LONGEST_UNCUT_PX = 21_000
 
 
@@ -60,20 +60,19 @@ class Draws:
 
 @dataclass(frozen=True, slots=True)
 class DetrAugmentation:
-    """What is drawn from: a `Transform`, the one that is named ``detr``.
+    """The original's augmentation, as a `Transform`; its name in a configuration is ``detr``.
 
     Attributes:
         flip: probability of mirroring left to right.
         scales: final lengths of the short side, pixels.
-        max_size: most that the long side may have, pixels.
-        crop: probability of the branch that cuts out.
-        crop_scales: lengths of the short side before the cut, pixels.
-        crop_min: least side of a cut-out where the image has as much, pixels.
-        crop_max: most side of a cut-out, pixels.
-        shared_draws: samples of like stored aspect that share the draws which decide their final size (branch, scales,
-            sides of the cut-out), within a window of the stream. 1: each its own, as in the published code. More: each
-            sample is augmented as before, but like ones together, which takes padding out of small data sets and
-            levels the work of many workers.
+        max_size: longest allowed long side, pixels.
+        crop: probability that an image is cropped.
+        crop_scales: lengths of the short side before the crop, pixels.
+        crop_min: smallest side of a crop, pixels; smaller only where the image itself is.
+        crop_max: largest side of a crop, pixels.
+        shared_draws: number of samples of similar aspect ratio in a window of the stream that share the random numbers
+            for their final size (crop or not, scales, sides of the crop). 1: each has its own, as in the published
+            code. With more, small data sets need less padding, and workers get more even shares.
     """
 
     flip: float
@@ -129,7 +128,7 @@ class DetrAugmentation:
         for short in self.crop_scales:
             sides = resized_sizes(sizes, np.array(short)).astype(np.int64)
             least, most = np.minimum(self.crop_min, sides), np.minimum(self.crop_max, sides)
-            # The most oblong cut-out: as long as can be along one side, as short as can be along the other.
+            # The most oblong crop: as long as possible along one side, as short as possible along the other.
             ratio = float(max((most[:, 0] / least[:, 1]).max(), (most[:, 1] / least[:, 0]).max(), 1))
             for scale in self.scales:
                 long = int(scale * ratio)
@@ -138,15 +137,15 @@ class DetrAugmentation:
 
 
 def share_draws(uniform: np.ndarray, sizes: np.ndarray, count: int) -> np.ndarray:
-    """Lets samples of like aspect have the same random numbers where these decide the final size.
+    """Gives samples of similar aspect ratio the same random numbers for their final size.
 
-    Which numbers a sample gets does not depend on its own shape. So each sample is augmented as often in each way as
-    without sharing, but no longer independently of the others.
+    Which numbers a sample gets does not depend on its own shape. So the distribution for a single sample is the same as
+    without sharing, but samples are no longer independent of each other.
 
     Args:
         uniform: ``[n, draws_per_sample]``.
         sizes: ``[n, 2]`` (height, width) of the stored images.
-        count: samples that share, 1 for none.
+        count: number of samples that share; 1 for no sharing.
 
     Returns:
         The numbers to use, ``[n, draws_per_sample]``.

@@ -16,14 +16,14 @@ from detr_ray.data.statistics import learnt_boxes
 
 @dataclass(frozen=True, slots=True)
 class Balance:
-    """What an epoch is to be made of.
+    """How often images are repeated.
 
     Attributes:
         repeat_threshold: images of a class that is on a smaller share of the images are repeated (`repeat_factors`);
             0: none are.
-        background: share of an epoch's samples that have no box; None: as it comes.
-        source_weights: how often an epoch takes the images of each of a merged data set's sources, before the other
-            two are applied; empty: once.
+        background: share of an epoch's samples that have no box; None: as in the data set.
+        source_weights: of a merged data set: how often an epoch takes the images of each source, before the other two
+            settings are applied; empty: once.
     """
 
     repeat_threshold: float = 0.0
@@ -34,7 +34,7 @@ class Balance:
         """How often an epoch takes each image on average, ``[I]`` float64; None: each once.
 
         Raises:
-            DataError: there are no images of the kind that is to have a share.
+            DataError: ``background`` asks for images with boxes, or without, and there are none.
         """
         is_weighted = any(weight != 1 for weight in self.source_weights)
         if not self.repeat_threshold and self.background is None and not is_weighted:
@@ -83,12 +83,12 @@ def repeat_factors(index: DatasetIndex, threshold: float) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class Takings:
-    """What an epoch takes of a class.
+    """How many images and samples have a class.
 
     Attributes:
         name: of the class.
-        images: that have it.
-        samples: of an epoch that have it, on average.
+        images: number of images with the class.
+        samples: number of an epoch's samples with the class, on average.
     """
 
     name: str
@@ -102,7 +102,7 @@ class Takings:
 
 
 def takings(index: DatasetIndex, repeats: np.ndarray) -> list[Takings]:
-    """What an epoch takes of each class that has a box to learn, the most repeated first.
+    """`Takings` of each class that has a box to learn, the most repeated class first.
 
     Args:
         index: the training set.

@@ -1,11 +1,11 @@
 """From the bytes of an image file to RGB pixels.
 
-Every readable image becomes ``uint8 [3, H, W]`` RGB, whatever its file format and mode; one that is not readable is an
-`ImageError` that names the file and the reason. (Pixels that are lost in the middle of a JPEG with a valid end are
-filled by the JPEG library without an error.) The EXIF orientation is applied, and EXIF that can't be read is ignored.
-An alpha channel is dropped, as ``convert("RGB")`` of Pillow does. 16-bit images keep the high byte, unless they say
-that they use fewer bits; they are refused where they would be nearly black. Of animations the first frame is taken.
-Knows nothing of boxes, augmentation or batches.
+Every readable image becomes ``uint8 [3, H, W]`` RGB, whatever its file format and mode. An unreadable one raises an
+`ImageError` that names the file and the reason. (If data is damaged in the middle of a JPEG, and its end is valid, the
+JPEG library fills the lost pixels without an error.) The EXIF orientation is applied, and EXIF that can't be read is
+ignored. An alpha channel is dropped, as ``convert("RGB")`` of Pillow does. 16-bit images keep the high byte, unless
+they say that they use fewer bits; they are refused where they would be nearly black. Of animations the first frame is
+taken. Knows nothing of boxes, augmentation or batches.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from detr_ray.data.image_headers import (
 
 
 def reduction(stored: tuple[int, int], wanted: tuple[int, int], margin: float) -> int:
-    """By how much (1, 2, 4, 8) an image may be made smaller while it is decoded.
+    """The factor (1, 2, 4 or 8) by which an image may be made smaller while it is decoded.
 
     Args:
-        stored: (height, width) in pixels. Only what divides both is considered, so that no pixel is cut in two.
+        stored: (height, width) in pixels. The factor divides both.
         wanted: (height, width) that the image is resized to next.
         margin: the reduced image has at least this many times as many pixels along each side as are wanted.
     """
@@ -54,17 +54,17 @@ def reduction(stored: tuple[int, int], wanted: tuple[int, int], margin: float) -
 def decode_image(data: bytes, name: str, size: tuple[int, int] | None = None, reduced: int = 1) -> Tensor:
     """Decodes an image file of any format that torchvision or Pillow know.
 
-    JPEGs go through torchvision's decoder (which reports truncated data), all else and the kinds of JPEG that it does
-    not know through Pillow.
+    JPEGs are decoded by torchvision (which reports truncated data). Other formats, and kinds of JPEG that it does not
+    know, are decoded by Pillow.
 
     Args:
         data: the file's content.
         name: what to call the image in messages.
         size: (height, width) in pixels that the annotations were made on. Some annotation tools ignore the EXIF
             orientation: where only the image as stored has this size, it is left as stored.
-        reduced: 2, 4 or 8 to get a JPEG at that fraction of ``size``, which both its sides have to be multiples of.
-            The decoder then skips the finest frequencies instead of computing pixels that are averaged afterwards.
-            Other formats, and JPEGs that their decoder will not reduce so, come as they are.
+        reduced: 2, 4 or 8: decode a JPEG at ``size`` divided by this number, which must divide both sides. The decoder
+            then skips the finest frequencies instead of computing pixels that are averaged afterwards. Other formats,
+            and JPEGs that the decoder cannot reduce, have their full size.
 
     Returns:
         ``[3, H, W]`` uint8 RGB; not contiguous (the channels of a pixel lie together, as decoders leave them).
@@ -77,7 +77,7 @@ def decode_image(data: bytes, name: str, size: tuple[int, int] | None = None, re
     if not data.startswith(JPEG_START):
         return _decode_with_pillow(data, name, size)
     header = _jpeg_header(data, name)
-    is_upright = header.turn(name, size)  # before decoding: by a damaged header an image may take gigabytes
+    is_upright = header.turn(name, size)  # before decoding: an image with a damaged header may take gigabytes
     pixels = _decode_reduced(data, name, header, reduced) if size is not None and reduced > 1 else None
     if pixels is None:
         pixels = _decode_jpeg(data, name)
@@ -87,7 +87,7 @@ def decode_image(data: bytes, name: str, size: tuple[int, int] | None = None, re
 
 
 def _jpeg_header(data: bytes, name: str) -> ImageHeader:
-    """The header of a JPEG, without Pillow where there is nothing that only Pillow reads, which is most often."""
+    """The header of a JPEG. Pillow is used only for what nothing else reads, which is rare."""
     frame = jpeg_frame(data)
     if frame is None or b"Exif\0\0" in data or b"http://ns.adobe.com/xap/" in data:
         return read_header(data, name)
@@ -96,7 +96,7 @@ def _jpeg_header(data: bytes, name: str) -> ImageHeader:
 
 def _decode_jpeg(data: bytes, name: str) -> Tensor | None:
     """The pixels as stored, ``[H, W, 3]``; None for a JPEG of a kind that this decoder does not know."""
-    from torchvision.io import ImageReadMode  # a second, which readers of other images do without
+    from torchvision.io import ImageReadMode  # takes a second; other formats do not need it
 
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     try:
@@ -110,7 +110,7 @@ def _decode_jpeg(data: bytes, name: str) -> Tensor | None:
 
 
 def _decode_reduced(data: bytes, name: str, header: ImageHeader, reduced: int) -> Tensor | None:
-    """The pixels as stored at a fraction of their size; None where they do not come out at that size."""
+    """The pixels as stored, at a fraction of their size; None if the decoder gives another size."""
     wanted = (header.stored[0] // reduced, header.stored[1] // reduced)
     try:
         with quiet_pillow(), Image.open(io.BytesIO(data)) as image:

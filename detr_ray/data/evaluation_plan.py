@@ -16,7 +16,7 @@ def plan_evaluation(
 ) -> list[tuple[SamplePlan, ...]]:
     """Batches for evaluation: every image once, nothing random, no padding.
 
-    What the model sees of an image depends neither on the batch size nor on the other images.
+    The model's input for an image depends neither on the batch size nor on other images.
 
     Args:
         heights: ``[I]`` pixels of the stored images.

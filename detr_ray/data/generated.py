@@ -29,7 +29,7 @@ CLASSES = ("rectangle", "ellipse", "triangle", "star", "cross", "ring")
 MARKER = "generated.json"
 """File in the data set's folder that says what it was made of."""
 
-# Raised whenever the same parameters would give other pixels: an old folder then is no longer taken for a new one.
+# Increased when the same parameters give other pixels, so that folders of earlier versions are not reused.
 _DRAWING = 1
 _SPLITS = {"train": (0, 0), "val": (1, 1_000_000)}
 # Masks are drawn so many times larger than they appear: smooth edges, and boxes exact to a quarter of a pixel.
@@ -215,7 +215,7 @@ def _draw_image(split: str, number: int, parameters: DrawingParameters) -> tuple
 
 
 def _draw_background(rng: np.random.Generator, height: int, width: int, clutter: float) -> np.ndarray:
-    """A smooth gradient with patches, lines and specks: ``[height, width, 3]`` int16 in 0..255."""
+    """A smooth gradient with patches, lines and dots: ``[height, width, 3]`` int16 in 0..255."""
 
     def smooth_field(rows: int, columns: int, resampling: Image.Resampling) -> np.ndarray:
         grid = rng.integers(0, 256, size=(rows, columns, 3), dtype=np.uint8)

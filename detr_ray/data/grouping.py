@@ -9,12 +9,12 @@ import numpy as np
 
 
 def order_by_shape(sizes: np.ndarray, group: int) -> np.ndarray:
-    """Orders images such that groups of like shape follow one another.
+    """Orders images so that each group has images of similar shape.
 
-    The images are halved again and again: down to groups of ``group``, then inside of each group down to single images,
-    so that any run of neighbours within a group is of like shape too. Each cut is made along the measure (height,
-    width, aspect, area) that leaves the least area when both halves are padded to their largest height and width. All
-    cuts of one depth are made together: ``log2(n)`` rounds, no loop over images.
+    The images are halved repeatedly: down to groups of ``group``, then inside each group down to single images, so that
+    neighbours within a group have similar shapes, too. Each cut is made along the measure (height, width, aspect, area)
+    that leaves the least area when both halves are padded to their largest height and width. All cuts of one depth are
+    made together: ``log2(n)`` rounds, no loop over images.
 
     Args:
         sizes: ``[n, 2]`` (height, width) in pixels; ``n`` is a multiple of ``group``.
@@ -69,7 +69,7 @@ def _cut(
     goes_left = is_left.take(orders).ravel()
     places = np.tile(is_left_place, len(orders))
     cut = np.empty_like(orders)
-    # Of every measure as many go left: what is taken out in order is put in in order.
+    # For every measure the same number of images goes left, so the sorted orders can be filled in place.
     cut.ravel()[np.flatnonzero(places)] = orders.ravel().compress(goes_left)
     cut.ravel()[np.flatnonzero(~places)] = orders.ravel().compress(~goes_left)
     return cut

@@ -1,9 +1,9 @@
 """Divides a data set without a validation set into training and validation images.
 
-On which side an image is depends on a hash of its name and the seed, so images that are added later leave the others
-where they are. Images of one group (frames of one video) are on the same side. A hash gives each class its share only
-on average. Where a class would be on one side alone, one group of it is moved: that with the smallest hash to
-validation, or that with the largest to training. Only such a group can move back when images are added.
+A hash of an image's name and the seed decides on which side it is, so adding images later does not move the others.
+Images of one group (frames of one video) are on the same side. The hash gives each class its share only on average. If
+a class would be on one side alone, one of its groups is moved: the group with the smallest hash to validation, or the
+one with the largest to training. Only such a group can move back when images are added.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class ImageHeader:
         stored: (height, width) in pixels as stored.
         orientation: EXIF orientation, 1 (upright) to 8.
         has_unreadable_exif: whether there is EXIF that can't be read; the image then counts as upright.
-        is_certain: whether decoding can find nothing else than damage in what follows the header.
+        is_certain: whether the header is enough to accept the image, unless the data after it is damaged.
         num_bytes: least length of the whole file; 0 where the header does not say.
     """
 
@@ -125,7 +125,7 @@ def read_header(data: bytes, name: str, *, is_whole: bool = True) -> ImageHeader
 
 
 def refuse_early(data: bytes, name: str) -> None:
-    """Refuses what shows in the first bytes, whichever decoder would be next.
+    """Refuses images by their first bytes, before a decoder is chosen.
 
     Raises:
         ImageError: no content, or a JPEG that is too large or of a kind that is not read.
@@ -145,14 +145,14 @@ def refuse_too_large(name: str, size: tuple[int, int]) -> None:
     """Refuses an image with more pixels than are read.
 
     Raises:
-        ImageError: it has.
+        ImageError: the image has more.
     """
     if size[0] * size[1] > MOST_PIXELS:
         raise _too_large(name, f"{size[0]}x{size[1]} (height x width) are ")
 
 
 def describe(image: Image.Image, data: bytes, name: str, *, is_whole: bool = True) -> ImageHeader:
-    """What an image that Pillow has opened is, before anything else is done with it.
+    """The header of an image that Pillow has opened but not decoded.
 
     Raises:
         ImageError: too large, or a pixel type without a defined range.
@@ -181,7 +181,7 @@ def describe(image: Image.Image, data: bytes, name: str, *, is_whole: bool = Tru
 
 
 def significant_bits(image: Image.Image) -> int:
-    """Bits that a 16-bit image's pixels use by what its file says; 16 where it says nothing."""
+    """Number of bits that the pixels of a 16-bit image use, as stated in its file; 16 if it is not stated."""
     if _raw_mode(image) == "I;12":
         return 12
     tags: Any = getattr(image, "tag_v2", {})
@@ -230,7 +230,7 @@ def late_orientation(image: Image.Image) -> int:
 
 
 def _read_orientation(read_exif: Callable[[], Image.Exif]) -> int | None:
-    """The orientation that EXIF says, 1 where it says none that there is; None where it can't be read."""
+    """The orientation in the EXIF data; 1 if it is missing or not valid; None if EXIF can't be read."""
     try:
         found = read_exif().get(_ORIENTATION, 1)
     except Exception:  # Pillow raises almost anything on EXIF that is damaged
@@ -277,7 +277,7 @@ class JpegFrame:
 
 def jpeg_frame(data: bytes) -> JpegFrame | None:
     """The frame header of a JPEG; None where it has none that can be followed."""
-    place = data.find(0xFF, 2)  # decoders pass over what is no marker
+    place = data.find(0xFF, 2)  # decoders skip bytes that are no marker
     while place >= 0 and place + 9 <= len(data):
         marker = data[place + 1]
         if marker in _FRAME_MARKERS:
@@ -292,7 +292,7 @@ def jpeg_frame(data: bytes) -> JpegFrame | None:
 
 
 def damaged(name: str, error: Exception) -> ImageError:
-    """The error for what a decoder raised; decoders raise almost anything on damaged data."""
+    """The `ImageError` for an exception of a decoder; decoders raise almost any exception for damaged data."""
     if isinstance(error, MemoryError):
         raise error
     if isinstance(error, ImageError):

@@ -1,7 +1,7 @@
 """Where an image's file lies: a name of the annotation file below the folder of images, and never outside of it.
 
-Annotation files come from others. A name such as ``/etc/passwd`` or ``../../key``, or a link in the folder, would have
-any file of the machine read, and packed into shards byte for byte.
+Annotation files come from others. With a name such as ``/etc/passwd`` or ``../../key``, or a link in the folder, any
+file of the machine could be read, and be packed into shards byte for byte.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def name_below(root: str, file_name: str) -> str:
 
 
 def refuse_link_outside(root: str, name: str, what: str) -> None:
-    """Refuses a local file that a link leads to from the folder of images out of it.
+    """Refuses a local file if a link in the folder of images leads out of the folder.
 
     Args:
         root: the folder, which may be a link itself.
@@ -73,7 +73,7 @@ def refuse_link_outside(root: str, name: str, what: str) -> None:
     path = root
     for part in PurePosixPath(name).parts:
         path = f"{path}/{part}"
-        if Path(path).is_symlink():  # else nothing has to be followed, which would take several times as long
+        if Path(path).is_symlink():  # following links takes several times as long, so only if there is one
             break
     else:
         return
@@ -100,7 +100,7 @@ def missing(root: str, name: str, what: str, reason: str) -> ImageError:
 
 
 def _found_elsewhere(root: str, file_name: str) -> tuple[str, str] | None:
-    """Another name that a file does lie under, and what to do about such names; None beyond a network as well."""
+    """The name under which the file is found, and what to do about such names; None if not found or remote."""
     if is_uri(root) or "\0" in file_name:
         return None
     for candidate, advice in _other_names(file_name):
@@ -115,7 +115,7 @@ def _found_elsewhere(root: str, file_name: str) -> tuple[str, str] | None:
 
 
 def _other_names(file_name: str) -> Iterator[tuple[str, str]]:
-    """How a file may be called that the annotation file calls otherwise, and what to do about it."""
+    """Other names that a file may have, and what to do about each kind."""
     slashed = file_name.replace("\\", "/")
     yield slashed, "these are Windows paths: write / for \\ in 'file_name'"
     yield unquote(file_name), "these names are URL-encoded: decode 'file_name' (a blank for %20)"

@@ -1,4 +1,4 @@
-"""Where the bytes of stored images are read from: a folder or shards, here or beyond a network.
+"""Reads the bytes of stored images: from a folder or from shards, local or remote.
 
 Knows nothing of pixels (see `decoding.py`), of boxes, augmentation or batches.
 """
@@ -80,7 +80,7 @@ class ImageReader:
         index: says where the images lie and what they are called: a `DatasetIndex`.
 
     Attributes:
-        is_remote: whether they lie beyond a network; several reads at a time then take about as long as one.
+        is_remote: whether the images are on another machine; then several reads at a time take about as long as one.
     """
 
     def __init__(self, index: StoredImages) -> None:
@@ -173,7 +173,7 @@ class ImageReader:
             return self._read_span(Span(int(self._shards.file_of[i]), int(self._shards.offsets[i]), wanted, (0,)), i)
         try:
             return self._read_file(i, num_bytes)
-        except AccessDenied as error:  # credentials are of the storage, not of one image
+        except AccessDenied as error:  # credentials concern the whole storage, not one image
             raise DataError(f"{self.name(i)}: {reason_of(error)}") from error
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
             raise ImageError(f"{self.name(i)}: {reason_of(error)}") from error
@@ -191,7 +191,7 @@ class ImageReader:
                 return file.read(-1 if num_bytes is None else num_bytes)
 
         def read_remote() -> bytes:
-            # The name is not made part of an address: it may hold characters that mean something there.
+            # The name is not made part of an address, where some of its characters could have a meaning.
             file_system, folder = open_location(root)
             with file_system.open_input_file(f"{folder}/{name}") as file:
                 return file.read(num_bytes)

@@ -1,4 +1,4 @@
-"""The data set as columns: which images there are, how large they are, and the boxes on them.
+"""A data set as columns: its images, their sizes, and their boxes.
 
 An index holds no Python object per image or annotation: a million boxes are a few arrays, which are sent to other
 processes without being copied. Knows no file format (see `formats/`) and reads no pixels (see `images.py`).
@@ -109,8 +109,8 @@ class DatasetIndex:
         shards: where the images lie in shards; None where they are files in a folder.
         follow_links: whether links in that folder may lead out of it.
         sources: the data sets that this one is merged from (`merging.py`); None where it is one.
-        problems: what was put right or left out on the way, counted; the keys are those of `PROBLEMS`. The reader gives
-            its own; what can be seen in the columns is added when the index is made.
+        problems: numbers of things that were corrected or left out; the keys are those of `PROBLEMS`. The reader counts
+            some; those that the columns show are added when the index is made.
         fingerprint: sha256 of the content, the same wherever and in whichever format the data set lies.
     """
 
@@ -221,7 +221,7 @@ class DatasetIndex:
 
     @property
     def images_left_out(self) -> int:
-        """Images that are not in it because their size cannot be read; in each part of a data set, those of all."""
+        """Number of images that were left out because their size cannot be read; a part has the whole set's number."""
         return self.problems.get("images_without_size", 0)
 
     def file_name(self, i: int) -> str:

@@ -28,7 +28,7 @@ from detr_ray.locations import file_info, list_files
 _LOCAL_THREADS = 16
 _REMOTE_THREADS = 64
 _GROUP_IMAGES = 1024
-# Storage that fails so often is not there; each failure may take as long as the storage's time limit.
+# After so many failures the rest is not tried; each failure may take as long as the storage's time limit.
 _MOST_STORAGE_FAILURES = 50
 _SAME_RATIO = 0.02
 _LAST_BYTES = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
@@ -65,8 +65,8 @@ class Inspection:
         formats: file format -> images.
         modes: pixel type as Pillow names it -> images.
         num_turned: images with an EXIF orientation other than upright.
-        turned_unseen: files among them whose size is the same either way, so that it does not show whether the boxes
-            were drawn on the turned or on the stored image.
+        turned_unseen: files among them whose turned and stored sizes are equal, so that the size does not tell on which
+            of the two the boxes were drawn.
         num_unreadable_exif: images with EXIF that can't be read, which are taken as stored.
         broken_off: why the rest was not looked at; empty where all were.
     """
@@ -82,7 +82,7 @@ class Inspection:
 
 
 def find_missing_storage(index: DatasetIndex) -> dict[int, str]:
-    """Finds out whether the folder or the shards that hold the images are there, with one look at a folder.
+    """Finds out whether the folder of images or the shards exist, with one listing of a folder.
 
     Returns:
         What is wrong, by number of the shard; number -1 is the folder. Empty where all is there.
@@ -130,9 +130,8 @@ def inspect_images(
 
     Args:
         index: the split.
-        decode: decode every image whole, which finds damage behind the header; otherwise only those whose header
-            leaves it open whether they can be used, the first of each kind, and those on this machine that lack the end
-            of their format.
+        decode: decode every image, which also finds damage after the header. Otherwise only images whose header does
+            not say whether they can be used, the first of each kind, and local files whose end is missing are decoded.
         only: rows of the index to look at; None for all.
         without_shards: numbers of shards whose images are passed over.
         progress: called with (images done, images in all) from time to time.
@@ -169,7 +168,7 @@ def is_other_folder(bad: Sequence[BadImage], num_seen: int) -> bool:
 
 
 def common_cause(bad: Sequence[BadImage], num_seen: int) -> str:
-    """What to do where one thing is wrong with all bad images; empty where there is no such thing.
+    """What to do if all bad images have the same fault; empty otherwise.
 
     Args:
         bad: at least one.

@@ -63,7 +63,7 @@ class LabelMap:
 
     @classmethod
     def coco91(cls) -> LabelMap:
-        """The space of the published weights: 91 labels, each its own category id, 11 of them unused."""
+        """The space of the published weights: 91 labels, equal to the category ids; 11 of them are unused."""
         ids = range(COCO_NUM_CLASSES)
         return cls(tuple(COCO_CATEGORIES.get(i) for i in ids), tuple(i if i in COCO_CATEGORIES else None for i in ids))
 

@@ -20,8 +20,8 @@ from detr_ray.data.label_map import LabelMap
 from detr_ray.data.sample import Instances, Picture, SamplePlan
 from detr_ray.structures import PaddedBatch
 
-# The columns that a table holds beside the pixels and the messages about bad images: element type, and shape of one
-# image's or one box's part of it.
+# The columns of a table, without the pixels and the messages about bad images: type of the elements, and shape of the
+# entry of one image or box.
 _COLUMNS: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
     "sizes": (np.int32, (2,)),
     "orig_sizes": (np.int32, (2,)),
@@ -41,8 +41,8 @@ class BatchLoader:
         index: the data set's images and boxes.
         label_map: turns its category ids into labels; has to know all of them.
         reader: reads its images; the index's own by default.
-        reduce: JPEGs that are at least twice this many times as large as they are wanted may be decoded at a fraction
-            of their size, of which at least this many times the wanted size is left; None to decode all as stored.
+        reduce: large JPEGs are decoded at 1/2, 1/4 or 1/8 of their size if that is still at least this many times the
+            wanted size; None: never.
         pad_multiple: batches are as high and wide as a multiple of so many pixels.
     """
 
@@ -75,7 +75,7 @@ class BatchLoader:
     def load_each(self, batches: Iterable[Sequence[SamplePlan]]) -> Iterator[PaddedBatch]:
         """Loads micro-batches one after the other, as `load` does; what is remote is read one batch ahead.
 
-        So a batch is fetched while the one before it is decoded, and no more than two are held.
+        So a batch is fetched while the previous one is decoded, and at most two are in memory.
         """
         ahead: tuple[Sequence[SamplePlan], list[Callable[[], bytes]]] | None = None
         for samples in batches:
@@ -134,11 +134,11 @@ class BatchLoader:
         return int(self.index.heights[i]), int(self.index.widths[i])
 
     def _load(self, sample: SamplePlan, reads: Iterator[Callable[[], bytes]], bad: dict[int, str]) -> Picture | None:
-        """The picture of a sample, and of its partners within.
+        """The picture of a sample, made from its image and those of its partners.
 
         Args:
             sample: the plan.
-            reads: give the bytes of its images, in their order; all of them are used up.
+            reads: functions that give the bytes of its images, in order; all of them are called.
             bad: gets the images that cannot be used: what is wrong, by image id.
 
         Returns:
@@ -162,7 +162,8 @@ class BatchLoader:
 def to_table(batch: PaddedBatch) -> pa.Table:
     """A table of one row that holds the batch: ``images`` as one binary value, the rest as flat lists.
 
-    The pixels' bytes are ordered as BHWC. No copy of them is made where they lie so, as `BatchLoader` leaves them.
+    The bytes of the pixels have the order BHWC. They are not copied if they have this order in memory already, as those
+    of `BatchLoader` do.
     """
     images = np.ascontiguousarray(batch.images.transpose(0, 2, 3, 1))
     buffer = pa.py_buffer(images.reshape(-1))
@@ -198,7 +199,7 @@ def from_table(table: pa.Table) -> PaddedBatch:
 
 
 def _bytes_of(column: pa.LargeBinaryArray) -> np.ndarray:
-    """The first value of a binary column as uint8, where it lies (taking it as a scalar would copy it)."""
+    """The first value of a binary column as uint8, without a copy (converting it to a scalar would copy it)."""
     _, offsets, data = column.buffers()
     start, end = np.frombuffer(offsets, np.int64)[column.offset : column.offset + 2]
     return np.frombuffer(data, np.uint8, count=end - start, offset=start)

@@ -91,14 +91,15 @@ def write_shards(
 ) -> tuple[int, int]:
     """Writes a data set as Parquet shards, whole or not at all.
 
-    On a disk, the files are made in ``.NAME.partial`` beside ``out_dir`` and get their name when everything is written
-    and every image has been read back. Elsewhere, each is made on this machine and then uploaded, the index last: what
-    has no index is no folder of shards. The same data set and the same library versions give the same bytes.
+    On a local disk, the files are made in ``.NAME.partial`` beside ``out_dir``; the folder is renamed when everything
+    is written and every image has been read back. For remote storage, each file is made on this machine and then
+    uploaded, the index last: a folder without an index is no folder of shards. The same data set and the same library
+    versions give the same bytes.
 
     Args:
         index: the data set.
         out_dir: folder to make, or its URI.
-        shard_megabytes: a shard is closed once its images have so many MB.
+        shard_megabytes: a shard is closed once its images have this size in MB.
         progress: called with (images written, images in all, bytes of images written) after each row group.
 
     Returns:
@@ -140,12 +141,12 @@ def _write_local(index: DatasetIndex, folder: Path, shard_bytes: int, progress: 
 
 
 def is_unfinished(names: Collection[str]) -> bool:
-    """Whether a folder with these names in it is what a writer left that was killed, and may be written again."""
+    """Whether a folder with these names was left by a writer that was killed, and may be written again."""
     return all(SHARD_NAME.fullmatch(name) for name in names)
 
 
 def _write_remote(index: DatasetIndex, folder: str, shard_bytes: int, progress: Progress | None) -> tuple[int, int]:
-    """Writes shards to where there are no folders to rename: the index, which is written last, makes them whole."""
+    """Writes shards to remote storage, where no folder can be renamed: the index, written last, marks them as whole."""
     before = list_names(folder)
     if not is_unfinished(before):
         raise DataError(f"{folder} exists already ({few(before)}): delete it or give another folder")
@@ -218,7 +219,7 @@ def _metadata(about: dict[str, Any]) -> dict[bytes, bytes]:
 
 
 def _rows(index: DatasetIndex) -> pa.Table:
-    """All but the pixels: one row an image."""
+    """A table of all columns without the pixels, one row an image."""
     offsets = pa.array(index.first_box, pa.int32())
     boxes = pa.FixedSizeListArray.from_arrays(pa.array(index.boxes_xywh_px.reshape(-1)), 4)
     values = (index.annotation_ids, index.category_ids, boxes, index.areas, index.is_crowd)
@@ -272,8 +273,8 @@ def _write_shard(path: Path, rows: pa.Table, groups: Iterable[tuple[int, list[by
 def _find_images(path: Path) -> Iterator[tuple[int, int]]:
     """Offset and length of each image's bytes in a shard.
 
-    No public interface says where in the file a value lies. So the bytes that Parquet gives are searched for, which
-    also proves that they can be read back.
+    No public interface tells the position of a value in the file. So the file is searched for the bytes that Parquet
+    gives, which also proves that they can be read back.
     """
     with (
         path.open("rb") as file,

@@ -3,7 +3,7 @@
 Global batch ``step`` is a pure function of (image sizes, seed, global batch size, size policy, windows, step). It is
 the same for any number of workers, in any process, and whatever was planned before, so that a run can go on anywhere
 with any number of workers.
-Knows nothing of boxes, pixels, files or processes, and of the augmentation what a `SizePolicy` says.
+Knows nothing of boxes, pixels, files or processes; of the augmentation it knows only the `SizePolicy`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from detr_ray.data.sample import Partner, SamplePlan, Step
 CACHED_WINDOWS = 4
 
 _ONCE = 1 << 20
-"""How often images are taken is counted in such parts, so that sums are exact on every machine."""
+"""How often an image is taken is counted in multiples of this fraction, so that sums are exact on every machine."""
 _REPEATS = 2**32 - 1
 """The stream of random words that says which images are repeated; those of the windows have smaller numbers."""
 
@@ -114,13 +114,13 @@ class Planner:
             image_ids: ``[I]``.
             seed: not negative.
             global_batch_size: images of one step, over all workers.
-            size_policy: the augmentation, as far as it decides sizes.
+            size_policy: decides the final sizes of images.
             window: most samples that are grouped by shape at a time, in whole global batches (at least one). The
                 windows of an epoch are about equally long. More batches in a window mean less padding and shorter waits
                 of the workers for each other: 64 are enough.
             shard_of: ``[I]`` number of the file that each image lies in; needed with ``shards_at_a_time`` alone.
-            shards_at_a_time: so many shards are shuffled together; None for all images. Another value gives another
-                stream.
+            shards_at_a_time: number of shards that are shuffled together; None: all images are. Another value gives
+                another stream.
             repeats: ``[I]`` how often an epoch takes each image on average; None for once.
 
         Raises:
@@ -161,7 +161,7 @@ class Planner:
         return divmod(step, self.steps_per_epoch)
 
     def global_batch(self, step: int) -> tuple[SamplePlan, ...]:
-        """The samples of one step, neighbours being of like shape."""
+        """The samples of one step; neighbours have similar shapes."""
         return self.samples(step, 0, self.global_batch_size)
 
     def samples(self, step: int, first: int, last: int) -> tuple[SamplePlan, ...]:
@@ -199,7 +199,7 @@ class Planner:
         )
 
     def epoch_sizes(self, epoch: int) -> np.ndarray:
-        """Final sizes of a whole epoch, ``[steps_per_epoch, global_batch_size, 2]`` int32 (height, width) in pixels."""
+        """Final sizes of an epoch, ``[steps_per_epoch, global_batch_size, 2]`` int32 (height, width) in pixels."""
         numbers = range(len(self.window_bounds(epoch)) - 1)
         windows = [self._plan_window(epoch, number) for number in numbers]
         sizes = np.concatenate([window.draws.size[window.order] for window in windows])
@@ -212,7 +212,7 @@ class Planner:
         bounds = self._bounds.get(epoch)
         if bounds is None:
             images = np.cumsum([sum(map(len, group)) for group in self._shard_groups(epoch)])
-            # A batch that two groups share goes with the second.
+            # A batch with samples of two groups is in the window of the second.
             ends = np.unique([0, *images // self.global_batch_size]).tolist()
             pieces = [_cut_evenly(start, end, self._steps_at_most)[:-1] for start, end in pairwise(ends)]
             bounds = self._bounds[epoch] = (*chain.from_iterable(pieces), self.steps_per_epoch)

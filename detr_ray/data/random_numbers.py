@@ -29,7 +29,7 @@ def below(counts: np.ndarray, numbers: np.ndarray) -> np.ndarray:
 
 
 def choice(values: tuple[int, ...], numbers: np.ndarray) -> np.ndarray:
-    """One of the values each, all equally often."""
+    """Chooses one of the values for each number; all are equally likely."""
     return np.array(values, dtype=np.int64)[below(np.array(len(values)), numbers)]
 
 

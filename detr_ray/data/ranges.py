@@ -1,4 +1,4 @@
-"""Reading many small parts of a few large files: near neighbours in one go, files kept open between reads.
+"""Reads many small parts of a few large files: parts that are near each other in one read, with files kept open.
 
 Knows nothing of images: parts are a file's number, an offset and a length.
 """
@@ -16,7 +16,7 @@ from pyarrow import fs
 from detr_ray.locations import at
 
 NEAR_BYTES = 256 << 10
-"""Parts with at most so much between them are read together: a request more would take longer."""
+"""Parts with at most this distance in bytes are read together: a further request would take longer."""
 MOST_BYTES = 16 << 20
 """Parts are not joined beyond this, so that a batch is read by several requests at a time."""
 _MOST_OPEN = 64
@@ -90,7 +90,7 @@ class OpenFiles:
         return OpenFiles, (self._locations,)
 
     def read(self, file: int, start: int, num_bytes: int) -> bytes:
-        """So many bytes of a file, or fewer where it ends.
+        """``num_bytes`` bytes of a file, or fewer if it ends before.
 
         Raises:
             OSError: it cannot be read, for good; see `patiently`.

@@ -1,7 +1,7 @@
-"""One sample of a batch: what is planned for it, and what that does to its pixels and to the objects on it.
+"""One sample of a batch: its plan, its pixels, and the objects on it.
 
-A plan is made before a pixel is read. It holds the steps that change shape or place, which the augmentation has decided
-on. Knows nothing of random numbers, of files or of the order of samples.
+A plan is made before a pixel is read. It holds the steps of the augmentation, with all their parameters. Knows nothing
+of random numbers, of files or of the order of samples.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class Instances:
         return Instances(boxes, self.labels, self.size)
 
     def scale(self, size: tuple[int, int]) -> Instances:
-        """Brings them to another size of the image: (height, width) in pixels."""
+        """Scales them to another size of the image: (height, width) in pixels."""
         ratios = _per_corner((size[0] / self.size[0], size[1] / self.size[1]))
         return Instances(self.boxes_xyxy_px * ratios, self.labels, size)
 
     def crop(self, top: int, left: int, height: int, width: int) -> Instances:
-        """Cuts out a part of the image, in pixels: boxes are clipped to it, those of which nothing is left are gone."""
+        """Cuts out a part of the image, in pixels: boxes are clipped to it, and removed if nothing of them is left."""
         boxes = (self.boxes_xyxy_px - _per_corner((top, left))).clip(0, _per_corner((height, width)))
         is_left = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
         return Instances(boxes[is_left], self.labels[is_left], (height, width))
@@ -59,7 +59,7 @@ class Instances:
         return Instances(boxes, self.labels, (height, width))
 
     def place(self, top: int, left: int, size: tuple[int, int]) -> Instances:
-        """Puts them with the image onto a larger one of ``size``, its corner at (top, left); all in pixels."""
+        """Moves them as the image is put onto a larger one of ``size``, its corner at (top, left); all in pixels."""
         return Instances(self.boxes_xyxy_px + _per_corner((top, left)), self.labels, size)
 
     def select(self, keep: np.ndarray) -> Instances:
@@ -105,7 +105,7 @@ class Margin:
     fill_value: int
 
     def resize(self, inner: tuple[int, int], size: tuple[int, int]) -> tuple[Margin, tuple[int, int]]:
-        """The margin when the whole is brought to a size, by whole pixels; and the size of what is inside."""
+        """The margin after the whole picture is resized, in whole pixels; and the new size of the part inside."""
         corners = []
         for first, length, old, new in zip((self.top, self.left), inner, self.size, size, strict=True):
             start = min(round(first * new / old), new - 1)
@@ -122,8 +122,8 @@ class Picture:
         inner: ``[h, w, 3]`` uint8 RGB, not written to.
         instances: the objects. Their boxes may be measured on the image at another size than its own: an image may be
             decoded at a fraction of its size.
-        margin: what is around ``inner``. It is filled when `pixels` are asked for: a canvas may be 16 times the image,
-            and most of it is cut off or made smaller next.
+        margin: what is around ``inner``. It is filled when `pixels` is read: a canvas may be 16 times as large as the
+            image, and most of it is usually cropped or made smaller next.
     """
 
     inner: Tensor
@@ -132,7 +132,7 @@ class Picture:
 
     @property
     def pixels(self) -> Tensor:
-        """``[H, W, 3]`` uint8 RGB, not written to: the whole, made where there is a margin."""
+        """``[H, W, 3]`` uint8 RGB, not to be written to: the whole picture with its margin, if there is one."""
         if self.margin is None:
             return self.inner
         (height, width), margin = self.inner.shape[:2], self.margin
@@ -191,7 +191,7 @@ class Picture:
 
 
 class Step(Protocol):
-    """One change of shape or place that a plan holds. Steps are small values that compare by what they do."""
+    """One step of a plan: something that is done to a picture. Steps are small values; equal ones do the same."""
 
     def apply(self, picture: Picture, partners: Sequence[Picture]) -> Picture:
         """The picture after the step.
@@ -264,12 +264,12 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Partner:
-    """Another image of a planner's window that a sample is made of, beside its own; a size policy chooses it.
+    """Another image of the planner's window that becomes a part of a sample; chosen by the size policy.
 
     Attributes:
-        place: its row of what the policy was given for the window.
-        size: (height, width) in pixels that it is brought to before it is put together with the others.
-        steps: what is done to it before, in this order.
+        place: its row in the window.
+        size: (height, width) in pixels that it is resized to before the images are put together.
+        steps: what is done to it before that, in this order.
     """
 
     place: int
@@ -288,7 +288,7 @@ class SamplePlan:
         image_id: the annotations' id of the image.
         size: final (height, width) in pixels: the picture is brought to it after all steps.
         steps: what is done to the picture, in this order.
-        partners: plans of other images that steps put together with this one, each at its own ``size``.
+        partners: plans of the other images that steps combine with this one, each at its own ``size``.
     """
 
     position: int
@@ -300,17 +300,17 @@ class SamplePlan:
 
     @property
     def images(self) -> tuple[int, ...]:
-        """Rows of the index whose images are read: its own, then its partners', each followed by that one's own."""
+        """Rows of the index of the images to read: its own, then those of each partner in turn."""
         return (self.index, *chain.from_iterable(partner.images for partner in self.partners))
 
     def first_size(self, stored: tuple[int, int]) -> tuple[int, int]:
-        """The size that the image is brought to first, from that at which it is stored."""
+        """The size that the image is resized to first, if it is stored with the given size."""
         changes = (step for step in self.steps if not isinstance(step, AnySizeStep))
         first = next(changes, Resize(self.size))
         return first.size if isinstance(first, Resize | Place) else stored
 
     def apply(self, picture: Picture, partners: Sequence[Picture] = ()) -> Picture:
-        """What becomes of the picture; one picture for each of the partners."""
+        """Applies all steps to the picture; ``partners`` has one picture for each partner."""
         for step in self.steps:
             picture = step.apply(picture, partners)
         return picture.resize(self.size)
@@ -322,13 +322,13 @@ def resized_sizes(sizes: np.ndarray, short: np.ndarray, max_size: int | None = N
     Args:
         sizes: ``[n, 2]`` (height, width) in pixels.
         short: ``[n]`` or one number, pixels.
-        max_size: where the long side would pass it, the short side is made smaller instead (rounded, half to even);
-            the long side, cut off to whole pixels, may then differ from it by rounding.
+        max_size: if the long side would exceed this, the short side is made smaller (rounded, half to even); the long
+            side, rounded down, may then differ from it by a pixel.
 
     Returns:
         ``[n, 2]`` int32 (height, width), at least 1 pixel.
     """
-    # Column by column: reducing rows of two takes several times as long.
+    # Column by column: a reduction over rows of two numbers takes several times as long.
     heights, widths = np.ascontiguousarray(sizes.T, dtype=np.int64)
     shortest, longest = np.minimum(heights, widths), np.maximum(heights, widths)
     short = np.broadcast_to(np.asarray(short, dtype=np.int64), shortest.shape)

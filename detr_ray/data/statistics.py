@@ -1,4 +1,4 @@
-"""What the boxes of a split amount to as a whole: how many there are, and whether they are written in another way.
+"""Counts the boxes of a split, and finds splits whose boxes are in another format than COCO's.
 
 Works on whole columns. Knows nothing of pixels, labels or models.
 """
@@ -37,7 +37,7 @@ class BoxStatistics:
 
     @property
     def most(self) -> int:
-        """Boxes of the fullest image."""
+        """The largest number of boxes of an image."""
         return int(self.per_image.max(initial=0))
 
     @property
@@ -46,7 +46,7 @@ class BoxStatistics:
         return int((self.per_image == 0).sum())
 
     def percentile(self, share: float) -> int:
-        """Boxes that ``share`` percent of the images do not have more than."""
+        """The number of boxes that ``share`` percent of the images do not exceed."""
         return int(np.ceil(np.percentile(self.per_image, share))) if len(self.per_image) else 0
 
     def images_above(self, limit: int) -> int:
@@ -85,7 +85,7 @@ class Misreading:
     Attributes:
         message: what was found.
         advice: what to do about it.
-        ruins: whether training on it, or evaluating, is for nothing; it costs a little precision otherwise.
+        ruins: whether training or evaluation with these boxes is useless; otherwise they are a little less precise.
     """
 
     message: str
@@ -96,9 +96,8 @@ class Misreading:
 def find_misreadings(index: DatasetIndex) -> list[Misreading]:
     """What is wrong with the boxes of a split as a whole.
 
-    A file of boxes that mean something else than COCO's is read without an error, and a detector learns nothing from
-    it. It is reported where nearly all boxes of a split agree and those of an ordinary one would not; single odd boxes
-    are counted in the index.
+    A file whose boxes are in another format than COCO's can be read without an error, but a detector learns nothing
+    from it. It is reported if nearly all boxes of the split look like that; single odd boxes are counted in the index.
     """
     found = (_fractions(index), _corners(index), _counted_from_one(index))
     return [misreading for misreading in found if misreading is not None]
@@ -135,7 +134,7 @@ def _corners(index: DatasetIndex) -> Misreading | None:
         (first >= 0) & (second >= 0) & (third > first) & (fourth > second) & (third <= widths + 1)
         & (fourth <= heights + 1)
     )  # fmt: skip
-    # As left, top, width and height so many boxes would end far beyond their images.
+    # Read as left, top, width and height, this many boxes would end far outside of their images.
     far = (first + third > (1 + _FAR_OUTSIDE) * widths) | (second + fourth > (1 + _FAR_OUTSIDE) * heights)
     if are_corners.mean() < _ALL_BUT_ERRORS or far.mean() < _SHARE_FAR_OUTSIDE:
         return None
@@ -152,7 +151,7 @@ def _corners(index: DatasetIndex) -> Misreading | None:
 def _counted_from_one(index: DatasetIndex) -> Misreading | None:
     starts = index.boxes_xywh_px[:, :2]
     at_one, at_two = int((starts == 1).sum()), int((starts == 2).sum())
-    # Objects that touch the border gather at the first pixel; without them nothing can be told.
+    # Many objects touch the border, so many boxes begin at the first pixel; without such boxes nothing can be told.
     is_gathered = at_one >= max(_FEWEST_AT_ONE, _SHARE_AT_ONE * starts.size, _GATHERED * at_two)
     if not is_gathered or starts.min() < 1:
         return None

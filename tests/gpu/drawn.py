@@ -175,7 +175,9 @@ class DrawnJob:
         names = {"names": [f"class {i}" for i in range(CLASSES)], "category_ids": list(range(1, CLASSES + 1))}
         label_map = LabelMap.from_dict(names)
         val = _ground_truth(label_map) if validates else None
-        self.data = SimpleNamespace(config=self.config, val=val, label_map=label_map, measured_on={"data": "drawn"})
+        self.data = SimpleNamespace(
+            config=self.config, train=None, val=val, label_map=label_map, measured_on={"data": "drawn"}
+        )
 
     def build_detector(self) -> Detector:
         torch.manual_seed(self.config.run.seed)

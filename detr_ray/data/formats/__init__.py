@@ -1,4 +1,4 @@
-"""The forms in which a data set may lie: each module of this package reads one of them into a `DatasetIndex`."""
+"""Formats of data sets: each module of this package reads one format into a `DatasetIndex`."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def open_split(
         places: where the split lies otherwise.
         split: ``train`` or ``val``.
         follow_links: whether links in the folder of images may lead out of it.
-        data_format: the format of what lies in ``root``; None: what lies there tells.
+        data_format: the format of the data set in ``root``; None: it is recognised by its files.
         reading: how the data set is to be read.
 
     Raises:
-        DataError: it is not there, or not what it should be; or an address holds credentials.
+        DataError: it does not exist, or is not valid; or an address contains credentials.
     """
     found = _found(root, places, split, follow_links, data_format)
     if isinstance(found, DatasetIndex):
@@ -85,7 +85,7 @@ def open_undivided(
 def _found(
     root: str | None, places: SplitPlaces | None, split: str, follow_links: bool, data_format: str | None
 ) -> DatasetIndex | DataSet:
-    """The index of what lies at places, else the data set in a folder."""
+    """The index of the data at ``places``, otherwise the data set in a folder."""
     _check_addresses(root, places, split)
     if data_format is not None and places is not None:
         raise DataError(f"data.format={data_format} is the format of what lies in data.root, which is not given")
@@ -141,7 +141,7 @@ def _undivided(found: DataSet) -> str:
 
 
 def _refuse_undivided(found: DataSet, root: str, split: str) -> None:
-    """Refuses a data set that has not got a split, where it is not a file that is missing."""
+    """Refuses a data set without this split, unless a file is missing, which reading reports."""
     if "all" in found.splits or (split == "val" and "train" in found.splits and "val" not in found.splits):
         raise DataError(
             f"{root} has no validation images of its own: hold out a tenth of the images by data.split={{val: 0.1}}, "
@@ -150,7 +150,7 @@ def _refuse_undivided(found: DataSet, root: str, split: str) -> None:
 
 
 def _read(annotations: str | None, images: str | None, shards: str | None, follow_links: bool) -> DatasetIndex:
-    """Reads a split in the format that its places tell: one case each."""
+    """Reads a split: one case for each kind of places."""
     match annotations, images, shards:
         case _, _, str():
             return read_shard_index(shards)

@@ -1,4 +1,4 @@
-"""From images and boxes as a reader found them to an index: sizes, ids, order, and what is left out, counted.
+"""Makes an index of the images and boxes that a reader found: sizes, ids, order, and what was left out.
 
 For formats that have no ids. Images are numbered from 1 in the order of their names, boxes from 1 in the order of the
 images and of their rows.
@@ -17,10 +17,10 @@ from detr_ray.data.images import ImageReader, StoredNames
 from detr_ray.data.index import MOST_PIXELS_A_SIDE, DatasetIndex
 
 _DECIMALS = 6
-"""Boxes are rounded to a millionth of a pixel: what a fraction of an image's side says is then what it was made of."""
+"""Boxes are rounded to a millionth of a pixel: a fraction made from a whole pixel then gives this pixel again."""
 _MOST_FINITE = 1e38
 _FRACTIONS_END = 2.0
-"""Beyond this a coordinate is not a fraction of an image that was rounded or drawn over its border."""
+"""A larger coordinate is no fraction of an image's side, not even one that was drawn over the border."""
 _MOSTLY = 0.9
 
 
@@ -30,7 +30,7 @@ class Reading:
 
     Attributes:
         skip_unreadable: whether images whose size cannot be read are left out; else they are an error.
-        most_skipped: with ``skip_unreadable``: more than so many are an error; None for no limit.
+        most_skipped: with ``skip_unreadable``: largest number of images that may be left out; None for no limit.
         progress: told of the images whose header was read, and of all.
     """
 
@@ -45,14 +45,14 @@ class Gathered:
 
     Attributes:
         in_fractions: whether boxes are fractions of the image's sides; else pixels.
-        drop_repeated: whether a box that an image has twice, with the same class, is taken once.
+        drop_repeated: whether a repeated box of an image, with the same class, is counted once.
         names: a name for each image, below the images' folder.
-        sizes: (height, width) that are stated; None where the image's header has to say it.
+        sizes: (height, width) as stated; None if it has to be read from the image's header.
         image_of: for each box, the place of its image in ``names``.
         corners: left, top, right, bottom of each box.
         category_ids: of each box.
         is_crowd: of each box.
-        problems: what was put right or left out so far; see `PROBLEMS`.
+        problems: what was corrected or left out so far; see `PROBLEMS`.
     """
 
     in_fractions: bool = False
@@ -81,7 +81,7 @@ class Gathered:
         self.is_crowd.append(is_crowd)
 
     def count(self, problem: str, number: int = 1) -> None:
-        """Counts something that was put right or left out."""
+        """Counts something that was corrected or left out."""
         self.problems[problem] = self.problems.get(problem, 0) + number
 
 
@@ -171,10 +171,10 @@ def refuse_pixels(gathered: Gathered, what: str, advice: str) -> None:
     Args:
         gathered: the boxes.
         what: what to call the data set.
-        advice: what is to be divided by what.
+        advice: how to get fractions, for the message.
 
     Raises:
-        DataError: most of them do.
+        DataError: most of them look like pixels.
     """
     far = sum(max(corners) > _FRACTIONS_END for corners in gathered.corners)
     if far and far >= _MOSTLY * len(gathered.corners):
@@ -214,6 +214,6 @@ def fractions_to_xywh_px(corners: np.ndarray, widths_heights: np.ndarray) -> np.
     """
     boxes = corners * np.concatenate([widths_heights, widths_heights], axis=1)
     boxes[:, 2:] -= boxes[:, :2]
-    # Adding 0 makes a zero of each negative one, which would be another number to the fingerprint.
+    # Adding 0 turns -0.0 into 0.0, which would otherwise change the fingerprint.
     rounded: np.ndarray = np.round(boxes, _DECIMALS) + 0.0
     return rounded

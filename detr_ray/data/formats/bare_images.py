@@ -34,7 +34,7 @@ from detr_ray.retries import reason_of
 
 @dataclass(frozen=True)
 class BareImages:
-    """Images to look for objects in.
+    """Images without annotations, for prediction.
 
     Attributes:
         index: the images, without annotations.
@@ -94,7 +94,7 @@ def _are_shards(location: str) -> bool:
 
 
 def _is_pattern(location: str) -> bool:
-    """Whether this is a pattern; a file that is called like one is a file."""
+    """Whether this is a pattern. An existing file with such a name is no pattern."""
     address = location.partition("?")[0] if is_remote(location) else location
     if not any(mark in address for mark in "*?["):
         return False
@@ -169,7 +169,7 @@ def _common_folder(files: Sequence[str]) -> str:
     """The folder or URI that all files lie below.
 
     Raises:
-        DataError: there is none: files of several buckets, or some here and some there.
+        DataError: there is none: the files are in several buckets, or some are local and some are not.
     """
     folders = sorted({parent(file) for file in files})
     if not any(map(is_remote, folders)):

@@ -131,7 +131,7 @@ class CsvFolder:
 
 
 class _Names:
-    """How the images are called that a table names.
+    """Names, below the data set's folder, of the images that a table names.
 
     Attributes:
         base: the folder that the names are relative to, below the data set's.
@@ -143,7 +143,7 @@ class _Names:
         used = {place[0] for place in found.values() if place is not None}
         self.base = used.pop() if len(used) == 1 else ""
         self._names = {
-            # A missing image keeps the name that it has; it is said when it is read.
+            # The name of a missing image stays; reading the image reports it.
             path: finder.plain(path) if place is None else place[1] if self.base else posixpath.join(*place)
             for path, place in found.items()
         }

@@ -1,6 +1,6 @@
-"""The folder of a data set as the readers of formats see it: names, images and text files, here or in a bucket.
+"""The folder of a data set, for the readers of formats: names, images and text files, local or in a bucket.
 
-Folders are listed when a reader asks for them, and once. Hidden files are left out: they are what file managers and
+Each folder is listed once, when a reader first asks for it. Hidden files are left out: they are what file managers and
 archives leave (``.DS_Store``, ``._a.jpg``, ``__MACOSX``).
 """
 
@@ -24,7 +24,7 @@ IMAGE_SUFFIXES = frozenset({
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".mpo", ".ppm", ".pgm", ".dib",
 })  # fmt: skip
 SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation")}
-"""How the folders and files of a split are called in exports."""
+"""Names that exports use for the folders and files of a split."""
 
 _LOCAL_THREADS = 8
 _REMOTE_THREADS = 64

@@ -33,7 +33,7 @@ class ImageFinder:
         return None if found is None else posixpath.join(*found)
 
     def find_below(self, name: str) -> tuple[str, str] | None:
-        """The one of the folders that the image is in, and its path below that; None if it is not there."""
+        """The folder that contains the image, and its path below that folder; None if it is not found."""
         parts = self.plain(name).split("/")
         for start in range(len(parts)):
             rest = "/".join(parts[start:])
@@ -43,7 +43,7 @@ class ImageFinder:
         return None
 
     def plain(self, name: str) -> str:
-        """A name with ``/`` between its parts, below the data set's folder where it leads there."""
+        """A name with ``/`` between its parts, relative to the data set's folder if it is below that."""
         if name.startswith(self._root):
             return name[len(self._root) :]
         if name not in self._files:

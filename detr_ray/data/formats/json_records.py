@@ -1,7 +1,7 @@
 """Annotations that are written as JSON: the bytes parsed, and the records of a list as typed columns, or an error.
 
-UTF-8 with and without a byte order mark, UTF-16 and UTF-32 are read, as JSON allows. Of what is not JSON, the message
-says what it is and what to do with it.
+UTF-8 with and without a byte order mark, UTF-16 and UTF-32 are read, as JSON allows. For other files, the message says
+what they are and what to do.
 
 JSON has no types for columns: an id may be a number in one record and text in the next. Values that mean the same are
 taken (``3.0`` for 3, ``true`` for 1 in a flag). Where the meaning would have to be guessed, the record, the key and the
@@ -24,7 +24,7 @@ Record = dict[str, Any]
 
 _INT64 = np.iinfo(np.int64)
 _EXACT_FLOAT = 2.0**53
-"""From here on a number with a fraction or an exponent may have been another one before it was read."""
+"""Larger numbers with a fraction or an exponent may have been rounded when they were read."""
 _MOST_FINITE = 1e38
 """Above this a pixel coordinate, or the sum of two, is infinite in the 32 bits that boxes are computed with."""
 _ABSENT = object()
@@ -72,7 +72,7 @@ def parse_json(location: str, raw: bytes, object_hook: Callable[[dict[str, Any]]
     except UnicodeDecodeError as error:
         raise _not_text(location, raw, error) from error
     except json.JSONDecodeError as error:
-        # A file that was cut off ends inside of something; what is broken elsewhere was not copied wrongly.
+        # A truncated file ends in the middle of a value; an error elsewhere is no sign of an incomplete copy.
         text = error.doc.rstrip()
         whole = text.endswith(("}", "]")) and error.pos < len(text)
         where = f"broken JSON ({len(raw)} bytes): {error}"
@@ -184,7 +184,7 @@ class Records:
             self.blame(f"has a {key!r} that is not text", lambda record: isinstance(record[key], str), advice, key)
         if not all(map(str.strip, values)):
             self.blame(f"has no {key!r}: it is empty", lambda record: record[key].strip(), advice)
-        # Half of a surrogate pair is what is left of a name whose bytes were not UTF-8; no file or terminal takes it.
+        # Single surrogates come from names whose bytes were not UTF-8; files and terminals do not accept them.
         if not all(map(_is_encodable, values)):
             self.blame(
                 f"has a {key!r} with half of a surrogate pair in it",
@@ -217,7 +217,7 @@ class Records:
         return column
 
     def optional_flags(self, key: str) -> tuple[np.ndarray, int]:
-        """A key as bool, from 0, 1, false or true; false where a record lacks it or has null, and how many do."""
+        """A key as bool, from 0, 1, false or true; false if it is missing or null; and the number of such records."""
         values = [record.get(key) for record in self.records]
         if not _are_flags(values):
             self.blame(f"has a {key!r} that is neither 0 nor 1", lambda r: _are_flags([r.get(key)]), "", key)
@@ -225,7 +225,7 @@ class Records:
         return flags, sum(value is None for value in values)
 
     def blame(self, what: str, fine: Callable[[Record], Any], advice: str = "", key: str | None = None) -> NoReturn:
-        """Raises a DataError that names the records which are not fine, and the first one's value of a key."""
+        """Raises a DataError that names the faulty records, and the value of the key in the first of them."""
         wrong = [(place, record) for place, record in enumerate(self.records) if not fine(record)]
         names = [_name(place, record) for place, record in wrong]
         value = wrong[0][1].get(key, _ABSENT) if wrong and key is not None else _ABSENT
@@ -247,7 +247,7 @@ def read_categories(categories: Records) -> tuple[tuple[int, str], ...]:
 
 
 def _name(place: int, record: Record) -> str:
-    """What to call a record: its id where that can name it, else its place in the list."""
+    """A name for a record in messages: its id if that is usable, otherwise its place in the list."""
     given = record.get("id")
     return shown(given, quoted=False) if isinstance(given, int | str) and given != "" else f"no. {place}"
 

@@ -152,12 +152,12 @@ def is_table(folder: Folder, name: str) -> bool:
     """Whether a file is a table of Open Images, by its header."""
     try:
         return set(_NEEDED) <= set(_header(folder.text(name)))
-    except DataError:  # not text: the format that it is of says so
+    except DataError:  # not text: the reader of its own format reports that
         return False
 
 
 def _folders(split: str) -> list[str]:
-    """Where the images of a split, and no others, may lie."""
+    """Folders that may hold the images of a split and no others."""
     return [
         place
         for name in SPLIT_NAMES.get(split, ())
@@ -176,7 +176,7 @@ def _header(text: str) -> list[str]:
 
 
 def _words(name: str) -> set[str]:
-    """What a file's name is made of: ``oidv6-train-annotations-bbox.csv`` of oidv, train, annotations, bbox, csv."""
+    """The words in a file's name: oidv, train, annotations, bbox, csv in ``oidv6-train-annotations-bbox.csv``."""
     return set(re.split(r"[^a-z]+", name.lower()))
 
 

@@ -1,4 +1,4 @@
-"""Which format a folder is in, by what lies there."""
+"""Recognises the format of a data set by the files in its folder."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def find_data_set(root: str, name: str | None, follow_links: bool) -> DataSet:
 
     Args:
         root: path or URI of the folder.
-        name: its format; None: what lies there tells.
+        name: its format; None: it is recognised by its files.
         follow_links: whether links in it may lead out of it.
 
     Raises:
@@ -74,7 +74,7 @@ def find_data_set(root: str, name: str | None, follow_links: bool) -> DataSet:
             f"{printable(root)} looks like {' and '.join(found)}: say which it is by data.format={next(iter(found))}, "
             "or remove what is of the other format"
         )
-    if not names:  # empty, not there, or not to be reached: reading a file that has to be there says which
+    if not names:  # empty, missing or unreachable: trying to read a file tells which
         return coco_folder.CocoFolder(folder, {})
     needs = "\n".join(f"  {known.NEEDS}" for known in _FORMATS)
     raise DataError(

@@ -112,7 +112,7 @@ def _shard_names(about: dict[str, Any], path: str) -> list[str]:
 
 
 def _refuse_contradictions(index: DatasetIndex, path: str) -> None:
-    """Refuses columns that are each of the right type and don't fit together."""
+    """Refuses columns that contradict each other, although each has the right type."""
     places = index.shards
     assert places is not None
     known = [category_id for category_id, _ in index.categories]
@@ -155,7 +155,7 @@ class ParquetColumns:
         return self._cast(name, column, pa.string())
 
     def offsets(self, name: str) -> np.ndarray:
-        """Where the lists of a column begin in what is flattened of it, and the end of the last one."""
+        """Start of each list in the flattened column, and the end of the last list."""
         offsets: np.ndarray = self._lists(name).offsets.to_numpy().astype(np.int64)
         return offsets - offsets[0]
 

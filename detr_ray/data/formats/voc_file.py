@@ -22,7 +22,7 @@ class VocObject:
 
 @dataclass(frozen=True, slots=True)
 class VocImage:
-    """What a file says.
+    """The content of a file.
 
     Attributes:
         file: its name below the data set's folder.
@@ -88,7 +88,7 @@ def _size(content: Element, location: str) -> tuple[int, int] | None:
 
 
 def _first_pixel(content: Element) -> int:
-    """What the first pixel of a row is called: 1 in the original data sets, 0 in what tools write."""
+    """The number of the first pixel of a row: 1 in the original data sets, 0 in files written by tools."""
     source = content.first("source")
     return 1 if source is not None and source.value("database").startswith("The VOC") else 0
 

@@ -121,8 +121,8 @@ def _base(folder: Folder, path: Any) -> str:
 def _source(folder: Folder, base: str, place: Any, key: str) -> str:
     """A folder of images, or a list of them, below the data set's folder.
 
-    Exports of some tools say ``../train/images`` where they mean ``train/images``, and configurations name folders of
-    the machine that they were written on: a path is looked for without its first folders as well.
+    Some tools write ``../train/images`` for ``train/images``, and some files name folders of the machine on which they
+    were written. So a path is also looked for without its first folders.
     """
     if not isinstance(place, str):
         raise DataError(f"{key} is neither a folder nor a list of folders")
@@ -140,7 +140,7 @@ def _source(folder: Folder, base: str, place: Any, key: str) -> str:
 
 
 def _below(folder: Folder, path: str) -> str:
-    """A path below the data set's folder as far as it leads there, without ``.`` and ``..`` at its beginning."""
+    """A path relative to the data set's folder if it is below that, without ``.`` and ``..`` at its beginning."""
     path = path.replace("\\", "/").removeprefix(folder.root.rstrip("/") + "/")
     plain = posixpath.normpath(path).lstrip("/")
     while plain.startswith("../") or plain == "..":

@@ -1,8 +1,8 @@
-"""What a data set in YOLO's format cannot say, in a file of its own beside ``data.yaml``.
+"""A file beside ``data.yaml`` with what YOLO's format cannot express.
 
 ``ids.json`` is written when a data set is converted. It holds the ids of images, boxes and categories, and, in COCO's
-form, the boxes that rows cannot say: crowds, boxes without area, those that leave their image, areas of outlines. Other
-programs do not know it and need not. Rows that were changed since keep their new values and are numbered anew.
+format, the boxes that rows cannot express: crowds, boxes without area, boxes that end outside of their image, areas of
+outlines. Other programs ignore it. Rows that were changed since then keep their new values and get new ids.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class IdTable:
         image_ids: file name -> id.
         sizes: file name -> (height, width) that the boxes were made on.
         annotation_ids: file name -> ids of its boxes, in their order.
-        entries: annotation id -> the whole annotation, where a row cannot say it; ``in_label_file`` says whether there
+        entries: annotation id -> the whole annotation, if a row cannot express it; ``in_label_file`` says whether there
             is a row as well.
     """
 
@@ -44,7 +44,7 @@ class IdTable:
     entries: Mapping[int, dict[str, Any]]
 
     def restore(self, index: DatasetIndex) -> DatasetIndex:
-        """The index with the ids that its images and boxes had, and the boxes that rows cannot say."""
+        """The index with the original ids of its images and boxes, and with the boxes that rows cannot express."""
         names = index.file_names.to_pylist()
         next_image = max(self.image_ids.values(), default=0) + 1
         new = iter(range(next_image, next_image + len(names)))
@@ -87,7 +87,7 @@ class _Rows:
             row_of = dict(zip(with_row, rows, strict=True))
             self._found += [entries.get(number) or self._of_row(i, row_of[number], number) for number in ids]
             return
-        # The label file was changed: what its rows say goes over what is kept for them.
+        # The label file was changed: its rows replace the stored entries.
         self.num_renumbered += len(rows)
         self._found += [entries[number] for number in ids if number not in with_row]
         self._found += [self._of_row(i, row, self._next_id + place) for place, row in enumerate(rows)]

@@ -1,4 +1,4 @@
-"""Writes annotations in YOLO's format, as `yolo` reads them, and in ``ids.json`` what that format cannot say.
+"""Writes annotations in YOLO's format, as `yolo` reads them, and in ``ids.json`` what that format cannot express.
 
 Rows are what other programs take: crowds and boxes without area are left out, the others are clipped to their image.
 """
@@ -36,8 +36,8 @@ def write_annotations(indexes: Mapping[str, DatasetIndex], folder: Path) -> None
         folder: the data set's.
 
     Raises:
-        DataError: names that YOLO cannot have: two that differ in their suffix alone, or one that is not an image's; or
-            the splits have other categories.
+        DataError: file names that are not possible in YOLO: two that differ only in their suffix, or one that is no
+            image; or the splits have different categories.
     """
     categories = next(iter(indexes.values())).categories
     if any(index.categories != categories for index in indexes.values()):
@@ -83,7 +83,7 @@ def _rows(index: DatasetIndex) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The rows of all boxes.
 
     Returns:
-        ``[A, 4]`` middle and size as fractions; ``[A]`` whether there is a row; ``[A]`` whether it says all.
+        ``[A, 4]`` middle and size as fractions; ``[A]`` whether there is a row; ``[A]`` whether the row is complete.
     """
     counts = np.diff(index.first_box)
     sizes = np.stack([np.repeat(index.widths, counts), np.repeat(index.heights, counts)], axis=1).astype(np.float64)

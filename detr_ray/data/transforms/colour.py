@@ -1,6 +1,6 @@
 """Changes of colour and sharpness, as torchvision's v2 functionals define them; boxes and sizes stay as they are.
 
-torchvision is imported when the first step is done: it takes a second, which nobody waits for who only plans.
+torchvision is imported when the first step is done: the import takes a second, and planning does not need it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Photometric(_KeepsSize):
         brightness: factors are from 1 minus this to 1 plus this.
         contrast: the same.
         saturation: the same.
-        hue: most that hues are turned, in turns of the colour wheel, 0..0.5.
+        hue: hues are turned by at most this, in turns of the colour wheel, 0..0.5.
         channel_order: probability that red, green and blue change places.
     """
 

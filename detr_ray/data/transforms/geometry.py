@@ -99,14 +99,14 @@ class ZoomOut:
 
 @dataclass(frozen=True, slots=True)
 class IouCrop:
-    """Cuts out a part around objects, of any size; objects whose centre is outside of it are gone.
+    """Cuts out a part around objects, of any size; objects whose centre is outside of it are removed.
 
-    As in Liu et al. 2016 (SSD), but for one thing: the size of the part is drawn first and kept, so that it is known
+    As in Liu et al. 2016 (SSD), with one difference: the size of the part is drawn first and kept, so that it is known
     before annotations are read; only its place depends on the objects.
 
     Attributes:
-        scale: least and most side of the part, in sides of the picture.
-        aspect: least and most width of the part by its height.
+        scale: smallest and largest side of the part, as a share of the picture's.
+        aspect: smallest and largest width of the part, divided by its height.
         min_iou: IoU that the part must have with one object, one of which is drawn.
     """
 
@@ -120,7 +120,7 @@ class IouCrop:
         """See `Transform`."""
         least, most = self.scale
         height_scale = between(self.scale, uniform[:, 0])
-        # Widths that keep the aspect. An image so oblong that there is none gets the nearest.
+        # Widths within the aspect ratios. If an image is too oblong for any, the nearest width is taken.
         square = height_scale * sizes[:, 0] / sizes[:, 1]
         low, high = ((square * aspect).clip(least, most) for aspect in self.aspect)
         width_scale = low + (high - low) * uniform[:, 1]
@@ -222,7 +222,7 @@ class ScaleJitter:
         """See `Transform`."""
         scale = between(self.scale, uniform[:, :1]) * self.size / sizes.max(axis=1, keepdims=True)
         scaled = np.rint(sizes * scale).astype(np.int64).clip(min=1)
-        # What is cut off is cut off before it is enlarged.
+        # The part that will be cropped is not enlarged first.
         cut = np.where(scaled > self.size, np.rint(self.size / scale), sizes).astype(np.int64).clip(1, sizes)
         inner = np.minimum(scaled, self.size)
         cut_corner = below(sizes - cut + 1, uniform[:, 1:3])

@@ -45,17 +45,17 @@ class Transform(Protocol):
         Args:
             sizes: ``[n, 2]`` (height, width) in pixels, after the transforms before.
             uniform: ``[n, draws_per_sample]`` in [0, 1).
-            stored: ``[n, 2]`` (height, width) of the stored images, which partners begin as.
+            stored: ``[n, 2]`` (height, width) of the stored images; partners have these sizes.
         """
         ...
 
     def shapes(self, sizes: np.ndarray) -> np.ndarray:
-        """Sizes ``[m, 2]`` that hold the longest side and the most oblong image that can come of these sizes."""
+        """Sizes ``[m, 2]`` that include the longest side and the most oblong shape that images can get."""
         ...
 
 
 def no_partners(place: int) -> tuple[Partner, ...]:
-    """Of a sample that is one image."""
+    """No partners: the sample is one image."""
     return ()
 
 
@@ -83,7 +83,7 @@ class Entry:
     Attributes:
         transform: what is done.
         p: probability that it is done to a sample.
-        until_epoch: the first epoch, from 0, in which it is done to none; None: it is never switched off.
+        until_epoch: the first epoch, counted from 0, without it; None: it is never switched off.
     """
 
     transform: Transform
@@ -92,7 +92,7 @@ class Entry:
 
     @property
     def draws_per_sample(self) -> int:
-        """Numbers that one sample takes. They are taken in all epochs, and one decides whether where that is open."""
+        """Numbers that one sample takes, in every epoch; with p below 1, one of them decides whether it is done."""
         return self.transform.draws_per_sample + (self.p < 1)
 
 
@@ -140,7 +140,7 @@ class TransformSequence:
             after = entry.transform.shapes(sizes)
             sizes = after if entry.p == 1 and entry.until_epoch is None else np.concatenate([sizes, after])
             oblong = max(oblong, float((sizes.max(axis=1) / sizes.min(axis=1)).max()))
-        # Images between the most oblong ones may come out longer, by as much as rounding of their short side makes.
+        # Images between the most oblong ones may become a little longer, because their short side is rounded.
         return int(sizes.max()) + (0 if len(self.entries) == 1 else 1 + int(oblong / 2))
 
 
@@ -196,10 +196,10 @@ class Combine:
 
 
 def sequence_of(*transforms: Transform) -> TransformSequence:
-    """Transforms that are done to every sample."""
+    """A sequence of transforms that are done to every sample."""
     return TransformSequence(tuple(Entry(transform) for transform in transforms))
 
 
 def always(entry: Entry) -> Entry:
-    """The same, done to every sample in all epochs."""
+    """An entry for a transform that is done to every sample in all epochs."""
     return replace(entry, p=1.0, until_epoch=None)

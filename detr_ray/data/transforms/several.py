@@ -18,7 +18,7 @@ from detr_ray.data.transforms.sequence import DrawnOneByOne
 
 
 def other_places(numbers: np.ndarray) -> np.ndarray:
-    """Other places of a window for each of its samples, all different; some twice, or its own, in windows of too few.
+    """For each sample of a window the places of other samples, all different. Too small windows repeat places.
 
     Args:
         numbers: ``[n, k]`` in [0, 1): one for each of k places.
@@ -27,7 +27,7 @@ def other_places(numbers: np.ndarray) -> np.ndarray:
     chosen = np.zeros((count, many), np.int64)
     for k in range(many):
         steps = below(np.array(max(count - 1 - k, 1)), numbers[:, k])
-        for earlier in np.sort(chosen[:, :k], axis=1).T:  # the numbers that are left, counted without those taken
+        for earlier in np.sort(chosen[:, :k], axis=1).T:  # skips the places that are taken
             steps = steps + (steps >= earlier)
         chosen[:, k] = steps
     return (np.arange(count)[:, None] + 1 + chosen) % count
@@ -40,8 +40,8 @@ class Mosaic:
     Source: Bochkovskiy et al. 2020 (YOLOv4); here no quarter has empty space.
 
     Attributes:
-        centre: least and most place of the point where they meet, in sides of the picture.
-        zoom: least and most zoom into each image; at 1 its part is the largest that has the quarter's aspect.
+        centre: smallest and largest position of the point where they meet, as a share of the picture's side.
+        zoom: smallest and largest zoom into each image; at 1 the part is the largest with the quarter's aspect ratio.
         min_visible: share of a box that must be in the part, or the object is left out.
     """
 
@@ -49,7 +49,7 @@ class Mosaic:
     zoom: tuple[float, float]
     min_visible: float
 
-    # Where they meet, three others, and of each of the four: zoom, top, left.
+    # The point where they meet, three other images, and for each of the four: zoom, top, left.
     draws_per_sample: ClassVar[int] = 2 + 3 + 4 * 3
 
     def draw(self, sizes: np.ndarray, uniform: np.ndarray, stored: np.ndarray) -> DrawnOneByOne:
@@ -172,7 +172,7 @@ class Mixup:
     Source: Zhang et al. 2019 (Bag of Freebies for object detection), here without weights of the objects.
 
     Attributes:
-        weight: least and most weight of the sample's own image; the other one has the rest.
+        weight: smallest and largest weight of the sample's own image; the other one has the rest.
     """
 
     weight: tuple[float, float]
@@ -220,7 +220,7 @@ class CopyPaste:
     """Pastes the boxes of some objects of another image, each at a random place where it hides little.
 
     Attributes:
-        max_objects: most objects that are pasted; from one to this many are drawn.
+        max_objects: largest number of objects that are pasted; the number is drawn from 1 to this.
         min_visible: share of every box that must not be hidden by all that is pasted.
     """
 
@@ -251,8 +251,8 @@ _PLACES = 10
 class PasteBoxes:
     """Pastes boxes of the only partner; which and where follows from the seed and the objects.
 
-    What else of the partner's objects lies in a pasted box comes along. An object for which no place is found that
-    leaves ``min_visible`` of every box is not pasted.
+    Other objects of the partner that lie in a pasted box are pasted with it. An object is not pasted if no place is
+    found that leaves ``min_visible`` of every box visible.
     """
 
     max_objects: int
