@@ -14,9 +14,8 @@ from detr_ray.model import DetectionModel
 
 
 class ModelEma:
-    """A copy of a model whose weights trail the trained ones.
-
-    The decay is warmed up as ``min(decay, (1 + n) / (10 + n))`` after ``n`` updates, so that the average forgets the
+    """A moving average of a model's weights. The decay is warmed up as ``min(decay, (1 + n) / (10 + n))`` after ``n``
+    updates, so that the average forgets the
     random start. Buffers (running statistics) are copied.
 
     Args:
@@ -44,13 +43,13 @@ class ModelEma:
 class RunningStatistics:
     """One worker's running statistics of those batch norms that train.
 
-    Training never reads them, so each worker has its own. Checkpoints and evaluations have the mean over workers. The
-    workers' own ones go on beside it, also over a restart with as many workers, so that the weights at the end do not
-    depend on when checkpoints were written.
+    Training never reads them, so each worker has its own. Checkpoints and evaluations have the mean over workers. Each
+    worker keeps its own statistics after that, also over a restart with the same number of workers, so that the final
+    weights do not depend on when checkpoints were written.
 
     Args:
         model: the model that trains.
-        averaged_model: the average of its weights, which is what is used where there is one.
+        averaged_model: the moving average of its weights; None without one.
         context: this worker's group.
     """
 
@@ -64,19 +63,19 @@ class RunningStatistics:
         self._copies = [_statistics(part, norms) for part in (model, averaged_model) if part is not None]
 
     def of_all_workers(self) -> list[Tensor] | None:
-        """Each worker's own in one row, on rank 0; every worker must call it. None where there is nothing to keep."""
+        """The statistics of all workers, a row each, on rank 0; every worker must call it. None if there are none."""
         if self._context.world_size == 1 or not self._copies[0]:
             return None
         return self._context.gather_to_first(_row(self._copies[0]).cpu())
 
     def restore(self, rows: Sequence[Tensor] | None) -> None:
-        """Takes up its own ones; where there were more or fewer workers, what is in the model stays: their mean."""
+        """Restores this worker's statistics. If the number of workers has changed, the mean in the model stays."""
         if rows is not None and len(rows) == self._context.world_size and self._copies[0]:
             _fill(self._copies[0], rows[self._context.rank])
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within it the models have the mean over workers; every worker must call it."""
+        """A context in which the models have the mean over workers; every worker must call it."""
         if self._context.world_size == 1 or not self._copies[0]:
             yield
             return

@@ -25,7 +25,7 @@ class ConfiguredData:
         self._undivided: DatasetIndex | None = None
 
     def open(self, split: str, progress: Callable[[int, int], None] | None = None) -> DatasetIndex:
-        """Opens a split, whole and without looking at more than its annotations.
+        """Opens a split with all its images; reads only the annotations.
 
         With ``data.split`` both splits are parts of the same images, which are read once.
 
@@ -55,7 +55,7 @@ class ConfiguredData:
         return Holdout(**data.split.model_dump()).part(self._undivided, split)
 
     def _open_sources(self, reading: Reading) -> list[DatasetIndex]:
-        """All of several data sets, which together may lack as many sizes as one may."""
+        """Opens all of several data sets. The limit of images without a size holds for all of them together."""
         opened: list[DatasetIndex] = []
         for source in self._data.sources:
             skipped = sum(index.images_left_out for index in opened)
@@ -64,7 +64,7 @@ class ConfiguredData:
         return opened
 
     def _open_source(self, source: SourceConfig, reading: Reading) -> DatasetIndex:
-        """One of several data sets: its training images, or all where some are to be held out."""
+        """One of several data sets: its training images, or all images if some are to be held out."""
         data, places = self._data, source if source.root is None else None
         if data.split is not None:
             return open_undivided(source.root, places, data.follow_links, data_format=source.format, reading=reading)

@@ -1,7 +1,7 @@
-"""What the loop knows of the other workers: its rank, sums over ranks, and little else.
+"""What the loop knows of the other workers: its rank, the sums over ranks, and why to leave.
 
-``LocalContext`` is one process on its own: the debugger, the oracle of the tests, and what distribution is measured
-against. Everything that talks to other processes implements the same protocol elsewhere.
+``LocalContext`` is a single process: for debugging, and as the reference in tests and benchmarks. Contexts of several
+processes implement the same protocol (`engine/distributed.py`, `runtime/worker.py`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ again with another number of workers."""
 
 
 def most_urgent(reasons: Iterable[LeaveReason | None]) -> LeaveReason | None:
-    """The reason that counts where workers have several; None where none has one."""
+    """The most urgent of the workers' reasons; None if no worker has one."""
     given = set(reasons)
     return next((known for known in get_args(LeaveReason) if known in given), None)
 
@@ -46,8 +46,8 @@ Phase = Literal[
     "leaving",
     "waiting for a run",
 ]
-"""What a worker may be doing, in the order within one step. Of workers at one step, the others wait for the one that is
-furthest behind in this order."""
+"""What a worker may be doing, in the order within one step. Of several workers at the same step, the others wait for
+the worker whose phase comes first in this order."""
 
 
 class WorkerContext(Protocol):
@@ -68,7 +68,7 @@ class WorkerContext(Protocol):
         ...
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Within it, the wrapped model's backward pass keeps its gradients to itself (accumulation)."""
+        """A context in which the wrapped model's backward pass does not average gradients: for accumulation."""
         ...
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class WorkerContext(Protocol):
         ...
 
     def gather_to_first(self, item: T) -> list[T] | None:
-        """Every worker's item, by rank, on rank 0 and None elsewhere; for items that are large taken together."""
+        """Every worker's item, by rank, on rank 0; None on other ranks. For items that are large together."""
         ...
 
     def broadcast(self, item: T) -> T:
@@ -99,7 +99,7 @@ class WorkerContext(Protocol):
         ...
 
     def enter(self, phase: Phase, step: int) -> None:
-        """Notes what this worker does from now on, for whoever looks for workers that hang; costs nothing."""
+        """Notes what this worker does from now on, for the supervision of hanging workers; takes no time."""
         ...
 
     def leave_reason(self) -> LeaveReason | None:
@@ -143,7 +143,7 @@ class LocalContext:
         return model
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Nothing to hold back."""
+        """Does nothing: there are no other workers."""
         return nullcontext()
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
@@ -163,15 +163,15 @@ class LocalContext:
         return item
 
     def report(self, evaluated: Evaluated) -> None:
-        """Hands it on."""
+        """Calls ``on_report``."""
         self._on_report(evaluated)
 
     def say(self, line: str) -> None:
-        """Hands the line on."""
+        """Calls ``say``."""
         self._say(line)
 
     def enter(self, phase: Phase, step: int) -> None:
-        """Hands the step on."""
+        """Calls ``on_step``."""
         self._on_step(step)
 
     def leave_reason(self) -> LeaveReason | None:

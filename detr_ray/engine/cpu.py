@@ -1,4 +1,4 @@
-"""What training on a CPU needs beside the step: memory that is given back, and a warning of a slow number format."""
+"""What training on a CPU needs in addition: returning memory to the system, and a warning of slow number formats."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from detr_ray.engine.context import WorkerContext
 
 MOST_OVER_NEED = 1.25
-"""What a process may hold, as a multiple of what it held after a step that began without gaps in its heap."""
+"""How much memory a process may hold, as a multiple of what a step needed that began without gaps in the heap."""
 
 _STATM = Path("/proc/self/statm")
 
@@ -21,13 +21,13 @@ _INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16", "sve_bf16"
 
 
 class HeldMemory:
-    """Keeps what a process holds near what its largest step needs.
+    """Keeps the memory of a process near what its largest step needs.
 
-    Batches have ever other shapes, so that each step leaves gaps of other sizes in the heap: what lies free between two
-    blocks in use stays with the allocator, and later blocks do not fit into it. What is held grows over hundreds of
-    steps to several times what a step needs. Giving the gaps back costs the next step a fraction of its time: their
-    pages are cleared anew when they are used again. So it is done only when there are many. No setting of the process
-    changes. Does nothing where the allocator is not glibc's.
+    Batches have different shapes, so each step leaves gaps of different sizes in the heap. The allocator keeps free
+    memory between two used blocks, and later blocks may not fit into it. Over hundreds of steps, the process grows to
+    several times what a step needs. Returning the gaps to the system costs the next step a fraction of its time,
+    because the kernel clears the pages when they are used again. So it is done only when much memory is free. No
+    setting of the process changes. Does nothing if the allocator is not glibc's.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class HeldMemory:
         self._without_gaps = True
 
     def after_step(self) -> bool:
-        """Looks at what is held, and gives back what is free if that is much; whether it did."""
+        """Gives free memory back if the process holds too much; returns whether it did."""
         held = resident_bytes()
         if self._without_gaps:
             self._need, self._without_gaps = max(self._need, held), False
@@ -92,7 +92,7 @@ class PeakMemory:
 
 
 def give_back_freed_memory() -> None:
-    """Has glibc's allocator return what is free between blocks that are in use."""
+    """Has glibc's allocator return free memory between used blocks to the system."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -129,7 +129,7 @@ def warn_of_slow_precision(precision: str, context: WorkerContext) -> None:
 
 
 def _onednn_computes_bf16() -> bool:
-    """What torch itself asks before it hands bf16 to oneDNN; where the question is not to be had, it is taken so."""
+    """Whether torch computes bf16 with oneDNN, by torch's own check; true if torch has no such check."""
     ask = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     return ask is None or bool(ask())
 

@@ -24,7 +24,7 @@ _NO_BUFFER_SYNC: dict[str, Any] = {"forward_sync_buffers" if _NEW_NAME else "bro
 
 
 def _without_tensors(item: object, tensors: list[Tensor]) -> bytes:
-    """An item pickled but for its tensors, which are added to a list; see `_with_tensors`."""
+    """An item, pickled without its tensors; these are appended to a list. See `_with_tensors`."""
 
     class Pickler(pickle.Pickler):
         def persistent_id(self, part: object) -> int | None:
@@ -39,7 +39,7 @@ def _without_tensors(item: object, tensors: list[Tensor]) -> bytes:
 
 
 def _with_tensors(outline: bytes, tensors: list[Tensor]) -> Any:
-    """The item that `_without_tensors` was given, with these tensors in it."""
+    """The inverse of `_without_tensors`: the item with these tensors."""
 
     class Unpickler(pickle.Unpickler):
         def persistent_load(self, number: int) -> Tensor:
@@ -51,7 +51,7 @@ def _with_tensors(outline: bytes, tensors: list[Tensor]) -> Any:
 class DistributedContext:
     """One worker of a process group; see `WorkerContext`.
 
-    It neither reports nor shows anything: who starts the group says how (a subclass).
+    It neither reports nor shows anything; a subclass of the launcher does.
 
     Args:
         rank: this worker.
@@ -69,7 +69,7 @@ class DistributedContext:
         if self.world_size == 1:
             return model
         devices = None if self.device.type == "cpu" else [self.device]
-        # Buffers are not broadcast: frozen ones never change, running statistics are averaged when they are kept.
+        # Buffers are not broadcast: frozen ones never change, and running statistics are averaged when they are saved.
         return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **_NO_BUFFER_SYNC)
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
@@ -119,7 +119,7 @@ class DistributedContext:
         self, tensor: Tensor | None, shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype
     ) -> Tensor:
         """Sends (rank 0) or receives one tensor, as bytes: not every backend knows every type."""
-        # A group with NCCL alone moves nothing but what lies on GPUs.
+        # A group with only NCCL can send nothing but tensors on GPUs.
         device = "cpu" if "cpu:" in dist.get_backend_config() else self.device
         values = torch.empty(shape, dtype=dtype, device=device) if tensor is None else tensor.to(device).contiguous()
         if values.numel():
@@ -127,14 +127,14 @@ class DistributedContext:
         return torch.empty_strided(shape, stride, dtype=dtype).copy_(values) if tensor is None else tensor
 
     def report(self, evaluated: Evaluated) -> None:
-        """Nobody to report to."""
+        """Does nothing."""
 
     def say(self, line: str) -> None:
-        """Nobody to show a line to."""
+        """Shows nothing."""
 
     def enter(self, phase: Phase, step: int) -> None:
-        """Nobody looks."""
+        """Notes nothing."""
 
     def leave_reason(self) -> LeaveReason | None:
-        """Nobody asks."""
+        """None: workers leave at the end only."""
         return None

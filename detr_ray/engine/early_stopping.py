@@ -1,8 +1,8 @@
 """Early stopping: a run ends once its validations have not got better for a while.
 
-Whether it ends, and after which step, follows from the scores alone, and not from when they are there: a run waits for
-the scores of an evaluation that may be the last one, and for no others. The scores are kept in the run's folder, so a
-run that goes on counts as if it had never stopped.
+Whether and after which step a run ends depends only on the scores, not on when they are computed: the run waits for the
+scores of an evaluation that may be its last one. It waits for no other scores. They are kept in the run's folder, so a
+resumed run counts as if it had never stopped.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class EarlyStopping:
 
     @classmethod
     def of(cls, job: TrainJob, context: WorkerContext, step: int) -> EarlyStopping | None:
-        """That of a run; None where it has none. Every worker must call it.
+        """The early stopping of a run; None if it is not configured. Every worker must call it.
 
         Args:
             job: the run.
             context: this worker's group.
-            step: that training goes on from; scores of later ones are forgotten.
+            step: the step at which training resumes; scores of later steps are dropped.
 
         Raises:
             RunFailed: the scores cannot be read.
@@ -110,7 +110,7 @@ def refuse_unknown_score(config: Config, class_names: Iterable[str | None]) -> N
         class_names: the classes; None for labels without one.
 
     Raises:
-        ConfigError: it names what there is.
+        ConfigError: there is no such score; the message names those that exist.
     """
     section = config.train.early_stopping
     if section is None:

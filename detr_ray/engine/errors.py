@@ -1,4 +1,4 @@
-"""How a run ends badly."""
+"""The errors of a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class RunFailed(RuntimeError):  # noqa: N818 - it names what happened to the run
     traceback.
 
     Attributes:
-        agreed: whether every worker raises the same at the same step, so that none is left waiting for another.
+        agreed: whether every worker raises the same error at the same step, so that no worker waits for another.
     """
 
     def __init__(self, message: str, *, agreed: bool = False) -> None:

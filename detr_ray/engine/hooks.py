@@ -1,4 +1,4 @@
-"""How a training run that is started by a program reports to it, and is told what to do.
+"""Hooks of a training run: what it asks and tells the program that started it.
 
 Everything has a default: a run without hooks trains to its end and takes what its configuration says.
 """
@@ -16,8 +16,8 @@ class Evaluated:
     Attributes:
         step: optimizer steps that the weights had taken.
         metrics: its numbers, by name (``val/AP``, ...).
-        checkpoint: folder of the checkpoint with these weights, which stays as long as ``train.keep_last`` and being
-            the best keep it; None where there is none, and on other ranks than 0.
+        checkpoint: folder of the checkpoint with these weights; it may be removed later (``train.keep_last``) unless it
+            is the best one. None if there is none, and on ranks other than 0.
     """
 
     step: int
@@ -60,8 +60,8 @@ class JobHooks:
         budget: what the run may take of the cluster.
         should_abandon: asked as often as ``should_stop``. Once it says yes, the run stops after its step, without a
             checkpoint: what it did since its last one is lost. Its result says ``stopped``.
-        hold_evaluated: whether checkpoints that are evaluated are held: they stay, whatever ``train.keep_last`` says,
-            until someone releases them (`release`): another run may be about to begin there.
+        hold_evaluated: whether evaluated checkpoints are held: they are not removed, whatever ``train.keep_last`` says,
+            until they are released (`release`), because another run may be about to begin at one.
         on_step: told of the steps that rank 0 has taken, about twice a second; in an evaluation, of the batches that
             all workers have done.
     """

@@ -1,7 +1,7 @@
 """From a configuration to a job: everything that is decided before the workers start.
 
-This is where config objects end: what comes out are plain values, the opened data, and builders of the parts. It runs
-on the driver, so that bad input is refused in seconds, and its results travel to the workers.
+Its results are plain values, the opened data, and builders of the parts. It runs on the driver, so that bad input is
+refused in seconds; the results are sent to the workers.
 """
 
 from __future__ import annotations
@@ -177,13 +177,13 @@ def _open_split(data: DataConfig, configured: ConfiguredData, split: str, say: S
 
 
 def _look_at_images(index: DatasetIndex, split: str, data: DataConfig, say: Say) -> None:
-    """Finds now, and not when the workers have started, what is wrong with all images, or many.
+    """Finds faults that all or many images have, before workers are started.
 
-    A few images are looked at, all over the set: of one that is sorted, the first may be bad and the others not.
+    A few images from all over the set are looked at: in a sorted set, the first ones may differ from the others.
 
     Raises:
-        DataError: none of them can be used, or the storage fails; or one of the validation set cannot, where bad images
-            are not skipped: else the run would end after its first epoch.
+        DataError: none of them can be used; the storage fails; or, if bad images are not skipped, one of the validation
+            set cannot be used: the run would end after its first epoch.
     """
     rows = np.unique(np.linspace(0, len(index) - 1, min(len(index), _IMAGES_LOOKED_AT)).astype(np.int64))
     bad = inspect_images(index, only=rows.tolist()).bad
@@ -297,7 +297,7 @@ def choose_label_space(
     record: Mapping[str, Any] | None,
     fork: Fork | None = None,
 ) -> str:
-    """The space of a run's labels: that which it was begun with, whatever has become of its first weights since.
+    """The label space of a run: the recorded one, even if the file of its first weights has changed since then.
 
     ``auto`` is COCO's 91 ids where published weights meet data with COCO's categories, contiguous otherwise.
 
@@ -337,7 +337,7 @@ def _is_official(init_from: str | None) -> bool:
 
 
 def _initial_weights(config: Config, label_map: LabelMap, say: Say) -> dict[str, torch.Tensor] | None:
-    """State of a model loaded from elsewhere; None where all of it is random."""
+    """The first weights, loaded from a file; None if all of them are random."""
     if config.model.init_from is None and config.model.backbone_weights == "none":
         return None
     from detr_ray.model.weights import load_backbone_weights, load_initial_weights, shorten_names
@@ -379,7 +379,7 @@ def code_version(folder: Path) -> str:
 
 
 def run_summary(job: TrainJob) -> str:
-    """One line a person needs before the first step."""
+    """One line about the run, shown before the first step."""
     train = job.config.train
     assert job.data.train is not None
     return (

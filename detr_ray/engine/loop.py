@@ -1,7 +1,7 @@
-"""The training loop. It runs on any worker context: alone in a process, or as one of many workers.
+"""The training loop. It runs in any worker context: as a single process, or as one of many workers.
 
 Everything that a step depends on (batches, random numbers, learning rate, loss weights) is a function of the step's
-number, so that going on from a checkpoint of step ``k`` is the same as never having stopped.
+number, so a run that resumes from a checkpoint of step ``k`` computes the same as one that never stopped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from detr_ray.engine.reporting.progress import FitResult, duration, step_line
 from detr_ray.engine.step import StepOutcome, StepTimes, TrainStep
 from detr_ray.engine.validation.in_training import Validation
 
-if TYPE_CHECKING:  # what reads and writes files is given, so that torch and numpy are enough to train
+if TYPE_CHECKING:  # the loop gets what reads and writes files, so that training needs only torch and numpy
     from detr_ray.engine.job import TrainJob
     from detr_ray.engine.stream.batches import BatchSource
     from detr_ray.tracking import Tracker
@@ -60,7 +60,7 @@ class TrainingLoop:
         self.state = TrainingState(job, context)
         self.model, self.criterion, self.optimizer = self.state.model, self.state.criterion, self.state.optimizer
         self._rates = LearningRates.of(self.model, config.optim, config.train.epochs)
-        # Before the model is wrapped: wrapping compares it between workers.
+        # Before the model is wrapped, which compares the models of all workers.
         training = self.state.restore(self.checkpoints)
         if config.train.micro_batch_size == "auto" and self.step < job.total_steps:
             batches.limit_micro_batches(micro_batch_size(job, context, self.state))
@@ -89,7 +89,7 @@ class TrainingLoop:
         return self.state.step
 
     def run(self) -> FitResult:
-        """Trains to the end, or until someone asks to stop.
+        """Trains to the end, or until it is asked to stop.
 
         Raises:
             RunFailed: the run cannot go on.
@@ -109,7 +109,7 @@ class TrainingLoop:
         return self._result("stopped" if leave else status, leave, time.perf_counter() - started)
 
     def _train(self) -> LeaveReason | None:
-        """Takes the steps that are left; why it stopped before their end, unless it ended early."""
+        """Takes the remaining steps. Returns the reason to leave, if there was one before the last step."""
         if self.validation.verdict:
             return None
         waiting_since = self._wait_for_data()
@@ -172,12 +172,12 @@ class TrainingLoop:
         if ends_interval or self.step == self.job.total_steps:
             self._log()
             self.validation.collect()
-        if ends_interval:  # one that the end of the run cuts goes on where the run goes on (train.max_steps)
+        if ends_interval:  # an interval that the end of the run cuts short continues if the run is resumed
             self._meters.restart()
             self._train_step.times = StepTimes()
 
     def _check_skipped(self, *, settle: bool = False) -> None:
-        """Ends a run that skips too much; without ``settle`` the last step is looked at after the next one only."""
+        """Ends a run that skips too many steps. Without ``settle``, the last step is checked after the next one."""
         if settle:
             self._train_step.settle()
         if self._train_step.nonfinite_in_a_row > self.job.config.train.max_nonfinite_steps:
@@ -204,7 +204,7 @@ class TrainingLoop:
             self.context.say(step_line(metrics, self.step, self.job.total_steps, self.job.steps_per_epoch))
 
     def _count_bad_images(self) -> None:
-        """Adds the images that any worker could not read since the last count; all workers then know the same.
+        """Adds the images that some worker could not read since the last count; the result is the same on all workers.
 
         Those that were left out when the data was opened, because not even their size can be read, count as well.
         """
@@ -232,8 +232,8 @@ class TrainingLoop:
     def _save(self, pauses: Sequence[float]) -> None:
         """Writes a checkpoint of this step.
 
-        A checkpoint that can't be written (a full disk) costs no run: the last good one stays good, training goes on
-        and tries again at the next one. Only the last of a run has to succeed.
+        If a checkpoint cannot be written (a full disk), the run goes on: the last good checkpoint stays, and the next
+        one is tried when it is due. Only the last checkpoint of a run must succeed.
 
         Args:
             pauses: seconds before further attempts; see `RunCheckpoints.save`.
@@ -251,7 +251,7 @@ class TrainingLoop:
             "global_batch_size": self.job.config.train.global_batch_size,
         }
         if self.context.rank == 0:
-            self.tracker.sync()  # what was logged before a checkpoint is never logged again
+            self.tracker.sync()  # a resumed run does not log the steps before its checkpoint again
         with self.state.statistics.averaged():
             problem = self.checkpoints.save(
                 self.step,

@@ -1,10 +1,10 @@
-"""The largest micro-batch that memory has room for, found by trying: ``train.micro_batch_size=auto``.
+"""Finds the largest micro-batch that fits into memory by trials: ``train.micro_batch_size=auto``.
 
-Each worker takes forward passes, losses and backward passes of made-up images, of the shapes that the plan's largest
-micro-batches have. On a GPU it tries the whole share, and then halves the range of sizes. On a CPU a process that takes
-too much memory is killed, so the need of one to four images is measured and the rest follows from it. All workers then
-take the smallest of their answers. What was found is kept in the run's folder; a run that goes on with the same workers
-takes it from there. Nothing of the model changes, and neither do results: accumulation is exact.
+Each worker computes forward pass, loss and backward pass of random images with the shapes of the plan's largest
+micro-batches. On a GPU it tries the whole share, and then halves the range of sizes. On a CPU, a process that takes too
+much memory is killed, so the memory for one to four images is measured and extrapolated. All workers use the smallest
+of their results. The result is kept in the run's folder, for a resumed run with the same workers. Neither the model nor
+the results of training change: accumulation is exact.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # see the loop
 
 FOUND = "micro_batch.json"
 SHARE_OF_GPU, SHARE_OF_CPU = 0.9, 0.5
-"""What a step may take of the memory that is free: data tasks and the rest of a machine need some, too."""
+"""Share of the free memory that a step may take: data tasks and other processes need some, too."""
 _MOST_PLANNED = 1_000_000
 
 
@@ -94,10 +94,10 @@ def micro_batch_size(job: TrainJob, context: WorkerContext, state: TrainingState
 
 
 def epochs_looked_at(epochs: int, epoch_samples: int, changes: Collection[int]) -> list[int]:
-    """The epochs of a run whose batches decide how large the largest is: all, or some of all over the run.
+    """The epochs whose batches are searched for the largest one: all, or some from all parts of the run.
 
     The first and the last are among them, and those in which the augmentation changes (an entry of
-    ``data.augment.transforms`` ends), since the batches of all later ones are of another kind.
+    ``data.augment.transforms`` ends), because batches differ from then on.
 
     Args:
         epochs: of the run.
@@ -134,15 +134,15 @@ def largest_shape(epoch_sizes: Iterable[np.ndarray], size: int, world_size: int,
 
 
 class MemoryTrial:
-    """Takes steps of made-up batches, without an update.
+    """Computes steps on random batches, without an update.
 
     Args:
         job: the run.
-        context: this worker's group; not talked to.
+        context: this worker's group; says the device and the number of workers.
         state: model, loss and optimizer.
 
     Attributes:
-        device: where it does.
+        device: where the steps are computed.
     """
 
     def __init__(self, job: TrainJob, context: WorkerContext, state: TrainingState) -> None:
@@ -160,7 +160,7 @@ class MemoryTrial:
 
     @property
     def sizes(self) -> list[int]:
-        """All sizes that cut the largest share of a worker in another way, ascending."""
+        """All sizes that give different micro-batches of a worker's largest share, ascending."""
         share = -(-self._job.config.train.global_batch_size // self._world_size)
         return sorted({-(-share // passes) for passes in range(1, share + 1)})
 
@@ -174,7 +174,7 @@ class MemoryTrial:
 
     @functools.cached_property
     def _planned(self) -> list[np.ndarray]:
-        """The planned sizes of the samples of some epochs, of which each takes as long as an epoch's shuffling."""
+        """The planned sizes of the samples of some epochs; each takes as long as planning an epoch."""
         planner, config = self._job.data.planner, self._job.config
         ends = [getattr(transform, "until_epoch", None) for transform in config.data.augment.transforms]
         samples = planner.steps_per_epoch * planner.global_batch_size
@@ -214,7 +214,7 @@ class MemoryTrial:
         criterion.total(losses).backward()
 
     def _made_up(self, shape: Shape) -> PaddedBatch:
-        """Noise, of which all images but the first have padding, with the boxes of four of the fullest images."""
+        """A batch of noise; all images but the first are padded, and each has four times the most boxes of an image."""
         count, boxes = shape.count, shape.count * self._boxes
         rng = np.random.default_rng(0)
         sizes = np.full((count, 2), (shape.height, shape.width), np.int32)
@@ -232,7 +232,7 @@ class MemoryTrial:
 
 
 def largest_on_gpu(trial: MemoryTrial, limit: int) -> tuple[int, str]:
-    """The largest size that takes at most so many bytes of a GPU, and what it is in words."""
+    """The largest size that takes at most ``budget`` bytes of a GPU, and a description of the result."""
     device = trial.device
 
     def fits(size: int) -> bool:
@@ -244,7 +244,7 @@ def largest_on_gpu(trial: MemoryTrial, limit: int) -> tuple[int, str]:
             trial.run(trial.shape(size))
         except torch.cuda.OutOfMemoryError:
             ran_out = True
-        # Not within the handler: there the error still holds what the failed step had.
+        # Not within the handler, where the error still holds the memory of the failed step.
         gc.collect()
         needed[size] = torch.cuda.max_memory_reserved(device) - before
         torch.cuda.empty_cache()
@@ -255,7 +255,7 @@ def largest_on_gpu(trial: MemoryTrial, limit: int) -> tuple[int, str]:
 
 
 def _largest_on_cpu(trial: MemoryTrial, limit: int) -> tuple[int, str]:
-    """The same of the memory of a machine, of which only small sizes are tried."""
+    """The same for the memory of a machine; only small sizes are tried."""
     tried = [size for size in trial.sizes if size <= 4]
     needed: dict[int, int] = {}
     try:
@@ -283,7 +283,7 @@ def _largest_on_cpu(trial: MemoryTrial, limit: int) -> tuple[int, str]:
 
 
 def _extrapolated(needed: dict[int, int], size: int, pixels: Callable[[int], int]) -> int:
-    """What a size needs if memory grows with the pixels, as it did at most between the sizes that were tried."""
+    """Memory for a size: that of the largest tried one, and for further pixels the largest memory per pixel."""
     tried = sorted(needed)
     largest = tried[-1]
     per_pixel = max(needed[size] / pixels(size) for size in tried)
@@ -295,7 +295,7 @@ def _pixels(shape: Shape) -> int:
 
 
 def largest_fitting(sizes: Sequence[int], fits: Callable[[int], bool]) -> int:
-    """The largest of ascending sizes that fits, where all below one that fits do; 0 if none does."""
+    """The largest of ascending sizes that fits, by bisection; 0 if none does."""
     first, last = 0, len(sizes)
     if sizes and fits(sizes[-1]):
         return sizes[-1]
@@ -331,7 +331,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _read(run_path: str, key: dict[str, Any]) -> int | None:
-    """What was found before, on the same devices; what cannot be read is found anew."""
+    """The result of an earlier trial on the same devices; None if there is none, or it cannot be read."""
     from detr_ray.addresses import join
     from detr_ray.locations import read_bytes
 

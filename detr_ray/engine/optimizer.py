@@ -26,7 +26,7 @@ def build_optimizer(
     layer_decay: float = 1.0,
     decay_norms_and_biases: bool = True,
 ) -> torch.optim.AdamW:
-    """AdamW over what trains, in the model's parameter groups, which are split where parameters differ in more.
+    """AdamW over the trained parameters. The model's groups are split by learning rate factor and weight decay.
 
     Each group keeps its name under ``rate``, its factor under ``factor``, the names of its parameters under ``names``,
     and its full rate at the start under ``initial_lr``. The first group of each rate has the factor 1; it may be empty.
@@ -35,8 +35,8 @@ def build_optimizer(
         model: the model; says which groups it has.
         rates: learning rate of each group.
         weight_decay: of all, or of all but norms and biases.
-        lr_factors: part of a parameter's name -> what its learning rate is multiplied with; the first that fits counts.
-        layer_decay: factor of the learning rate for each layer of the backbone that lies behind a parameter's.
+        lr_factors: part of a parameter's name -> factor of its learning rate; the first match counts.
+        layer_decay: factor of the learning rate for each layer of the backbone after the parameter's own.
         decay_norms_and_biases: whether norms and biases decay too.
     """
     factors = rate_factors(model, lr_factors or {}, layer_decay)
@@ -71,13 +71,12 @@ def rates_in_use(optimizer: torch.optim.Optimizer) -> dict[str, float]:
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Gives an optimizer the moments that an earlier one of the same model had.
 
-    They come to lie in memory as the parameters do: the fused update on CPUs walks through memory without a look at
-    strides, and a run may go on in another memory order (``train.channels_last``). Rates and options stay this
-    optimizer's own.
+    They get the memory order of the parameters: the fused update on CPUs ignores strides, and a run may be resumed with
+    another memory order (``train.channels_last``). Learning rates and options are not restored.
 
     Args:
         optimizer: of the model as it is now.
-        state: ``state_dict()`` of the earlier one. Moments of a group that trains no more are left out.
+        state: ``state_dict()`` of the earlier one. Moments of groups that no longer train are left out.
 
     Raises:
         ValueError: it has other groups, or groups of other sizes.
@@ -94,9 +93,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
 
 
 def _ids_by_group(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> list[list[int]]:
-    """The numbers that the saved moments of each of the optimizer's groups have in ``state``.
+    """The ids that the parameters of each of the optimizer's groups have in ``state``.
 
-    By name where the state has names: groups may be split in another way since (``optim.lr_factors``).
+    Found by name if the state has names, because groups may be split differently now (``optim.lr_factors``).
 
     Raises:
         ValueError: the state lacks a parameter.
@@ -112,14 +111,14 @@ def _ids_by_group(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) ->
 
 
 def clipped_update(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
-    """Clips the gradient to a norm and applies it; leaves parameters and moments alone where it is not finite.
+    """Clips the gradient to a norm and applies it; parameters and moments do not change if it is not finite.
 
-    The fused optimizer divides the gradient, and leaves the update out, within its one pass, and is told to by tensors:
-    nothing waits for the device until the norm is read.
+    The fused optimizer scales the gradient or skips the update within its single pass, as tensors on the device tell
+    it. Nothing waits for the device until the norm is read.
 
     Args:
-        optimizer: updates ``parameters``, whose gradients are no multiple of the real ones (any more).
-        parameters: those with a gradient count.
+        optimizer: updates ``parameters``, whose gradients are not scaled (any more).
+        parameters: those without a gradient are ignored.
         max_norm: a gradient with a larger norm is scaled down to it; 0 leaves all as they are.
 
     Returns:
@@ -133,7 +132,7 @@ def clipped_update(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Par
         return norm
     norm = nn.utils.get_total_norm(gradients, foreach=True)
     scale = ((norm + 1e-6) / max_norm).clamp(min=1.0) if max_norm else None
-    # These attributes are how torch's own gradient scaler speaks to a fused optimizer.
+    # Torch's own gradient scaler passes values to a fused optimizer by these attributes.
     told = {"found_inf": (~norm.isfinite()).to(torch.float32), "grad_scale": scale}
     vars(optimizer).update(told)
     try:
@@ -155,7 +154,7 @@ def learning_rate_factor(
     min_lr_factor: float,
     flat_epochs: float = 0.0,
 ) -> Product:
-    """What the learning rates are multiplied with over the epochs: a warm-up times a decay.
+    """The factor of all learning rates over the epochs: a warm-up times a decay.
 
     Args:
         schedule: ``constant``; ``step`` (times ``gamma`` every ``step_epochs``); ``multistep`` (times ``gamma`` at each
@@ -167,7 +166,7 @@ def learning_rate_factor(
         gamma: factor at each drop.
         warmup_epochs: the factor climbs in a straight line from (nearly) 0 to 1 over so many epochs.
         min_lr_factor: where ``cosine`` ends.
-        flat_epochs: epoch at which ``cosine`` begins to fall at the earliest.
+        flat_epochs: ``cosine`` does not fall before this epoch.
     """
     if schedule == "constant":
         decay = constant(1.0)
@@ -190,7 +189,7 @@ class LearningRates:
 
     Attributes:
         full: group -> its rate, a number or a schedule.
-        factor: what all of them are multiplied with.
+        factor: of all of them.
     """
 
     full: Mapping[str, Rate]

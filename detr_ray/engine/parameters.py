@@ -1,4 +1,4 @@
-"""Which parameters of a model train, and with which learning rates and decay: the section `optim`, name by name."""
+"""Applies the section `optim` to single parameters: which train, with which learning rates and weight decay."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def group_rates(model: DetectionModel, optim: OptimConfig) -> dict[str, Rate]:
 
 
 def freeze(model: DetectionModel, rates: Mapping[str, Rate], patterns: Sequence[str] = ()) -> None:
-    """Keeps parameters as they are: without gradients, so in no optimizer, no norm and no backward pass.
+    """Freezes parameters: they have no gradients, and no part in the optimizer, the gradient norm or the backward pass.
 
     The model keeps modules all of whose parameters are frozen in evaluation mode, so that their statistics stay too.
 
@@ -44,7 +44,7 @@ def freeze(model: DetectionModel, rates: Mapping[str, Rate], patterns: Sequence[
 
 
 def matched(model: nn.Module, pattern: str) -> list[str]:
-    """Names of the parameters that fit a pattern, or that lie in a module whose name does.
+    """Names of the parameters that match a pattern, or are in a module whose name matches it.
 
     Args:
         model: the model.
@@ -65,7 +65,7 @@ def _with_modules(name: str) -> Iterator[str]:
 
 
 def refuse_misnamed(config: Config) -> None:
-    """Refuses names in `optim` that are of no parameter of the model, and freezing all of it.
+    """Refuses names in `optim` that match no parameter of the model, and freezing the whole model.
 
     Raises:
         ConfigError: all faults at once.
@@ -100,7 +100,7 @@ def _nearest(names: Sequence[str], pattern: str) -> list[str]:
 
 
 def layers_behind(model: DetectionModel) -> dict[str, int]:
-    """Name of each parameter of the backbone's network -> how many of its layers lie behind the parameter's."""
+    """Name of each parameter of the backbone's network -> number of its layers after the parameter's own."""
     found = {}
     prefix, backbone = model.named_backbone
     for behind, beginnings in enumerate(reversed(backbone.layers)):
@@ -110,12 +110,12 @@ def layers_behind(model: DetectionModel) -> dict[str, int]:
 
 
 def rate_factors(model: DetectionModel, lr_factors: Mapping[str, float], layer_decay: float) -> dict[str, float]:
-    """Name of each parameter -> what its group's learning rate is multiplied with.
+    """Name of each parameter -> factor of its group's learning rate.
 
     Args:
         model: the model.
-        lr_factors: part of a name -> factor; the first that fits counts.
-        layer_decay: factor for each layer of the backbone that lies behind the parameter's.
+        lr_factors: part of a name -> factor; the first match counts.
+        layer_decay: factor for each layer of the backbone after the parameter's own.
     """
     behind = layers_behind(model) if layer_decay != 1 else {}
     return {

@@ -1,4 +1,4 @@
-"""A run as it left itself in its folder: record, checkpoints, metrics, and what its best weights found.
+"""A run, read back from its folder: record, checkpoints, metrics, and the detections of its best weights.
 
 The detections of the best evaluation are kept in the run's folder together with the annotations they were scored
 against, so that everything about them can be looked at without the data and without evaluating again.
@@ -32,7 +32,7 @@ _STEP = "step"
 
 @dataclasses.dataclass(frozen=True)
 class BestFound:
-    """What the best weights found in the validation set.
+    """The detections of the best weights on the validation set.
 
     Attributes:
         step: optimizer steps that the weights had taken.
@@ -47,7 +47,7 @@ class BestFound:
 
 @dataclasses.dataclass(frozen=True)
 class PastRun:
-    """What a run left.
+    """A run, read back from its folder.
 
     Attributes:
         directory: its folder.
@@ -84,7 +84,7 @@ class PastRun:
         return {name: (steps / per_epoch, values) for name, (steps, values) in self.history.metrics.items()}
 
     def with_status(self, status: Status) -> PastRun:
-        """The same run, whose last process ended so; what it logs last is not in its log yet."""
+        """The run with this status of its last process, which may not be in its log yet."""
         if self.history is None or not self.history.sessions:
             return self
         *earlier, last = self.history.sessions
@@ -98,7 +98,7 @@ class PastRun:
 
 
 def open_past_run(location: str, say: Callable[[str], None] = lambda line: None) -> PastRun:
-    """Reads what a run left.
+    """Reads a run from its folder.
 
     Args:
         location: its folder.
@@ -170,7 +170,7 @@ def _config_of(path: str, say: Callable[[str], None]) -> Config:
 def _history_of(
     config: Config, directory: RunDirectory, is_fork: bool, say: Callable[[str], None]
 ) -> RunHistory | None:
-    """The log on this machine; where that lacks the run's beginning, with what the MLflow store has."""
+    """The metrics in the log on this machine; if its beginning is missing, those of the MLflow store as well."""
     history = read_history(tracking_folder(config, directory))
     if not config.tracking.enabled or (history is not None and (is_fork or _has_beginning(history))):
         return history
@@ -178,7 +178,7 @@ def _history_of(
 
     try:
         fetched = fetch_history(run_tracking_uri(config), config.tracking.experiment, directory.run_id)
-    except Exception as error:  # of a store, which may fail in any way: the run's other records are still of use
+    except Exception as error:  # any error of a store: the run's other records are still of use
         which = "metrics" if history is None else "first metrics"
         say(f"WARNING: the run's {which} are neither on this machine nor to be had from its MLflow store: {error}")
         return history
@@ -188,6 +188,6 @@ def _history_of(
 
 
 def _has_beginning(history: RunHistory) -> bool:
-    """Whether the log begins with the run, which logs its first step; a run in a bucket may have begun elsewhere."""
+    """Whether the log has the run's first step; a run in a bucket may have begun on another machine."""
     steps, _ = history.metrics.get("train/epoch", (np.zeros(0), np.zeros(0)))
     return not len(steps) or int(steps[0]) <= 1

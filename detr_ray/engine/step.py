@@ -204,10 +204,10 @@ class TrainStep:
         failed = bool(outcome.bad_images) and not self._skip_bad_images
         reason = self.context.leave_reason()
         own = np.sum([self.criterion.normalisers(padded.counts.tolist()) for padded in micro_batches], axis=0)
-        # A place a worker, so that the sum holds everyone's and one all-reduce is enough.
+        # One element for each worker, so that a single sum gives all workers' values.
         most_here = np.zeros(self.context.world_size)
         most_here[self.context.rank] = max(int(padded.counts.max(initial=0)) for padded in micro_batches)
-        # On the CPU, so that nothing waits for the device.
+        # On the CPU, so that this does not wait for the device.
         numbers = torch.tensor([*own.tolist(), *most_here.tolist(), failed, reason is not None], dtype=torch.float64)
         *summed, failures, leaving = self.context.all_reduce_sum(numbers).tolist()
         normalisers, most_boxes = summed[: len(own)], summed[len(own) :]
@@ -245,7 +245,7 @@ class TrainStep:
                 value = value.detach()
                 outcome.losses[name] = outcome.losses[name] + value if name in outcome.losses else value
         except NonFiniteOutputs as error:
-            # This worker has no loss, but the others wait for its gradient. A gradient of NaN informs all of them.
+            # This worker has no loss, but the others wait for its gradient. A gradient of NaN tells all of them.
             total = torch.stack([tensor.float().sum() for tensor in float_tensors(outputs)]).sum() * float("nan")
             image_ids = [int(batch.image_ids[i]) for i in error.image_indices]
             report = f"image ids {image_ids}: {error}"

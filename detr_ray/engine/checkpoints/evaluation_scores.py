@@ -1,4 +1,4 @@
-"""The scores of all evaluations of a run, in its folder: those of checkpoints that are gone, too."""
+"""The scores of all evaluations of a run, in a file of its folder; also those of removed checkpoints."""
 
 from __future__ import annotations
 

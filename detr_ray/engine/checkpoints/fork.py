@@ -1,7 +1,7 @@
 """Beginning a run as a fork: at a checkpoint of another run, with other learning rates and loss weights.
 
-The fork has the other run's weights, averages, moments, step and place in the stream. All else is its own: directory,
-records, and from its first checkpoint on everything that it goes on from.
+The fork starts with the other run's weights, averages, moments, step and place in the stream. It has its own directory
+and records, and once it has a checkpoint, it resumes from its own ones.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _may_differ(key: str, before: Any, now: Any) -> bool:
     if key in ("run.name", "run.fork_from") or is_free(key):
         return True
     if key == "optim.ema_decay":
-        return bool(before) == bool(now)  # an average begins with a run
+        return bool(before) == bool(now)  # an average starts with a run, not in its middle
     if key == "optim.lr_backbone":
         return before != 0  # a backbone that was frozen has no moments
     if key == "optim.freeze":
@@ -85,7 +85,7 @@ def _may_differ(key: str, before: Any, now: Any) -> bool:
 
 
 def find_fork(config: Config, record: Mapping[str, Any] | None) -> Fork | None:
-    """The checkpoint that a run begins at; None where it begins anew, or goes on from a checkpoint of its own.
+    """The checkpoint of another run that a run begins at; None without ``run.fork_from``, or if it has its own one.
 
     Args:
         config: of the run.
@@ -101,7 +101,7 @@ def find_fork(config: Config, record: Mapping[str, Any] | None) -> Fork | None:
         with storage_errors(run.path):
             if run.checkpoints.latest() is not None:
                 return None
-    # Begun before, and without a checkpoint yet: the other run may have newer ones now.
+    # A fork that has no checkpoint yet begins at the recorded one: the other run may have newer ones now.
     place = resolve((record or {}).get("forked_from") or config.run.fork_from)
     with storage_errors(place, "run.fork_from"):
         root = place

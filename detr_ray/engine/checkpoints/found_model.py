@@ -1,4 +1,4 @@
-"""Which model file a user means: by a run's folder, a checkpoint's, a model package's, or the file itself."""
+"""Finds the model file for what a user names: the folder of a run, a checkpoint or a package, or the file itself."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class FoundModel:
 
 
 def find_model(given: str, key: str) -> FoundModel:
-    """Finds the model: of a run's folder that of its best checkpoint, by the AP that was recorded.
+    """Finds the model; for a run's folder the model of its best checkpoint, by the recorded AP.
 
     Args:
         given: path, address or URL of a run's folder, a checkpoint's folder, a package's folder, or a file.
@@ -65,7 +65,7 @@ def find_model(given: str, key: str) -> FoundModel:
 
 
 def _file(file: str) -> FoundModel:
-    """A file; with its checkpoint where it lies in one."""
+    """A model file, with its checkpoint if it is part of one."""
     if name_of(file) != MODEL_FILE or file_info(join(parent(file), MANIFEST)).type != FileType.File:
         return FoundModel(file)
     info = checkpoint_at(parent(file))
