@@ -1,6 +1,6 @@
-"""A detector: the model of an architecture, its loss, and how its output becomes boxes.
+"""A detector: the model of an architecture, its loss, and the conversion of its output to boxes.
 
-Everything outside of ``model`` and ``loss`` knows a detector, not which architecture it is.
+Only ``model`` and ``loss`` depend on the architecture; all other packages use a detector.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["Detector", "build_detector", "build_skeleton", "postprocess"]
 
 @dataclass(frozen=True)
 class Detector:
-    """What belongs to an architecture.
+    """A model and its loss.
 
     Attributes:
         model: the network.

@@ -1,7 +1,7 @@
-"""What a saved model is: weights, labels, the configuration that it was trained with, and so sizes and architecture.
+"""A saved model: weights, labels, and the configuration that it was trained with, which has sizes and architecture.
 
-Training writes it (`saved_model`); evaluation and whatever uses a model reads it (`read_saved_model`). It is data:
-tensors and plain values, read without running anything of it.
+Training writes it (`saved_model`); everything that uses a model reads it (`read_saved_model`). It consists of tensors
+and plain values; no code is run when it is read.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MODEL_FILE = "model.pt"
 """Name of the file in a checkpoint."""
 
 SCORES_FILE = "scores.json"
-"""Name of the file beside it that says what the model's scores mean, where they were measured."""
+"""Name of the file beside it with the measured quality of the model's scores."""
 
 
 def saved_model(
@@ -32,7 +32,7 @@ def saved_model(
 
     Args:
         model: the model as it trains.
-        averaged: the average of its weights, which is preferred by who uses the file; None where there is none.
+        averaged: the moving average of its weights, which users of the file prefer; None without one.
         label_map: what its classes are.
         config: what it was trained with; configurations hold no credentials.
         step: optimizer steps taken.
@@ -49,14 +49,14 @@ def saved_model(
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A model file that was read: this project's, or one of another's that has weights alone.
+    """A model file that was read: of this project, or of another program, with weights only.
 
     Attributes:
         source: where it was read from.
-        label_map: what its classes are; None where the file does not say.
-        config: what it was trained with; None where the file does not say.
+        label_map: its classes; None if the file does not have them.
+        config: the configuration of its training; None if the file does not have it.
         is_averaged: whether the weights are an average over training.
-        step: optimizer steps taken; None where the file does not say.
+        step: optimizer steps taken; None if the file does not have it.
         checkpoint: the file's whole content, as `read_checkpoint` gives it.
     """
 
@@ -71,7 +71,7 @@ class SavedModel:
         """The weights under the model's names, the averaged ones where there are any.
 
         Raises:
-            WeightsError: they are not a detector's of this architecture, or there are several.
+            WeightsError: they are not weights of this architecture, or of several models.
         """
         from detr_ray.model.weights import find_detector
 
@@ -83,14 +83,14 @@ def read_saved_model(source: str, say: Callable[[str], None], sha256: str | None
 
     Args:
         source: path, address or URL.
-        say: is told of keys of the configuration that this version does not know.
+        say: shows a line about keys of the configuration that this version does not know.
         sha256: of the file's content, where it was recorded.
 
     Raises:
-        WeightsError: the file cannot be had, is damaged, or was changed.
-        ConfigError: its configuration is none for this version.
+        WeightsError: the file cannot be fetched, is damaged, or was changed.
+        ConfigError: its configuration is not valid in this version.
     """
-    from detr_ray.model.checkpoint_file import read_checkpoint  # and pyarrow, which training does without
+    from detr_ray.model.checkpoint_file import read_checkpoint  # imports pyarrow, which training does not need
 
     checkpoint = read_checkpoint(source, sha256)
     is_own = "config" in checkpoint
@@ -105,15 +105,15 @@ def read_saved_model(source: str, say: Callable[[str], None], sha256: str | None
 
 
 def stored_config(values: Mapping[str, Any], source: str, say: Callable[[str], None]) -> Config:
-    """The configuration that is kept with a model.
+    """The configuration that is stored with a model.
 
     Args:
         values: section -> key -> value.
         source: the model, for messages.
-        say: is told of keys that this version does not know; they are left out.
+        say: shows a line about keys that this version does not know; they are left out.
 
     Raises:
-        ConfigError: it is none for this version.
+        ConfigError: it is not valid in this version.
     """
 
     def warn(key: str) -> None:

@@ -1,4 +1,4 @@
-"""One batch through a model: what validation, the evaluate command and prediction all do with it."""
+"""Runs a model on one batch, for validation, the evaluate command and prediction."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def detect(
     channels_last: bool = False,
     max_detections: int = 100,
 ) -> list[Detections]:
-    """What a model finds on the images of a batch.
+    """Detects objects on the images of a batch.
 
     Args:
         model: in evaluation mode, on ``device``.
-        padded: the batch; its ``orig_sizes`` are the sizes that boxes are wanted for.
+        padded: the batch; boxes are in pixels of its ``orig_sizes``.
         device: where the model is.
-        class_loss: what the model was trained with; says what its logits mean.
+        class_loss: the class loss of its training, which reads its logits.
         precision: ``fp32``, ``bf16`` or ``fp16`` autocast.
         channels_last: lay images out with the channels last.
         max_detections: see `postprocess`.

@@ -1,10 +1,10 @@
-"""A model package: a folder with all that is needed to use a model, and nothing that is run when it is read.
+"""A model package: a folder with everything that is needed to use a model, and no code.
 
-    weights.safetensors    the weights: those that are used, so the averaged ones where there are any
-    model.json             what they are the weights of: `PackageRecord`
+    weights.safetensors    the weights for use: the averaged ones, if there are any
+    model.json             the description of the model: `PackageRecord`
 
-Packages are what leaves a run: registries, servers and exports read them. ``model.json`` has the SHA-256 of each other
-file; a file that has another one is refused, and no file is read that is not listed. Nothing is unpickled.
+Registries, servers and exports use packages. ``model.json`` has the SHA-256 of each other file; a file with another
+hash is refused, and files that are not listed are not read. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 
 @dataclass(frozen=True)
 class ImageSizes:
-    """Sizes of images in pixels that a model knows.
+    """Sizes in pixels of the images that a model was trained and evaluated on.
 
     Attributes:
         short_side: length of the short side in evaluation, and so in prediction.
@@ -68,14 +68,14 @@ class ImageSizes:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What is known of a model beside the model itself.
+    """Facts about a model: where it comes from, and how good it is.
 
     Attributes:
         code_version: version of this program that wrote the file; empty if unknown.
-        evaluation: ``metrics``, the numbers of its evaluation by name (``val/AP``), and ``measured_on``, what they were
-            measured with and on; empty if it was not evaluated.
-        scores: what its scores mean, see `detr_ray.evaluation.score_quality`; None where that was not measured.
-        origin: where it comes from, whatever its writer noted: the run, the checkpoint, fingerprints of data.
+        evaluation: ``metrics``, the numbers of its evaluation by name (``val/AP``), and ``measured_on``, data and
+            settings of the evaluation; empty if it was not evaluated.
+        scores: the quality of its scores, see `detr_ray.evaluation.score_quality`; None if it was not measured.
+        origin: where it comes from, as its writer noted it: run, checkpoint, fingerprints of data.
     """
 
     code_version: str = ""
@@ -109,7 +109,7 @@ class ModelPackage:
 
     Attributes:
         saved: its model.
-        facts: what else it says.
+        facts: what it says about the model.
     """
 
     saved: SavedModel
@@ -117,15 +117,15 @@ class ModelPackage:
 
 
 def write_package(folder: str, saved: SavedModel, facts: ModelFacts = ModelFacts()) -> PackageRecord:
-    """Writes a package; ``model.json`` last, so that a folder that has it is whole.
+    """Writes a package, ``model.json`` last: a folder with this file is complete.
 
     Args:
         folder: path or URI; files of these names in it are replaced.
         saved: the model, with its labels and its configuration.
-        facts: what else is known of it. The code's version is this program's where it is not given.
+        facts: facts about it. If the code's version is empty, this program's is written.
 
     Raises:
-        ValueError: the model has no labels or no configuration. Of weights of others, say them:
+        ValueError: the model has no labels or no configuration. For weights of other programs, set them:
             ``dataclasses.replace(saved, label_map=..., config=...)``.
         WeightsError: the weights are not those of the configuration's model.
         ConfigError: the configuration holds credentials.
@@ -136,7 +136,7 @@ def write_package(folder: str, saved: SavedModel, facts: ModelFacts = ModelFacts
     refuse_credentials(saved.config.to_dict())
     skeleton = build_skeleton(saved.config.model, saved.label_map.num_classes)
     state = whole_state(skeleton, saved.weights_for(skeleton), saved.source)
-    # Copies: tensors that share memory cannot be written into such a file.
+    # Copies: safetensors does not write tensors that share memory.
     weights = safetensors.torch.save({name: value.detach().contiguous().clone() for name, value in state.items()})
     record = PackageRecord(
         format="detr_ray model package",
@@ -201,7 +201,7 @@ def read_package(folder: str, say: Say = lambda line: None) -> ModelPackage:
 
 
 def read_model(source: str, say: Say, sha256: str | None = None) -> SavedModel:
-    """Reads a package, if the source ends in the name of its record, or else a model file.
+    """Reads a package if the source ends in ``model.json``, otherwise a model file.
 
     Args:
         source: path, address or URL.
@@ -209,7 +209,7 @@ def read_model(source: str, say: Say, sha256: str | None = None) -> SavedModel:
         sha256: of a model file's content, where it was recorded.
 
     Raises:
-        WeightsError: it cannot be had, is damaged, or was changed.
+        WeightsError: it cannot be fetched, is damaged, or was changed.
         ConfigError: its configuration is none for this version.
     """
     folder = package_of(source)
@@ -217,7 +217,7 @@ def read_model(source: str, say: Say, sha256: str | None = None) -> SavedModel:
 
 
 def package_of(source: str) -> str | None:
-    """The folder of the package whose record a location is; None for other locations."""
+    """The folder of a package, from the location of its ``model.json``; None for other locations."""
     return parent(source) if name_of(source) == PACKAGE_FILE else None
 
 

@@ -1,4 +1,4 @@
-"""From a model's output to boxes in pixels."""
+"""Converts a model's output to boxes in pixels."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def postprocess(
     DETR needs no suppression of duplicates.
 
     Args:
-        outputs: what the model gave; any float precision.
-        sizes: ``[B, 2]`` (height, width) in pixels of the images that the boxes are wanted for.
-        class_loss: what the model was trained with; says what the logits mean.
+        outputs: the model's output, of any float precision.
+        sizes: ``[B, 2]`` (height, width) in pixels of the images; boxes are given in these pixels.
+        class_loss: the class loss of the model's training, which reads the logits.
         max_detections: largest number of detections an image, where a query may stand for several classes. With one
             class a query, all queries are given.
 

@@ -1,4 +1,4 @@
-"""From a configuration and the names of images to a prediction that can be computed, and its parts written."""
+"""Prepares a prediction from a configuration and the names of images, and writes the parts of its results."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def prepare_prediction(model: LoadedModel, given: Config, wanted: Wanted, say: S
         say: shows the user a line.
 
     Raises:
-        ConfigError: given and stored values do not go together, or the images are too large for the model.
+        ConfigError: given and stored values contradict each other, or the images are too large for the model.
         DataError: there are no images.
-        ValueError: the threshold is none.
+        ValueError: the threshold is not valid.
     """
     settings, lines = evaluation_config(given, model.config, model.source, with_data=False)
     for line in lines:

@@ -1,4 +1,4 @@
-"""Detections and annotations image by image: what every analysis beside COCO's numbers begins with."""
+"""Detections and annotations by image: the input of every analysis other than COCO's numbers."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ class CocoMetrics:
         return "\n".join([*lines, scored])
 
     def all_tables(self) -> str:
-        """All that is said of an evaluation: the twelve numbers, those of the categories, and what scores mean."""
+        """The full text about an evaluation: the twelve numbers, those of the categories, and the quality of scores."""
         parts = [self.table(), self.category_table()]
         if self.scores:
             parts += [describe_scores(self.scores), scores_table(self.scores)]

@@ -2,16 +2,16 @@
 
 Each wrong detection is of one kind, by its overlap with the annotations of its image:
 
-* localisation: of its own category it overlaps the best one by 0.1 to 0.5;
+* localisation: its largest overlap with an annotation of its own category is 0.1 to 0.5;
 * classification: it overlaps an annotation of another category by 0.5 or more;
-* duplicate: it overlaps one of its own category by 0.5 or more, which a better detection took;
+* duplicate: it overlaps one of its own category by 0.5 or more, which a detection with a higher score matches;
 * both: it overlaps one of another category by 0.1 to 0.5;
-* background: it overlaps none by 0.1;
+* background: it overlaps no annotation by 0.1;
 
-and an annotation that neither a right detection nor one of the first two kinds points at is missed.
+An annotation is missed if neither a right detection nor an error of the first two kinds belongs to it.
 
-What a kind costs is said twice: how much AP50 would rise if it alone were mended, as TIDE does; and how much it rises
-when the kinds are mended one after another, which adds up to 1.
+The cost of a kind is given in two ways: how much AP50 would rise if only this kind were corrected, as in TIDE; and how
+much it rises when the kinds are corrected one after another; these add up to 1.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from detr_ray.evaluation.matched import MatchedCategory, match_all
 from detr_ray.evaluation.precision_recall import interpolated_precision
 
 KINDS = ("classification", "localisation", "both", "duplicate", "background", "missed")
-"""In the order in which they are mended."""
+"""In the order in which they are corrected."""
 
 _BACKGROUND_IOU = 0.1
 _FOREGROUND_IOU = 0.5
@@ -40,8 +40,8 @@ class ErrorBreakdown:
     Attributes:
         ap50: as it is, COCO's.
         counts: kind -> number of detections; of annotations for ``missed``.
-        alone: kind -> how much AP50 rises where this kind alone is mended.
-        in_turn: kind -> how much it rises where the kinds are mended one after another: with ``ap50`` they add up to 1.
+        alone: kind -> how much AP50 rises if only this kind is corrected.
+        in_turn: kind -> how much it rises when the kinds are corrected one after another; they add up to 1 - ``ap50``.
     """
 
     ap50: float
@@ -52,14 +52,14 @@ class ErrorBreakdown:
 
 @dataclass
 class _State:
-    """Detections and annotations as far as they are mended.
+    """Detections and annotations after some kinds of errors were corrected.
 
     Attributes:
         category: ``[D]`` of each detection.
         is_right: ``[D]`` bool.
-        counts: ``[D]`` bool, False for those that are gone or count as nothing.
+        counts: ``[D]`` bool, False for those that were removed or are ignored.
         is_found: ``[A]`` bool.
-        is_sought: ``[A]`` bool, False for crowd regions and annotations that are gone.
+        is_sought: ``[A]`` bool, False for crowd regions and annotations that were removed.
     """
 
     category: np.ndarray
@@ -74,7 +74,7 @@ class _State:
 
 @dataclass
 class _Errors:
-    """The kind of each wrong detection (place in `KINDS`, -1 for none), and the annotation that it is about."""
+    """The kind of each wrong detection (index in `KINDS`, -1 for none), and the annotation that it overlaps."""
 
     kind: np.ndarray
     target: np.ndarray
@@ -82,7 +82,7 @@ class _Errors:
 
 
 def break_down_errors(truth: GroundTruth, detections: DetectionTable) -> ErrorBreakdown:
-    """Finds the kinds of all errors, and what each costs.
+    """Finds the kinds of all errors, and the cost of each kind.
 
     Args:
         truth: the annotations.
@@ -155,14 +155,14 @@ def _of_image(image: ImageBoxes, wrong: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def _missed(state: _State, errors: _Errors) -> np.ndarray:
-    """``[A]`` bool, annotations that nothing points at."""
+    """``[A]`` bool, annotations that are neither found nor the subject of another error."""
     missed = state.is_sought & ~state.is_found
     missed[errors.target[errors.target >= 0]] = False
     return missed
 
 
 def _mend(state: _State, errors: _Errors, place: int, truth: GroundTruth) -> _State:
-    """Mends the errors of one kind, those with the highest score first."""
+    """Corrects the errors of one kind, those with the highest score first."""
     kind = KINDS[place]
     if kind == "missed":
         state.is_sought &= ~_missed(state, errors)
@@ -174,7 +174,7 @@ def _mend(state: _State, errors: _Errors, place: int, truth: GroundTruth) -> _St
     for row in rows.tolist():
         target = int(errors.target[row])
         if state.is_found[target] or not state.is_sought[target]:
-            state.counts[row] = False  # another one finds it already
+            state.counts[row] = False  # another detection finds the annotation already
             continue
         state.is_found[target] = state.is_right[row] = True
         state.category[row] = truth.category_ids[target]
@@ -193,6 +193,6 @@ def _ap50(truth: GroundTruth, detections: DetectionTable, state: _State, scored:
         to_find = int((sought == category_id).sum())
         if to_find:
             precisions.append(float(interpolated_precision(right, ~right, to_find).mean()))
-        else:  # all of them were missed, and that is mended
+        else:  # all of them were missed, and misses are corrected
             precisions.append(float(not len(rows)))
     return float(np.mean(precisions)) if precisions else 0.0

@@ -1,9 +1,9 @@
 """How much AP each image costs: the loss of AP, attributed to single annotations and detections.
 
-Without interpolation, the AP of a category is the mean over its annotations of the precision at the rank where each is
-found, and 0 for those that are not. So it is lost in two ways, which add up to ``1 - AP``: an annotation that is missed
-costs ``1 / n``; one that is found at rank ``r`` with ``f`` false detections up to there costs ``f / r / n``, to which
-each of these false detections contributes ``1 / r / n``. (COCO's AP is interpolated, and differs from this a little.)
+Without interpolation, the AP of a category is a mean over its ``n`` annotations: of the precision at the rank where an
+annotation is found, and of 0 for those that are not found. So ``1 - AP`` is a sum of two losses. A missed annotation
+costs ``1 / n``. One that is found at rank ``r``, with ``f`` false detections up to this rank, costs ``f / r / n``; each
+of these false detections contributes ``1 / r / n``. (COCO's AP is interpolated, and differs from this a little.)
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class LostPrecision:
     """Loss of AP, mean over COCO's IoU thresholds and the categories that have annotations.
 
     Attributes:
-        by_annotation: ``[A]`` of annotations that are missed; 0 for crowd regions.
-        by_detection: ``[D]`` of false detections.
+        by_annotation: ``[A]`` loss by each missed annotation; 0 for others and for crowd regions.
+        by_detection: ``[D]`` loss by each false detection.
         average_precision: AP without interpolation: 1 less the sum of both.
     """
 

@@ -1,4 +1,4 @@
-"""COCO's matching with the rows of the tables it came from: for analyses that ask which detections were wrong."""
+"""COCO's matching with the rows of the original tables, for analyses of single detections."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class MatchedCategory:
         category_id: its id.
         found: ``[D]`` rows of the table of detections, from the highest score to the lowest.
         is_right: ``[T, D]`` bool, whether each matches an annotation.
-        is_neutral: ``[T, D]`` bool, whether it matches a crowd region and counts as nothing.
+        is_neutral: ``[T, D]`` bool, whether it matches a crowd region and is ignored.
         annotated: ``[G]`` rows of the ground truth, without crowd regions.
         is_found: ``[T, G]`` bool, whether each is matched.
     """

@@ -1,8 +1,8 @@
-"""What became of each detection and each annotation at one IoU: matched, confused, false, missed; and the confusions.
+"""The outcome of each detection and annotation at one IoU (matched, confused, false, missed), and a confusion matrix.
 
 Detections are taken from the highest score to the lowest. Each first takes the free annotation of its own category that
-it overlaps most; what is left over is then paired across categories: these are confused. Crowd regions are neither
-found nor missed, and detections inside of one of their category count as nothing.
+it overlaps most. The remaining ones are then paired across categories: these are confused. Crowd regions are neither
+found nor missed, and detections inside a crowd region of their category are ignored.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from detr_ray.evaluation.ground_truth import GroundTruth
 
 
 class Outcome(IntEnum):
-    """What became of a detection or an annotation."""
+    """The outcome of a detection or an annotation."""
 
     MATCHED = 0
     CONFUSED = 1
@@ -50,8 +50,8 @@ def find_outcomes(truth: GroundTruth, detections: DetectionTable, score: float, 
     Args:
         truth: the annotations.
         detections: in any order.
-        score: lowest score of detections that are looked at.
-        iou: least overlap of a pair.
+        score: detections with lower scores are ignored.
+        iou: smallest IoU of a pair.
     """
     outcomes = Outcomes(
         found=np.full(len(detections), Outcome.IGNORED),
@@ -66,7 +66,7 @@ def find_outcomes(truth: GroundTruth, detections: DetectionTable, score: float, 
 
 
 def _pair(image: ImageBoxes, found: np.ndarray, outcomes: Outcomes, least_iou: float) -> None:
-    """Fills in what became of one image."""
+    """Sets the outcomes of one image."""
     outcomes.found[found] = Outcome.FALSE
     free = ~image.is_crowd
     for of_same, outcome in ((True, Outcome.MATCHED), (False, Outcome.CONFUSED)):
@@ -86,7 +86,7 @@ def _pair(image: ImageBoxes, found: np.ndarray, outcomes: Outcomes, least_iou: f
 
 
 def confusion_matrix(truth: GroundTruth, detections: DetectionTable, outcomes: Outcomes) -> np.ndarray:
-    """How often annotations of one category were found as another.
+    """How often annotations of each category were detected as each category.
 
     Args:
         truth: the annotations.

@@ -28,7 +28,7 @@ class Curves:
         precision: area -> ``[T, R, K]``, the highest precision at or above each recall.
         recall: area -> ``[T, K]``, recall with up to 100 detections for each image and category.
         recall_of_first: number of detections -> ``[T, K]``, recall with this number of detections, all areas.
-        judged: the detections that count at the lowest IoU threshold, of all areas; what their scores are worth.
+        judged: the detections of all areas that are not ignored at the lowest IoU threshold, to measure their scores.
     """
 
     precision: dict[str, np.ndarray]
@@ -87,7 +87,7 @@ def interpolated_precision(right: np.ndarray, wrong: np.ndarray, to_find: int) -
 
     Args:
         right: ``[T, D]`` bool, detections of one category that are right, from the highest score to the lowest.
-        wrong: ``[T, D]`` bool, those that are wrong; what is neither counts as nothing.
+        wrong: ``[T, D]`` bool, those that are wrong; the others are ignored.
         to_find: annotated boxes of the category, at least one.
     """
     num_right = np.cumsum(right, axis=1).astype(np.float64)

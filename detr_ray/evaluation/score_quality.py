@@ -1,13 +1,13 @@
-"""What scores mean: how precise, and how complete, detections above a score are, and which score is best.
+"""The quality of scores: precision and recall of the detections above a score, and the best threshold.
 
 A detection is right if it matches an annotated box of its category at IoU 0.5, by COCO's matching; detections of crowd
-regions count neither way. For each category, and for all together:
+regions are ignored. For each category, and for all together:
 
 - precision, recall and F1 of the detections with at least a score, over scores;
 - the threshold of best F1, with its precision and recall;
 - the expected calibration error: how far a score is from the share of right ones among detections of about that score
-  (Guo et al. 2017, with 10 bins). Detections below 0.05 are left out: a DETR answers with as many as it has queries;
-  most of these say that there is nothing, and would hide the others.
+  (Guo et al. 2017, with 10 bins). Detections below 0.05 are left out: a DETR gives one for each query, and most of them
+  have scores near 0, which would hide the others.
 
 Plain numbers in dictionaries: they are kept as JSON beside the model.
 """
@@ -31,11 +31,11 @@ BINS = 10
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Judged:
-    """Detections that count, with what they turned out to be.
+    """Detections that are not ignored, and whether they are right.
 
     Attributes:
         scores: ``[D]``.
-        categories: ``[D]`` place of each one's category.
+        categories: ``[D]`` index of each one's category.
         is_right: ``[D]`` bool.
         to_find: ``[K]`` annotated boxes of each category.
     """
@@ -47,16 +47,16 @@ class Judged:
 
 
 def measure_scores(judged: Judged, categories: Mapping[int, str]) -> dict[str, Any]:
-    """What the scores of a model's detections mean.
+    """Measures the quality of the scores of a model's detections.
 
     Args:
         judged: its detections on a validation set.
-        categories: name of each category id, in the order of the places.
+        categories: name of each category id, in the order of the indices.
 
     Returns:
         ``all`` of all categories together, ``categories`` by category id (as text, for JSON). Each has ``boxes``; the
         best ``threshold`` with its ``precision``, ``recall`` and ``f1``; ``calibration_error``; and ``curves`` at
-        ``thresholds``. What cannot be said is None: of a category without boxes, or of which nothing was found.
+        ``thresholds``. Values of categories without boxes, or without detections, are None.
     """
     of_each = {}
     for place, (category_id, name) in enumerate(categories.items()):
@@ -86,7 +86,7 @@ def describe_scores(scores: Mapping[str, Any]) -> str:
 
 
 def scores_table(scores: Mapping[str, Any]) -> str:
-    """The best threshold of each category, with what it gives, best F1 first."""
+    """The best threshold of each category, with its precision and recall; best F1 first."""
     rows = sorted(scores["categories"].values(), key=lambda row: (-(row["f1"] or 0.0), row["name"]))
     measured = [row for row in rows if row["threshold"] is not None]
     width = max([len("category"), *(len(printable(row["name"])) for row in measured)])
@@ -105,12 +105,12 @@ def _measure(scores: np.ndarray, is_right: np.ndarray, to_find: int) -> dict[str
     order = np.argsort(-scores, kind="stable")
     scores, is_right = scores[order], is_right[order]
     right = np.cumsum(is_right)
-    # Detections of equal scores are above a threshold together: the last one of each score has all of them.
+    # Detections with equal scores pass a threshold together, so only the last one of each score counts.
     last = np.flatnonzero(np.diff(scores, append=-1.0) != 0)
     f1 = 2 * right[last] / (last + 1 + to_find)
     measured: dict[str, Any] = {"boxes": to_find, **unknown}
     if len(last) and f1.max() > 0:
-        best = int(f1.argmax())  # of equal ones the highest score
+        best = int(f1.argmax())  # the highest score of equal ones
         at = int(last[best])
         measured["threshold"] = float(scores[at])
         measured |= _at(int(right[at]), at + 1, to_find)
@@ -124,7 +124,7 @@ def _measure(scores: np.ndarray, is_right: np.ndarray, to_find: int) -> dict[str
 
 
 def _at(right: int, count: int, to_find: int) -> dict[str, float | None]:
-    """Precision (None of no detections), recall and F1 of some detections of which so many are right."""
+    """Precision (None without detections), recall and F1, from the numbers of right detections and of all."""
     return {
         "precision": right / count if count else None,
         "recall": right / to_find,

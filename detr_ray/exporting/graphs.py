@@ -1,4 +1,4 @@
-"""What is traced: a detector's forward pass, for batches with their padding and for one plain image.
+"""The modules that are traced: a detector's forward pass for padded batches, or for a single image.
 
 Knows tensors; knows nothing of file formats.
 """
@@ -32,7 +32,7 @@ class BatchGraph(nn.Module):
 
 
 class ImageGraph(nn.Module):
-    """A detector for one image that has been resized already.
+    """A detector for one image that has already been resized.
 
     Args:
         model: as `exportable` gave it.
@@ -55,8 +55,8 @@ class ImageGraph(nn.Module):
         """Detects on an image.
 
         Args:
-            resized: ``[1, 3, H, W]`` uint8 RGB, at the size that the model is to see.
-            size: ``[2]`` int64, height and width in pixels that the boxes are wanted for.
+            resized: ``[1, 3, H, W]`` uint8 RGB, at the model's input size.
+            size: ``[2]`` int64, height and width in pixels of the image; boxes are given in these pixels.
 
         Returns:
             boxes_xyxy_px ``[K, 4]``, scores ``[K]`` and labels ``[K]``, the best first.

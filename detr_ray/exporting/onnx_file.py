@@ -1,8 +1,8 @@
-"""A model as an ONNX file: on batches of normalised images with their padding, or on one plain image.
+"""A model as an ONNX file: for batches of normalised, padded images, or for a single image.
 
-The graph is torch's (``torch.onnx`` over ``torch.export``). For plain images, the resizing is put before it in ONNX's
-own operators: the size of its result depends on the image's shape by comparisons and rounding, which a trace cannot
-hold. The packages of the extra ``export`` are imported where they are used.
+The graph is exported by torch (``torch.onnx`` with ``torch.export``). For single images, the resizing before it is
+written in ONNX operators: the size of its result depends on the image's shape by comparisons and rounding, which cannot
+be traced. The packages of the extra ``export`` are imported where they are used.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
     import onnx
 
 OPSET = 18
-"""Version of ONNX's operators: the first whose Resize averages when it makes smaller."""
+"""Version of ONNX's operators: the first whose Resize has antialiasing."""
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 def check_packages(option: str) -> None:
-    """Refuses what needs packages that are not installed.
+    """Checks that the needed packages are installed.
 
     Raises:
         ConfigError: names them, and the extra that brings them.
@@ -77,7 +77,7 @@ def write_batch_onnx(source: ExportSource, path: Path) -> Agreement:
 def write_image_onnx(source: ExportSource, path: Path) -> Agreement:
     """Writes the detector on one image: ``image`` [H, W, 3] uint8 RGB -> ``boxes``, ``scores``, ``labels``.
 
-    Resizing, normalisation and the way from logits to pixel boxes are inside. See `write_batch_onnx`.
+    Resizing, normalisation and post-processing to pixel boxes are part of it. See `write_batch_onnx`.
     """
     from onnx import compose
 
@@ -118,7 +118,7 @@ def _converted(
                 output_names=list(outputs),
                 opset_version=OPSET,
                 dynamo=True,
-                optimize=False,  # it drops bounds of clamps that others still need; runtimes optimize when they load
+                optimize=False,  # it drops bounds of clamps that are still in use; runtimes optimize when they load
                 verbose=False,
             )
             assert converted is not None, "no file was named"
@@ -131,7 +131,7 @@ def _converted(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the converter prints, logs and warns of in passing; its errors are raised."""
+    """Suppresses the converter's output, log lines and warnings; errors are raised."""
     loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -146,7 +146,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _save(source: ExportSource, model: onnx.ModelProto, path: Path) -> None:
-    """Writes the file with what it says of the model."""
+    """Writes the file with the model's metadata."""
     import onnx
 
     del model.metadata_props[:]

@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 
 def resizing_graph(short: int, long: int, opset: int, ir_version: int) -> onnx.ModelProto:
-    """From an image to the pixels that the model sees, as `resized_sizes` and `Picture.resize` do it.
+    """Resizes an image to the model's input, as `resized_sizes` and `Picture.resize` do.
 
     Args:
-        short: pixels that the short side is brought to.
-        long: most that the long side may have.
+        short: length of the resized short side, pixels.
+        long: longest allowed long side, pixels.
         opset: of the model that follows.
         ir_version: likewise.
 
@@ -36,7 +36,7 @@ def resizing_graph(short: int, long: int, opset: int, ir_version: int) -> onnx.M
         node("Cast", "size", "sides", to=TensorProto.DOUBLE),
         node("ReduceMin", "sides", "shortest", keepdims=1),
         node("ReduceMax", "sides", "longest", keepdims=1),
-        # The short side, smaller where the long side would pass its limit: rounded, half to even.
+        # The short side; smaller if the long side would exceed its limit: rounded, half to even.
         node("Div", "longest,shortest", "aspect"),
         node("Mul", "aspect,short", "long_side"),
         node("Greater", "long_side,limit", "is_too_long"),
@@ -45,7 +45,7 @@ def resizing_graph(short: int, long: int, opset: int, ir_version: int) -> onnx.M
         node("Round", "limited_quotient", "limited_rounded"),
         node("Max", "limited_rounded,one", "limited"),
         node("Where", "is_too_long,limited,short", "new_short"),
-        # The long side, cut off to whole pixels; unchanged where the short side is.
+        # The long side, rounded down; unchanged if the short side is.
         node("Mul", "new_short,longest", "long_product"),
         node("Div", "long_product,shortest", "long_quotient"),
         node("Floor", "long_quotient", "scaled_long"),

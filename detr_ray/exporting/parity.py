@@ -1,7 +1,7 @@
-"""Whether an exported model gives what the model gives: the inputs that are tried, and how results are compared.
+"""Compares an exported model with the original: the inputs that are tried, and the comparison of results.
 
-Two models that compute the same in another order of additions differ in the last digits, and where queries are made of
-the best cells, or the best detections are kept, so may their order. So results are compared as sets.
+If additions are done in another order, results differ in the last digits. Where queries are chosen by score, or only
+the best detections are kept, their order may differ, too. So results are compared as sets.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from detr_ray.exporting.source import ExportSource
 from detr_ray.structures import PaddedBatch, padding_mask, to_device
 
 TOLERANCE = 1e-3
-"""Most by which a probability, or a box in 0..1 of its image, may differ."""
+"""Largest allowed difference of a probability, or of a box coordinate in 0..1."""
 IMAGE_TOLERANCE = 1e-2
-"""The same where resizing is part of the file: runtimes round single pixels in another way, by one of 255."""
+"""The same if the file contains resizing: runtimes may round single pixels differently, by one of 255."""
 BATCH_SIZES = (1, 3)
 _SHORT_SIDE = 256
 
@@ -40,7 +40,7 @@ class Agreement:
     Attributes:
         difference: largest difference of a probability or of a box in 0..1.
         tolerance: the largest allowed.
-        tried: what was tried, in words.
+        tried: description of the inputs that were tried.
     """
 
     difference: float
@@ -71,7 +71,7 @@ def check_batches(source: ExportSource, run: RunBatch) -> Agreement:
 def check_images(source: ExportSource, run: RunImage) -> Agreement:
     """Compares a runtime with the model on images of two shapes, one after the other.
 
-    Every detection of the runtime has to be one of the model's, and the scores those of the model's best.
+    Every detection of the runtime must be one of the model's, and the scores must be those of the model's best.
 
     Raises:
         ExportError: they differ by more than `IMAGE_TOLERANCE`.
@@ -115,7 +115,7 @@ def _agreed(source: ExportSource, agreement: Agreement) -> Agreement:
 
 
 def _shapes(source: ExportSource) -> Iterator[tuple[int, int]]:
-    """Two shapes within the sizes that the model is used at, small ones, since they say as much."""
+    """Two small shapes within the model's sizes; small ones are enough."""
     short = min(source.size, _SHORT_SIDE)
     yield short, min(short * 4 // 3, source.max_size)
     yield min(short * 5 // 4, source.max_size), short
@@ -139,7 +139,7 @@ def _rows(source: ExportSource, logits: np.ndarray, boxes: np.ndarray) -> np.nda
 
 @torch.inference_mode()
 def _detections(source: ExportSource, image: np.ndarray) -> np.ndarray:
-    """All detections of the model on an image, ``[N, 6]``: box in 0..1, score, label. The way of evaluations."""
+    """All detections of the model on an image, ``[N, 6]``: box in 0..1, score, label; computed as in evaluations."""
     height, width = image.shape[:2]
     (size,) = resized_sizes(np.array([image.shape[:2]]), np.array(source.size), source.max_size)
     nothing = Instances(np.zeros((0, 4), np.float32), np.zeros(0, np.int64), (height, width))

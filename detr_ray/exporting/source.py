@@ -1,4 +1,4 @@
-"""What is exported: a model with all that who runs it has to know, and how it is written into files."""
+"""What is exported: a model, and the metadata that users of the file need."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from detr_ray.prediction import LoadedModel
 
 @dataclass(frozen=True)
 class ExportSource:
-    """A model on its way into a file.
+    """A model to be exported.
 
     Attributes:
         model: the network, with its weights.
-        class_loss: says what its logits mean.
-        label_map: what its labels are.
+        class_loss: reads its logits.
+        label_map: its labels.
         architecture: value of ``model.architecture``.
         size: short side in pixels that its images are resized to.
         max_size: longest long side in pixels.
@@ -52,11 +52,11 @@ class ExportSource:
 
     @property
     def has_no_object(self) -> bool:
-        """Whether the last logit stands for no-object: a softmax gives the scores, and otherwise a sigmoid."""
+        """Whether the last logit stands for no-object: then a softmax gives the scores, otherwise a sigmoid."""
         return self.class_loss.num_logits > self.class_loss.num_classes
 
     def metadata(self) -> dict[str, str]:
-        """What the file says of the model: each value is JSON."""
+        """The metadata of the file: each value is JSON."""
         values = {
             "names": self.label_map.names,
             "category_ids": self.label_map.category_ids,

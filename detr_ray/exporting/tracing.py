@@ -1,4 +1,4 @@
-"""From a module to the graph of ``torch.export``, with sizes left open."""
+"""Traces a module with ``torch.export``, with dynamic sizes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from detr_ray.exporting.source import ExportSource
 from detr_ray.retries import reason_of
 
 EXAMPLE_SIDES = (192, 256)
-"""Height and width in pixels of the images that are traced; nothing of the graph depends on them."""
+"""Height and width in pixels of the traced images; the graph does not depend on them."""
 
 
 OPEN = torch.export.Dim.DYNAMIC
-"""A size that stays open, within the bounds that torch finds: a map of one cell is a case of its own to it."""
+"""A dynamic size within the bounds that torch infers, because torch treats a map of one cell specially."""
 
 BATCH_SHAPES = {"images": {0: OPEN, 2: OPEN, 3: OPEN}, "mask": {0: OPEN, 1: OPEN, 2: OPEN}}
-"""Which sizes of images and mask stay open."""
+"""The dynamic sizes of images and mask."""
 
 
 def traced(
@@ -31,7 +31,7 @@ def traced(
         source: the model, for messages.
         module: takes and gives tensors.
         inputs: examples.
-        shapes: name of each input -> its axes of open size.
+        shapes: name of each input -> its dynamic axes.
 
     Raises:
         ExportError: the module does something that depends on values, or that exporters do not know.
@@ -39,5 +39,5 @@ def traced(
     try:
         with torch.no_grad():
             return torch.export.export(module.eval(), inputs, dynamic_shapes=shapes)
-    except Exception as error:  # tracing fails in as many ways as models can be written
+    except Exception as error:  # tracing can raise any exception
         raise ExportError(f"{source.architecture} cannot be traced by torch: {reason_of(error)}") from error

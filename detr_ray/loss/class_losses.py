@@ -1,6 +1,6 @@
-"""The class loss: what it costs to match a query with a label, what the logits are trained for, how they are read.
+"""The class loss: matching cost of a query and a label, training target of the logits, and scores from logits.
 
-One object says all of it, so that matching, training and evaluation cannot disagree about what a logit means.
+All of it is in one object, so that matching, training and evaluation read logits in the same way.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from detr_ray.schedules import Scheduled, value_at
 
 
 class Scores(NamedTuple):
-    """The detections that class logits of ``B`` images stand for, ``K`` an image.
+    """The detections of the class logits of ``B`` images, ``K`` for each image.
 
     Attributes:
         scores: ``[B, K]`` in 0..1.
@@ -33,12 +33,12 @@ class ClassLoss(Protocol):
     """What the criterion, the matcher and the post-processing need of a class loss.
 
     ``L`` layers, ``B`` images, ``Q`` queries, ``M`` boxes of the micro-batch, ``P`` matched pairs a layer.
-    ``activations`` are what ``activate`` gives: it is called once for costs and loss together.
+    ``activations`` are the result of ``activate``, which is called once for costs and loss.
 
     Attributes:
         num_logits: logits of one query.
         num_classes: classes without no-object.
-        needs_iou: whether ``loss`` looks at how well the matched boxes fit.
+        needs_iou: whether ``loss`` uses the IoU of the matched boxes.
     """
 
     num_logits: int
@@ -70,7 +70,7 @@ class ClassLoss(Protocol):
         ...
 
     def normaliser(self, counts: Sequence[int], num_queries: int) -> float:
-        """What images with so many boxes each add to the number that the summed loss is divided by."""
+        """What images with these numbers of boxes add to the divisor of the summed loss."""
         ...
 
     def finds_object(self, logits: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class SoftmaxLoss:
         return activations.permute(1, 3, 0, 2)[images, labels].exp_().neg_()
 
     def loss(self, activations: Tensor, rows: Tensor, labels: Tensor, ious: Tensor | None = None) -> Tensor:
-        """Sum of the weighted cross-entropies; queries that are not matched are to say no-object."""
+        """Sum of the weighted cross-entropies; the target of queries without a match is no-object."""
         classes = labels.new_full((activations[..., 0].numel(),), self.num_classes)
         classes.index_copy_(0, rows, labels)
         class_weights = activations.new_ones(self.num_logits)
@@ -142,7 +142,7 @@ class SoftmaxLoss:
         return logits.argmax(-1)
 
     def scores(self, logits: Tensor, limit: int) -> Scores:
-        """Every query's best class that is not no-object, with its probability; queries stay in their order."""
+        """Every query's best class other than no-object, with its probability, in the order of the queries."""
         scores, labels = logits.softmax(-1)[..., :-1].max(-1)
         queries = torch.arange(logits.shape[1], device=logits.device).expand_as(labels)
         return Scores(scores, labels, queries)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 LOSS_NAMES = ("loss_ce", "loss_bbox", "loss_giou")
 ERROR_NAMES = ("class_error", "cardinality_error")
-"""What the criterion measures beside losses: means over images or pairs, not shares of a sum."""
+"""What the criterion measures beside losses: means over images or pairs, which must not be summed over workers."""
 
 
 class SetCriterion(nn.Module):
@@ -46,13 +46,13 @@ class SetCriterion(nn.Module):
 
     Args:
         class_loss: the loss of the classes.
-        matcher: assigns queries to boxes where a prediction set does not bring its pairs along.
+        matcher: assigns queries to boxes for prediction sets without given pairs.
         sources: find the prediction sets in a model's output; the decoder's layers come first.
         ce: weight of the class loss in the total.
         bbox: weight of the L1 loss in the total.
         giou: weight of the GIoU loss in the total.
-        num_layers: decoder layers that ``weights`` names until the first call shows how many there are.
-        more_suffixes: ends of the names of other sets' losses, which ``weights`` names until then.
+        num_layers: number of decoder layers for ``weights`` before the first call.
+        more_suffixes: suffixes of the losses of other sets for ``weights`` before the first call.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class SetCriterion(nn.Module):
         }
 
     def normalisers(self, counts: Sequence[int]) -> tuple[float, ...]:
-        """What images with so many boxes each add to the normalisers, two for each prediction set.
+        """What images with these numbers of boxes add to the normalisers, two for each prediction set.
 
         All are sums over images: add them over the micro-batches and workers of a step, and give the sums to the
         criterion. How many there are does not depend on the images.
@@ -113,7 +113,7 @@ class SetCriterion(nn.Module):
 
         Args:
             outputs: the model's, of B images.
-            targets: B of them; images without boxes are welcome, as are images with more boxes than queries.
+            targets: B of them; an image may have no boxes, or more boxes than there are queries.
             normalisers: what losses are divided by, as ``normalisers`` counts it over all images of a step; box losses
                 are divided by 1 at least. None: of this batch alone.
 
@@ -217,9 +217,9 @@ def build_criterion(
         cfg: the configuration, or its section ``loss`` alone.
         num_classes: classes without no-object.
         num_layers: decoder layers that ``criterion.weights`` names before the first call.
-        num_queries: of the model; needed to count normalisers before the first call, by the class loss softmax.
-        cfg_model: the section ``model``, where ``cfg`` is a section: says what there is to measure beside the decoder's
-            layers. None: nothing.
+        num_queries: of the model; the class loss softmax needs it to count normalisers before the first call.
+        cfg_model: the section ``model``, if ``cfg`` is a section. It tells which prediction sets there are besides the
+            decoder's layers. None: no others.
     """
     loss: Any = getattr(cfg, "loss", cfg)
     model: Any = getattr(cfg, "model", cfg_model)
@@ -251,7 +251,7 @@ def build_criterion(
 
 
 def _class_loss(loss: LossConfig, num_classes: int) -> ClassLoss:
-    kind = getattr(loss, "class_loss", "softmax")  # sections that are made by hand may have the original's keys alone
+    kind = getattr(loss, "class_loss", "softmax")  # sections made by hand may have only the original's keys
     if kind == "softmax":
         return SoftmaxLoss(num_classes, loss.eos_coef)
     given = {"alpha": loss.focal_alpha, "gamma": loss.focal_gamma}
@@ -269,7 +269,7 @@ def _rows_on_device(pairs: Matches, logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _box_losses(predicted_cxcywh: Tensor, wanted_cxcywh: Tensor, num_layers: int) -> tuple[Tensor, Tensor]:
-    """Sums over the matched pairs of L1 distance and of 1 - GIoU, ``[L]`` each; zeros with a graph without pairs."""
+    """Sums of L1 distance and of 1 - GIoU over the matched pairs, ``[L]`` each; differentiable zeros without pairs."""
     giou = generalized_iou(cxcywh_to_xyxy(predicted_cxcywh), cxcywh_to_xyxy(wanted_cxcywh))
     num_pairs = predicted_cxcywh.shape[0] // num_layers
     distance = (predicted_cxcywh - wanted_cxcywh).abs().view(num_layers, num_pairs, 4).sum((1, 2))
@@ -277,12 +277,12 @@ def _box_losses(predicted_cxcywh: Tensor, wanted_cxcywh: Tensor, num_layers: int
 
 
 def _at_least_one(norm: float | Tensor) -> float | Tensor:
-    """A normaliser that a batch without boxes can be divided by."""
+    """The normaliser, at least 1, so that a batch without boxes can be divided by it."""
     return norm.clamp(min=1.0) if isinstance(norm, Tensor) else max(float(norm), 1.0)
 
 
 def _one_if_zero(norm: float | Tensor) -> float | Tensor:
-    """The class weights sum to zero where no-object has none and there are no boxes; then so does the loss."""
+    """Replaces 0 by 1: without boxes, and with weight 0 for no-object, class weights and loss are both 0."""
     if isinstance(norm, Tensor):
         return torch.where(norm > 0, norm, torch.ones_like(norm))
     return norm if norm > 0 else 1.0

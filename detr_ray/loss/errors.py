@@ -1,7 +1,6 @@
-"""What the criterion raises when the model's predictions cannot be scored.
+"""The error of predictions for which no loss can be computed.
 
-It does not know what to do about it: whether a step is skipped or the run ends is the training loop's decision, which
-also knows the image ids, the step and the learning rate.
+The training loop decides whether the step is skipped or the run ends; it also knows image ids, step and learning rate.
 """
 
 from __future__ import annotations

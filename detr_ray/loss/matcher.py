@@ -56,7 +56,7 @@ class HungarianMatcher:
         """Matches the last decoder layer's predictions.
 
         Args:
-            outputs: the model's; ``aux_outputs`` are not looked at.
+            outputs: the model's; ``aux_outputs`` are ignored.
             targets: one an image.
 
         Returns:
@@ -81,12 +81,12 @@ class HungarianMatcher:
     def match(
         self, sets: Sequence[PredictionSet], activations: Sequence[Tensor], class_loss: ClassLoss
     ) -> list[Matches]:
-        """Matches every layer of every prediction set by itself; pairs that a set brings along are kept.
+        """Matches every layer of every prediction set separately; given pairs of a set are kept.
 
         Args:
             sets: predictions and targets of the same B images.
             activations: of each set, as ``class_loss`` gave them.
-            class_loss: says what a class costs.
+            class_loss: computes the matching costs of classes.
 
         Returns:
             The matched pairs of each set, on the host; queries ascending within an image; of each image as many pairs
@@ -122,11 +122,11 @@ class HungarianMatcher:
     def _costs(self, predictions: PredictionSet, activations: Tensor, class_loss: ClassLoss) -> Tensor:
         """Costs ``[M, L, Q]`` of each box against the queries of its own image."""
         targets = predictions.targets
-        # A label out of range is reported when the costs are on the host; until then it must not break the device.
+        # A label out of range is reported when the costs are on the host; until then it must not fail on the GPU.
         labels = targets.labels.clamp(0, class_loss.num_classes - 1)
         classes = class_loss.costs(activations.detach(), targets.images, labels)
 
-        # Coordinates lead, so that each one is a dense [M, L, Q] block for the elementwise work below.
+        # Coordinates come first, so that each one is a dense [M, L, Q] block for the elementwise operations below.
         boxes_cxcywh = predictions.boxes_cxcywh.detach()
         predicted = torch.cat((boxes_cxcywh, cxcywh_to_xyxy(boxes_cxcywh)), dim=-1)
         predicted = predicted.permute(3, 1, 0, 2).contiguous().index_select(1, targets.images)
@@ -141,8 +141,8 @@ def _checks(predictions: PredictionSet, activations: Tensor, num_classes: int) -
     targets = predictions.targets
     bad_label = (targets.labels < 0) | (targets.labels >= num_classes)
     bad_box = ~targets.boxes_cxcywh.sum(1).isfinite()
-    # A sum is finite only if all its terms are, and needs no mask of the size of the predictions. (It may overflow
-    # for finite values beyond 1e34, which are no less broken.)
+    # A sum is finite only if all its terms are, and needs no mask of the size of the predictions. (It may overflow for
+    # finite values beyond 1e34, which are just as unusable.)
     return (
         activations.detach().sum((2, 3)).isfinite(),
         predictions.boxes_cxcywh.detach().sum((2, 3)).isfinite(),
@@ -153,7 +153,7 @@ def _checks(predictions: PredictionSet, activations: Tensor, num_classes: int) -
 def _refuse_unusable(
     predictions: PredictionSet, costs: np.ndarray | None, checks: Sequence[np.ndarray], num_classes: int
 ) -> None:
-    """Raises for whatever makes an assignment meaningless; the targets' faults first, since they are the data's."""
+    """Raises for predictions and targets that cannot be matched; for faults of the targets first."""
     logits_finite, boxes_finite, target_faults = checks
     counts = predictions.targets.counts
     image_of = np.repeat(np.arange(len(counts)), counts)
@@ -161,7 +161,7 @@ def _refuse_unusable(
         _refuse_targets(predictions.targets, target_faults.astype(int), image_of, num_classes)
     logits_bad, boxes_bad = logits_finite == 0, boxes_finite == 0
     if costs is not None:
-        # Boxes that are finite but so large that their areas overflow show up in the costs only.
+        # Finite boxes whose areas overflow are found only by their costs.
         rows, layers = np.nonzero(~np.isfinite(costs).all(axis=2))
         boxes_bad[layers, image_of[rows]] |= ~logits_bad[layers, image_of[rows]]
     bad = logits_bad | boxes_bad

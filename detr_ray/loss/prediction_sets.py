@@ -1,4 +1,4 @@
-"""What a criterion measures: predictions of a model's output together with the targets that they are compared with."""
+"""Prediction sets: predictions in a model's output, with the targets that they are compared with."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ class PredictionSet:
     """Predictions of ``L`` layers for the same queries, compared with the same targets.
 
     Attributes:
-        suffixes: what the names of each layer's losses end with; one a layer. The empty suffix is the one whose
-            predictions are the model's result.
+        suffixes: one for each layer; the names of its losses end with it. The layer with the empty suffix gives the
+            model's result.
         logits: ``[L, B, Q, num_logits]`` float32.
         boxes_cxcywh: ``[L, B, Q, 4]`` float32 in 0..1.
         targets: what the queries are to find.
         pairs: which query is to find which target; None where the matcher decides.
-        weight: of all losses of this set in the total, beside the losses' own weights.
-        repeats: how many queries are to find each target; losses are divided by so many times the normalisers.
+        weight: factor of all losses of this set in the total, beside the losses' own weights.
+        repeats: how many queries are to find each target; the normalisers are multiplied by it.
     """
 
     suffixes: tuple[str, ...]
@@ -56,17 +56,17 @@ class PredictionSet:
 
 
 class PredictionSource(Protocol):
-    """Finds a prediction set in a model's output, and knows its normalisers before there is an output."""
+    """Finds a prediction set in a model's output, and computes its normalisers without an output."""
 
     def normalisers(self, counts: Sequence[int], class_loss: ClassLoss) -> tuple[float, float]:
-        """What images with so many boxes each add to what box losses and class loss are divided by.
+        """What images with these numbers of boxes add to the divisors of box losses and class loss.
 
         Both are sums over images, so that they can be added over micro-batches and workers.
         """
         ...
 
     def predictions(self, outputs: ModelOutput, targets: Sequence[Target]) -> PredictionSet | None:
-        """The predictions in a model's output; None where a model gives them in training alone."""
+        """The predictions in a model's output; None if it has none, as in evaluation."""
         ...
 
 
@@ -87,7 +87,7 @@ class DecoderLayers:
         return float(sum(counts)), class_loss.normaliser(counts, self._num_queries)
 
     def predictions(self, outputs: ModelOutput, targets: Sequence[Target]) -> PredictionSet:
-        """All layers, the first one first; the last one's losses have no suffix."""
+        """All layers, first to last; the losses of the last one have no suffix."""
         logits, boxes_cxcywh = _stacked(outputs)
         self._num_queries = logits.shape[2]
         suffixes = (*(f"_{layer}" for layer in range(len(logits) - 1)), "")
@@ -95,7 +95,7 @@ class DecoderLayers:
 
 
 class CountedByBoxes:
-    """Sources whose losses are divided by numbers of boxes, those of one group where there are several."""
+    """Base of sources whose losses are divided by the number of boxes; with several groups, by that of one group."""
 
     def normalisers(self, counts: Sequence[int], class_loss: ClassLoss) -> tuple[float, float]:
         """The number of boxes, and the class loss's own, which must not depend on the number of queries."""
@@ -105,7 +105,7 @@ class CountedByBoxes:
 class EncoderCells(CountedByBoxes):
     """What the encoder predicts for each of its cells, matched with the image's boxes (two-stage Deformable DETR).
 
-    It only says whether there is an object: every box counts as one of class 0, and the model ranks cells by it.
+    The class only tells whether there is an object: every box has class 0, and the model ranks cells by its logit.
     """
 
     def predictions(self, outputs: ModelOutput, targets: Sequence[Target]) -> PredictionSet | None:
@@ -131,7 +131,7 @@ class ChosenCells(CountedByBoxes):
 
 
 class Denoising(CountedByBoxes):
-    """Queries that start from noised boxes: which box each is to find is known (DINO, Zhang et al. 2022)."""
+    """Queries that start from noised boxes, with known pairs of queries and boxes (DINO, Zhang et al. 2022)."""
 
     def predictions(self, outputs: ModelOutput, targets: Sequence[Target]) -> PredictionSet | None:
         """The predictions under ``dn_outputs``; names of their losses end with ``_dn``, or ``_dn_0`` and so on."""
@@ -146,7 +146,7 @@ class Denoising(CountedByBoxes):
 
 
 def _pairs_of_groups(counts: Sequence[int], groups: int, queries: int, layers: int) -> Matches:
-    """Query ``i`` of each group of so many queries with box ``i`` of its image, in every layer."""
+    """Pairs query ``i`` of each group with box ``i`` of its image, in every layer."""
     boxes = torch.tensor(counts).repeat_interleave(groups)  # of each image and group
     place = torch.arange(groups * sum(counts)) - (boxes.cumsum(0) - boxes).repeat_interleave(boxes)
     first_query = (torch.arange(groups) * queries).repeat(len(counts)).repeat_interleave(boxes)

@@ -1,7 +1,7 @@
-"""Class losses over independent classes: a sigmoid each, and no logit for no-object.
+"""Class losses over independent classes: a sigmoid for each, and no logit for no-object.
 
-Background is a query all of whose classes are zero. All of them cost the same in the matching; they differ in what a
-matched query's logit is trained for: 1 (focal loss), or how well its box fits (varifocal and matchability-aware loss).
+For a background query, all classes are zero. All losses here have the same matching cost. They differ in the target of
+a matched query's logit: 1 (focal loss), or the IoU of its box (varifocal and matchability-aware loss).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from detr_ray.loss.class_losses import Scores
 
 _EPS = 1e-8
-"""Added within the logarithms of matching costs, as in the original."""
+"""Added inside the logarithms of matching costs, as in the original."""
 
 
 class FocalLoss:
@@ -22,8 +22,8 @@ class FocalLoss:
 
     Args:
         num_classes: classes.
-        alpha: weight of what is to be 1; that of what is to be 0 is ``1 - alpha``.
-        gamma: exponent of how wrong a probability is.
+        alpha: weight of targets 1; targets 0 have ``1 - alpha``.
+        gamma: exponent of the error of a probability.
 
     Attributes:
         needs_iou: whether ``loss`` looks at how well the matched boxes fit.
@@ -38,14 +38,14 @@ class FocalLoss:
         self.cost_alpha, self.cost_gamma = alpha, gamma
 
     def at_epoch(self, epoch: float) -> None:
-        """Nothing of it changes over a run."""
+        """Does nothing: the weights are constant."""
 
     def activate(self, logits: Tensor) -> Tensor:
-        """The logits as they are: costs read those of the matched labels alone."""
+        """The logits, unchanged: costs use only those of the boxes' labels."""
         return logits
 
     def costs(self, activations: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-        """Focal loss of the label as 1, less that as 0."""
+        """Focal loss of the label's logit for target 1, minus that for target 0."""
         probability = activations.permute(1, 3, 0, 2)[images, labels].sigmoid()
         absent = 1 - probability
         as_one = self.cost_alpha * absent**self.cost_gamma * -(probability + _EPS).log()
@@ -53,7 +53,7 @@ class FocalLoss:
         return as_one - as_zero
 
     def loss(self, activations: Tensor, rows: Tensor, labels: Tensor, ious: Tensor | None = None) -> Tensor:
-        """Sum over all queries and classes: all count as 0 first, then the matched labels are put right."""
+        """Sum over all queries and classes: first with target 0 for all, then corrected for the matched labels."""
         layers = activations.shape[0]
         background = self._as_zero(activations).flatten(1).sum(1)
         matched = activations.flatten(0, 2)[rows, labels]
@@ -61,7 +61,7 @@ class FocalLoss:
         return background + change.view(layers, rows.shape[0] // layers).sum(1)
 
     def _as_zero(self, logits: Tensor) -> Tensor:
-        """Loss of logits that are to say no."""
+        """Loss of logits with target 0."""
         return (1 - self.alpha) * logits.sigmoid() ** self.gamma * F.softplus(logits)
 
     def _as_object(self, logits: Tensor, ious: Tensor | None) -> Tensor:
@@ -73,7 +73,7 @@ class FocalLoss:
         return float(sum(counts))
 
     def finds_object(self, logits: Tensor) -> Tensor:
-        """Whether a class has a probability of one half."""
+        """Whether a class has a probability of at least one half."""
         return logits.amax(-1) >= 0
 
     def predicted(self, logits: Tensor) -> Tensor:
@@ -88,11 +88,11 @@ class FocalLoss:
 
 
 class VarifocalLoss(FocalLoss):
-    """Varifocal loss (Zhang et al. 2021): a matched logit is trained for its box's IoU, and counts as much.
+    """Varifocal loss (Zhang et al. 2021): the IoU of a box is target and weight of its matched logit.
 
     Args:
         num_classes: classes.
-        alpha: weight of what is to be 0.
+        alpha: weight of targets 0.
         gamma: exponent of the probability in that weight.
     """
 
@@ -111,11 +111,11 @@ class VarifocalLoss(FocalLoss):
 
 
 class MatchabilityLoss(FocalLoss):
-    """Matchability-aware loss (Huang et al. 2024, DEIM): as varifocal, but poor matches count in full.
+    """Matchability-aware loss (Huang et al. 2024, DEIM): as varifocal, but all matches have weight 1.
 
     Args:
         num_classes: classes.
-        gamma: exponent of the IoU that a matched logit is trained for, and of the probability in the weight of others.
+        gamma: exponent of the IoU in the target of a matched logit, and of the probability in the weight of others.
     """
 
     needs_iou = True

@@ -1,7 +1,7 @@
-"""The boxes of a micro-batch one after the other, with the image that each belongs to.
+"""All boxes of a micro-batch in one tensor, with the image of each.
 
-One pass over all images' boxes replaces a loop over images, and an image without boxes needs no case of its own. Knows
-nothing of predictions.
+Operations over all boxes replace a loop over images, and images without boxes need no special case. Knows nothing of
+predictions.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class FlatTargets:
 
 
 def flatten_targets(targets: Sequence[Target], device: torch.device) -> FlatTargets:
-    """Puts the targets of all images one after the other.
+    """Concatenates the targets of all images.
 
     Nothing is read from the device: the counts come from the tensors' shapes.
 

@@ -23,9 +23,9 @@ def build_model(cfg_model: ModelConfig, num_classes: int = 91) -> DetectionModel
         num_classes: classes without no-object; 91 for the official COCO ids.
 
     Raises:
-        ValueError: the section's values do not go together.
+        ValueError: the section's values contradict each other.
     """
-    # Sections that are made by hand, with the keys of the original alone, mean the original.
+    # Sections made by hand, with only the original's keys, are of the original's architecture.
     architecture = getattr(cfg_model, "architecture", "detr")
     model: DetectionModel = pkgutil.resolve_name(ARCHITECTURES[architecture])(cfg_model, num_classes)
     return model

@@ -1,8 +1,7 @@
 """Multi-head attention with the parameter names and the init of ``torch.nn.MultiheadAttention``.
 
-Knows vectors and padding; knows nothing of layers, positions or images. In `forward` the weights never leave the fused
-kernel, so nothing of the size queries x keys is kept where the kernel does without; who wants to see them asks
-`MultiheadAttention.weights`.
+Knows vectors and padding; knows nothing of layers, positions or images. `forward` uses a fused kernel, which need not
+store the weights (queries x keys); `MultiheadAttention.weights` computes them for inspection.
 """
 
 from __future__ import annotations
@@ -34,20 +33,20 @@ class MultiheadAttention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
-        """Gathers, for each query, the values whose keys resemble it.
+        """Computes for each query the weighted sum of the values.
 
         Args:
             query: ``[B, L, dim]``. Passing one tensor as query and key saves a matrix product.
             key: ``[B, S, dim]``.
             value: ``[B, S, dim]``.
-            allowed: bool, broadcastable to ``[B, num_heads, L, S]``, True where a query may look; at least one
-                place a query. None: everywhere.
+            allowed: bool, broadcastable to ``[B, num_heads, L, S]``, True where a query may attend; at least one key
+                for each query. None: everywhere.
 
         Returns:
             ``[B, L, dim]``.
         """
         dim = self.out_proj.in_features
-        # Cut with one `split` each: a slice apiece would fill a gradient of the whole with zeros, for every slice.
+        # One `split` instead of slices: each slice would fill a whole gradient with zeros.
         if query is key:
             weight, value_weight = self.in_proj_weight.split((2 * dim, dim))
             bias, value_bias = self.in_proj_bias.split((2 * dim, dim))
@@ -62,7 +61,7 @@ class MultiheadAttention(nn.Module):
         return out
 
     def weights(self, query: Tensor, key: Tensor, allowed: Tensor | None = None) -> Tensor:
-        """How much each query takes of each value, for people who want to look at it; `forward` does not call this.
+        """The attention weights, for inspection; not used by `forward`.
 
         Args:
             query: as in `forward`.
@@ -70,7 +69,7 @@ class MultiheadAttention(nn.Module):
             allowed: as in `forward`.
 
         Returns:
-            ``[B, num_heads, L, S]`` float32; sums to 1 over ``S``, and is 0 where a query may not look.
+            ``[B, num_heads, L, S]`` float32; sums to 1 over ``S``, and is 0 where a query may not attend.
         """
         query_weight, key_weight, _ = self.in_proj_weight.chunk(3)
         query_bias, key_bias, _ = self.in_proj_bias.chunk(3)

@@ -1,7 +1,7 @@
-"""The attention weights of one forward pass, computed beside it from what the attention layers were given.
+"""The attention weights of one forward pass, computed afterwards from the inputs of the attention layers.
 
-Hooks note the inputs of the layers; the model computes what it always does. Weights are computed afterwards, for single
-images and layers, because those of all layers together may be larger than the memory.
+Hooks record the inputs; the forward pass itself does not change. Weights are computed for single images and layers,
+because those of all layers together may not fit into memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from detr_ray.structures import ModelOutput
 
 
 class SamplingPoints(NamedTuple):
-    """What queries of a deformable attention read.
+    """The points that queries of a deformable attention read.
 
     Attributes:
         locations: ``[Q, M, L, P, 2]`` (x, y) in 0..1 of the padded image.
@@ -34,7 +34,7 @@ class SamplingPoints(NamedTuple):
 
 
 class AttentionMap(NamedTuple):
-    """How queries of a full attention weigh the cells of a map.
+    """The weights of a map's cells for queries of a full attention.
 
     Attributes:
         weights: ``[M, Q, h, w]``; sums to 1 over ``h`` and ``w``, and is 0 on padding.
@@ -61,7 +61,7 @@ class AttentionRecord:
 
     @torch.no_grad()
     def of_encoder(self, layer: int, image: int, cells: Sequence[int]) -> AttentionMap | SamplingPoints:
-        """What some cells attend to in an encoder layer.
+        """The attention of some cells in an encoder layer.
 
         Args:
             layer: from 0; negative ones count from the last.
@@ -72,7 +72,7 @@ class AttentionRecord:
 
     @torch.no_grad()
     def of_decoder(self, layer: int, image: int, queries: Sequence[int]) -> AttentionMap | SamplingPoints:
-        """What some queries attend to in a decoder layer.
+        """The attention of some queries in a decoder layer.
 
         Args:
             layer: from 0; negative ones count from the last.
@@ -98,9 +98,9 @@ class AttentionRecord:
 
 
 def record_attention(model: DetectionModel, images: Tensor, mask: Tensor | None) -> AttentionRecord:
-    """Runs a model and notes what its attention layers are given.
+    """Runs a model and records the inputs of its attention layers.
 
-    The model is in evaluation mode meanwhile, and as before afterwards.
+    The model is in evaluation mode meanwhile; afterwards its mode is restored.
 
     Args:
         model: with layers in ``transformer.encoder`` and ``transformer.decoder``, as all architectures here have them.

@@ -1,4 +1,4 @@
-"""Reading checkpoint files, from disk, from buckets and from the net, as data and never as code.
+"""Reads checkpoint files from disks, buckets and web servers, as data and never as code.
 
 Torch files and safetensors files are told apart by their content. Of torch files nothing but tensors, plain containers
 and an ``argparse.Namespace`` (which the original's training checkpoints carry) is read. Knows files, hashes and
@@ -34,12 +34,12 @@ __all__ = ["WeightsError", "read_checkpoint", "shorten_names"]
 logger = logging.getLogger(__name__)
 
 DOWNLOAD_TIMEOUT_S = 60.0
-"""How long a server may stay silent."""
+"""Time limit in seconds for a server that sends nothing."""
 
 _HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[A-Za-z.]+$")
 _FORBIDDEN_OBJECT = re.compile(r"GLOBAL ([\w.]+)")
 _LARGEST_HEADER = 100_000_000
-"""Bytes of a safetensors header that its library takes at most."""
+"""Largest header in bytes that the safetensors library accepts."""
 
 
 def read_checkpoint(source: str, sha256: str | None = None) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def read_checkpoint(source: str, sha256: str | None = None) -> dict[str, Any]:
             ``http://`` or ``https://`` URL. A URL's content must have the SHA-256 that
             its file name starts to spell (``NAME-<8 or more hex digits>.pth``); such files are kept in the torch hub
             folder for the next time. Without such a name the content is taken as it comes, with a warning.
-        sha256: what the content of a path or an object was recorded to have; nothing of another content is read.
+        sha256: recorded hash of a path's or object's content; other content is refused unread.
 
     Returns:
         What the file holds; ``"model"`` is the state dict, ``"ema"`` that of averaged weights or None,
@@ -58,7 +58,7 @@ def read_checkpoint(source: str, sha256: str | None = None) -> dict[str, Any]:
         ``"label_map"`` and ``"config"`` are there in files of this project only.
 
     Raises:
-        WeightsError: the file cannot be had, is damaged or another than was recorded, or holds more than data.
+        WeightsError: the file cannot be fetched, is damaged, has another hash, or contains more than data.
     """
     path = local_path(source)
     if source.lower().startswith(("http://", "https://")):
@@ -109,7 +109,7 @@ def _refuse_changed(source: str, path: Path, sha256: str) -> None:
 
 
 def changed(source: str) -> WeightsError:
-    """The error for a file whose content is not the one whose hash was recorded when it was written."""
+    """The error for a file whose hash differs from the one recorded when it was written."""
     return WeightsError(
         f"{source} is not what was written: its SHA-256 is another than the one recorded beside it. It is damaged or "
         "was changed; take another checkpoint, or copy it again"
@@ -117,14 +117,14 @@ def changed(source: str) -> WeightsError:
 
 
 def _loaded(place: Path | pa.Buffer, source: str) -> Any:
-    """Content of a torch file or a safetensors file, or of its bytes, read without running anything of it."""
+    """Content of a torch file or a safetensors file, or of its bytes, read without running code from it."""
     kind, size = "torch", 0
     try:
         size, start = _beginning(place)
         if _is_safetensors(start, source):
             kind = "safetensors"
             return safetensors.torch.load(place.read_bytes() if isinstance(place, Path) else place.to_pybytes())
-        # torch is given a file and not a name, from which it would guess the format.
+        # torch gets an open file: from a name it would guess the format.
         opened = place.open("rb") if isinstance(place, Path) else pa.BufferReader(place)
         with opened as file, torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -134,7 +134,7 @@ def _loaded(place: Path | pa.Buffer, source: str) -> Any:
         raise WeightsError(f"{source} is a folder; name the file in it") from None
     except OSError as error:
         raise WeightsError(f"{source} cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # a damaged file fails in any way that its bytes lead to
+    except Exception as error:  # a damaged file can raise any exception
         forbidden = _FORBIDDEN_OBJECT.search(str(error))
         if kind == "safetensors" or forbidden is None:
             reason = f": {reason_of(error)}" if kind == "safetensors" else ""
@@ -154,7 +154,7 @@ def _beginning(place: Path | pa.Buffer) -> tuple[int, bytes]:
 
 
 def _is_safetensors(start: bytes, source: str) -> bool:
-    """Whether a file that begins so is one, or is meant to be one: the header's length comes first, then the header."""
+    """Whether a file begins like a safetensors file, which may be damaged: length of the header, then the header."""
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= _LARGEST_HEADER:
         return True
     is_torch = start.startswith((b"PK", b"\x80"))  # zip, or a pickle
@@ -162,7 +162,7 @@ def _is_safetensors(start: bytes, source: str) -> bool:
 
 
 def _refuse_other_hash(source: str, path: Path) -> None:
-    """Raises where a file's SHA-256 does not start as the name at the end of ``source`` says."""
+    """Raises if a file's SHA-256 does not begin with the digits in the file name of ``source``."""
     expected = _HASH_IN_NAME.search(urlsplit(source).path)
     if expected is None:
         logger.warning("%s carries no hash in its name: its content was not checked", source)
@@ -177,7 +177,7 @@ def _refuse_other_hash(source: str, path: Path) -> None:
 
 
 def _fetched(url: str) -> Any:
-    """Content of the file behind an http(s) URL; from the torch hub folder where it lies there unharmed."""
+    """Content of the file at an http(s) URL; from the torch hub folder if an undamaged copy is there."""
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     kept = folder / Path(urlsplit(url).path).name
     named_by_hash = _HASH_IN_NAME.search(kept.name) is not None
@@ -204,7 +204,7 @@ def _fetched(url: str) -> Any:
 
 
 def _download(url: str, path: Path) -> None:
-    """Writes what a URL gives into a file; a silent server, a refusal and a broken connection are errors."""
+    """Downloads a URL into a file; a server that sends nothing, a refusal and a broken connection are errors."""
     request = urllib.request.Request(url, headers={"User-Agent": "detr_ray"})
     try:
         with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT_S) as response, path.open("wb") as file:

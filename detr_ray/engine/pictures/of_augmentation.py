@@ -21,7 +21,7 @@ from detr_ray.viz.samples import PicturedImage, sample_steps
 
 
 def augmentation_picture(config: Config, request: PictureRequest, say: Say) -> Drawn:
-    """A row of the same images as stored, one for each transform alone, done to all of them, and one as trained.
+    """Rows of the same images: as stored, after each single transform, and as used in training.
 
     The images of a mosaic are those of the picture. ``request.step`` gives another draw.
     """

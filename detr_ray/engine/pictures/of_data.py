@@ -26,7 +26,7 @@ _MOST_PLANNED = 20_000
 
 
 def planned_data(config: Config, say: Say) -> PlannedData:
-    """The data of a configuration with its plan, as training without first weights has it.
+    """The data of a configuration with its plan, as in a training from random weights.
 
     Raises:
         ConfigError: no data is configured.
@@ -124,7 +124,7 @@ def _samples_of_step(data: PlannedData, step: int) -> tuple[SamplePlan, ...]:
 
 
 def _sample_of_image(data: PlannedData, row: int, step: int) -> SamplePlan:
-    """The first sample of an image from a step on: in two epochs, every image comes that `data.balance` leaves in."""
+    """The first sample of an image from a step on. Two epochs contain every image that `data.balance` does not drop."""
     steps = 2 * data.planner.steps_per_epoch
     plan = data.plan(1, 0)
     for later in range(step, step + steps):
@@ -136,7 +136,7 @@ def _sample_of_image(data: PlannedData, row: int, step: int) -> SamplePlan:
 
 
 def _stages(data: PlannedData, reader: ImageReader, sample: SamplePlan) -> list[tuple[str, Picture]]:
-    """(what was done, the picture after it) for each step; first the image as stored."""
+    """(name of the step, picture after it) for each step; first the image as stored."""
     train = _train(data)
     stored = _stored(data, reader, sample.index)
     partners = [partner.apply(_stored(data, reader, partner.index)) for partner in sample.partners]
@@ -175,7 +175,7 @@ def _described(step: Step) -> str:
 
 
 def _values(step: Step) -> list[tuple[str, Any]]:
-    """What a step was planned with, but for seeds."""
+    """The parameters of a step, without seeds."""
     fields = dataclasses.fields(step)  # type: ignore[arg-type]
     return [(field.name, getattr(step, field.name)) for field in fields if field.name != "seed"]
 
@@ -236,7 +236,7 @@ def _columns(data: PlannedData, split: str, index: DatasetIndex) -> SplitColumns
 
 
 def _planned_sizes(data: PlannedData, split: str) -> np.ndarray:
-    """Sizes that the first epoch, or the evaluation, plans; of so many images at most."""
+    """Planned sizes of the first epoch, or of the evaluation, for a limited number of images."""
     if split == "val":
         return np.array([sample.size for batch in data.plan(1, 0).evaluation for sample in batch]).reshape(-1, 2)
     few = min(data.planner.steps_per_epoch, max(1, _MOST_PLANNED // data.config.train.global_batch_size))

@@ -1,4 +1,4 @@
-"""Pictures of what a model found in a validation set, beside what is annotated there."""
+"""Pictures of a model's detections on a validation set, beside its annotations."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Found:
         truth: the annotations.
         detections: what was found.
         names: category id -> name.
-        index: the validation set, to read its images; None where it is not at hand.
+        index: the validation set, to read its images; None if it is not available.
     """
 
     source: str
@@ -74,7 +74,7 @@ def worst_picture(found: Found, request: PictureRequest) -> Drawn:
 
 
 def suspicious_picture(found: Found, request: PictureRequest) -> Drawn:
-    """Images whose annotations look wrong, the most suspicious first."""
+    """Images with annotations that look wrong, the most suspicious first."""
     index = _with_images(found)
     suspicions = find_suspicious(found.truth, found.detections)
     if not suspicions:
@@ -115,7 +115,7 @@ def precision_recall_picture(found: Found) -> Drawn:
 
 
 def confusion_picture(found: Found, request: PictureRequest) -> Drawn:
-    """What annotations of each category were found as."""
+    """As which categories the annotations of each category were detected."""
     outcomes = find_outcomes(found.truth, found.detections, request.score)
     counts = confusion_matrix(found.truth, found.detections, outcomes)
     names = [name for _, name in found.truth.categories]

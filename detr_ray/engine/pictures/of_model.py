@@ -156,7 +156,7 @@ def _see(config: Config, request: PictureRequest, say: Say) -> Seen:
 
 
 def _load(job: EvaluationJob, request: PictureRequest) -> PaddedBatch:
-    """One validation image; without a wish, the first."""
+    """The requested validation image; without a request, the first."""
     index = job.data.val
     assert index is not None
     row = 0 if request.image is None else row_of_image(index, request.image)
@@ -191,7 +191,7 @@ def _lines(seen: Seen, request: PictureRequest) -> list[str]:
 
 
 def _centres(seen: Seen, request: PictureRequest) -> list[tuple[float, float]]:
-    """Centres of what is drawn, in pixels of the stored image."""
+    """Centres of the drawn detections, in pixels of the stored image."""
     stored, own = seen.padded.orig_sizes[0], seen.padded.sizes[0]
     boxes = seen.boxes_xyxy_px[_shown(seen, request)[:_MOST_POINTS]]
     scale = np.array([stored[1] / own[1], stored[0] / own[0]])

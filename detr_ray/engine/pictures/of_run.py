@@ -13,7 +13,7 @@ def curves_of(run: PastRun) -> RunCurves:
 
 
 def training_picture(run: PastRun) -> Drawn:
-    """Losses, validation scores and gradient norm."""
+    """Losses, validation scores and gradient norm over the training."""
     return Drawn(training_figure([curves_of(run)]), _sources(run))
 
 
@@ -23,7 +23,7 @@ def schedules_picture(run: PastRun) -> Drawn:
 
 
 def step_times_picture(run: PastRun) -> Drawn:
-    """Where the time of a step went."""
+    """How the time of a step was spent."""
     return Drawn(step_times_figure(curves_of(run)), _sources(run))
 
 

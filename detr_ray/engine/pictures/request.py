@@ -1,4 +1,4 @@
-"""What a picture is asked for with, and what comes of it. Imports nothing that takes time."""
+"""The request for a picture, and its result. Imports nothing that takes time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PictureRequest:
-    """What to draw; each picture uses what means something to it.
+    """What to draw; each picture uses the values that concern it.
 
     Attributes:
         images: most images that are drawn.
@@ -36,7 +36,7 @@ class Drawn:
 
     Attributes:
         figure: what is shown or written.
-        lines: what people are told beside it.
+        lines: text for the user beside it.
     """
 
     figure: Figure

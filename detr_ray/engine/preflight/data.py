@@ -1,4 +1,4 @@
-"""Preflight of the data: annotations and their quirks, labels, numbers of boxes, and every image."""
+"""Preflight of the data: faults in annotations, labels, numbers of boxes, and every image."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DATA, LABELS, IMAGES = "data", "labels", "images"
 FEW_BOXES = 10
 """Classes with fewer training boxes are reported."""
 
-# Quirks that lose boxes or mix up names. The others were corrected without loss.
+# Faults by which boxes are lost or names are mixed up. The others were corrected without loss.
 _LOSSES = (
     "boxes_not_finite", "boxes_outside", "boxes_without_area", "category_names_repeated", "rows_repeated",
     "labels_without_image", "images_not_annotated", "images_without_size",

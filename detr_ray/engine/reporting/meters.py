@@ -1,4 +1,4 @@
-"""What is recorded of the steps: their means over a logging interval, and which images each worker saw."""
+"""Records of steps: their means over a logging interval, and the images that each worker got."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ class Meters:
         """Begins an interval.
 
         Args:
-            carried: its sums so far, where an earlier process began it (`totals`).
+            carried: its sums so far (`totals`), if an earlier process began it.
         """
         self._carried = dict(carried or {}) if self._context.rank == 0 else {}
         self._outcomes: list[StepOutcome] = []
         self._started = time.perf_counter()
 
     def add(self, outcome: StepOutcome) -> None:
-        """Takes one step in."""
+        """Adds one step."""
         self._outcomes.append(outcome)
 
     def totals(self, times: StepTimes) -> dict[str, float]:
@@ -88,7 +88,7 @@ class Meters:
         return metrics | {f"perf/{phase}": totals[phase] / worker_steps for phase in _PHASES}
 
     def _own_counts(self) -> dict[str, float]:
-        """This worker's part; what is the same on all workers is rank 0's."""
+        """This worker's counts; counts that are the same on all workers are given by rank 0 only."""
         outcomes, is_first = self._outcomes, self._context.rank == 0
         return {
             "steps": len(outcomes) * is_first,
@@ -110,9 +110,9 @@ class Meters:
         return total
 
     def _agreed_loss_names(self) -> tuple[str, ...]:
-        """What the first steps' criterion gave: all losses, and the last layer's errors.
+        """Names of all losses, and of the last layer's errors, as the criterion gives them.
 
-        A worker whose predictions were not finite has none; the others tell it.
+        A worker whose predictions were not finite has no losses; it gets the names from the others.
         """
         if not self._loss_names:
             own = {name for outcome in self._outcomes for name in outcome.losses}
@@ -124,12 +124,12 @@ class Meters:
 
 
 class StreamRecord:
-    """One worker's part of the record.
+    """One worker's record of the images of each step (``train.record_stream``).
 
     Args:
         folder: the run's folder; None where nothing is recorded.
         context: this worker's group.
-        inessential: guards all writing but the first: a disk that fails later costs lines of the record.
+        inessential: guards all writing after the first: if the disk fails later, lines of the record are missing.
     """
 
     def __init__(self, folder: Path | None, context: WorkerContext, inessential: Inessential) -> None:
@@ -142,7 +142,7 @@ class StreamRecord:
         """Writes one step.
 
         Raises:
-            OSError: not even the first one of this process can be written.
+            OSError: the first one of this process cannot be written.
         """
         if self._path is None:
             return

@@ -21,7 +21,7 @@ INTERVAL_S = 5.0
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: ``45 s``, ``3 min 20 s``, ``2 h 5 min``."""
+    """Seconds as text: ``45 s``, ``3 min 20 s``, ``2 h 5 min``."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"
@@ -31,7 +31,7 @@ def duration(seconds: float) -> str:
 
 
 def step_line(metrics: Mapping[str, float], step: int, total_steps: int, steps_per_epoch: int) -> str:
-    """One line about the steps of a logging interval; their losses are NaN where no step had any yet."""
+    """One line about the steps of a logging interval; losses are NaN if no step had any."""
     left = (total_steps - step) * metrics["perf/step_s"]
     total, class_loss, box, giou = (
         metrics.get(f"train/{name}", math.nan) for name in ("loss", "loss_ce", "loss_bbox", "loss_giou")
@@ -58,7 +58,7 @@ def evaluation_line(metrics: Mapping[str, float], epoch: float, is_best: bool) -
 
 
 class Pace:
-    """Says how far a piece of work is, not more often than a person wants to read it.
+    """Shows the progress of work over images, in lines with a least interval.
 
     Args:
         what: what the line starts with.
@@ -73,7 +73,7 @@ class Pace:
         self._started = self._said = time.perf_counter()
 
     def __call__(self, done: int, total: int, more: str = "") -> None:
-        """Notes that so many images are done; says it, with ``more`` to say, if it is time."""
+        """Notes the number of images that are done; shows a line, with the text ``more``, if it is time for one."""
         now = time.perf_counter()
         if now - self._said < self._interval_s or not done:
             return
@@ -92,7 +92,7 @@ class FitResult:
     Attributes:
         run_name: its name.
         run_path: where it keeps its checkpoints.
-        status: ``finished``; ``stopped`` on request, to be gone on with; ``nothing to do``: it was finished before.
+        status: ``finished``; ``stopped`` on request, can be resumed; ``nothing to do``: it was finished before.
         step: optimizer steps taken since the beginning of the run.
         metrics: what the last evaluation gave.
         best_metrics: what the best checkpoint's evaluation gave.

@@ -1,4 +1,4 @@
-"""What a run tells its tracker about itself, beside the metrics."""
+"""What is recorded about a run beside its metrics."""
 
 from __future__ import annotations
 

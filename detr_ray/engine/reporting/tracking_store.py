@@ -1,4 +1,4 @@
-"""Which MLflow store a run's records go to, where they wait on this machine, and whether the store takes them."""
+"""The MLflow store of a run's records: its address, the local folder for unsent records, and whether it works."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ TRY_STORE_S = 3.0
 
 
 def local_storage(config: Config) -> Path:
-    """A local folder for what cannot live in a bucket: ``run.storage`` itself where it is local, else the user's own.
+    """A local folder for what cannot be in a bucket: ``run.storage`` if it is local, otherwise a folder of the user.
 
     Raises:
-        ConfigError: the user's own is somebody else's.
+        ConfigError: other users can write to this folder.
     """
     folder = local_path(absolute_storage(config.run.storage))
     if folder is not None:
@@ -34,7 +34,7 @@ def local_storage(config: Config) -> Path:
 
 
 def _refuse_others(folder: Path) -> None:
-    """Refuses a folder that others can write to: in the system's temporary folder, anybody may have made it."""
+    """Refuses a folder that other users can write to: in the temporary folder, any user may have created it."""
     try:
         found = folder.lstat()
     except FileNotFoundError:
@@ -53,15 +53,15 @@ def run_tracking_uri(config: Config) -> str:
 
 
 def tracking_folder(config: Config, run: RunDirectory) -> Path:
-    """Where a run's tracker keeps what is not in the store yet: with the run, or on this machine's disk."""
+    """Folder for records that are not in the store yet: in the run's folder, or on this machine's disk."""
     return (run.local_path or local_storage(config) / f"{run.name}-{run.run_id[:8]}") / "tracking"
 
 
 def check_tracking(config: Config, say: Callable[[str], None]) -> None:
-    """Refuses a store that can never record, and warns of one that is away; see `try_store`.
+    """Refuses a store that can never record, and warns if one is unreachable; see `try_store`.
 
     Raises:
-        ConfigError: what is configured can never record.
+        ConfigError: the configured store can never record.
     """
     if not config.tracking.enabled:
         return

@@ -1,4 +1,4 @@
-"""Follows a run from outside, by the progress that it keeps in its folder: what is new is said, line by line.
+"""Follows a run from another process, by the progress file in its folder; shows what is new, line by line.
 
 Imports neither torch nor the loop.
 """
@@ -15,13 +15,13 @@ from detr_ray.tracking.run_progress import BEAT_S, RunProgress
 SILENT_S = 3 * BEAT_S
 """A process that has written nothing for this time may have died."""
 GONE_S = 600.0
-"""One that has written nothing for this time is not waited for any more."""
+"""A process that has written nothing for this time is given up."""
 RESTART_S = 60.0
-"""Workers that failed, or left for another number of them, are started again within this time, or not at all."""
+"""Workers are started again within this time, or not at all, after a failure or a change of their number."""
 
 
 def overview(progress: RunProgress, now: float) -> list[str]:
-    """All that is known of a run, as lines.
+    """Everything known about a run, as lines.
 
     Args:
         progress: the run's.
@@ -34,7 +34,7 @@ def overview(progress: RunProgress, now: float) -> list[str]:
 
 
 def status_line(progress: RunProgress, now: float) -> str:
-    """One line: how far the run is, how good, and what its process does."""
+    """One line: progress, best score, and what the process does."""
     share = progress.step / max(progress.total_steps, 1)
     epochs = progress.total_steps / progress.steps_per_epoch
     line = (
@@ -52,7 +52,7 @@ def status_line(progress: RunProgress, now: float) -> str:
 
 
 def silence_line(seconds: float) -> str:
-    """What it means that nothing was written for so long."""
+    """A line that explains why nothing may have been written for this time."""
     return (
         f"no sign of life for {duration(seconds)}: its process may have died. The same command goes on from its last "
         "checkpoint"
@@ -66,11 +66,11 @@ def best_evaluation(progress: RunProgress) -> int | None:
 
 
 class Follower:
-    """Says what is new each time that it is shown a run's progress.
+    """Shows what is new in each progress that it is given.
 
     Args:
         say: shows the user a line.
-        clock: seconds that only go forwards; a run's own clock may be another machine's.
+        clock: a monotonic clock of this machine; the run's clock may be another machine's.
     """
 
     def __init__(self, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
@@ -81,7 +81,7 @@ class Follower:
         self._said_silent = False
 
     def see(self, progress: RunProgress) -> bool:
-        """Says what is new; returns whether the run has ended."""
+        """Shows what is new; returns whether the run has ended."""
         before, now = self._seen, self._clock()
         if before is None or progress.written != before.written:
             self._changed, self._said_silent = now, False

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 def report_at_end(job: TrainJob, result: FitResult, tracker: Tracker, say: Callable[[str], None]) -> None:
     """Writes the report of a run that came to its end, and its pictures, into its folder, and records them.
 
-    Whatever fails costs the report alone: training is over, and its result is safe.
+    An error here affects only the report: training is over, and its result is saved.
 
     Args:
         job: the run. A trial of a search gets no report.

@@ -1,4 +1,4 @@
-"""Two runs side by side: how they were set up differently, and what that changed."""
+"""Two runs side by side: the differences in their settings, and in their results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One self-contained HTML page: everything is inside of it, and it makes no request to any network."""
+"""One self-contained HTML page: everything is inside it, and it makes no network requests."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ class Pictures:
         Args:
             name: of its file, without the ending.
             figure: it.
-            caption: what it shows; also read out where pictures are not seen.
+            caption: what it shows; also the text for screen readers.
             file_format: ``svg`` for lines, ``jpg`` for photos, ``png``.
         """
         content = self.files[f"{name}.{file_format}"] = figure_bytes(figure, file_format, dpi=100)

@@ -1,4 +1,4 @@
-"""What looks wrong with a run, from what it logged and from what its best weights found; and what to do about each."""
+"""Problems of a run, found in its metrics and in the detections of its best weights; and what to do about each."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _ADVICE = {
 
 
 def find_problems(run: PastRun, metrics: CocoMetrics | None, errors: ErrorBreakdown | None) -> list[Problem]:
-    """Everything that looks wrong, the gravest first.
+    """All problems, the most serious first.
 
     Args:
         run: the run.

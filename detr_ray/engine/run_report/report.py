@@ -65,7 +65,7 @@ class Reported:
 
     Attributes:
         run: the run.
-        found: what its best weights found; None where that was not kept.
+        found: the detections of its best weights; None if they were not kept.
         metrics: of these weights.
         errors: what their AP50 is lost to.
         pictures: takes the figures of the page.
@@ -136,7 +136,7 @@ def run_report(run: PastRun, index: DatasetIndex | None = None, first_batch: Fig
 
 
 def _state(run: PastRun) -> str:
-    """One sentence: how it ended, how far it came, how long it took."""
+    """One sentence: how it ended, after how many steps, and how long it took."""
     latest = run.checkpoints[-1] if run.checkpoints else None
     sessions = run.history.sessions if run.history is not None else []
     text = f"It {_ENDS[sessions[-1].status]}" if sessions else "It was not recorded, so that its course is not known"

@@ -1,4 +1,4 @@
-"""The report of a search: its trials, what mattered, and the best configuration."""
+"""The report of a search: its trials, the importance of its parameters, and the best configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a worker's batches come from, and the plain source that loads them in this process."""
+"""Sources of a worker's batches: the protocol, and the source that loads them in this process."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ B = TypeVar("B")
 
 
 class BatchSource(Protocol):
-    """Gives one worker exactly the batches that the plan has for it."""
+    """Gives a worker its planned batches."""
 
     def train_batches(self, first_step: int, last_step: int) -> Iterator[list[PaddedBatch]]:
         """This worker's micro-batches of each step ``first_step..last_step-1``, in order."""
         ...
 
     def limit_micro_batches(self, size: int) -> None:
-        """Cuts micro-batches of at most so many images from now on."""
+        """Limits the number of images of a micro-batch from now on."""
         ...
 
     def evaluation_batches(self) -> Iterator[PaddedBatch]:
@@ -113,7 +113,7 @@ class LocalBatches:
 
 
 def load_ahead(load: Callable[[A], B], arguments: Iterable[A], prefetch: int) -> Iterator[B]:
-    """What ``load`` gives for each argument; a thread makes up to ``prefetch`` of them ahead of the reader."""
+    """The results of ``load`` for all arguments, in order; a thread computes up to ``prefetch`` of them ahead."""
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as pool:
         pending: list[Future[B]] = []
         for argument in arguments:

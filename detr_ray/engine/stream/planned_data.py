@@ -1,6 +1,6 @@
 """The data of a job with its plan: all that a process needs to make any batch of any worker.
 
-Also finds out from the plan, before anything starts, whether learned positions cover the largest images.
+Also checks, before anything starts, whether learned position embeddings cover the largest planned images.
 
 Imports neither the model nor the loss, which data tasks do not need.
 """
@@ -24,7 +24,7 @@ from detr_ray.data.sample import SamplePlan
 from detr_ray.engine.stream.augmentation import augmentation_of
 from detr_ray.engine.stream.batches import WorkerPlan
 
-# With fewer samples or batches to choose from, images of unlike shapes share batches.
+# With fewer samples or batches in a window, images of different shapes have to share batches.
 MIN_WINDOW = 4096
 MIN_WINDOW_BATCHES = 64
 
@@ -47,7 +47,7 @@ class PlannedData:
 
     @property
     def measured_on(self) -> dict[str, Any]:
-        """What scores depend on beside the model, as JSON values: only scores with equal values are compared."""
+        """What scores depend on besides the model, as JSON values: scores are compared only if these are equal."""
         if self.val is None:
             return {}
         evaluation = self.config.eval
@@ -59,7 +59,7 @@ class PlannedData:
         }
 
     def is_planned_as(self, other: PlannedData) -> bool:
-        """Whether both give the same batches: whether they are the same data, planned by the same settings."""
+        """Whether both give the same batches: the same data, planned with the same settings."""
         mine, its = self.config, other.config
         return (
             self.train is other.train
@@ -74,8 +74,8 @@ class PlannedData:
         Args:
             world_size: number of workers.
             rank: the worker.
-            micro_batch_size: most images of one forward pass; None for what is configured, or for no limit where that
-                is still to be found out (``auto``).
+            micro_batch_size: largest number of images of one forward pass; None: the configured number, or no limit if
+                it has not been found yet (``auto``).
         """
         configured = self.config.train.micro_batch_size
         most = micro_batch_size or (None if configured == "auto" else configured)
@@ -140,11 +140,11 @@ class PlannedData:
 def refuse_positions_out_of_reach(
     config: Config, model: ModelConfig, train: DatasetIndex | None, val: DatasetIndex | None
 ) -> None:
-    """Refuses sizes of training and of validation images that learned positions have no vectors for.
+    """Refuses images that are too large for learned position embeddings, in training and validation.
 
     Args:
         config: says how large images become.
-        model: the model, which may be a checkpoint's and not the configuration's.
+        model: the section of the model, which may come from a checkpoint instead of the configuration.
         train: the training set; None where nothing is trained.
         val: the validation set; None where nothing is evaluated.
 

@@ -1,6 +1,6 @@
-"""Evaluating a checkpoint on its own: from a configuration to the 12 numbers.
+"""Evaluates a checkpoint: from a configuration to the 12 numbers.
 
-A run validated its weights at image sizes of its own; with other sizes the same weights have other scores, which may be
+A run validates its weights at certain image sizes; with other sizes the same weights have other scores, which may be
 close to 0. So the settings that decide the result come from the checkpoint, unless the user gives them.
 """
 
@@ -41,13 +41,13 @@ DECISIVE = (
     "data.on_bad_image",
     "data.max_bad_images",
 )
-"""Keys that decide what an evaluation gives, beside the weights, the model and the images."""
+"""Keys that affect the result of an evaluation, beside the weights, the model and the images."""
 
 _SHOWN = DECISIVE[:4]
 _IMAGES = ("root", "format", "val", "generate", "max_images", "split")
 _DIVIDED = ("train", "sources")
-"""Keys of ``data`` that say which images there are, the second ones with ``split``; they are taken together or not at
-all."""
+"""Keys of ``data`` that say which images there are; the second list is for data with ``split``. They are taken from the
+checkpoint together or not at all."""
 
 
 def evaluation_config(
@@ -56,7 +56,7 @@ def evaluation_config(
     """The configuration to evaluate with.
 
     Args:
-        given: the user's configuration. Keys that it was not made with, and have their defaults, may be others here.
+        given: the user's configuration. Keys that it does not set may get other values than its defaults.
         stored: the configuration that the checkpoint was trained with; None where it has none.
         source: the checkpoint, for messages.
         with_data: whether the run's own data is taken where none is given.
@@ -65,7 +65,7 @@ def evaluation_config(
         The configuration, and lines that tell the user which settings are used and where they are from.
 
     Raises:
-        ConfigError: given and stored values do not go together.
+        ConfigError: given and stored values contradict each other.
     """
     if stored is None:
         return given, [_described(given, given, {})]
@@ -82,7 +82,7 @@ def evaluation_config(
 
 
 def _described(config: Config, given: Config, from_run: Mapping[str, Mapping[str, Any]]) -> str:
-    """The settings that decide the result, by where they are from."""
+    """Lines with the settings that decide the result, grouped by their origin."""
     values = flatten(config)
     origins: dict[str, list[str]] = {}
     for key in _SHOWN:
@@ -97,7 +97,7 @@ def _described(config: Config, given: Config, from_run: Mapping[str, Mapping[str
 
 
 def _defaults(given: Config, stored: Config, with_data: bool) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Values of the run for keys that were not given, by section; and what else to say of them."""
+    """The run's values for keys that were not given, by section; and further text for the user."""
     values, lines = stored.to_dict(), []
     taken: dict[str, dict[str, Any]] = {"eval": {}, "train": {}, "data": {}}
     for key in DECISIVE:
@@ -132,7 +132,7 @@ class EvaluationResult:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationJob:
-    """An evaluation, ready to be computed anywhere.
+    """An evaluation that can be computed in any process.
 
     Attributes:
         data: the validation set, with the labels of the checkpoint.
@@ -177,9 +177,9 @@ class EvaluationJob:
 
 
 def prepare_evaluation(config: Config, say: Say) -> EvaluationJob:
-    """Opens the checkpoint and the validation set: all that can be refused is refused here.
+    """Opens the checkpoint and the validation set. Everything that can be refused is refused here.
 
-    What decides the result and is not given comes from the run, see `evaluation_config`.
+    Settings that decide the result and are not given come from the run; see `evaluation_config`.
 
     Raises:
         ConfigError: no checkpoint is named, or it does not fit the configuration or the data.
@@ -218,7 +218,7 @@ def prepare_evaluation(config: Config, say: Say) -> EvaluationJob:
 
 
 def _unnamed_labels(space: str, num_classes: int | None, val: DatasetIndex, source: str) -> LabelMap:
-    """Labels of weights that do not name their classes; by their number, where ``data.label_space`` leaves it open."""
+    """Labels of weights without class names; with ``data.label_space=auto``, chosen by the number of classes."""
     rows = COCO_NUM_CLASSES if num_classes is None else num_classes
     if space == "auto":
         space = "coco91" if rows in PUBLISHED_ROWS else "contiguous"
@@ -256,7 +256,7 @@ def run_evaluation(job: EvaluationJob, context: WorkerContext, batches: BatchSou
 
 
 def _problem(job: EvaluationJob, detections: DetectionTable | None) -> str | None:
-    """Why detections cannot be scored; finite weights may still overflow on the way."""
+    """Why detections cannot be scored; even finite weights can give values that are not finite."""
     if detections is None or (np.isfinite(detections.scores).all() and np.isfinite(detections.boxes_xywh_px).all()):
         return None
     return (

@@ -1,4 +1,4 @@
-"""Runs a model over its worker's share of the validation set, and scores what all workers found once."""
+"""Runs a model over a worker's share of the validation set, and scores the detections of all workers once."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Evaluator:
         Args:
             model: the model.
             batches: this worker's share.
-            step: optimizer steps that the model has taken, for whoever looks for workers that hang. None for an
+            step: optimizer steps that the model has taken, for the supervision of hanging workers. None for an
                 evaluation that is no part of a training: its steps are the batches of all workers.
 
         Returns:
@@ -112,8 +112,8 @@ class Evaluator:
     ) -> DetectionTable | None:
         """Detections over the shares of all workers; every worker must call it. See `detect`.
 
-        An image that cannot be read counts as one in which nothing was found: its annotated boxes stay, so that scores
-        are never the better for it and stay comparable with those of the whole set.
+        An image that cannot be read counts as an image without detections. Its annotated boxes stay, so scores do not
+        become better by it, and stay comparable with those of the whole set.
 
         Returns:
             All detections on rank 0; None elsewhere.
@@ -122,7 +122,7 @@ class Evaluator:
             RunFailed: images could not be read and are not to be left out, or were not seen exactly once.
         """
         shares = self._context.gather_to_first(self.detect(model, batches, step))
-        # What rank 0 finds out holds for all; detections are many and stay there.
+        # Rank 0 decides for all workers. The detections are large and stay on rank 0.
         self.bad_images, problem = self._context.broadcast(self._look_at(shares))
         if problem:
             raise RunFailed(problem, agreed=True)

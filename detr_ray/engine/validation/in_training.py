@@ -1,8 +1,8 @@
-"""The evaluations of a training run: when one is due, of which weights, and where its numbers go.
+"""The evaluations of a training run: when one is due, of which weights, and where its numbers are recorded.
 
-An evaluation belongs to a checkpoint, which says so (`CheckpointInfo.evaluation_due`) and is kept until it is scored.
-So one that did not come to its end, because its process died or was asked to leave, is made up for with the weights of
-that checkpoint by the process that goes on with the run.
+An evaluation belongs to a checkpoint, which notes that it is due (`CheckpointInfo.evaluation_due`) and is kept until it
+is scored. If the evaluation is interrupted, because its process died or was asked to leave, the process that resumes
+the run repeats it with the weights of that checkpoint.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class Validation:
         job: the run; without a validation set nothing is ever due.
         context: this worker's group.
         state: the run's state, whose weights are evaluated.
-        checkpoints: take the numbers.
+        checkpoints: store the numbers.
         batches: gives this worker its share of the validation set.
         tracker: takes the numbers; only rank 0's is written to.
-        inessential: guards the records.
+        inessential: guards the writing of records.
 
     Attributes:
         metrics: what the last evaluation gave; the same on all workers.
@@ -92,11 +92,11 @@ class Validation:
         found, latest = self._checkpoints.unscored(), self._checkpoints.latest
         if latest is None or latest.metrics is not None or latest.evaluation_problem or latest.evaluation_due:
             return found
-        # Written by a release that did not note what is due, or while there was no validation set.
+        # Written by an earlier release that did not note it, or without a validation set.
         return [*found, latest] if self.falls_on(latest.step) else found
 
     def make_up(self, unscored: Sequence[CheckpointInfo]) -> LeaveReason | None:
-        """Evaluates checkpoints of an earlier process, the last of them while training goes on.
+        """Repeats missing evaluations of an earlier process; training goes on while the last one is scored.
 
         Returns:
             See `begin`.
@@ -108,14 +108,14 @@ class Validation:
         return self._await_decision()
 
     def begin(self) -> LeaveReason | None:
-        """Finds objects with the weights as they are now; what was found is scored while training goes on.
+        """Runs the present weights over the validation set; the detections are scored while training goes on.
 
-        Where the workers are to leave while the scores before are awaited, it does nothing: the evaluation stays due.
-        Scores that may end the run are awaited.
+        Waits for the scores of the previous evaluation first. If the workers are to leave meanwhile, it does nothing,
+        and the evaluation stays due. With early stopping, it waits for scores that may end the run.
 
         Returns:
-            With early stopping: why the workers are to leave now, before it is known whether the run ends here. None
-            after the last step, where `finish` waits for the scores.
+            With early stopping, the reason to leave, if one came while waiting; otherwise None. None after the last
+            step, where `finish` waits for the scores.
         """
         self._left_out = self._begin(self._current, self._state.step)
         at_end = self._state.step >= self._job.total_steps
@@ -130,19 +130,19 @@ class Validation:
         return self._wait(scoring)
 
     def collect(self) -> None:
-        """Notes the numbers of the last evaluation if they are there."""
+        """Notes the numbers of the last evaluation if they have been computed."""
         if self._scoring is not None:
             self._learn(self._scoring.collect(self._state.step, self._note))
 
     def finish(self) -> LeaveReason | None:
-        """Waits for the last numbers. A reason to leave before they are there; a run at its end needs no other size."""
+        """Waits for the last numbers. Returns a reason to leave before they are there, unless it is a resize."""
         reason = self._left_out if self._state.step >= self._job.total_steps else None
         while self._scoring is not None and self._scoring.pending and reason in (None, "resized"):
             reason = self._wait(self._scoring)
         return None if reason == "resized" else reason
 
     def drop(self) -> None:
-        """Ends what is under way; `make_up` of the next process does it again."""
+        """Cancels a running evaluation; `make_up` of the next process repeats it."""
         if self._scoring is not None:
             self._scoring.drop()
 
@@ -151,7 +151,7 @@ class Validation:
         return self._state.model if self._state.ema is None else self._state.ema.module
 
     def _begin(self, model: DetectionModel, step: int) -> LeaveReason | None:
-        """Begins an evaluation when the one before is scored; or a reason to leave before that."""
+        """Begins an evaluation when the previous one is scored; returns a reason to leave that comes before."""
         assert self._scoring is not None
         reason = self._wait(self._scoring)
         if reason is not None:
@@ -187,7 +187,7 @@ class Validation:
             return
         epoch = scored.step / self._job.steps_per_epoch
         self.table = scored.scores.table()
-        self._keep_scores(scored)  # before the numbers: a checkpoint that has these may be removed
+        self._keep_scores(scored)  # before the numbers: a checkpoint that has its numbers may be removed
         with self._inessential("scores cannot be recorded"):
             self._tracker.log_metrics(scored.metrics, scored.step)
             self._tracker.log_text(scored.scores.all_tables(), f"evaluation/epoch_{epoch:07.2f}.txt")
@@ -204,14 +204,16 @@ class Validation:
                     self._keep_found(scored.step, scored.detections)
 
     def _keep_found(self, step: int, detections: DetectionTable) -> None:
-        """Keeps what the best weights found, for the report."""
+        """Keeps the detections of the best weights, for the report."""
         from detr_ray.engine.past_run import keep_best_found  # it writes files; see the loop
 
         assert self._job.data.val is not None
         keep_best_found(self._job.run.path, step, GroundTruth.from_columns(self._job.data.val), detections)
 
     def _keep(self, scored: Scored) -> None:
-        """Keeps the scores before they are noted in the checkpoint: what is not noted there is evaluated again."""
+        """Writes the scores to the run's folder before they are noted in the checkpoint. Without the note, the
+        checkpoint would be evaluated again.
+        """
         if self._early_stopping is None:
             return
         from detr_ray.engine.checkpoints.evaluation_scores import write_scores
@@ -221,7 +223,7 @@ class Validation:
             write_scores(self._job.run.path, self._job.data.measured_on, self._early_stopping.scores)
 
     def _keep_scores(self, scored: Scored) -> None:
-        """Rank 0: puts what the scores of the evaluated weights mean beside them."""
+        """Rank 0: writes the score quality of the evaluated weights into their checkpoint."""
         assert scored.scores is not None
         path = self._checkpoints.path_of(scored.step)
         if path is not None and scored.scores.scores:
@@ -230,7 +232,7 @@ class Validation:
                 self._checkpoints.store.write_beside(path, SCORES_FILE, json.dumps(content).encode())
 
     def _model_of(self, info: CheckpointInfo) -> DetectionModel | None:
-        """The model that a checkpoint's evaluation is of; None where the checkpoint cannot be read."""
+        """The evaluated model, read from its checkpoint; None if the checkpoint cannot be read."""
         state: Mapping[str, Tensor] = {}
         problem = ""
         if self._context.rank == 0:

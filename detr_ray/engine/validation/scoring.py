@@ -1,8 +1,8 @@
-"""Scoring beside training: another process scores what was found on the validation set while the next steps are taken.
+"""Scoring beside training: another process scores the detections while training goes on.
 
-The scores belong to the step whose weights were evaluated, whenever they are there: they are the same numbers, noted
-under the same step. Nothing that happens to the scorer process costs a step or a checkpoint: a scoring that fails is
-tried once more and then given up, and one that is still under way when the workers leave is dropped.
+The scores are noted under the step whose weights were evaluated, no matter when they are ready. A failure of the scorer
+process affects neither training nor checkpoints: scoring is tried once more and then given up. If it still runs when
+the workers leave, it is cancelled.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ logger = logging.getLogger(__name__)
 
 ATTEMPTS = 2
 LIMIT_S, LIMIT_OF_A_DETECTION_S = 60.0, 0.001
-"""An attempt may take a minute and a millisecond for each detection, 500 times of what it takes on a free core; but no
-longer than ``train.stall_timeout_s``."""
+"""An attempt may take a minute, and a millisecond for each detection, which is 500 times as long as on a free core; but
+no longer than ``train.stall_timeout_s``."""
 POLL_S = 0.5
 QUIET_S = 5.0
-"""A wait that is longer than this looks whether the workers are to leave."""
+"""After waiting this long, it is checked whether the workers are to leave."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Scored:
             where scoring failed.
         scores: the numbers as the evaluator gave them; None where scoring failed.
         problem: why it failed.
-        detections: what was found; on rank 0, where there are scores.
+        detections: the detections; on rank 0, if there are scores.
     """
 
     step: int
@@ -80,7 +80,7 @@ class BackgroundScoring:
         return self._step is not None
 
     def begin(self, model: DetectionModel, batches: Iterator[PaddedBatch], step: int) -> None:
-        """Finds what the model finds and begins to score it; every worker must call it, while nothing is pending."""
+        """Runs the model and starts scoring its detections. Every worker must call it, while nothing is pending."""
         assert not self.pending, "the scores of the evaluation before are noted first"
         started = time.perf_counter()
         detections = self._evaluator.find(model, batches, step)
@@ -93,20 +93,20 @@ class BackgroundScoring:
         self._step = step
 
     def new_bad_images(self) -> list[str]:
-        """A line for each image that could not be read in the last evaluation, and could in those before."""
+        """A line for each image that could be read in earlier evaluations, but not in the last one."""
         lines = [line for image_id, line in self._evaluator.bad_images.items() if image_id not in self._known_bad]
         self._known_bad |= self._evaluator.bad_images.keys()
         return lines
 
     def collect(self, step: int, note: Callable[[Scored], None]) -> Scored | None:
-        """Notes the scores if they are there; every worker must call it at the same step and learns the same.
+        """Notes the scores if they are ready. Every worker must call it at the same step; all get the same result.
 
         Args:
             step: where training is now.
             note: takes the scores on rank 0, before any worker goes on.
 
         Returns:
-            What the scoring gave, its ``scores`` on rank 0 alone; None while it is under way, or nothing is pending.
+            The result of scoring, with its ``scores`` on rank 0 only; None if it is not ready, or nothing is pending.
         """
         if not self.pending:
             return None
@@ -115,16 +115,16 @@ class BackgroundScoring:
         return self._collect_if(self._sums(done)[0] > 0, step, note)
 
     def wait(self, step: int, note: Callable[[Scored], None]) -> tuple[Scored | None, LeaveReason | None]:
-        """As `collect`, but waits until the scoring has ended, or the workers are to leave.
+        """Like `collect`, but waits until scoring has ended or the workers are to leave.
 
         Returns:
-            What the scoring gave, and why the workers are to leave; both the same on every worker.
+            The result of scoring, and why the workers are to leave; both the same on every worker.
         """
         began = time.monotonic()
         while self.pending:
             self._context.enter("scoring" if self._task is not None else "waiting for the scores", step)
             done = self._task is not None and self._task.wait(POLL_S)
-            # Looked at late: who asks is asked once a step as a rule, and most waits are short.
+            # Only after a while: usually this is asked once a step, and most waits are short.
             reason = self._context.leave_reason() if time.monotonic() - began > QUIET_S else None
             ended, leaving = self._sums(done, reason is not None)
             found = self._collect_if(ended > 0, step, note)
@@ -135,7 +135,7 @@ class BackgroundScoring:
         return None, None
 
     def drop(self) -> None:
-        """Ends the scorer process and forgets what is pending; whoever goes on with the run evaluates again."""
+        """Ends the scorer process and drops what is pending; the process that resumes the run evaluates again."""
         if self._task is not None:
             self._task.drop()
         self._task = self._step = None
@@ -170,18 +170,18 @@ class _ScoringTask:
         self._process: ScorerProcess | None = None
         self._dropped = False
         self._lock = threading.Lock()
-        # A disk that does not answer while the process is started has no time limit of its own.
+        # Starting the process has no time limit of its own; it may hang on a disk that does not answer.
         self._give_up_at = time.monotonic() + ATTEMPTS * (limit_s + 30)
         self.done = threading.Event()
         self.outcome = Scored(step, problem="it did not begin in time")
         threading.Thread(target=self._run, name="scoring", daemon=True).start()
 
     def wait(self, seconds: float) -> bool:
-        """Waits a little; whether the scoring has ended, or has taken too long."""
+        """Waits a moment; returns whether scoring has ended or has taken too long."""
         return self.done.wait(seconds) or time.monotonic() > self._give_up_at
 
     def drop(self) -> None:
-        """Ends the process; there will be no outcome."""
+        """Ends the process without a result."""
         with self._lock:
             self._dropped = True
             if self._process is not None:
@@ -195,7 +195,7 @@ class _ScoringTask:
             except ScoringFailed as error:
                 problems.append(str(error))
             except Exception as error:
-                logger.exception("scoring failed")  # whatever it is, it costs the scores alone
+                logger.exception("scoring failed")  # any error: only the scores are lost
                 problems.append(f"{type(error).__name__}: {error}")
             else:
                 known = self._known | {"val/seconds": self._known["val/seconds"] + time.perf_counter() - started}

@@ -1,8 +1,8 @@
-"""ResNet feature maps, with batch norm frozen or trained.
+"""ResNet feature maps, with frozen or trained batch norm.
 
-The network's modules are torchvision's, so that parameter names and init are its own; the order of computation is
-written here, because frozen batch norm is not computed at all: a convolution followed by a fixed scale and shift is
-another convolution, whose weights are made at each forward pass.
+The modules are torchvision's, with its parameter names and init. The forward pass is written here because frozen batch
+norm is folded: a convolution followed by a fixed scale and shift is another convolution, whose weights are computed in
+each forward pass.
 
 Knows images and strides; knows nothing of padding, positions, attention or files.
 """
@@ -27,7 +27,7 @@ BACKBONES = {
     "resnet101": resnet.resnet101,
 }
 STAGES_OF_STRIDE = {4: 1, 8: 2, 16: 3, 32: 4}
-"""The residual stage whose features have a stride."""
+"""Stride -> residual stage whose features have it."""
 
 # Blocks of each stage, and whether they are bottlenecks.
 _SHAPES = {
@@ -45,7 +45,7 @@ def resnets_with(names: Collection[str]) -> tuple[list[str], int]:
         names: as those of `ResNetBody`, for example ``layer3.5.conv1.weight``.
 
     Returns:
-        Names of `BACKBONES`, none where no network has these layers alone; 0 with them.
+        Names of `BACKBONES`, and the stride. No names and 0 if no network has exactly these layers.
     """
     blocks: list[set[str]] = [
         {n.split(".")[1] for n in names if n.startswith(f"layer{stage}.")} for stage in range(1, 5)
@@ -64,10 +64,10 @@ def resnets_with(names: Collection[str]) -> tuple[list[str], int]:
 
 
 def _convolve(x: Tensor, conv: nn.Conv2d, norm: nn.Module, shortcut: Tensor | None = None, relu: bool = True) -> Tensor:
-    """Convolution, the norm behind it, shortcut and ReLU; a frozen norm is folded into the convolution's weights.
+    """Convolution, norm, shortcut and ReLU; a frozen norm is folded into the convolution's weights.
 
-    The fold is computed in the weights' own precision and, under autocast, rounded once afterwards. The gradient
-    reaches ``conv.weight`` through the scale.
+    The folded weights are computed in the weights' own precision and, under autocast, rounded once afterwards. The
+    gradient of ``conv.weight`` is computed through the scale.
 
     Args:
         x: ``[B, C_in, h, w]``.
@@ -88,7 +88,7 @@ def _convolve(x: Tensor, conv: nn.Conv2d, norm: nn.Module, shortcut: Tensor | No
 
 
 def _folded(conv: nn.Conv2d, norm: FrozenBatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the convolution that a convolution and the frozen norm behind it amount to."""
+    """Weight and bias of the convolution that equals a convolution followed by a frozen norm."""
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
     return conv.weight * scale.view(-1, 1, 1, 1), norm.bias - norm.running_mean * scale
 
@@ -110,7 +110,7 @@ def fold_frozen_norms(model: nn.Module) -> None:
 
 
 def _fold(module: nn.Module, conv_name: str, norm_name: str) -> None:
-    """Folds a norm of a module into a convolution of it; nothing, where the norm is not frozen."""
+    """Folds a norm of a module into one of its convolutions; does nothing if the norm is not frozen."""
     conv, norm = module.get_submodule(conv_name), module.get_submodule(norm_name)
     assert isinstance(conv, nn.Conv2d)
     if isinstance(norm, FrozenBatchNorm2d):
@@ -151,7 +151,7 @@ class ResNetBody(nn.Module):
     """The convolutional part of a torchvision ResNet, up to a stage.
 
     Args:
-        network: the whole network; what lies behind the cut, and its classifier, are left out.
+        network: the whole network; later stages and the classifier are left out.
         stages: residual stages (1 to 4) whose features are given, ascending; the last one is where the network is cut.
     """
 
@@ -196,7 +196,7 @@ class ResNetBackbone(Backbone):
         layers: the stem and each stage.
 
     Raises:
-        ValueError: a value is none of these, or dilation is asked of a network of basic blocks.
+        ValueError: a value is none of these, or dilation is set for a network of basic blocks.
     """
 
     pixels = IMAGENET_PIXELS
