@@ -125,7 +125,9 @@ def test_a_claim_of_another_machine_that_stands_still_is_passed_over(storage, s3
     assert said[1] == "process 7 on far has not moved for 3 s: going on without it"
 
 
-def test_a_claim_of_another_machine_that_beats_is_respected(storage, s3: S3Server, quick):
+def test_a_claim_of_another_machine_that_beats_is_respected(storage, s3: S3Server, monkeypatch):
+    """Refused at the first beat that is seen, however late on a busy machine: standing still would take a minute."""
+    monkeypatch.setattr(run_lock, "STALE_S", 60.0)
     run = begin(storage)
     ended = threading.Event()
 
