@@ -199,7 +199,7 @@ def start_up(scratch: str) -> list[Row]:
 
 def run() -> list[Row]:
     """The table."""
-    from detr_ray.engine.job import generate_data
+    from detr_ray.engine.opened_data import generate_data
 
     with tempfile.TemporaryDirectory(prefix="engine-") as scratch:
         generate_data(load_config(QUICKSTART, common(scratch)).data, lambda line: None)

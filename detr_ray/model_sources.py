@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from typing import Any
 
 from detr_ray.addresses import join
+from detr_ray.callbacks import Say
 from detr_ray.config import Config
 from detr_ray.detector.artifact import SCORES_FILE
 from detr_ray.detector.package import ModelFacts, package_of, read_model, read_package
@@ -17,8 +17,6 @@ from detr_ray.model.state_dicts import WeightsError
 from detr_ray.prediction import LoadedModel
 from detr_ray.retries import reason_of
 from detr_ray.tracking.fetching import SCHEMES, fetched
-
-Say = Callable[[str], None]
 
 
 def load_model(

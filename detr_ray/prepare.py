@@ -41,7 +41,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _prepare(config: Config, arguments: argparse.Namespace) -> int:
     from detr_ray.addresses import check_address, resolve
-    from detr_ray.engine.job import open_data
+    from detr_ray.engine.opened_data import open_data
 
     if arguments.shard_megabytes < 1:
         raise ConfigError(f"--shard-megabytes: must be at least 1 (got {arguments.shard_megabytes})")
@@ -104,7 +104,7 @@ def _generate(config: Config) -> None:
     """Draws the generated data set, if it does not exist yet."""
     from detr_ray.data.errors import DataError
     from detr_ray.data.generated import MARKER
-    from detr_ray.engine.job import draw, generated_root
+    from detr_ray.engine.opened_data import draw, generated_root
     from detr_ray.engine.reporting.progress import Pace, duration
 
     data = config.data

@@ -56,7 +56,7 @@ def _report(config: Config, arguments: argparse.Namespace) -> int:
 def _validation_set(config: Config, run: PastRun) -> DatasetIndex | None:
     """The images that the run was validated on; None where they are not at hand."""
     from detr_ray.data.errors import DataError
-    from detr_ray.engine.job import open_evaluation_data
+    from detr_ray.engine.opened_data import open_evaluation_data
 
     data = config.data if config.data.has_val else run.config.data
     if not data.has_val:

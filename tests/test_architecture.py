@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from mutants.seams import MODULES, TESTS
 
 from detr_ray.config import ConfigError
 from detr_ray.runtime.ray_internals import Internal
@@ -142,6 +143,10 @@ def test_another_ray_is_refused_in_a_line(monkeypatch: pytest.MonkeyPatch) -> No
 def test_files_can_be_read_in_one_sitting() -> None:
     lengths = {path: len(path.read_text().splitlines()) for path in (ROOT / "detr_ray").rglob("*.py")}
     assert {str(path): length for path, length in lengths.items() if length > 400} == {}
+
+
+def test_mutants_are_made_of_modules_that_there_are() -> None:
+    assert [name for name in (*MODULES, *TESTS) if not (ROOT / name).exists()] == []
 
 
 def test_the_page_on_architecture_names_what_there_is() -> None:

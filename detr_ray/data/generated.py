@@ -14,13 +14,14 @@ import json
 import math
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from detr_ray.callbacks import Progress
 from detr_ray.data.errors import DataError
 
 CLASSES = ("rectangle", "ellipse", "triangle", "star", "cross", "ring")
@@ -69,9 +70,7 @@ class DrawingParameters:
         return {**asdict(self), "image_size": list(self.image_size), "drawing": _DRAWING}
 
 
-def generate_dataset(
-    root: Path, parameters: DrawingParameters, progress: Callable[[int, int], None] | None = None
-) -> None:
+def generate_dataset(root: Path, parameters: DrawingParameters, progress: Progress | None = None) -> None:
     """Writes a data set of drawn shapes into ``root``, or finds it there.
 
     The folder gets ``annotations/instances_{train,val}2017.json``, ``train2017/`` and ``val2017/`` (JPEG), and

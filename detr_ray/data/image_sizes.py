@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 
 import numpy as np
 
+from detr_ray.callbacks import Progress
+from detr_ray.data.image_groups import in_groups
 from detr_ray.data.image_headers import ImageError
 from detr_ray.data.images import ImageReader
-
-Progress = Callable[[int, int], None]
 
 _REMOTE_THREADS = 64
 _GROUP_IMAGES = 512
@@ -44,14 +43,14 @@ def read_sizes(
     sizes = np.zeros((len(rows), 2), np.int64)
     faults: dict[int, str] = {}
     threads = _REMOTE_THREADS if reader.is_remote else min(8, 2 * (os.cpu_count() or 1))
-    with ThreadPoolExecutor(threads, thread_name_prefix="sizes") as pool:
-        for start in range(0, len(rows), _GROUP_IMAGES):
-            group = rows[start : start + _GROUP_IMAGES]
-            for place, found in enumerate(pool.map(look, group), start):
-                if isinstance(found, str):
-                    faults[rows[place]] = found
-                else:
-                    sizes[place] = found
-            if progress is not None:
-                progress(start + len(group), len(rows))
+    done = 0
+    for group, found in in_groups(look, rows, _GROUP_IMAGES, threads, "sizes"):
+        for row, size in zip(group, found, strict=True):
+            if isinstance(size, str):
+                faults[row] = size
+            else:
+                sizes[done] = size
+            done += 1
+        if progress is not None:
+            progress(done, len(rows))
     return sizes, faults

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -17,8 +16,10 @@ import numpy as np
 from pyarrow import fs
 
 from detr_ray.addresses import LocationError, join, parent
+from detr_ray.callbacks import Progress
 from detr_ray.data.decoding import decode_image
 from detr_ray.data.errors import DataError
+from detr_ray.data.image_groups import in_groups
 from detr_ray.data.image_headers import ImageError, ImageHeader, WrongSizeError, read_header
 from detr_ray.data.image_places import MisnamedError
 from detr_ray.data.images import ImageReader
@@ -124,7 +125,7 @@ def inspect_images(
     decode: bool = False,
     only: Sequence[int] | None = None,
     without_shards: frozenset[int] = frozenset(),
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Inspection:
     """Looks at all images of a split, or at some.
 
@@ -144,21 +145,19 @@ def inspect_images(
     has_ends = not decode and not reader.is_remote
     found, num_failures = Inspection(), 0
     look = partial(_look, index, reader, set(), decode=decode, has_ends=has_ends)
-    with ThreadPoolExecutor(threads, thread_name_prefix="inspection") as pool:
-        for start in range(0, len(rows), _GROUP_IMAGES):
-            group = rows[start : start + _GROUP_IMAGES].tolist()
-            for i, seen in zip(group, pool.map(look, group), strict=True):
-                if isinstance(seen, BadImage):
-                    found.bad.append(seen)
-                    num_failures += seen.storage_failed
-                else:
-                    _note(found, reader.name(i), seen)
-            found.num_seen += len(group)
-            if progress is not None:
-                progress(found.num_seen, len(rows))
-            if num_failures > _MOST_STORAGE_FAILURES:
-                found.broken_off = f"the storage failed for {num_failures} images; the rest was not looked at"
-                break
+    for group, of_group in in_groups(look, rows.tolist(), _GROUP_IMAGES, threads, "inspection"):
+        for i, seen in zip(group, of_group, strict=True):
+            if isinstance(seen, BadImage):
+                found.bad.append(seen)
+                num_failures += seen.storage_failed
+            else:
+                _note(found, reader.name(i), seen)
+        found.num_seen += len(group)
+        if progress is not None:
+            progress(found.num_seen, len(rows))
+        if num_failures > _MOST_STORAGE_FAILURES:
+            found.broken_off = f"the storage failed for {num_failures} images; the rest was not looked at"
+            break
     return found
 
 

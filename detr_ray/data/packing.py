@@ -11,7 +11,6 @@ import mmap
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from detr_ray.data.formats.shards import (
     SHARD_NAME,
     read_shard_index,
 )
+from detr_ray.data.image_groups import in_groups
 from detr_ray.data.images import READS_AT_ONCE, ImageReader
 from detr_ray.data.index import DatasetIndex
 from detr_ray.data.inspection import find_missing_storage
@@ -40,7 +40,8 @@ from detr_ray.retries import reason_of
 _GROUP_IMAGES = 64
 _READ_THREADS = 8
 
-Progress = Callable[[int, int, int], None]
+PackingProgress = Callable[[int, int, int], None]
+"""Is told of the images packed, of all, and of the bytes packed."""
 
 
 def unpacked_splits(indexes: Mapping[str, DatasetIndex], folder: str) -> list[str]:
@@ -87,7 +88,7 @@ def write_shards(
     out_dir: str | Path,
     *,
     shard_megabytes: int = 256,
-    progress: Progress | None = None,
+    progress: PackingProgress | None = None,
 ) -> tuple[int, int]:
     """Writes a data set as Parquet shards, whole or not at all.
 
@@ -120,7 +121,9 @@ def write_shards(
         raise DataError(f"{out_dir} cannot be written: {reason_of(error)}") from error
 
 
-def _write_local(index: DatasetIndex, folder: Path, shard_bytes: int, progress: Progress | None) -> tuple[int, int]:
+def _write_local(
+    index: DatasetIndex, folder: Path, shard_bytes: int, progress: PackingProgress | None
+) -> tuple[int, int]:
     if folder.exists():
         raise DataError(f"{folder} exists already: delete it or give another folder")
     partial = folder.parent / f".{folder.name}.partial"
@@ -145,7 +148,9 @@ def is_unfinished(names: Collection[str]) -> bool:
     return all(SHARD_NAME.fullmatch(name) for name in names)
 
 
-def _write_remote(index: DatasetIndex, folder: str, shard_bytes: int, progress: Progress | None) -> tuple[int, int]:
+def _write_remote(
+    index: DatasetIndex, folder: str, shard_bytes: int, progress: PackingProgress | None
+) -> tuple[int, int]:
     """Writes shards to remote storage, where no folder can be renamed: the index, written last, marks them as whole."""
     before = list_names(folder)
     if not is_unfinished(before):
@@ -176,7 +181,7 @@ def _write_all(
     index: DatasetIndex,
     folder: Path,
     shard_bytes: int,
-    progress: Progress | None,
+    progress: PackingProgress | None,
     finished: Callable[[Path], None],
 ) -> tuple[int, int]:
     """Writes the shards and then their index into an empty folder; ``finished`` gets each, and may take it away."""
@@ -242,14 +247,14 @@ def _read_groups(
     After each group, ``note`` gets the number of images done and the bytes of the group.
     """
     num_bytes = 0
-    with ThreadPoolExecutor(READS_AT_ONCE if reader.is_remote else _READ_THREADS) as pool:
-        while start < end and num_bytes < most_bytes:
-            images = list(pool.map(reader.read, range(start, min(start + _GROUP_IMAGES, end))))
-            yield start, images
-            start += len(images)
-            group_bytes = sum(map(len, images))
-            num_bytes += group_bytes
-            note(start, group_bytes)
+    threads = READS_AT_ONCE if reader.is_remote else _READ_THREADS
+    for group, images in in_groups(reader.read, range(start, end), _GROUP_IMAGES, threads, "packing"):
+        yield group[0], images
+        group_bytes = sum(map(len, images))
+        num_bytes += group_bytes
+        note(group[-1] + 1, group_bytes)
+        if num_bytes >= most_bytes:
+            return
 
 
 def _write_shard(path: Path, rows: pa.Table, groups: Iterable[tuple[int, list[bytes]]]) -> None:

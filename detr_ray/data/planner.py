@@ -38,8 +38,11 @@ class PlannedSizes(Protocol):
         """``[n, 2]`` int32, final (height, width) of each sample in pixels."""
         ...
 
-    def steps(self, places: np.ndarray) -> list[tuple[Step, ...]]:
-        """What is done to the samples at these places of the window before they are brought to their final size."""
+    def steps_before_resize(self, places: np.ndarray) -> list[tuple[Step, ...]]:
+        """What is done to the samples at these places of the window before they are brought to their final size.
+
+        That last resize is no step: reading a plan does it, for every sample.
+        """
         ...
 
     def partners(self, places: np.ndarray) -> list[tuple[Partner, ...]]:
@@ -184,7 +187,7 @@ class Planner:
                 rows.tolist(),
                 self.image_ids[rows].tolist(),
                 window.draws.size[places].tolist(),
-                window.draws.steps(places),
+                window.draws.steps_before_resize(places),
                 window.draws.partners(places),
                 strict=True,
             )

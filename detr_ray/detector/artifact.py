@@ -6,10 +6,11 @@ and plain values; no code is run when it is read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from detr_ray.callbacks import Say
 from detr_ray.config import Config, config_from_dict
 from detr_ray.data.label_map import LabelMap
 from detr_ray.model import DetectionModel
@@ -78,7 +79,7 @@ class SavedModel:
         return find_detector(self.checkpoint, model, self.source)
 
 
-def read_saved_model(source: str, say: Callable[[str], None], sha256: str | None = None) -> SavedModel:
+def read_saved_model(source: str, say: Say, sha256: str | None = None) -> SavedModel:
     """Reads a model file.
 
     Args:
@@ -104,7 +105,7 @@ def read_saved_model(source: str, say: Callable[[str], None], sha256: str | None
     )
 
 
-def stored_config(values: Mapping[str, Any], source: str, say: Callable[[str], None]) -> Config:
+def stored_config(values: Mapping[str, Any], source: str, say: Say) -> Config:
     """The configuration that is stored with a model.
 
     Args:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from detr_ray import __version__
 from detr_ray.addresses import LocationError, join, name_of, parent
+from detr_ray.callbacks import Say
 from detr_ray.config import Config
 from detr_ray.config.addresses import refuse_credentials
 from detr_ray.data.errors import DataError
@@ -37,8 +38,6 @@ from detr_ray.retries import reason_of
 PACKAGE_FILE = "model.json"
 WEIGHTS_FILE = "weights.safetensors"
 FORMAT_VERSION = 1
-
-Say = Callable[[str], None]
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 

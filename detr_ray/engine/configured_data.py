@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
+from detr_ray.callbacks import Progress
 from detr_ray.config import DataConfig
 from detr_ray.config.data_sections import SourceConfig
 from detr_ray.data.formats import Reading, open_split, open_undivided
@@ -24,7 +24,7 @@ class ConfiguredData:
         self._data = data
         self._undivided: DatasetIndex | None = None
 
-    def open(self, split: str, progress: Callable[[int, int], None] | None = None) -> DatasetIndex:
+    def open(self, split: str, progress: Progress | None = None) -> DatasetIndex:
         """Opens a split with all its images; reads only the annotations.
 
         With ``data.split`` both splits are parts of the same images, which are read once.

@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
+from detr_ray.callbacks import Say
 from detr_ray.engine.hooks import Evaluated
 
 T = TypeVar("T")
@@ -125,7 +126,7 @@ class LocalContext:
     def __init__(
         self,
         device: torch.device | str = "cpu",
-        say: Callable[[str], None] = lambda line: None,
+        say: Say = lambda line: None,
         should_stop: Callable[[], bool] = lambda: False,
         on_report: Callable[[Evaluated], Any] = lambda evaluated: None,
         should_abandon: Callable[[], bool] = lambda: False,

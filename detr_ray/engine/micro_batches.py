@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from detr_ray.callbacks import Say
 from detr_ray.detector.inference import AUTOCAST_DTYPES
 from detr_ray.engine.context import WorkerContext
 from detr_ray.engine.cpu import PeakMemory, free_bytes, give_back_freed_memory
@@ -342,7 +343,7 @@ def _read(run_path: str, key: dict[str, Any]) -> int | None:
         return None
 
 
-def _write(run_path: str, content: dict[str, Any], say: Callable[[str], None]) -> None:
+def _write(run_path: str, content: dict[str, Any], say: Say) -> None:
     from detr_ray.addresses import join
     from detr_ray.locations import write_bytes
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import io
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import yaml
 
 from detr_ray.addresses import join, name_of, resolve
+from detr_ray.callbacks import Say
 from detr_ray.config import Config, ConfigError, config_from_dict
 from detr_ray.engine.checkpoints.info import CheckpointInfo
 from detr_ray.engine.checkpoints.run_directory import RECORD, RunDirectory, record_at, storage_errors
@@ -97,7 +98,7 @@ class PastRun:
         return None if values is None else float(values[1][-1])
 
 
-def open_past_run(location: str, say: Callable[[str], None] = lambda line: None) -> PastRun:
+def open_past_run(location: str, say: Say = lambda line: None) -> PastRun:
     """Reads a run from its folder.
 
     Args:
@@ -137,7 +138,7 @@ def keep_best_found(path: str, step: int, truth: GroundTruth, detections: Detect
     write_bytes(join(path, _BEST_FOUND), content.getvalue())
 
 
-def _read_best_found(path: str, say: Callable[[str], None]) -> BestFound | None:
+def _read_best_found(path: str, say: Say) -> BestFound | None:
     try:
         content = read_bytes(join(path, _BEST_FOUND))
     except FileNotFoundError:
@@ -152,7 +153,7 @@ def _read_best_found(path: str, say: Callable[[str], None]) -> BestFound | None:
     return BestFound(step, truth, detections)
 
 
-def _config_of(path: str, say: Callable[[str], None]) -> Config:
+def _config_of(path: str, say: Say) -> Config:
     location = join(path, "config.yaml")
     try:
         content = yaml.safe_load(read_bytes(location))
@@ -167,9 +168,7 @@ def _config_of(path: str, say: Callable[[str], None]) -> Config:
     return config_from_dict(content, location, warn)
 
 
-def _history_of(
-    config: Config, directory: RunDirectory, is_fork: bool, say: Callable[[str], None]
-) -> RunHistory | None:
+def _history_of(config: Config, directory: RunDirectory, is_fork: bool, say: Say) -> RunHistory | None:
     """The metrics in the log on this machine; if its beginning is missing, those of the MLflow store as well."""
     history = read_history(tracking_folder(config, directory))
     if not config.tracking.enabled or (history is not None and (is_fork or _has_beginning(history))):

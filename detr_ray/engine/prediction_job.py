@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from detr_ray.callbacks import Say
 from detr_ray.config import Config
 from detr_ray.data.errors import DataError
 from detr_ray.data.formats.bare_images import open_bare_images
-from detr_ray.engine.job import Say
 from detr_ray.engine.reporting.progress import Pace
 from detr_ray.engine.stream.batches import load_ahead
 from detr_ray.engine.stream.planned_data import refuse_positions_out_of_reach

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from detr_ray.box_arrays import xyxy_to_xywh
+
 if TYPE_CHECKING:  # the scorer process must not import torch, which takes seconds
     from torch import Tensor
 
@@ -112,11 +114,10 @@ class DetectionTable:
         categories = np.asarray(category_ids_of_label, dtype=np.int64)[labels]
         kept = np.flatnonzero(categories != NO_CATEGORY)
         kept = _best_of_each_image(image_of_row, scores, kept, max_per_image)
-        corners = boxes_xyxy_px[kept]
         return cls(
             image_ids=ids[image_of_row[kept]],
             category_ids=categories[kept],
-            boxes_xywh_px=np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1),
+            boxes_xywh_px=xyxy_to_xywh(boxes_xyxy_px[kept]),
             scores=scores[kept],
         )
 

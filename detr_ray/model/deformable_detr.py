@@ -129,16 +129,14 @@ class DeformableDetr(DetectionModel):
         Raises:
             ValueError: the section's values do not go together.
         """
-        values, dim = published_values(cfg_model), cfg_model.hidden_dim
+        values = published_values(cfg_model)
         levels = values["num_feature_levels"]
         strides = strides_for(levels, finest=8, coarsest=cfg_model.backbone_stride)
         return cls(
-            backbone=ResNetBackbone(
-                cfg_model.backbone, norm=cfg_model.backbone_norm, strides=strides, dilation=cfg_model.dilation
-            ),
-            position_encoding=SinePositionEncoding(dim, values["position_temperature"], values["position_offset"]),
+            backbone=ResNetBackbone.from_config(cfg_model, strides),
+            position_encoding=SinePositionEncoding.from_config(cfg_model),
             transformer=DeformableTransformer(TransformerSizes.from_config(cfg_model), values["two_stage"]),
-            dim=dim,
+            dim=cfg_model.hidden_dim,
             num_levels=levels,
             num_classes=num_classes,
             num_queries=values["num_queries"],

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor, nn
 
-from detr_ray.architectures import published_values
 from detr_ray.model.backbones.resnet import ResNetBackbone
 from detr_ray.model.detection_model import DetectionModel, WeightNames, output_of_layers
 from detr_ray.model.features import Backbone
@@ -77,12 +76,7 @@ class Detr(DetectionModel):
         """
         dim = cfg_model.hidden_dim
         return cls(
-            backbone=ResNetBackbone(
-                cfg_model.backbone,
-                norm=cfg_model.backbone_norm,
-                strides=(cfg_model.backbone_stride,),
-                dilation=cfg_model.dilation,
-            ),
+            backbone=ResNetBackbone.from_config(cfg_model, strides=(cfg_model.backbone_stride,)),
             position_encoding=_position_encoding(cfg_model),
             transformer=Transformer(
                 dim,
@@ -136,5 +130,4 @@ def _position_encoding(cfg_model: ModelConfig) -> SinePositionEncoding | Learned
         return LearnedPositionEncoding(cfg_model.hidden_dim)
     if cfg_model.position_embedding != "sine":
         raise ValueError(f"position embedding is 'sine' or 'learned', not {cfg_model.position_embedding!r}")
-    values = published_values(cfg_model)
-    return SinePositionEncoding(cfg_model.hidden_dim, values["position_temperature"], values["position_offset"])
+    return SinePositionEncoding.from_config(cfg_model)

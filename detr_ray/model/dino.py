@@ -163,12 +163,8 @@ class Dino(DetectionModel):
         levels, queries = values["num_feature_levels"], values["num_queries"]
         strides = strides_for(levels, finest=8 if levels < 5 else 4, coarsest=cfg_model.backbone_stride)
         return cls(
-            backbone=ResNetBackbone(
-                cfg_model.backbone, norm=cfg_model.backbone_norm, strides=strides, dilation=cfg_model.dilation
-            ),
-            position_encoding=SinePositionEncoding(
-                cfg_model.hidden_dim, values["position_temperature"], values["position_offset"]
-            ),
+            backbone=ResNetBackbone.from_config(cfg_model, strides),
+            position_encoding=SinePositionEncoding.from_config(cfg_model),
             transformer=DinoTransformer(TransformerSizes.from_config(cfg_model), queries, num_classes),
             num_levels=levels,
             num_classes=num_classes,

@@ -8,9 +8,15 @@ Both encodings give ``[B or 1, h, w, hidden_dim]``: batch 1 stands for every ima
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor, nn
+
+from detr_ray.architectures import published_values
+
+if TYPE_CHECKING:
+    from detr_ray.config import ModelConfig
 
 LEARNED_LIMIT = 50
 """Rows and columns that the learned encoding has a vector for (the published layout)."""
@@ -44,6 +50,12 @@ class SinePositionEncoding(nn.Module):
         self.temperature, self.offset = temperature, offset
         self.scale = 2 * math.pi
         self.eps = 1e-6
+
+    @classmethod
+    def from_config(cls, cfg_model: ModelConfig) -> Self:
+        """The encoding of a config's ``model`` section, whose architecture has its own temperature and offset."""
+        values = published_values(cfg_model)
+        return cls(cfg_model.hidden_dim, values["position_temperature"], values["position_offset"])
 
     def forward(self, features: Tensor, mask: Tensor | None) -> Tensor:
         """Encodes the cells of a feature map.

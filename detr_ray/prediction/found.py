@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from detr_ray.box_arrays import xyxy_to_xywh
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prediction:
@@ -34,8 +36,7 @@ class Prediction:
     @property
     def boxes_xywh_px(self) -> np.ndarray:
         """``[K, 4]`` float32 left, top, width, height in pixels, as COCO's results have them."""
-        corners = self.boxes_xyxy_px
-        return np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
+        return xyxy_to_xywh(self.boxes_xyxy_px)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers, for JSON."""

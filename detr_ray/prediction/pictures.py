@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from detr_ray.addresses import join
+from detr_ray.callbacks import Progress
 from detr_ray.data.image_headers import ImageError
 from detr_ray.data.images import ImageReader, decode_image
 from detr_ray.data.index import DatasetIndex
@@ -25,7 +26,7 @@ def draw_pictures(
     found: DetectionTable,
     names: Mapping[int, str],
     least_score: float,
-    progress: Callable[[int, int], None],
+    progress: Progress,
 ) -> None:
     """Writes a JPEG for each image that can be read. Pictures that are there are not drawn again.
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from detr_ray.callbacks import Say
 from detr_ray.config import Config, ConfigError
 from detr_ray.engine.checkpoints.run_directory import absolute_storage
 from detr_ray.engine.preflight.findings import Level, Report
@@ -28,8 +29,6 @@ from detr_ray.runtime.resources import Node, plan_workers, usable_nodes
 from detr_ray.runtime.session import ray_session, unreachable_address
 from detr_ray.runtime.shared_places import StorageTrial, refuse_lost_storage, sample_files, tracking_on_disk
 from detr_ray.tracking.store import sqlite_path
-
-Say = Callable[[str], None]
 
 AREA = "cluster"
 ALL_WITHIN_S = 20.0

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from detr_ray.callbacks import Say
 from detr_ray.config import Config, ConfigError
 from detr_ray.engine.context import LocalContext
 from detr_ray.engine.hooks import Budget, JobHooks
-from detr_ray.engine.job import Say, TrainJob, prepare_job, run_summary
+from detr_ray.engine.job import TrainJob, prepare_job, run_summary
 from detr_ray.engine.reporting.progress import FitResult
 from detr_ray.engine.reporting.records import open_tracker
 from detr_ray.engine.run_report.at_end import report_at_end

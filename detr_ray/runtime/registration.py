@@ -11,11 +11,12 @@ import hashlib
 import json
 import shlex
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from detr_ray.addresses import is_uri, join, parent, resolve
+from detr_ray.callbacks import Say
 from detr_ray.config import Config, ConfigError
 from detr_ray.config.loading import config_from_dict
 from detr_ray.data.errors import DataError
@@ -43,8 +44,6 @@ from detr_ray.tracking.registry import (
     ModelVersion,
     RegistryError,
 )
-
-Say = Callable[[str], None]
 
 _CODE = Path(__file__).with_name("mlflow_model.py")
 """What MLflow runs to serve a version. To import it would tell MLflow to serve."""

@@ -13,11 +13,11 @@ from collections.abc import Callable
 
 import ray
 
+from detr_ray.callbacks import Say
 from detr_ray.config import ConfigError, TrainConfig
 from detr_ray.engine.context import LeaveReason
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.hooks import JobHooks
-from detr_ray.engine.job import Say
 from detr_ray.engine.reporting.progress import duration
 from detr_ray.runtime.attempt_watch import ANSWER_WITHIN_S, AttemptWatch
 from detr_ray.runtime.heartbeat import AwakeClock

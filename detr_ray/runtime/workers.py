@@ -15,10 +15,11 @@ import ray
 import ray.train
 from ray.train.torch import TorchConfig
 
+from detr_ray.callbacks import Say
 from detr_ray.config import Config
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.hooks import Budget, JobHooks
-from detr_ray.engine.job import Say, TrainJob
+from detr_ray.engine.job import TrainJob
 from detr_ray.engine.reporting.progress import FitResult
 from detr_ray.engine.stream.planned_data import PlannedData
 from detr_ray.runtime.host_process import StopSignals, stop_signals

@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from detr_ray.callbacks import Say
 from detr_ray.tracking.registry import (
     AP,
     DECISION,
@@ -77,7 +78,7 @@ def decide(
     version: ModelVersion,
     margin: float,
     measure: Measure,
-    say: Callable[[str], None],
+    say: Say,
     turns: Turns = Turns(),
 ) -> Decision:
     """Decides whether a new version becomes the champion, and writes decision and reason into its tags.
@@ -121,7 +122,7 @@ def _better(
     champion: ModelVersion | None,
     margin: float,
     measure: Measure,
-    say: Callable[[str], None],
+    say: Say,
 ) -> Decision:
     own, measured_on = version.metrics.get(AP), version.measured_on
     if own is None or not measured_on:
@@ -144,7 +145,7 @@ def _better(
     return Decision(False, f"{compared}: not better by more than {margin:g}")
 
 
-def _wait_for_turn(registry: ModelRegistry, version: ModelVersion, turns: Turns, say: Callable[[str], None]) -> None:
+def _wait_for_turn(registry: ModelRegistry, version: ModelVersion, turns: Turns, say: Say) -> None:
     """Waits until no earlier version is being decided; passes over those whose process shows no sign of life."""
     seen: dict[int, tuple[str | None, float]] = {}
     while True:

@@ -11,10 +11,11 @@ import logging
 import math
 import re
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from detr_ray.addresses import local_path, name_of
+from detr_ray.callbacks import Say
 from detr_ray.tracking.event_log import EventLog
 from detr_ray.tracking.mlflow_run import RunSettings
 from detr_ray.tracking.sender import Sender, Timing
@@ -157,7 +158,7 @@ def recorded_uri(folder: str | Path) -> str:
 
 
 def send_pending(
-    folder: str | Path, uri: str | None = None, timeout_s: float = 60.0, say: Callable[[str], None] = lambda line: None
+    folder: str | Path, uri: str | None = None, timeout_s: float = 60.0, say: Say = lambda line: None
 ) -> Pending:
     """Sends the unsent records of a run, and returns what is still unsent.
 

@@ -10,9 +10,10 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from detr_ray.callbacks import Say
 from detr_ray.tracking.mlflow_client import open_client
 from detr_ray.tracking.mlflow_tracker import MlflowTracker
 from detr_ray.tracking.search_children import ChildRuns, ChildState, refuse_ambiguous
@@ -56,7 +57,7 @@ class SearchRun:
         name: str,
         uid: str,
         timing: Timing | None = None,
-        say: Callable[[str], None] = logger.warning,
+        say: Say = logger.warning,
     ) -> None:
         self._timing = timing or Timing()
         self._tracker = MlflowTracker(
@@ -195,7 +196,7 @@ class SearchRun:
 class _StateWriter:
     """The thread that writes the newest states of a search's runs to MLflow. After an error it tries again."""
 
-    def __init__(self, tracker: MlflowTracker, uri: str, timing: Timing, say: Callable[[str], None]) -> None:
+    def __init__(self, tracker: MlflowTracker, uri: str, timing: Timing, say: Say) -> None:
         self._tracker, self._uri, self._timing, self._say = tracker, uri, timing, say
         self._changed = threading.Condition()
         self._children: tuple[ChildState, ...] = ()

@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from detr_ray.box_arrays import xywh_to_xyxy
 from detr_ray.config.errors import ConfigError
 
 # Suffix of the file name -> format, and largest side in pixels (JPEG's limit for formats without a limit).
@@ -114,12 +115,11 @@ def _draw(cell: Image.Image, scale: float, truth: DrawnBoxes | None, found: Draw
     """Draws boxes onto a picture that is ``scale`` times as large as the image that they are of."""
     size = cell.size
     draw = ImageDraw.Draw(cell)
-    for box in () if truth is None else truth.boxes_xywh_px:
-        draw.rectangle(_corners(box, scale, size), outline=_ANNOTATION, width=1)
+    for corners in [] if truth is None else _corners(truth, scale, size):
+        draw.rectangle(corners, outline=_ANNOTATION, width=1)
     font = ImageFont.load_default(size=12)
-    for number, (box, name) in enumerate(zip(found.boxes_xywh_px, found.names, strict=True)):
+    for number, (corners, name) in enumerate(zip(_corners(found, scale, size), found.names, strict=True)):
         colour = _colour_of(name)
-        corners = _corners(box, scale, size)
         draw.rectangle(corners, outline=colour, width=2)
         text = name if found.scores is None else f"{name} {found.scores[number]:.2f}"
         place = (corners[0] + 2, max(0.0, corners[1]))
@@ -128,10 +128,12 @@ def _draw(cell: Image.Image, scale: float, truth: DrawnBoxes | None, found: Draw
     return cell
 
 
-def _corners(box_xywh_px: np.ndarray, scale: float, size: tuple[int, int]) -> tuple[float, float, float, float]:
-    left, top, width, height = (float(value) * scale for value in box_xywh_px)
-    right, bottom = min(left + width, size[0] - 1), min(top + height, size[1] - 1)
-    return (min(max(left, 0), right), min(max(top, 0), bottom), right, bottom)
+def _corners(boxes: DrawnBoxes, scale: float, size: tuple[int, int]) -> list[tuple[float, float, float, float]]:
+    """The boxes' corners in a picture of (width, height), in which all of them lie."""
+    corners = xywh_to_xyxy(boxes.boxes_xywh_px.astype(np.float64) * scale)
+    ends = np.minimum(corners[:, 2:], np.subtract(size, 1))
+    starts = np.minimum(np.maximum(corners[:, :2], 0), ends)
+    return [(left, top, right, bottom) for left, top, right, bottom in np.concatenate([starts, ends], axis=1).tolist()]
 
 
 def _colour_of(name: str) -> tuple[int, int, int]:

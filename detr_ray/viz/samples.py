@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from detr_ray.box_arrays import cxcywh_to_xyxy
 from detr_ray.structures import PaddedBatch
 from detr_ray.viz.annotated_image import draw_boxes, figure_of, image_grid, label_colour, show_image
 
@@ -71,9 +72,8 @@ def padded_batch(batch: PaddedBatch, names: Sequence[str | None], title: str) ->
         )  # fmt: skip
         _hatch(plot, (own_width, 0, width - own_width, height))
         _hatch(plot, (0, own_height, own_width, height - own_height))
-        boxes = batch.boxes_cxcywh[rows]
-        corners = np.concatenate([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], axis=1)
-        corners = corners * np.array([own_width, own_height, own_width, own_height])
+        own_size = np.array([own_width, own_height, own_width, own_height])
+        corners = cxcywh_to_xyxy(batch.boxes_cxcywh[rows]) * own_size
         labels = batch.labels[rows].tolist()
         texts = [names[label] or f"label {label}" for label in labels]
         draw_boxes(plot, corners, texts, [label_colour(label) for label in labels])

@@ -13,7 +13,7 @@ from config_keys.registry import Place, shows
 from detr_ray.config import Config, ConfigError
 from detr_ray.runtime.search.directory import open_search
 from detr_ray.runtime.search.schedulers import build_scheduler
-from detr_ray.runtime.search.search import trials_on_this_machine
+from detr_ray.runtime.search.session import trials_on_this_machine
 from detr_ray.search import SearchSpace
 from detr_ray.search.book import Book
 from detr_ray.search.new_population import new_population

@@ -153,7 +153,7 @@ class Squares:
         self.stored, self.size = sizes, np.repeat((uniform * 100).astype(np.int32) + 1, 2, axis=1)
         return self
 
-    def steps(self, places: np.ndarray) -> list[tuple]:
+    def steps_before_resize(self, places: np.ndarray) -> list[tuple]:
         return [(Crop(0, 0, *stored),) if side > 50 else () for stored, side in
                 zip(self.stored[places].tolist(), self.size[places, 0], strict=True)]  # fmt: skip
 

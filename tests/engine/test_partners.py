@@ -62,7 +62,7 @@ class PlannedPairs:
         self.heights, self.others = heights, others
         self.size = np.stack([heights + heights[others], np.full(len(heights), WIDTH)], axis=1).astype(np.int32)
 
-    def steps(self, places: np.ndarray) -> list[tuple[Below, ...]]:
+    def steps_before_resize(self, places: np.ndarray) -> list[tuple[Below, ...]]:
         return [(Below((height, WIDTH)),) for height in self.heights[places].tolist()]
 
     def partners(self, places: np.ndarray) -> list[tuple[Partner, ...]]:

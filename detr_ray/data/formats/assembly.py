@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
+from detr_ray.callbacks import Progress
 from detr_ray.data.errors import DataError, few
-from detr_ray.data.image_sizes import Progress, read_sizes
+from detr_ray.data.image_sizes import read_sizes
 from detr_ray.data.images import ImageReader, StoredNames
 from detr_ray.data.index import MOST_PIXELS_A_SIDE, DatasetIndex
 

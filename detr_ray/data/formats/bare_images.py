@@ -20,11 +20,12 @@ import pyarrow as pa
 from pyarrow.fs import FileType
 
 from detr_ray.addresses import LocationError, check_address, is_remote, join, local_path, parent, resolve
+from detr_ray.callbacks import Progress
 from detr_ray.data.errors import DataError
 from detr_ray.data.formats.coco import read_coco_images
 from detr_ray.data.formats.folder import Folder, is_image
 from detr_ray.data.formats.shards import INDEX_NAME, read_shard_index
-from detr_ray.data.image_sizes import Progress, read_sizes
+from detr_ray.data.image_sizes import read_sizes
 from detr_ray.data.images import ImageReader, StoredNames
 from detr_ray.data.index import MOST_PIXELS_A_SIDE, DatasetIndex
 from detr_ray.locations import file_info, list_files

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -20,17 +19,20 @@ from detr_ray.data.errors import DataError
 from detr_ray.data.formats import coco_writer, shard_folder, yolo_writer
 from detr_ray.data.formats.assembly import Reading
 from detr_ray.data.formats.recognition import find_data_set
+from detr_ray.data.image_groups import in_groups
 from detr_ray.data.image_places import name_below
 from detr_ray.data.images import READS_AT_ONCE, ImageReader
 from detr_ray.data.index import DatasetIndex
 from detr_ray.printable import printable
 
-Progress = Callable[[str, int, int, int], None]
+ConversionProgress = Callable[[str, int, int, int], None]
+"""Is told of a split, its images written, all of its images, and the bytes written."""
 
 SHARDS = shard_folder.NAME
 """The format that `packing` writes."""
 
 _GROUP_IMAGES = 64
+_LOCAL_THREADS = 4
 
 
 class Writer(Protocol):
@@ -50,7 +52,9 @@ WRITTEN = (*(writer.NAME for writer in _WRITERS), SHARDS)
 """The formats that can be written."""
 
 
-def convert(indexes: Mapping[str, DatasetIndex], folder: str, name: str, progress: Progress | None = None) -> int:
+def convert(
+    indexes: Mapping[str, DatasetIndex], folder: str, name: str, progress: ConversionProgress | None = None
+) -> int:
     """Writes a data set in a format, whole or not at all.
 
     Args:
@@ -104,7 +108,9 @@ def _with_plain_names(index: DatasetIndex) -> DatasetIndex:
     return replace(index, file_names=pa.array(names, pa.string()))
 
 
-def _copy_images(index: DatasetIndex, names: list[str], folder: Path, split: str, progress: Progress | None) -> int:
+def _copy_images(
+    index: DatasetIndex, names: list[str], folder: Path, split: str, progress: ConversionProgress | None
+) -> int:
     reader, num_bytes = ImageReader(index), 0
 
     def copy(i: int) -> int:
@@ -113,12 +119,11 @@ def _copy_images(index: DatasetIndex, names: list[str], folder: Path, split: str
         return path.write_bytes(reader.read(i))
 
     folder.mkdir(parents=True)
-    with ThreadPoolExecutor(READS_AT_ONCE if reader.is_remote else 4, thread_name_prefix="conversion") as pool:
-        for start in range(0, len(names), _GROUP_IMAGES):
-            group = range(start, min(start + _GROUP_IMAGES, len(names)))
-            num_bytes += sum(pool.map(copy, group))
-            if progress is not None:
-                progress(split, group.stop, len(names), num_bytes)
+    threads = READS_AT_ONCE if reader.is_remote else _LOCAL_THREADS
+    for group, sizes in in_groups(copy, range(len(names)), _GROUP_IMAGES, threads, "conversion"):
+        num_bytes += sum(sizes)
+        if progress is not None:
+            progress(split, group[-1] + 1, len(names), num_bytes)
     return num_bytes
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from detr_ray.box_arrays import cxcywh_to_xyxy
 from detr_ray.data.errors import DataError
 from detr_ray.data.formats import yolo
 from detr_ray.data.formats.assembly import fractions_to_xywh_px
@@ -92,8 +93,7 @@ def _rows(index: DatasetIndex) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     inside = (start == index.boxes_xywh_px[:, :2]) & (end == index.boxes_xywh_px[:, :2] + index.boxes_xywh_px[:, 2:])
     extent = np.where(inside, index.boxes_xywh_px[:, 2:], end - start)
     rows = np.concatenate([(start + extent / 2) / sizes, extent / sizes], axis=1)
-    corners = np.concatenate([rows[:, :2] - rows[:, 2:] / 2, rows[:, :2] + rows[:, 2:] / 2], axis=1)
-    boxes = fractions_to_xywh_px(corners, sizes)
+    boxes = fractions_to_xywh_px(cxcywh_to_xyxy(rows), sizes)
     has_row = ~index.is_crowd & (extent > 0).all(axis=1)
     is_exact = has_row & (boxes == index.boxes_xywh_px).all(axis=1) & (boxes[:, 2] * boxes[:, 3] == index.areas)
     return rows, has_row, is_exact

@@ -23,7 +23,10 @@ class Drawn(Protocol):
         ...
 
     def steps(self, places: np.ndarray) -> list[tuple[Step, ...]]:
-        """What is done to the samples at these places of the window; it brings them to their size."""
+        """What is done to the samples at these places of the window; it brings them to their size.
+
+        A resize at the end belongs to it, since another transform may follow.
+        """
         ...
 
     def partners(self, places: np.ndarray) -> list[tuple[Partner, ...]]:
@@ -156,8 +159,8 @@ class PlannedSequence:
     size: np.ndarray
     parts: tuple[tuple[np.ndarray, Drawn], ...]
 
-    def steps(self, places: np.ndarray) -> list[tuple[Step, ...]]:
-        """What is done to some of the samples before they are brought to their final size."""
+    def steps_before_resize(self, places: np.ndarray) -> list[tuple[Step, ...]]:
+        """See `PlannedSizes`."""
         samples: list[list[Step]] = [[] for _ in range(len(places))]
         partners = [0] * len(places)
         for is_done, drawn in self.parts:

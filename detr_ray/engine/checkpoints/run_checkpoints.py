@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from detr_ray.callbacks import Say
 from detr_ray.engine.checkpoints.info import CheckpointInfo
 from detr_ray.engine.context import WorkerContext
 from detr_ray.retries import may_pass, reason_of
@@ -34,7 +35,7 @@ class Inessential:
         say: shows the user a line.
     """
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self, say: Say) -> None:
         self._say = say
         self._said: set[str] = set()
 

@@ -13,12 +13,13 @@ import json
 import os
 import secrets
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from detr_ray.addresses import check_address, join, local_path, resolve
+from detr_ray.callbacks import Say
 from detr_ray.config import Config, ConfigError, ModelConfig, flatten
 from detr_ray.config.yaml_format import parse_yaml
 from detr_ray.engine.checkpoints.run_lock import claimed, held
@@ -68,8 +69,6 @@ FREE_KEYS = (
 
 # The source of the first weights, which is not needed any more when there is a checkpoint.
 FREE_WITH_CHECKPOINT = ("model.init_from", "model.backbone_weights", "run.fork_from")
-
-Say = Callable[[str], None]
 
 
 def is_free(key: str, has_checkpoint: bool = True) -> bool:

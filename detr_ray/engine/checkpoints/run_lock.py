@@ -19,12 +19,13 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from detr_ray.addresses import join, local_path
+from detr_ray.callbacks import Say
 from detr_ray.config import ConfigError
 from detr_ray.locations import delete_file, list_names, read_bytes, write_bytes
 from detr_ray.retries import reason_of
@@ -41,7 +42,7 @@ _NAMING_S = 1.0
 
 
 @contextlib.contextmanager
-def held(path: str, name: str, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
+def held(path: str, name: str, say: Say = lambda line: None) -> Iterator[None]:
     """Locks a run for this process.
 
     Args:
@@ -230,7 +231,7 @@ class _Claims:
 
 
 @contextlib.contextmanager
-def claimed(path: str, name: str, state: Literal["beginning", "writing"], say: Callable[[str], None]) -> Iterator[None]:
+def claimed(path: str, name: str, state: Literal["beginning", "writing"], say: Say) -> Iterator[None]:
     """Locks a run by a claim; see `held`.
 
     Args:
@@ -261,7 +262,7 @@ def claimed(path: str, name: str, state: Literal["beginning", "writing"], say: C
             claims.end()
 
 
-def _wait_for_turn(claims: _Claims, path: str, name: str, say: Callable[[str], None]) -> None:
+def _wait_for_turn(claims: _Claims, path: str, name: str, say: Say) -> None:
     """Returns when no living process has a claim before the own one.
 
     Waits for processes that are waiting (they may be refused) or beginning (they are done soon).

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from detr_ray.callbacks import Say
 from detr_ray.config import Config
 from detr_ray.data.index import DatasetIndex
 from detr_ray.data.loader import BatchLoader
 from detr_ray.data.planner import Planner
 from detr_ray.data.sample import Instances, Picture, SamplePlan
 from detr_ray.data.transforms.sequence import Entry, TransformSequence, always
-from detr_ray.engine.job import Say
 from detr_ray.engine.pictures.of_data import pictured, planned_data
 from detr_ray.engine.pictures.request import Drawn, PictureRequest
 from detr_ray.engine.stream.augmentation import augmentation_of

@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from detr_ray.callbacks import Say
 from detr_ray.config import Config, ConfigError
 from detr_ray.data.images import ImageReader, decode_image
 from detr_ray.data.index import DatasetIndex
 from detr_ray.data.sample import Crop, Flip, Picture, Place, Resize, SamplePlan, Step
 from detr_ray.data.statistics import count_boxes
 from detr_ray.data.transforms.sequence import Combine
-from detr_ray.engine.job import Say, choose_label_space, label_map_for, open_data
+from detr_ray.engine.job import choose_label_space, label_map_for
+from detr_ray.engine.opened_data import open_data
 from detr_ray.engine.pictures.request import Drawn, PictureRequest
 from detr_ray.engine.stream.planned_data import PlannedData
 from detr_ray.structures import PaddedBatch

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from detr_ray.box_arrays import xywh_to_xyxy
 from detr_ray.config import ConfigError
 from detr_ray.data.index import DatasetIndex
 from detr_ray.engine.pictures.images import StoredPixels
@@ -190,19 +191,15 @@ def _compared(
                 title,
                 pixels.read(row),
                 JudgedBoxes(
-                    _corners(truth.boxes_xywh_px[boxes]),
+                    xywh_to_xyxy(truth.boxes_xywh_px[boxes]),
                     [found.names[int(truth.category_ids[i])] for i in boxes.tolist()],
                     [Outcome(outcomes.annotated[i]).name.lower() for i in boxes.tolist()],
                 ),
                 JudgedBoxes(
-                    _corners(detections.boxes_xywh_px[shown]),
+                    xywh_to_xyxy(detections.boxes_xywh_px[shown]),
                     texts,
                     [Outcome(outcomes.found[i]).name.lower() for i in shown.tolist()],
                 ),
             )
         )
     return images
-
-
-def _corners(boxes_xywh_px: np.ndarray) -> np.ndarray:
-    return np.concatenate([boxes_xywh_px[:, :2], boxes_xywh_px[:, :2] + boxes_xywh_px[:, 2:]], axis=1)

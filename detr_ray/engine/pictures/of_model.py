@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from detr_ray.callbacks import Say
 from detr_ray.config import Config, ConfigError
 from detr_ray.detector import Detector
 from detr_ray.detector.postprocess import postprocess
-from detr_ray.engine.job import Say
 from detr_ray.engine.pictures.of_data import row_of_image
 from detr_ray.engine.pictures.request import Drawn, PictureRequest
 from detr_ray.engine.stream.batches import LocalBatches

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
+from detr_ray.callbacks import Progress, Say
 from detr_ray.config import Config
 from detr_ray.data.label_map import COCO_NUM_CLASSES
 from detr_ray.engine.preflight.data import (
@@ -37,10 +38,10 @@ from detr_ray.tracking.reachability import UnreachableError, UnusableError, try_
 
 def run_preflight(
     config: Config,
-    say: Callable[[str], None],
+    say: Say,
     decode: bool = False,
     report: Report | None = None,
-    pace: Callable[[str], Callable[[int, int], None]] | None = None,
+    pace: Callable[[str], Progress] | None = None,
 ) -> Report:
     """Checks everything that a training run needs.
 
@@ -79,7 +80,7 @@ def run_preflight(
 
 
 @contextlib.contextmanager
-def section(area: str, report: Report, say: Callable[[str], None]) -> Iterator[None]:
+def section(area: str, report: Report, say: Say) -> Iterator[None]:
     """Shows the name of an area before its checks, and the findings after them."""
     say(area)
     before = len(report.findings)

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
+from detr_ray.callbacks import Progress
 from detr_ray.config import Config, ConfigError
 from detr_ray.data.errors import DataError
 from detr_ray.data.index import PROBLEMS, DatasetIndex
@@ -15,7 +16,8 @@ from detr_ray.data.statistics import BoxStatistics, count_boxes, find_misreading
 from detr_ray.engine.checkpoints.run_directory import read_record
 from detr_ray.engine.configured_data import ConfiguredData
 from detr_ray.engine.errors import CheckpointError
-from detr_ray.engine.job import choose_label_space, draw, generated_root, label_map_for
+from detr_ray.engine.job import choose_label_space, label_map_for
+from detr_ray.engine.opened_data import draw, generated_root
 from detr_ray.engine.preflight.findings import Level, Report
 from detr_ray.engine.preflight.writing import TIMEOUT_S, try_storage, within
 from detr_ray.engine.reporting.progress import duration
@@ -56,9 +58,7 @@ def check_generated(config: Config, report: Report) -> bool:
     return True
 
 
-def open_splits(
-    config: Config, report: Report, pace: Callable[[str], Callable[[int, int], None]]
-) -> dict[str, DatasetIndex]:
+def open_splits(config: Config, report: Report, pace: Callable[[str], Progress]) -> dict[str, DatasetIndex]:
     """Opens the configured splits. A split that cannot be opened is reported and left out."""
     configured, opened = ConfiguredData(config.data), {}
     for split in ("train", "val"):
@@ -243,7 +243,7 @@ def check_images(
     index: DatasetIndex,
     decode: bool,
     report: Report,
-    pace: Callable[[str], Callable[[int, int], None]],
+    pace: Callable[[str], Progress],
 ) -> None:
     """Checks every image of a split, or as many as can be reached."""
     report.splits[split] |= {"images_seen": 0, "decoded": decode, "bad_images": []}

@@ -8,8 +8,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
+
+from detr_ray.callbacks import Say
 
 if TYPE_CHECKING:
     from detr_ray.engine.context import LeaveReason
@@ -66,7 +68,7 @@ class Pace:
         interval_s: least time between two lines.
     """
 
-    def __init__(self, what: str, say: Callable[[str], None], interval_s: float = INTERVAL_S) -> None:
+    def __init__(self, what: str, say: Say, interval_s: float = INTERVAL_S) -> None:
         self._what = what
         self._say = say
         self._interval_s = interval_s

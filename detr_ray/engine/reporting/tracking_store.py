@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import stat
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 from detr_ray.addresses import local_path
+from detr_ray.callbacks import Say
 from detr_ray.config import Config, ConfigError
 from detr_ray.engine.checkpoints.run_directory import RunDirectory, absolute_storage
 from detr_ray.tracking import tracking_uri
@@ -57,7 +57,7 @@ def tracking_folder(config: Config, run: RunDirectory) -> Path:
     return (run.local_path or local_storage(config) / f"{run.name}-{run.run_id[:8]}") / "tracking"
 
 
-def check_tracking(config: Config, say: Callable[[str], None]) -> None:
+def check_tracking(config: Config, say: Say) -> None:
     """Refuses a store that can never record, and warns if one is unreachable; see `try_store`.
 
     Raises:

@@ -9,6 +9,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping
 
+from detr_ray.callbacks import Say
 from detr_ray.engine.reporting.progress import duration, evaluation_line, step_line
 from detr_ray.tracking.run_progress import BEAT_S, RunProgress
 
@@ -73,7 +74,7 @@ class Follower:
         clock: a monotonic clock of this machine; the run's clock may be another machine's.
     """
 
-    def __init__(self, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, say: Say, clock: Callable[[], float] = time.monotonic) -> None:
         self._say = say
         self._clock = clock
         self._seen: RunProgress | None = None

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from detr_ray.addresses import join
+from detr_ray.callbacks import Say
 from detr_ray.engine.pictures.request import PictureRequest
 from detr_ray.engine.reporting.progress import FitResult
 from detr_ray.locations import write_bytes
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def report_at_end(job: TrainJob, result: FitResult, tracker: Tracker, say: Callable[[str], None]) -> None:
+def report_at_end(job: TrainJob, result: FitResult, tracker: Tracker, say: Say) -> None:
     """Writes the report of a run that came to its end, and its pictures, into its folder, and records them.
 
     An error here affects only the report: training is over, and its result is saved.

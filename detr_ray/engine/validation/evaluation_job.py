@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from detr_ray.addresses import join
+from detr_ray.callbacks import Say
 from detr_ray.config import Config, ConfigError, LossConfig, ModelConfig, flatten, with_defaults
 from detr_ray.data.index import DatasetIndex
 from detr_ray.data.label_map import COCO_NUM_CLASSES, LabelMap
@@ -25,7 +26,7 @@ from detr_ray.engine.checkpoints.run_directory import absolute_storage
 from detr_ray.engine.context import WorkerContext
 from detr_ray.engine.cpu import warn_of_slow_precision
 from detr_ray.engine.errors import RunFailed
-from detr_ray.engine.job import Say, open_evaluation_data
+from detr_ray.engine.opened_data import open_evaluation_data
 from detr_ray.engine.stream.batches import BatchSource
 from detr_ray.engine.stream.planned_data import PlannedData, refuse_positions_out_of_reach
 from detr_ray.engine.validation.evaluator import build_evaluator

@@ -10,6 +10,7 @@ Knows images and strides; knows nothing of padding, positions, attention or file
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Self
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,9 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from detr_ray.model.features import Backbone
 from detr_ray.structures import IMAGENET_PIXELS
+
+if TYPE_CHECKING:
+    from detr_ray.config import ModelConfig
 
 BACKBONES = {
     "resnet18": resnet.resnet18,
@@ -225,6 +229,11 @@ class ResNetBackbone(Backbone):
         if norm == "frozen":
             for frozen in (self.body.conv1, self.body.get_submodule("layer1")):
                 frozen.requires_grad_(False)
+
+    @classmethod
+    def from_config(cls, cfg_model: ModelConfig, strides: Sequence[int]) -> Self:
+        """The network of a config's ``model`` section, with random weights, that gives maps of these strides."""
+        return cls(cfg_model.backbone, cfg_model.backbone_norm, strides, cfg_model.dilation)
 
     def maps(self, images: Tensor) -> tuple[Tensor, ...]:
         """The kept stages' features."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from detr_ray.callbacks import Say
 from detr_ray.config import Config
 from detr_ray.engine.hooks import Budget, JobHooks
 from detr_ray.engine.job import prepare_job
@@ -26,7 +27,7 @@ def confirm(
     config: Config,
     result: SearchResult,
     seeds: int,
-    say: Callable[[str], None],
+    say: Say,
     on_progress: Callable[[float], None] = lambda trainings: None,
 ) -> Confirmation:
     """Compares the best configuration of a search with the unchanged one.

@@ -10,12 +10,14 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from detr_ray.callbacks import Say
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +168,7 @@ class Control:
         progress: what each trial told last.
     """
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self, say: Say) -> None:
         self._say = say
         self.actor = start_control()
         self.directions = Directions()

@@ -6,11 +6,12 @@ import contextlib
 import datetime
 import json
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from detr_ray.addresses import join, local_path
+from detr_ray.callbacks import Say
 from detr_ray.config import Config, ConfigError, flatten
 from detr_ray.engine.checkpoints.run_directory import (
     RECORD,
@@ -51,7 +52,7 @@ class SearchDirectory:
     population: Mapping[str, Any] | None = None
 
     @contextlib.contextmanager
-    def locked(self, say: Callable[[str], None]) -> Iterator[None]:
+    def locked(self, say: Say) -> Iterator[None]:
         """Locks the search for this process.
 
         Raises:

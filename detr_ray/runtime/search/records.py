@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 from detr_ray.addresses import join
+from detr_ray.callbacks import Say
 from detr_ray.config import Config
 from detr_ray.engine.checkpoints.run_directory import RECORD, record_at
 from detr_ray.engine.checkpoints.store import CheckpointStore, release
@@ -60,7 +60,7 @@ class SearchRecords:
         directory: SearchDirectory,
         book: Book,
         tracking_uri: str | None,
-        say: Callable[[str], None],
+        say: Say,
     ) -> None:
         self.metric = config.tune.metric
         self.mode: Mode = config.tune.mode

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
-import torch
 from ray import tune
 
+from detr_ray.callbacks import Say
 from detr_ray.config import Config, ConfigError
 from detr_ray.data.index import DatasetIndex
 from detr_ray.engine.hooks import Budget
-from detr_ray.engine.job import OpenedData, open_data
+from detr_ray.engine.opened_data import OpenedData, open_data
 from detr_ray.engine.reporting.tracking_store import check_tracking, run_tracking_uri
 from detr_ray.runtime.host_process import StopSignals, host_process_as_before, stop_signals
 from detr_ray.runtime.search.capacity import Capacity
@@ -27,29 +26,18 @@ from detr_ray.runtime.search.directory import SearchDirectory, open_search
 from detr_ray.runtime.search.records import SearchRecords
 from detr_ray.runtime.search.results import BEST_CONFIG, EXPLOITS, SCHEDULE, Ending, SearchResult, best_values, lived_by
 from detr_ray.runtime.search.schedulers import build_scheduler
+from detr_ray.runtime.search.session import most_workers, search_session, trials_on_this_machine
 from detr_ray.runtime.search.sources import Listed, OptunaTpe, Proposer, Source
 from detr_ray.runtime.search.trial_actor import Setup, Start, TrialActor
 from detr_ray.runtime.search.unsaved import Unsaved
 from detr_ray.runtime.search.watch import Moves, SearchWatch
-from detr_ray.runtime.session import cluster_address, ray_session
+from detr_ray.runtime.session import cluster_address
 from detr_ray.search.book import Book
 from detr_ray.search.new_population import new_population
-from detr_ray.search.reading import POPULATIONS
 from detr_ray.search.space import SearchSpace, with_values
 from detr_ray.search.trials import Trial
 from detr_ray.tracking import Status
 
-Say = Callable[[str], None]
-
-# Ray Tune's own files and output are of no use here, and its handler of Ctrl-C would not let trials write checkpoints.
-_ENVIRONMENT = {
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    "TUNE_FORCE_TRIAL_CLEANUP_S": "90",
-    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
-    "RAY_AIR_NEW_OUTPUT": "0",
-}
 # They warn of result files of Tune's that are not written, and of calls that wait for an actor.
 _LOUD = ("ray.tune.analysis.experiment_analysis", "ray.tune.utils.util")
 
@@ -90,7 +78,7 @@ def run_search(
     directory = open_search(config, fingerprints, resume=resume)
     for name in _LOUD:
         logging.getLogger(name).setLevel(logging.ERROR)
-    with directory.locked(say), _session(config):
+    with directory.locked(say), search_session(config):
         result = _Search(config, space, opened, directory, say, on_progress).run()
     if config.tracking.register and result.status != "stopped" and result.best is not None:
         _register(config, result, say)
@@ -133,36 +121,6 @@ def _fingerprints(opened: OpenedData) -> dict[str, str]:
 
 def _searches_data(space: SearchSpace) -> bool:
     return any(name.startswith("data.") for name in space.templates)
-
-
-@contextlib.contextmanager
-def _session(config: Config) -> Iterator[None]:
-    """The Ray of a search: a cluster that is there, or one of our own with room for trials at the same time."""
-    os.environ.update({name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()})
-    workers = _most_workers(config)
-    at_once = trials_on_this_machine(config, workers)
-    cpus = at_once * (workers + 1)
-    with ray_session(
-        at_once * workers, config.data.tasks_per_worker, config.train.use_gpu, config.train.worker_resource, cpus
-    ):
-        yield
-
-
-def _most_workers(config: Config) -> int:
-    return (config.train.worker_range or (1, 1))[1]
-
-
-def trials_on_this_machine(config: Config, workers: int) -> int:
-    """How many trials a Ray of our own has room for: one for each core or GPU that a worker takes, at least one.
-
-    A population needs all of its trials at the same time: they share the cores.
-    """
-    settings = config.tune
-    if config.tune.scheduler in POPULATIONS:
-        return settings.trials
-    use_gpu = torch.cuda.is_available() if config.train.use_gpu is None else config.train.use_gpu
-    units = torch.cuda.device_count() if use_gpu else (os.cpu_count() or 1)
-    return max(1, min(units // workers, settings.max_concurrent or units, settings.trials))
 
 
 class _Search:
@@ -370,7 +328,7 @@ class _Search:
         """The most trials at the same time, beside what the cluster has room for."""
         if cluster_address() is not None or self._population is not None:
             return self._settings.max_concurrent
-        return trials_on_this_machine(self._config, _most_workers(self._config))
+        return trials_on_this_machine(self._config, most_workers(self._config))
 
     def _refuse_scattered_population(self, capacity: Capacity) -> None:
         if self._population is not None and capacity.room < self._settings.trials and not capacity.grows:
@@ -382,7 +340,7 @@ class _Search:
     def _budget(self, capacity: Capacity) -> Budget:
         """What each trial may take: workers as configured, one CPU for data tasks, and its share of the cores."""
         at_once = max(1, min(capacity.room, self._settings.trials))
-        workers = _most_workers(self._config) * at_once
+        workers = most_workers(self._config) * at_once
         cores = ray.cluster_resources().get("CPU", 1.0) if cluster_address() is not None else (os.cpu_count() or 1)
         return Budget(threads=max(1, int(cores // workers)))
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from ray.tune.search import Searcher
 
+from detr_ray.callbacks import Say
 from detr_ray.config import ConfigError, TuneConfig
 from detr_ray.runtime.search.trial_actor import Start
 from detr_ray.runtime.search.unsaved import Unsaved
@@ -146,7 +147,7 @@ class Source(Unsaved, Searcher):  # type: ignore[misc]
         has_room: Callable[[int], bool],
         ending: Callable[[], bool],
         start: Callable[[Trial], Start],
-        say: Callable[[str], None],
+        say: Say,
         exhausted: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(metric="value", mode="max")

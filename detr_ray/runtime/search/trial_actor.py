@@ -13,7 +13,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,12 @@ from ray import tune
 from ray.actor import ActorHandle
 
 from detr_ray.addresses import join, local_path
+from detr_ray.callbacks import Say
 from detr_ray.config import Config
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.hooks import Budget, Evaluated, JobHooks
-from detr_ray.engine.job import OpenedData, TrainJob, prepare_job
+from detr_ray.engine.job import TrainJob, prepare_job
+from detr_ray.engine.opened_data import OpenedData
 from detr_ray.engine.reporting.progress import FitResult
 from detr_ray.runtime.launch import Runs
 from detr_ray.runtime.search.control import Line, Order
@@ -168,7 +170,7 @@ class _Log:
         self._folder = local_path(folder)
         self._lock = threading.Lock()
         self.trial = ""
-        self.warn: Callable[[str], None] = lambda line: None
+        self.warn: Say = lambda line: None
 
     def __call__(self, line: str) -> None:
         if line.startswith("WARNING"):

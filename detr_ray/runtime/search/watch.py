@@ -8,6 +8,7 @@ from typing import Any
 
 from ray import tune
 
+from detr_ray.callbacks import Say
 from detr_ray.runtime.search.control import Control, Order, Progress
 from detr_ray.runtime.search.directory import SearchDirectory
 from detr_ray.runtime.search.records import SearchRecords
@@ -19,8 +20,6 @@ from detr_ray.search.tables import aligned, trial_table
 
 TABLE_EVERY_S = 30.0
 """Least time between two tables of progress."""
-
-Say = Callable[[str], None]
 
 
 class SearchWatch(Unsaved, tune.Callback):  # type: ignore[misc]

@@ -12,6 +12,7 @@ import ray
 from ray import serve
 from ray.exceptions import RayError
 
+from detr_ray.callbacks import Say
 from detr_ray.config import ConfigError
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.preflight.writing import within
@@ -115,7 +116,7 @@ def application(load: Callable[[], LoadedModel], settings: ServiceSettings, use_
     return deployment.bind(load, settings.limits, settings.batching)
 
 
-def run_service(load: Callable[[], LoadedModel], settings: ServiceSettings, say: Callable[[str], None]) -> None:
+def run_service(load: Callable[[], LoadedModel], settings: ServiceSettings, say: Say) -> None:
     """Runs a service until this process is told to stop, by Ctrl-C or SIGTERM; see `service`."""
     stopped = threading.Event()
 

@@ -1,0 +1,138 @@
+"""Opens the data sets of a configuration: generates, reads and checks them, before a run or an evaluation is prepared.
+
+Bad data is refused here, on the driver and in seconds.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from detr_ray.addresses import local_path
+from detr_ray.callbacks import Progress, Say
+from detr_ray.config import ConfigError, DataConfig
+from detr_ray.data.errors import DataError
+from detr_ray.data.generated import DrawingParameters, generate_dataset
+from detr_ray.data.index import PROBLEMS, DatasetIndex
+from detr_ray.data.inspection import common_cause, inspect_images, is_other_folder
+from detr_ray.data.statistics import count_boxes, find_misreadings
+from detr_ray.engine.configured_data import ConfiguredData
+from detr_ray.engine.reporting.progress import Pace
+
+_IMAGES_LOOKED_AT = 32
+
+OpenedData = tuple[DatasetIndex, DatasetIndex | None]
+"""The training and the validation set, opened."""
+
+
+def open_data(data: DataConfig, say: Say) -> OpenedData:
+    """Opens the training and the validation set, generating them first where the configuration says so.
+
+    Raises:
+        ConfigError: no data is configured.
+        DataError: it cannot be read, or is not what it should be.
+    """
+    generate_data(data, say)
+    configured = ConfiguredData(data)
+    train = _open_split(data, configured, "train", say)
+    val = _open_split(data, configured, "val", say) if data.has_val else None
+    return train, val
+
+
+def open_evaluation_data(data: DataConfig, say: Say) -> DatasetIndex:
+    """Opens the validation set alone.
+
+    Raises:
+        ConfigError: none is configured.
+        DataError: it cannot be read, or is not what it should be.
+    """
+    if not data.has_val:
+        raise ConfigError(
+            "data.val: no validation data is given; set data.root=FOLDER, or data.val.annotations=FILE and "
+            "data.val.images=FOLDER"
+        )
+    generate_data(data, say)
+    return _open_split(data, ConfiguredData(data), "val", say)
+
+
+def generate_data(data: DataConfig, say: Say) -> None:
+    """Writes the generated data set that a configuration asks for, if it is not there yet."""
+    if data.generate is None:
+        return
+    root = generated_root(data)
+    if not root.exists():
+        say(f"drawing {data.generate.num_train} + {data.generate.num_val} images into {root}")
+    try:
+        draw(data)
+    except OSError as error:
+        raise DataError(f"data.root: the data set cannot be written into {root}: {error}") from error
+
+
+def draw(data: DataConfig, progress: Progress | None = None) -> None:
+    """Draws the generated data set that a configuration asks for; if it is there, checks that it is the same.
+
+    Args:
+        data: with ``generate``.
+        progress: told of the images drawn and of all.
+
+    Raises:
+        DataError: its folder holds something else.
+        OSError: it cannot be written.
+    """
+    assert data.generate is not None
+    generate_dataset(generated_root(data), DrawingParameters(**data.generate.model_dump()), progress)
+
+
+def generated_root(data: DataConfig) -> Path:
+    """The folder of a generated data set."""
+    root = None if data.root is None else local_path(data.root)
+    assert root is not None, "validated with the configuration"
+    return root
+
+
+def _open_split(data: DataConfig, configured: ConfiguredData, split: str, say: Say) -> DatasetIndex:
+    index = configured.open(split, Pace(f"{split}: read the sizes of", say))
+    if data.max_images is not None:
+        index = index.first(data.max_images)
+    problems = ", ".join(f"{count} {PROBLEMS[kind]}" for kind, count in index.problems.items() if count)
+    say(f"{split}: {len(index)} images, {len(index.category_ids)} annotations" + (f" ({problems})" if problems else ""))
+    if split == "train" and not count_boxes(index).per_image.any():
+        raise DataError(
+            f"{index.source}: there is not one box to learn from: none that lies inside of its image and is no crowd"
+        )
+    for misreading in find_misreadings(index):
+        if misreading.ruins:
+            raise DataError(f"{index.source}: {misreading.message}. {misreading.advice}")
+    _look_at_images(index, split, data, say)
+    return index
+
+
+def _look_at_images(index: DatasetIndex, split: str, data: DataConfig, say: Say) -> None:
+    """Finds faults that all or many images have, before workers are started.
+
+    A few images from all over the set are looked at: in a sorted set, the first ones may differ from the others.
+
+    Raises:
+        DataError: none of them can be used; the storage fails; or, if bad images are not skipped, one of the validation
+            set cannot be used: the run would end after its first epoch.
+    """
+    rows = np.unique(np.linspace(0, len(index) - 1, min(len(index), _IMAGES_LOOKED_AT)).astype(np.int64))
+    bad = inspect_images(index, only=rows.tolist()).bad
+    failed = next((image for image in bad if image.storage_failed), None)
+    if failed is not None:
+        raise DataError(f"{failed.file}: {failed.reason}")
+    if not bad:
+        return
+    cause = common_cause(bad, len(rows))
+    if not cause and is_other_folder(bad, len(rows)):
+        cause = f"Is the folder right ({data.place_of(split)})?"
+    message = (
+        f"{bad[0].file}: {bad[0].reason} ({split}: {len(bad)} of {len(rows)} images that were looked at cannot be "
+        f"used). {cause or 'The check command names all of them'}"
+    )
+    skip = data.on_bad_image == "skip"
+    if len(bad) == len(rows) or (split == "val" and not skip):
+        raise DataError(message)
+    if not skip:
+        say(f"WARNING: {message}; the run ends at the first of them, unless data.on_bad_image=skip")
