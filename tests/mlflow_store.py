@@ -13,7 +13,8 @@ from detr_ray.tracking.mlflow_client import open_client
 
 
 @functools.cache
-def _made() -> Path:
+def empty_database() -> Path:
+    """An MLflow database without experiments and runs, to be copied."""
     folder = tempfile.mkdtemp(prefix="detr_ray-test-store-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     open_client(default_tracking_uri(folder))
@@ -23,5 +24,5 @@ def _made() -> Path:
 def empty_store(folder: Path) -> str:
     """The address of a new store in a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(_made(), folder / "mlflow.db")
+    shutil.copy(empty_database(), folder / "mlflow.db")
     return default_tracking_uri(folder)

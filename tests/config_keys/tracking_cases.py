@@ -15,17 +15,19 @@ from detr_ray.tracking.registry import ModelRegistry
 def tracking(place: Place) -> None:
     import mlflow
 
-    keys = ("train.max_steps=1", "eval.every_epochs=0", f"tracking.uri=sqlite:///{place.folder}/own.db")
+    uri = empty_store(place.folder / "own")
+    unused = (place.folder / "own" / "mlflow.db").read_bytes()
+    keys = ("train.max_steps=1", "eval.every_epochs=0", f"tracking.uri={uri}")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         fit(place.config(*keys, "tracking.enabled=false"))
-        assert not (place.folder / "own.db").exists()
+        assert (place.folder / "own" / "mlflow.db").read_bytes() == unused
         (place.folder / ".git").mkdir()
         (place.folder / ".git" / "HEAD").write_text("c0ffee\n")
         patch.chdir(place.folder)
         fit(place.config(*keys, "tracking.enabled=true", "tracking.experiment=other", "run.name=a"))
     assert not (place.folder / "runs" / "mlflow.db").exists(), "the default"
-    client = mlflow.MlflowClient(f"sqlite:///{place.folder}/own.db")
+    client = mlflow.MlflowClient(uri)
     experiment = client.get_experiment_by_name("other")
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id])

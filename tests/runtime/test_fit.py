@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mlflow_store import empty_store
 from tiny import fit_here, make_dataset, tiny_config
 
 from detr_ray.config import ConfigError
@@ -44,6 +45,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 def test_two_workers_see_the_stream_of_one_and_everything_is_recorded(dataset: Path, tmp_path: Path) -> None:
     lines: list[str] = []
+    uri = empty_store(tmp_path)
     config = tiny_config(
         dataset, tmp_path, "train.launcher=ray", "train.num_workers=2", "run.name=two", "tracking.enabled=true"
     )
@@ -60,7 +62,7 @@ def test_two_workers_see_the_stream_of_one_and_everything_is_recorded(dataset: P
 
     import mlflow
 
-    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    client = mlflow.MlflowClient(uri)
     experiment = client.get_experiment_by_name("detr_ray")
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FINISHED" and run.info.run_name == "two"
@@ -110,7 +112,7 @@ def test_an_unreadable_image_is_named_and_nothing_is_tried_again(tmp_path: Path)
     dataset = make_dataset(tmp_path / "data")
     path = sorted((dataset / "train2017").iterdir())[5]
     path.write_bytes(path.read_bytes()[:200])
-    config = tiny_config(dataset, tmp_path, "train.launcher=ray", "train.num_workers=2", "run.name=bad")
+    config = tiny_config(dataset, tmp_path, "train.launcher=ray", "run.name=bad")
     with pytest.raises(RunFailed, match=path.name) as failure:
         fit(config)
     assert failure.value.agreed, "a search starts the trial again otherwise"

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from host_process import unchanged
+from mlflow_store import empty_store
 from tiny import make_dataset, tiny_config
 
 from detr_ray.config import ConfigError
@@ -38,6 +39,7 @@ def odd_settings() -> None:
 
 
 def test_training_and_evaluating_here(dataset: Path, tmp_path: Path) -> None:
+    empty_store(tmp_path)
     settings = ("train.epochs=1", "model.dropout=0.1", "tracking.enabled=true")
     with unchanged():
         result = fit(tiny_config(dataset, tmp_path, "run.name=here", *settings))

@@ -3,35 +3,27 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import mlflow_store
 import pytest
-from mlflow_reading import QUICK, client_of
+from mlflow_reading import QUICK
 
-from detr_ray.tracking import MlflowTracker, Timing, default_tracking_uri
+from detr_ray.tracking import MlflowTracker
 
 
 @pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database without runs; making one takes seconds, copying it does not."""
-    folder = tmp_path_factory.mktemp("empty-store")
-    uri, timing = default_tracking_uri(folder), Timing(finish=240)
-    tracker = MlflowTracker(folder / "run", uri=uri, experiment="first", run_name="first", timing=timing)
-    tracker.finish("FINISHED")
-    assert not tracker.pending()
-    client_of(uri).delete_run(tracker.run_id)
-    return folder / "mlflow.db"
+def empty_database() -> Path:
+    """An MLflow database without runs, to be copied."""
+    return mlflow_store.empty_database()
 
 
 @pytest.fixture
-def store_uri(tmp_path: Path, empty_database: Path) -> str:
+def store_uri(tmp_path: Path) -> str:
     """Address of an SQLite store of this test's own."""
-    (tmp_path / "store").mkdir()
-    shutil.copy(empty_database, tmp_path / "store" / "mlflow.db")
-    return default_tracking_uri(tmp_path / "store")
+    return mlflow_store.empty_store(tmp_path / "store")
 
 
 @pytest.fixture
