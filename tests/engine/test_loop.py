@@ -87,13 +87,13 @@ KILLED_AT_STEP_8 = """
 import os, signal, sys
 from detr_ray import train
 
-class Killed(train.StepsBar):
+class Killed(train.ProgressBar):
     def say(self, line):
         super().say(line)
         if "step 8/15" in line:
             os.kill(os.getpid(), signal.SIGKILL)
 
-train.StepsBar = Killed
+train.ProgressBar = Killed
 sys.exit(train.main(sys.argv[1:]))
 """
 
