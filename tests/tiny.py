@@ -15,7 +15,7 @@ from detr_ray.tracking import MemoryTracker, Tracker
 
 TINY = (
     "data.augment={scales: [48, 64], max_size: 96, crop: 0}",
-    "model={backbone: resnet18, backbone_norm: batch, backbone_weights: none, backbone_stride: 16, hidden_dim: 32}",
+    "model={backbone: resnet18, backbone_norm: batch, backbone_weights: none, backbone_stride: 8, hidden_dim: 32}",
     "model.num_heads=2",
     "model.dim_feedforward=64",
     "model.encoder_layers=1",

@@ -45,7 +45,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def configured(dataset: Path, folder: Path, architecture: str, *overrides: str) -> Config:
-    keys = ("data.augment.scales=[64]", "eval.size=64", "model.dropout=0", "model.num_feature_levels=3")
+    keys = ("data.augment.scales=[64]", "eval.size=64", "model.dropout=0", "model.num_feature_levels=3",
+            "model.backbone_stride=16")  # fmt: skip
     return tiny_config(dataset, folder, *keys, *ARCHITECTURES[architecture], *overrides)
 
 

@@ -29,6 +29,7 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder,
         "data.augment.scales=[64]",
         "eval.size=64",
+        "model.backbone_stride=16",
         "model.dropout=0",
         "model.backbone_norm=frozen",
         f"model.backbone_weights={folder / 'resnet18.pt'}",

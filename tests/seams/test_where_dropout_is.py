@@ -46,7 +46,12 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("pre_norm", [False, True])
 def test_dropout_is_where_the_original_has_it(tmp_path: Path, pre_norm: bool) -> None:
     """A layer drops from attention weights, hidden units, and each branch before it is added to what goes on."""
-    overrides = ("model.encoder_layers=3", f"model.pre_norm={pre_norm}", "model.dropout=0.25")
+    overrides = (
+        "model.backbone_stride=16",
+        "model.encoder_layers=3",
+        f"model.pre_norm={pre_norm}",
+        "model.dropout=0.25",
+    )
     model = build_model(tiny_config(tmp_path, tmp_path, *overrides).model, 5)
     images = torch.zeros(2, 3, 64, 96)
     cells, queries = 4 * 6, 8

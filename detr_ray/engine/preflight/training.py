@@ -165,14 +165,17 @@ def check_plan(config: Config, opened: dict[str, DatasetIndex], label_map: Label
     def names() -> None:
         refuse_misnamed(config)
 
+    is_refused = False
     for refuse in (positions, names):
         try:
             refuse()
         except ConfigError as error:
+            is_refused = True
             for line in error.errors:
                 report.add("error", TRAINING, line)
     sizes, largest_batch = _check_shapes(data, min(steps, steps_per_epoch), report)
-    check_memory(config, data.label_map.num_classes, largest_batch, count_boxes(train).most, TRAINING, report)
+    if not is_refused:  # the model takes no batch out of reach, and cannot be frozen by names that it lacks
+        check_memory(config, data.label_map.num_classes, largest_batch, count_boxes(train).most, TRAINING, report)
     _check_enlargement(train, sizes, report)
     _check_ends(config, report)
     _check_length(config, len(train), steps * batch, float(np.median(sizes[:, 1:].min(axis=1))), report)
