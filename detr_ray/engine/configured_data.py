@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from detr_ray.callbacks import Progress
@@ -24,21 +25,22 @@ class ConfiguredData:
         self._data = data
         self._undivided: DatasetIndex | None = None
 
-    def open(self, split: str, progress: Progress | None = None) -> DatasetIndex:
+    def open(self, split: str, pace: Callable[[str], Progress] | None = None) -> DatasetIndex:
         """Opens a split with all its images; reads only the annotations.
 
         With ``data.split`` both splits are parts of the same images, which are read once.
 
         Args:
             split: ``train`` or ``val``.
-            progress: told of the images whose size was read, and of all, where annotations do not state sizes.
+            pace: for what is done to images, where that is more than to read one file (``read the sizes of``), what is
+                told of those that are done, and of all.
 
         Raises:
             DataError: it cannot be read, or is not what it should be; or too many training images have no size.
         """
         data = self._data
         of_train = split == "train" or data.split is not None
-        reading = Reading(data.on_bad_image == "skip", data.max_bad_images if of_train else None, progress)
+        reading = Reading(data.on_bad_image == "skip", data.max_bad_images if of_train else None, pace)
         if data.is_of_sources(split):
             if self._undivided is None:
                 self._undivided = merge(self._open_sources(reading))

@@ -92,7 +92,7 @@ def generated_root(data: DataConfig) -> Path:
 
 
 def _open_split(data: DataConfig, configured: ConfiguredData, split: str, say: Say) -> DatasetIndex:
-    index = configured.open(split, Pace(f"{split}: read the sizes of", say))
+    index = configured.open(split, lambda what: Pace(f"{split}: {what}", say))
     if data.max_images is not None:
         index = index.first(data.max_images)
     problems = ", ".join(f"{count} {PROBLEMS[kind]}" for kind, count in index.problems.items() if count)

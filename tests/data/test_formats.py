@@ -246,10 +246,17 @@ def test_an_image_that_exif_turns_has_the_size_that_people_see(tmp_path):
     assert (index.heights[0], index.widths[0]) == SIZES[0][::-1]
 
 
-def test_progress_of_reading_sizes_is_told(tmp_path):
-    told: list[tuple[int, int]] = []
-    open_split(str(write_yolo(tmp_path / "set")), None, "train", reading=Reading(progress=lambda *n: told.append(n)))
-    assert told[-1] == (12, 12)
+def test_progress_of_reading_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("detr_ray.data.formats.folder._GROUP_FILES", 5)
+    told: dict[str, list[tuple[int, int]]] = {}
+    reading = Reading(pace=lambda what: lambda *counts: told.setdefault(what, []).append(counts))
+    open_split(str(write_yolo(tmp_path / "yolo")), None, "train", reading=reading)
+    assert told.pop("read the sizes of") == [(12, 12)]
+    (counts,) = told.values()
+    assert set(told) == {"read the labels of"} and [done for done, _ in counts] == [5, 10, counts[-1][1]]
+    told.clear()
+    open_split(str(write_voc(tmp_path / "voc")), None, "train", reading=reading)
+    assert told["read the labels of"] == [(5, 12), (10, 12), (12, 12), (5, 5)], "of both splits: they share classes"
 
 
 # Dividing

@@ -312,7 +312,7 @@ def test_a_set_that_is_divided_is_read_once(tmp_path):
     (root / "labels.csv").write_text("".join(f"images/{number}.png,1,1,9,9,cat\n" for number in range(9)))
     configured = ConfiguredData(DataConfig(root=str(root), split={"val": 0.3}))
     told: list[tuple[int, int]] = []
-    train = configured.open("train", lambda *counts: told.append(counts))
+    train = configured.open("train", lambda what: lambda *counts: told.append(counts))
     assert told == [(9, 9)]
-    val = configured.open("val", lambda *counts: told.append(counts))
+    val = configured.open("val", lambda what: lambda *counts: told.append(counts))
     assert told == [(9, 9)] and len(train) + len(val) == 9 and len(val) > 0

@@ -6,6 +6,7 @@ images and of their rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,12 +33,17 @@ class Reading:
     Attributes:
         skip_unreadable: whether images whose size cannot be read are left out; else they are an error.
         most_skipped: with ``skip_unreadable``: largest number of images that may be left out; None for no limit.
-        progress: told of the images whose header was read, and of all.
+        pace: for what is done to images (``read the sizes of``), what is told of those that are done, and of all; None
+            for no one to tell.
     """
 
     skip_unreadable: bool = False
     most_skipped: int | None = None
-    progress: Progress | None = None
+    pace: Callable[[str], Progress] | None = None
+
+    def progress(self, what: str) -> Progress | None:
+        """What is told of the images to which something is done."""
+        return None if self.pace is None else self.pace(what)
 
 
 @dataclass(slots=True)
@@ -151,7 +157,7 @@ def _sizes(
     sizes = np.array([size or (0, 0) for size in stated], np.int64).reshape(-1, 2)
     missing = [place for place, size in enumerate(stated) if size is None]
     if missing:
-        read, faults = read_sizes(ImageReader(stored), missing, reading.progress)
+        read, faults = read_sizes(ImageReader(stored), missing, reading.progress("read the sizes of"))
         sizes[missing] = read
         is_too_many = reading.most_skipped is not None and len(faults) > reading.most_skipped
         if faults and (not reading.skip_unreadable or is_too_many or len(faults) == len(order)):

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 from detr_ray.addresses import LocationError, is_remote, is_uri, join, resolve
+from detr_ray.callbacks import Progress
 from detr_ray.data.errors import DataError
 from detr_ray.data.image_places import refuse_link_outside
 from detr_ray.locations import list_files, list_names, read_bytes
@@ -28,6 +29,7 @@ SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validati
 
 _LOCAL_THREADS = 8
 _REMOTE_THREADS = 64
+_GROUP_FILES = 512
 _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),  # begins as UTF-16's does
@@ -95,16 +97,24 @@ class Folder:
             self._texts[name] = self._read_text(name)
         return self._texts[name]
 
-    def texts(self, names: Sequence[str]) -> Iterator[str]:
-        """The contents of many text files, read in threads, in their order; see `text`."""
-        for name, raw in zip(names, self.contents(names), strict=True):
+    def texts(self, names: Sequence[str], progress: Progress | None = None) -> Iterator[str]:
+        """The contents of many text files, read in threads, in their order; see `text` and `contents`."""
+        for name, raw in zip(names, self.contents(names, progress), strict=True):
             yield decode_text(self.location(name), raw)
 
-    def contents(self, names: Sequence[str]) -> Iterator[bytes]:
-        """The bytes of many files, read in threads, in their order; see `content`."""
+    def contents(self, names: Sequence[str], progress: Progress | None = None) -> Iterator[bytes]:
+        """The bytes of many files, read in threads, in their order; see `content`.
+
+        Args:
+            names: of the files.
+            progress: called with (files read, files in all) from time to time.
+        """
         threads = _REMOTE_THREADS if is_remote(self.root) else _LOCAL_THREADS
         with ThreadPoolExecutor(threads, thread_name_prefix="labels") as pool:
-            yield from pool.map(self.content, names)
+            for done, content in enumerate(pool.map(self.content, names), 1):
+                if progress is not None and (done % _GROUP_FILES == 0 or done == len(names)):
+                    progress(done, len(names))
+                yield content
 
     def _read_text(self, name: str) -> str:
         return decode_text(self.location(name), self.content(name))

@@ -60,7 +60,7 @@ class VocFolder:
             DataError: no XML files, or one that is not what it should be; names the file and the line.
         """
         listed = read_class_file(self.folder)
-        names = self._class_names() if listed is None else listed[0]
+        names = self._class_names(reading) if listed is None else listed[0]
         source = printable(self.folder.root) + ("" if split == "all" else f" ({split})")
         if not names:
             raise DataError(f"{source}: no object in any of {sum(map(len, self.files.values()))} XML files")
@@ -68,7 +68,7 @@ class VocFolder:
         images = _Images(self.folder, self.files[split])
         gathered = Gathered()
         owners: dict[str, str] = {}
-        for content in self._parse(self.files[split]):
+        for content in self._parse(self.files[split], reading):
             image = images.of(content.file, content.stated_name)
             name = posixpath.relpath(image, images.root) if images.root else image
             if name in owners:
@@ -90,13 +90,13 @@ class VocFolder:
             follow_links=self.folder.follow_links, reading=reading,
         )  # fmt: skip
 
-    def _class_names(self) -> list[str]:
-        found = {entry.name for files in self.files.values() for image in self._parse(files) for entry in image.objects}
-        return sorted(found)
+    def _class_names(self, reading: Reading) -> list[str]:
+        parsed = (image for files in self.files.values() for image in self._parse(files, reading))
+        return sorted({entry.name for image in parsed for entry in image.objects})
 
-    def _parse(self, files: Sequence[str]) -> Iterator[VocImage]:
+    def _parse(self, files: Sequence[str], reading: Reading) -> Iterator[VocImage]:
         new = [file for file in files if file not in self._parsed]
-        contents = self.folder.contents(new)
+        contents = self.folder.contents(new, reading.progress("read the labels of"))
         for file in files:
             if file not in self._parsed:
                 self._parsed[file] = read_annotation(file, self.folder.location(file), next(contents))

@@ -71,7 +71,8 @@ class YoloFolder:
         sizes = {} if table is None else table.sizes
         places = {image: gathered.add_image(name, sizes.get(name)) for image, name in zip(images, names, strict=True)}
         present = [image for image in images if image in labels]
-        for image, text in zip(present, self.folder.texts([labels[image] for image in present]), strict=True):
+        texts = self.folder.texts([labels[image] for image in present], reading.progress("read the labels of"))
+        for image, text in zip(present, texts, strict=True):
             self._add_rows(gathered, places[image], labels[image], text)
         refuse_pixels(gathered, what, "x and width by the image's width, y and height by its height")
         self._count(gathered, images, labels)

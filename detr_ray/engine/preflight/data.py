@@ -70,7 +70,7 @@ def open_splits(config: Config, report: Report, pace: Callable[[str], Progress])
                 )  # fmt: skip
             continue
         try:
-            opened[split] = index = configured.open(split, pace(f"{split}: read the sizes of"))
+            opened[split] = index = configured.open(split, _of_split(split, pace))
         except DataError as error:
             report.add("error", DATA, f"{split}: {error}")
             continue
@@ -86,6 +86,10 @@ def open_splits(config: Config, report: Report, pace: Callable[[str], Progress])
             "fine for a trial; for a detector, validate on images that it does not train on",
         )  # fmt: skip
     return opened
+
+
+def _of_split(split: str, pace: Callable[[str], Progress]) -> Callable[[str], Progress]:
+    return lambda what: pace(f"{split}: {what}")
 
 
 def _check_quirks(split: str, index: DatasetIndex, report: Report) -> None:
