@@ -1,4 +1,4 @@
-"""The frame of all commands: configuration from the command line, help, error messages and exit codes.
+"""What all commands share: configuration from the command line, help, error messages and exit codes.
 
 Imports neither torch nor Ray, so that help and error messages appear within a second. Exit codes: 0 success, 1 the run
 failed, 2 the configuration or the data cannot be used, 130 stopped by Ctrl-C.
@@ -60,7 +60,7 @@ def run_command(
     add_arguments: Callable[[argparse.ArgumentParser], object] | None = None,
     check: Callable[[Config], object] | None = None,
 ) -> int:
-    """Runs a command: reads the configuration from the command line, calls ``main``, prints errors of users.
+    """Runs a command: reads the configuration from the command line, calls ``main``, and prints errors for users.
 
     Args:
         name: the command's module in ``detr_ray``, for example ``train``.
@@ -154,14 +154,14 @@ def write_result(option: str, location: str, content: Callable[[], bytes], what:
 
 
 def refuse_idle_keys(arguments: argparse.Namespace, is_used: bool) -> None:
-    """Refuses keys of the configuration that would change nothing, since the model says itself what it is.
+    """Refuses keys of the configuration that would have no effect, because the model has its own values.
 
     Args:
         arguments: of a command whose ``source`` is a model.
         is_used: whether the configuration describes the model.
 
     Raises:
-        ConfigError: there are some.
+        ConfigError: there are such keys.
     """
     given = [*arguments.config, *arguments.overrides]
     if given and not is_used:

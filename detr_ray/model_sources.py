@@ -1,4 +1,4 @@
-"""Models by where they are: what `detr_ray.load_model` takes."""
+"""Finds and loads models, wherever they are stored: `detr_ray.load_model`."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ def load_model(
             model package, a model file, published weights (``.pth``, ``.safetensors``), or the URL of a file. Paths
             and addresses (``s3://``, ``gs://``). Of MLflow's registry: ``models:/NAME@ALIAS``,
             ``models:/NAME/VERSION``, ``runs:/RUN``; see `detr_ray.tracking.fetching`.
-        config: says architecture and sizes of images for weights of others, which do not say them themselves; None for
-            the published DETR with a ResNet-50. Models of this project have their own.
-        scores: path or address of what the evaluate command wrote of the model's scores (``--scores``), for
-            ``threshold="best_f1"``. Models that were evaluated in training have it beside them.
-        say: is told what a user should know.
+        config: architecture and image sizes for weights of other programs, whose files do not have them; None for the
+            published DETR with a ResNet-50. Models of this project have their own.
+        scores: path or address of the file that the evaluate command wrote (``--scores``), for ``threshold="best_f1"``.
+            Models that were evaluated in training have this file beside them.
+        say: shows the user a line.
 
     Raises:
-        ConfigError: there is no model there, or its configuration is none for this version.
-        WeightsError: it cannot be had, is damaged, was changed, or is of another architecture.
-        RegistryError: MLflow has no such version, or not its files.
+        ConfigError: there is no model, or its configuration is not valid in this version.
+        WeightsError: it cannot be fetched, is damaged, was changed, or is of another architecture.
+        RegistryError: MLflow does not have this version, or its files.
     """
     if source.startswith(SCHEMES):
         with fetched(source) as place:
             model = load_model(place, config, scores, say)
-        model.source = source  # the place may have been a copy for a while
+        model.source = source  # the file may have been a temporary copy
         return model
     found = find_model(source, "model")
     folder = package_of(found.file)
@@ -61,7 +61,7 @@ def load_model(
 
 
 def _facts(found: FoundModel) -> ModelFacts:
-    """What the checkpoint of a model file says of it."""
+    """Facts about a model file from its checkpoint."""
     info = found.checkpoint
     if info is None:
         return ModelFacts()
@@ -73,7 +73,7 @@ def _facts(found: FoundModel) -> ModelFacts:
 
 
 def _read_scores(location: str) -> dict[str, Any] | None:
-    """What a model's scores mean, as an evaluation wrote it; None where there is no such file.
+    """The quality of a model's scores, from the file of an evaluation; None if there is no such file.
 
     Raises:
         WeightsError: it cannot be read, or is something else.

@@ -125,7 +125,7 @@ def _predict_parts(
 
 @contextlib.contextmanager
 def _writing_to(folder: ResultFolder) -> Iterator[None]:
-    """Says of storage that fails which option named it."""
+    """Turns storage errors into errors that name the option."""
     from detr_ray.data.errors import DataError
     from detr_ray.retries import reason_of
 

@@ -1,4 +1,4 @@
-"""A bar under the lines of a command, where its output is a terminal; elsewhere lines alone.
+"""A progress bar below the lines of a command, if its output is a terminal; otherwise only lines.
 
 `ProgressBar` counts one thing to its end: the steps of a training, the trials of a search, the images of an evaluation.
 `ImagesBar` has a bar for each piece of work over images, and tells of it in a log too.
@@ -24,12 +24,12 @@ _SPEED_OVER_S = 3600.0
 
 
 def is_terminal(stream: TextIO) -> bool:
-    """Whether a stream is a terminal on which a line can be drawn anew."""
+    """Whether a stream is a terminal on which a line can be redrawn."""
     return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
 class _Lines:
-    """Shows lines, above a bar where the stream is a terminal. Used as a context, at whose end the bar is gone.
+    """Shows lines, above a bar if the stream is a terminal. A context manager; the bar is removed at its end.
 
     Args:
         stream: where to; None: standard output.
@@ -98,10 +98,10 @@ class ImagesBar(_Lines):
     """Shows lines, and below them how far the work over images is; in a log, a line about it every few seconds."""
 
     def pace(self, what: str) -> Callable[[int, int], None]:
-        """A function that is told of the images that are done, and of all.
+        """A function to call with the number of images that are done, and of all.
 
         Args:
-            what: what is done to the images, and to which: ``train: read the sizes of``.
+            what: beginning of the line, such as ``train: read the sizes of``.
         """
         if self._bar is None:
             from detr_ray.engine.reporting.progress import Pace
@@ -118,7 +118,7 @@ class ImagesBar(_Lines):
                 bar.update(task, completed=done)
                 if done >= total:
                     bar.remove_task(task)
-                    bar.refresh()  # or the next lines would stand above what is over
+                    bar.refresh()  # or the next lines would be shown above a finished bar
                     task = None
 
         return tell

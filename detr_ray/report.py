@@ -54,7 +54,7 @@ def _report(config: Config, arguments: argparse.Namespace) -> int:
 
 
 def _validation_set(config: Config, run: PastRun) -> DatasetIndex | None:
-    """The images that the run was validated on; None where they are not at hand."""
+    """The images that the run was validated on; None if they are not available."""
     from detr_ray.data.errors import DataError
     from detr_ray.engine.opened_data import open_evaluation_data
 

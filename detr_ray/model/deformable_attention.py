@@ -40,8 +40,8 @@ def sample_grid(value: Tensor, sizes: MapSizes, locations: Tensor, weights: Tens
     """Reads the points map by map with ``grid_sample``; see `Sampler`.
 
     Only one map's samples exist at a time in the forward pass. Slower than `sample_bag`, but made of operators that
-    exporters know, and twice differentiable. ``grid_sample`` wants values and places of one type, so that values of
-    half precision are read in the places' precision.
+    exporters know, and twice differentiable. ``grid_sample`` needs values and locations of one type, so values of half
+    precision are converted to the type of the locations.
     """
     batch, _, heads, channels = value.shape
     queries = locations.shape[1]
@@ -63,7 +63,7 @@ def sample_grid(value: Tensor, sizes: MapSizes, locations: Tensor, weights: Tens
 def sample_bag(value: Tensor, sizes: MapSizes, locations: Tensor, weights: Tensor) -> Tensor:
     """Reads the points of all maps at once, as weighted sums of cells; see `Sampler`.
 
-    A head's answer to a query is a weighted sum of ``4 * L * P`` cells: one ``embedding_bag``, which multiplies and
+    A head's output for a query is a weighted sum of ``4 * L * P`` cells: one ``embedding_bag``, which multiplies and
     adds while it reads. For the backward pass only the arguments are kept. Cannot be differentiated twice.
     """
     bordered = _with_borders(value, sizes)
@@ -105,9 +105,9 @@ class _Layout(NamedTuple):
 
 
 def _layout(sizes: MapSizes, locations: Tensor) -> _Layout:
-    """The layout for maps of these sizes, for such locations; made once, since a copy to a GPU waits for it.
+    """The layout for maps of these sizes and such locations; cached, because copying it to a GPU has to wait.
 
-    What stands for a tensor while a model is compiled, or where only shapes are of interest, must not be kept.
+    Not cached for the fake tensors of compilers and shape inference, which must not be kept.
     """
     is_kept = type(locations) is Tensor and not torch.compiler.is_compiling()
     make = _new_layout if is_kept else _new_layout.__wrapped__
@@ -149,7 +149,7 @@ def _cells_around(locations: Tensor, num_cells: int, layout: _Layout) -> _Cells:
     batch, _, heads = locations.shape[:3]
     device = locations.device
     places = locations * layout.extent - 0.5
-    # Farther away than the border everything is zero, as it is on the border.
+    # Points beyond the border are moved onto it: both give zero.
     near = places.maximum(places.new_full((), -1.0)).minimum(layout.extent)
     corner = near.floor().minimum(layout.extent - 1)
     x, y = corner.to(torch.int32).unbind(-1)
@@ -160,14 +160,14 @@ def _cells_around(locations: Tensor, num_cells: int, layout: _Layout) -> _Cells:
 
 
 def _bilinear(fractions: Tensor) -> Tensor:
-    """Shares of the four cells, ``[..., 4]``: upper left, upper right, lower left, lower right."""
+    """Interpolation weights of the four cells, ``[..., 4]``: upper left, upper right, lower left, lower right."""
     x, y = fractions.unbind(-1)
     both = x * y
     return torch.stack((1 - x - y + both, x - both, y - both, both), dim=-1)
 
 
 class _WeightedCells(torch.autograd.Function):
-    """Weighted sums of the cells around points, with a backward pass that keeps nothing but its arguments."""
+    """Weighted sums of the cells around points; only the arguments are kept for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, bordered: Tensor, locations: Tensor, weights: Tensor, sizes: Any) -> Tensor:
@@ -262,7 +262,7 @@ class DeformableAttention(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """At first all points have the same weight, and each head's lie on a ray of its own, one cell apart."""
+        """First weights: all points have equal weights; those of each head lie in one direction, a cell apart."""
         for layer in (self.sampling_offsets, self.attention_weights):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -281,8 +281,8 @@ class DeformableAttention(nn.Module):
     ) -> Tensor:
         """Reads the memory around the references.
 
-        Under autocast the places of the points and their weights are computed in the parameters' own precision: in bf16
-        a place on a large map would be wrong by whole cells.
+        Under autocast, locations and weights of the points are computed in the parameters' own precision: in bf16, a
+        location on a large map would be wrong by whole cells.
 
         Args:
             query: ``[B, Q, dim]``.
@@ -306,7 +306,7 @@ class DeformableAttention(nn.Module):
         return out
 
     def points(self, query: Tensor, references: Tensor, sizes: MapSizes) -> tuple[Tensor, Tensor]:
-        """Where each query reads, and with which weights; computed in the parameters' own precision.
+        """The points that each query reads, and their weights; computed in the parameters' own precision.
 
         Args:
             query: as in `forward`.

@@ -32,13 +32,13 @@ QUERY_TEMPERATURE = 10000.0
 
 
 class Queries(NamedTuple):
-    """What the decoder starts from.
+    """The decoder's input.
 
     Attributes:
         contents: ``[B, Q, dim]``.
         positions: ``[B, Q, dim]``.
         references: ``[B, Q, 2 or 4]``, points (x, y) or boxes (cx, cy, w, h) in 0..1 of the unpadded image.
-        proposals: what the encoder predicts for each cell, where queries are made of it.
+        proposals: the encoder's predictions for each cell, if queries are made of them.
     """
 
     contents: Tensor
@@ -61,8 +61,8 @@ class DeformableDetr(DetectionModel):
         box_refine: each decoder layer corrects the boxes of the one before.
         mixed_query_selection: with two stages, the contents of queries are learned.
         look_forward_twice: a layer's boxes are trained through the layer before as well.
-        one_to_many_queries: further queries in training, apart from the others.
-        aux_loss: give every decoder layer's predictions, not only the last's.
+        one_to_many_queries: further queries in training, separate from the others.
+        aux_loss: whether the output has the predictions of every decoder layer, not only of the last.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class DeformableDetr(DetectionModel):
         self.class_embed = nn.ModuleList([copy.deepcopy(class_head) for _ in range(heads)])
         self.bbox_embed = nn.ModuleList([copy.deepcopy(box_head) for _ in range(heads)])
         if not self.two_stage:
-            # References are points at first: boxes start small. Later layers start from the boxes of the first.
+            # The first layer's references are points, so its boxes start small. Later layers start from its boxes.
             with torch.no_grad():
                 self.bbox_embed.get_parameter("0.layers.2.bias")[2:] = -2.0
 
@@ -149,7 +149,7 @@ class DeformableDetr(DetectionModel):
 
     @property
     def published_twins(self) -> dict[str, str]:
-        """Names under which published files list heads once more -> name here."""
+        """Further names of heads in published files -> name here."""
         twins: dict[str, str] = {}
         heads = len(self.transformer.decoder.layers) + self.two_stage
         for kind in ("class_embed", "bbox_embed"):
@@ -165,7 +165,7 @@ class DeformableDetr(DetectionModel):
     def forward(self, images: Tensor, mask: Tensor | None = None) -> ModelOutput:
         """Predicts a set of objects an image.
 
-        Under autocast, the vectors that layers add to, references and heads keep the parameters' own precision.
+        Under autocast, the residual stream, references and heads keep the parameters' own precision.
 
         Args:
             images: ``[B, 3, H, W]`` float, normalised with ``pixels``.
@@ -199,9 +199,9 @@ class DeformableDetr(DetectionModel):
         return Queries(contents, positions, references, None)
 
     def _proposed_queries(self, memory: Pyramid, count: int) -> Queries:
-        """Queries of the cells that most probably show an object.
+        """Queries from the cells that most probably show an object.
 
-        Where there are fewer usable cells than queries, the best ones serve again.
+        If there are fewer usable cells than queries, the best ones are used repeatedly.
         """
         transformer = self.transformer
         anchors, is_usable = cell_anchors(memory)
@@ -225,7 +225,7 @@ class DeformableDetr(DetectionModel):
     def _decode(self, queries: Queries, memory: Pyramid) -> tuple[Tensor, Tensor]:
         """Logits and boxes of every decoder layer, ``[layers, B, Q, ...]``."""
         objects, references = queries.contents, queries.references
-        start = references  # what the boxes of a layer are counted from
+        start = references  # the boxes of a layer are relative to these
         allowed = self._allowed(objects)
         logits, boxes = [], []
         for number, layer in enumerate(self.transformer.decoder.layers):
@@ -243,7 +243,7 @@ class DeformableDetr(DetectionModel):
         return torch.stack(logits), torch.stack(boxes)
 
     def _allowed(self, objects: Tensor) -> Tensor | None:
-        """Which queries see which: none of the main ones sees a one-to-many query, nor the other way round."""
+        """The self-attention mask: main queries and one-to-many queries do not attend to each other."""
         if objects.shape[1] == self.num_queries:
             return None
         is_main = torch.arange(objects.shape[1], device=objects.device) < self.num_queries

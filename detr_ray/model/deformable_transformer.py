@@ -1,7 +1,7 @@
 """The transformer of Deformable DETR (Zhu et al. 2020): encoder and decoder that read a pyramid of maps at few points.
 
 Knows cells of several maps one after the other, their padding and queries with reference points; knows nothing of
-images, classes or heads. Everything is batch first, and normalised behind each branch.
+images, classes or heads. Everything is batch first, with post-norm layers.
 
 Letters: ``B`` images, ``S`` cells of all maps, ``L`` maps, ``Q`` queries.
 """
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 
 class FeedForward(nn.Module):
-    """What encoder and decoder layers share: a perceptron behind the attention, and dropout."""
+    """The part that encoder and decoder layers share: a perceptron after the attention, and dropout."""
 
     linear1: nn.Linear
     linear2: nn.Linear
     dropout: nn.Dropout
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        """The perceptron's output, not added to anything yet."""
+        """The perceptron's output, without the residual connection."""
         out: Tensor = self.linear2(self.dropout(F.relu(self.linear1(x))))
         return out
 
@@ -62,7 +62,7 @@ class DeformableEncoderLayer(FeedForward):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, cells: Tensor, pyramid: Pyramid, references: Tensor) -> Tensor:
-        """Cells ``[B, S, dim]`` with references ``[B, S, L, 2]`` -> cells; ``pyramid.cells`` play no part."""
+        """Cells ``[B, S, dim]`` with references ``[B, S, L, 2]`` -> cells; ``pyramid.cells`` is not used."""
         read = self.self_attn(cells + pyramid.positions, references, cells, pyramid.sizes, pyramid.padding)
         cells = self.norm1(cells + self.dropout(read))
         out: Tensor = self.norm2(cells + self.dropout(self.feed_forward(cells)))
@@ -100,11 +100,11 @@ class DeformableDecoderLayer(FeedForward):
         """One layer.
 
         Args:
-            objects: ``[B, Q, dim]``, what is known of each query's object so far.
+            objects: ``[B, Q, dim]``, the query vectors after the layers before.
             query_positions: ``[B, Q, dim]``.
-            references: ``[B, Q, L, 2 or 4]``, where to look in each map.
+            references: ``[B, Q, L, 2 or 4]``, reference points or boxes in each map.
             memory: the encoder's cells.
-            allowed: ``[Q, Q]`` bool, True where a query may see another one; None: everywhere.
+            allowed: ``[Q, Q]`` bool, True where a query may attend to another one; None: everywhere.
 
         Returns:
             ``[B, Q, dim]``.
@@ -138,7 +138,7 @@ class DeformableEncoder(nn.Module):
 
 
 class DeformableDecoder(nn.Module):
-    """Decoder layers. Between them the model moves the references, so that it calls them one by one.
+    """Decoder layers. The model calls them one by one, because it updates the references in between.
 
     Args:
         layers: the layers.
@@ -151,7 +151,7 @@ class DeformableDecoder(nn.Module):
 
 @dataclass(frozen=True)
 class TransformerSizes:
-    """What a transformer over a pyramid is made of.
+    """The sizes of a transformer over a pyramid.
 
     Attributes:
         dim: length of the vectors.
@@ -193,11 +193,10 @@ class TransformerSizes:
 
 
 class PyramidTransformer(nn.Module):
-    """Encoder and decoder over a pyramid, and a vector for each of its maps. What makes queries is added by subclasses.
+    """Encoder and decoder over a pyramid, and a vector for each of its maps. Subclasses add what makes the queries.
 
     Args:
-        sizes: what it is made of.
-        decoder: makes the decoder of its layers.
+        sizes: its sizes. decoder: makes the decoder of its layers.
     """
 
     def __init__(
@@ -216,7 +215,7 @@ class PyramidTransformer(nn.Module):
         self.level_embed = nn.Parameter(torch.empty(sizes.num_levels, sizes.dim))
 
     def reset_parameters(self) -> None:
-        """First weights, of all that has been added until now."""
+        """Initialises all parameters that have been added so far."""
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)

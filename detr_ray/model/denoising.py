@@ -1,11 +1,11 @@
 """Contrastive denoising (Zhang et al. 2022, DINO): queries that start from noised boxes, in training alone.
 
-A group has two queries for each box of an image: one starts near the box and is to find it, the other starts further
-away and is to find nothing. The noise of an image is a function of seed, step and the image's place in the stream, so
-that neither workers nor micro-batches change it.
+A group has two queries for each box of an image. One starts near the box, and its target is the box; the other starts
+further away, and its target is no object. The noise of an image is a function of seed, step and the image's place in
+the stream, so it depends neither on workers nor on micro-batches.
 
 Letters: ``B`` images, ``G`` groups, ``N`` boxes of the image of the global batch that has the most, ``P = G * 2 * N``
-denoising queries: group by group, in each those that are to find boxes first.
+denoising queries: group by group; in each group, the positive queries (whose target is a box) come first.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from detr_ray.model.heads import inverse_sigmoid
 from detr_ray.structures import StepInfo, Target, copied
 
 NONE = -1
-"""Label of a query that stands for no box, and of one whose label is not replaced."""
+"""Label of a query without a box, and of one whose label is not replaced."""
 _STREAM = 1
-"""Keeps these random numbers apart from those of other purposes with the same seed."""
+"""Makes these random numbers independent of those for other purposes with the same seed."""
 
 
 class Noise(NamedTuple):
-    """What noise does to the boxes of a batch; on the host.
+    """The noise for the boxes of a batch; on the host.
 
     Attributes:
-        new_labels: ``[B, G, 2, N]`` int64, the label in place of a box's own; `NONE` where its own stays.
+        new_labels: ``[B, G, 2, N]`` int64, the label that replaces a box's own one; `NONE` if that stays.
         shifts: ``[B, G, 2, N, 4]`` float32, how far left, top, right and bottom move, in halves of the box's width and
             height and before ``box_noise``.
     """
@@ -42,7 +42,7 @@ class Noise(NamedTuple):
 
 
 class DenoisingQueries(NamedTuple):
-    """What the decoder starts from.
+    """The decoder's input.
 
     Attributes:
         labels: ``[B, P]`` int64, noised; `NONE` where an image has fewer boxes than ``N``.
@@ -56,7 +56,7 @@ class DenoisingQueries(NamedTuple):
 
 
 def groups_for(num_queries: int, most_boxes: int) -> int:
-    """How many groups make about so many queries that are to find boxes; one at least."""
+    """The number of groups, at least 1, that gives about this number of positive queries."""
     return max(1, num_queries // most_boxes) if most_boxes else 1
 
 
@@ -68,7 +68,7 @@ def draw_noise(
     Args:
         positions: the images' places in the stream.
         counts: their boxes.
-        info: of the step.
+        info: the step's.
         groups: how many groups there are.
         num_classes: classes that a label may be replaced by.
         label_noise: half of this share of the labels is replaced.
@@ -83,7 +83,7 @@ def draw_noise(
         drawn = generator.integers(num_classes, size=of_image)
         new_labels[image, ..., :count] = np.where(is_replaced, drawn, NONE)
         distance = generator.random((*of_image, 4), np.float32)
-        distance[:, 1] += 1  # further than the half of the side that the others stay within
+        distance[:, 1] += 1  # at least half a side away; the positive ones stay closer
         is_positive = generator.integers(2, size=distance.shape) > 0
         shifts[image, ..., :count, :] = np.where(is_positive, distance, -distance)
     return Noise(new_labels, shifts)
@@ -93,10 +93,10 @@ def noised(targets: Sequence[Target], noise: Noise, box_noise: float, eps: float
     """Applies noise to labels and boxes, on their device.
 
     Args:
-        targets: of B images, each with N boxes at most.
+        targets: of B images, each with at most N boxes.
         noise: for them.
-        box_noise: 1: a box that is to be found has corners of at most half its width and height from its own.
-        eps: how far coordinates keep away from 0 and 1.
+        box_noise: scale of the shifts. At 1, the corners of positive boxes move by at most half of width and height.
+        eps: smallest distance of coordinates from 0 and 1.
     """
     most = noise.new_labels.shape[-1]
     free = [most - len(target["labels"]) for target in targets]
@@ -115,22 +115,22 @@ def noised(targets: Sequence[Target], noise: Noise, box_noise: float, eps: float
 
 
 def no_denoising(batch: int, device: torch.device) -> DenoisingQueries:
-    """No queries at all."""
+    """Zero denoising queries."""
     labels = torch.zeros(batch, 0, dtype=torch.int64, device=device)
     return DenoisingQueries(labels, torch.zeros(batch, 0, 4, device=device), groups=1)
 
 
 def allowed_pairs(denoising: int, groups: int, others: int, device: torch.device) -> Tensor | None:
-    """Which queries see which: denoising ones their own group and the others, the others each other.
+    """The self-attention mask: denoising queries attend to their own group and to the others, the others to each other.
 
     Args:
         denoising: denoising queries, which come first.
         groups: how many groups these are divided into.
         others: the other queries.
-        device: where the answer is wanted.
+        device: of the result.
 
     Returns:
-        ``[denoising + others] * 2`` bool, True where a query (first) may see another one; None: all see all.
+        ``[denoising + others] * 2`` bool, True where a query (first) may attend to another one; None: everywhere.
     """
     if not denoising:
         return None

@@ -1,4 +1,4 @@
-"""What the rest of the project knows of a model, whatever its architecture."""
+"""The interface of models, for all architectures."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from detr_ray.structures import Batch, LayerOutput, ModelOutput, PixelStatistics
 
 @dataclass(frozen=True)
 class WeightNames:
-    """Which of a model's tensors depend on the data set or on settings, for weights that come from elsewhere.
+    """The tensors of a model that depend on the data set or on settings, for loading weights of other models.
 
     Attributes:
         class_heads: modules whose ``weight`` and ``bias`` have a row a class.
-        has_no_object: whether these have a last row for no-object.
+        has_no_object: whether the last row of these is for no-object.
         query_tables: tensors with a row a query.
         input_projections: tensors that depend on the backbone's channels.
         backbone: what the names of the backbone's own tensors start with.
-        signs: beginnings of names of which a file of this architecture has at least one.
-        object_heads: modules like the class heads whose first row says whether there is an object of any class.
-        class_tables: tensors with a row a class, and one more behind them.
+        signs: prefixes of names; a file of this architecture has at least one of them.
+        object_heads: modules like the class heads, but their first row is for objects of any class.
+        class_tables: tensors with a row a class, and one more row at the end.
     """
 
     class_heads: tuple[str, ...]
@@ -52,9 +52,9 @@ class DetectionModel(nn.Module):
     Attributes:
         num_classes: classes without no-object.
         num_queries: objects that can be found in one image.
-        pixels: how images have to be normalised.
-        weight_names: which tensors depend on what.
-        aux_loss: whether ``forward`` gives every decoder layer's predictions, not only the last's.
+        pixels: statistics for the normalisation of images.
+        weight_names: the tensors that depend on the data set or on settings.
+        aux_loss: whether the output has the predictions of every decoder layer, not only of the last.
     """
 
     num_classes: int
@@ -64,7 +64,7 @@ class DetectionModel(nn.Module):
     aux_loss: bool
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> ModelOutput:
-        """Predicts a set of objects an image. What a model takes beside that is its own matter (``inputs_of``).
+        """Predicts a set of objects for each image. Further arguments differ between models (``inputs_of``).
 
         Args:
             images: ``[B, 3, H, W]`` float, normalised with ``pixels``.
@@ -74,7 +74,7 @@ class DetectionModel(nn.Module):
 
     @property
     def published_twins(self) -> dict[str, str]:
-        """Further names that published files have for tensors of the model -> name here."""
+        """Further names of tensors in published files -> name here."""
         return {}
 
     @property
@@ -88,7 +88,7 @@ class DetectionModel(nn.Module):
         return next((name, part) for name, part in self.named_modules() if isinstance(part, Backbone))
 
     def train(self, mode: bool = True) -> Self:
-        """Sets training mode, but for modules none of whose parameters train: they keep their statistics, too."""
+        """Sets training mode, except for modules whose parameters are all frozen, so that their statistics stay."""
         super().train(mode)
         if mode:
             _evaluate_frozen(self)
@@ -99,7 +99,7 @@ class DetectionModel(nn.Module):
         return batch.images, batch.mask
 
     def parameter_groups(self) -> dict[str, list[str]]:
-        """Names of all parameters by the key of `optim` that says their learning rate, in the order of the groups.
+        """Key of `optim` for a learning rate -> names of the parameters with this rate, in the order of the groups.
 
         Everything but the backbone, and the backbone (with learned positions, as in the original).
         """
@@ -111,7 +111,7 @@ class DetectionModel(nn.Module):
 
 
 def output_of_layers(logits: Tensor, boxes_cxcywh: Tensor, every_layer: bool) -> ModelOutput:
-    """Predictions of decoder layers as a model gives them.
+    """Makes a model's output from the predictions of its decoder layers.
 
     Args:
         logits: ``[L, B, Q, num_logits]``, the first layer first.
@@ -128,10 +128,10 @@ def output_of_layers(logits: Tensor, boxes_cxcywh: Tensor, every_layer: bool) ->
 
 
 def _evaluate_frozen(part: nn.Module) -> set[bool]:
-    """Puts modules with parameters of which none trains into evaluation mode.
+    """Puts modules whose parameters are all frozen into evaluation mode.
 
     Returns:
-        Whether the parameters of the part train: both answers where some do; empty where it has no parameters.
+        The values of ``requires_grad`` of its parameters: both if only some train; empty without parameters.
     """
     found = {parameter.requires_grad for parameter in part.parameters(recurse=False)}
     for child in part.children():

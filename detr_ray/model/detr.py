@@ -1,8 +1,7 @@
-"""DETR: a set of boxes with classes, straight from an image.
+"""DETR: predicts a set of boxes with classes directly from an image.
 
-Puts backbone, position encoding and transformer together and reads classes and boxes off the decoder's objects.
-Parameter names are those of the published checkpoints. This file is all that makes this architecture: how it is built
-from a configuration, and which of its tensors depend on what. Knows nothing of losses, files or label names.
+Combines backbone, position encoding and transformer, and computes classes and boxes from the decoder's output.
+Parameter names are those of the published checkpoints. Knows nothing of losses, files or label names.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ class Detr(DetectionModel):
         dim: the transformer's vector length.
         num_classes: classes without no-object.
         num_queries: objects that can be found in one image.
-        aux_loss: give every decoder layer's predictions, not only the last's.
+        aux_loss: whether the output has the predictions of every decoder layer, not only of the last.
     """
 
     weight_names = WeightNames(
@@ -96,8 +95,8 @@ class Detr(DetectionModel):
     def forward(self, images: Tensor, mask: Tensor | None = None) -> ModelOutput:
         """Predicts a set of objects an image.
 
-        Under autocast, the vectors that layers add to and the heads keep the parameters' own precision: rounded to
-        bf16, a box of a 1000-pixel image would move by pixels.
+        Under autocast, the residual stream and the heads keep the parameters' own precision: rounded to bf16, a box in
+        a 1000-pixel image would move by pixels.
 
         Args:
             images: ``[B, 3, H, W]`` float, normalised with ``pixels``.

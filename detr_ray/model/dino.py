@@ -42,13 +42,13 @@ if TYPE_CHECKING:
 
 QUERY_TEMPERATURE = 10000.0
 EPS = 1e-3
-"""How far the coordinates of references keep away from 0 and 1."""
+"""Smallest distance of the references' coordinates from 0 and 1."""
 SILENT = -10.0
-"""Logit of what is not there: its loss is next to nothing."""
+"""Logit of masked predictions, whose loss is then almost 0."""
 
 
 class DinoDecoder(DeformableDecoder):
-    """Decoder layers, the norm behind each of them, and what describes boxes to them.
+    """Decoder layers, the norm after each of them, and the perceptron that encodes boxes as positions.
 
     Args:
         layers: the layers.
@@ -74,7 +74,7 @@ class DinoTransformer(PyramidTransformer):
     """The transformer of DINO, with the heads of the encoder.
 
     Args:
-        sizes: what it is made of.
+        sizes: its sizes.
         num_queries: queries, whose contents are learned.
         num_classes: classes.
     """
@@ -92,7 +92,7 @@ class DinoTransformer(PyramidTransformer):
         self.enc_out_bbox_embed = new_box_head(dim)
 
     def described(self, cells: Tensor) -> Tensor:
-        """Encoded cells ``[B, S, dim]`` as the encoder's heads read them."""
+        """Encoded cells ``[B, S, dim]``, projected and normalised for the encoder's heads."""
         out: Tensor = self.enc_output_norm(self.enc_output(cells))
         return out
 
@@ -107,10 +107,10 @@ class Dino(DetectionModel):
         num_levels: feature maps that the transformer reads; those that the backbone does not give are made here.
         num_classes: classes.
         num_queries: objects that can be found in one image.
-        denoising_queries: about how many further queries are to find noised boxes in training, and as many nothing.
+        denoising_queries: approximate number of positive denoising queries in training, and of negative ones.
         denoising_label_noise: half of this share of their labels is replaced.
         denoising_box_noise: how far their boxes are moved.
-        aux_loss: give every decoder layer's predictions, not only the last's.
+        aux_loss: whether the output has the predictions of every decoder layer, not only of the last.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class Dino(DetectionModel):
         self.aux_loss = aux_loss
         self.transformer = transformer
         dim = transformer.level_embed.shape[1]
-        # One head for all layers; in lists, as the published names have it.
+        # One head for all layers; in lists, because of the published names.
         self.class_embed = nn.ModuleList([new_class_head(dim, num_classes)])
         self.bbox_embed = nn.ModuleList([new_box_head(dim)])
         self.label_enc = nn.Embedding(num_classes + 1, dim)
@@ -177,7 +177,7 @@ class Dino(DetectionModel):
 
     @property
     def published_twins(self) -> dict[str, str]:
-        """Names under which published files list the shared heads once more -> name here."""
+        """Further names of the shared heads in published files -> name here."""
         twins: dict[str, str] = {}
         for kind in ("class_embed", "bbox_embed"):
             for tensor in [name for name in self.state_dict() if name.startswith(f"{kind}.")]:
@@ -208,12 +208,12 @@ class Dino(DetectionModel):
     ) -> ModelOutput:
         """Predicts a set of objects an image.
 
-        Under autocast, the vectors that layers add to, references and heads keep the parameters' own precision.
+        Under autocast, the residual stream, references and heads keep the parameters' own precision.
 
         Args:
             images: ``[B, 3, H, W]`` float, normalised with ``pixels``.
             mask: ``[B, H, W]`` bool, True on padding; None where no image is padded (same result, less work).
-            denoising: further queries, which the others do not see.
+            denoising: further queries, to which the others do not attend.
 
         Returns:
             Logits and boxes of the last decoder layer; with ``aux_loss`` those of the earlier layers; those of the
@@ -224,7 +224,7 @@ class Dino(DetectionModel):
         pyramid = build_pyramid(levels, mask, self.input_proj, encoding, self.transformer.level_embed)
         memory = pyramid.with_cells(self.transformer.encoder(pyramid))
         proposals = self._proposals(memory)
-        # Also without denoising, so that its table of labels has a gradient in every step.
+        # Also without denoising queries, so that the label embedding has a gradient in every step.
         extra = no_denoising(images.shape[0], images.device) if denoising is None else denoising
         logits, boxes_cxcywh = self._decode(proposals["pred_boxes"].detach(), extra, memory)
         first = extra.labels.shape[1]
@@ -236,9 +236,9 @@ class Dino(DetectionModel):
         return output
 
     def _proposals(self, memory: Pyramid) -> LayerOutput:
-        """What the encoder predicts for the cells that most probably show an object of any class.
+        """The encoder's predictions for the cells that most probably show an object of any class.
 
-        Cells are ranked without a gradient; those that are chosen are computed once more with one.
+        Cells are ranked without a gradient; the chosen ones are computed again with one.
         """
         transformer = self.transformer
         anchors, is_usable = cell_anchors(memory)
@@ -249,8 +249,8 @@ class Dino(DetectionModel):
             chosen = best_cells(scores, is_usable, self.num_queries)
             described = transformer.described(at_cells(cells, chosen))
             box_logits = transformer.enc_out_bbox_embed(described) + at_cells(anchors, chosen)
-            # Cells that serve again say nothing, or they would be trained as background by the queries of the same
-            # cell that find no box. Where no cell at all is usable, one that is not was chosen.
+            # Repeated cells are masked: otherwise they would be trained as background when another query of the same
+            # cell matches a box. If no cell at all is usable, an unusable one was chosen, which is masked, too.
             is_new = torch.arange(self.num_queries, device=chosen.device) < is_usable.sum(1, keepdim=True)
             is_usable = is_usable.gather(1, chosen)
             return LayerOutput(
@@ -261,8 +261,8 @@ class Dino(DetectionModel):
     def _decode(self, references_cxcywh: Tensor, denoising: DenoisingQueries, memory: Pyramid) -> tuple[Tensor, Tensor]:
         """Logits and boxes of every decoder layer, ``[layers, B, P + Q, ...]``, of denoising queries first.
 
-        Boxes are counted from references through which they train the layer before as well. References are moved by
-        what the heads say before the decoder's norm, predictions are made behind it.
+        Boxes are relative to references with a gradient, so they train the layer before as well. References are updated
+        by the heads' output before the decoder's norm, predictions are made after it.
         """
         decoder, class_head, box_head = self.transformer.decoder, self.class_embed[0], self.bbox_embed[0]
         labels = self.label_enc(denoising.labels.clamp(min=0)).masked_fill((denoising.labels < 0)[..., None], 0.0)

@@ -1,4 +1,4 @@
-"""A model as exporters want it: operators that runtimes know, and nothing that only training needs."""
+"""A copy of a model for export: with operators that runtimes support, and without what only training needs."""
 
 from __future__ import annotations
 

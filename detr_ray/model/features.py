@@ -1,4 +1,4 @@
-"""What backbones give: feature maps with their padding."""
+"""The output of backbones: feature maps with their padding."""
 
 from __future__ import annotations
 
@@ -31,9 +31,8 @@ class Backbone(nn.Module):
     Attributes:
         channels: channels of each map.
         strides: pixels of the image a cell of each map, ascending.
-        pixels: how the images have to be normalised.
-        layers: what the names of the parameters of each layer start with, from the image on; for learning rates that
-            fall from layer to layer.
+        pixels: statistics for the normalisation of images.
+        layers: prefix of the parameter names of each layer, from the first to the last; for layer-wise learning rates.
     """
 
     layers: tuple[tuple[str, ...], ...] = ()
@@ -61,8 +60,8 @@ class Backbone(nn.Module):
 def shrink_mask(mask: Tensor, height: int, width: int) -> Tensor:
     """Reads a mask at the corner pixel of each cell (nearest interpolation).
 
-    The first cell counts as valid whatever the mask says: attention over no cell at all gives NaN, and an image
-    padded at the right and at the bottom has its first cell anyway.
+    The first cell always counts as valid: attention over no cell at all gives NaN, and images are padded only at the
+    right and at the bottom.
 
     Args:
         mask: ``[B, H, W]`` bool, True on padding.
@@ -79,9 +78,9 @@ def shrink_mask(mask: Tensor, height: int, width: int) -> Tensor:
 
 
 def _corner_pixels(pixels: int, cells: int, device: torch.device) -> Tensor:
-    """The first pixel of each cell along an axis, int64: what ``F.interpolate`` reads, to the last rounding.
+    """The first pixel of each cell along an axis, int64: exactly the pixel that ``F.interpolate`` reads.
 
-    Written out because runtimes of exported models round their own interpolation in another way.
+    Written out because runtimes of exported models round differently in their own interpolation.
     """
     ratio = torch.full((), pixels, dtype=torch.float32, device=device) / cells
     return (torch.arange(cells, device=device) * ratio).floor().to(torch.int64).clamp(max=pixels - 1)

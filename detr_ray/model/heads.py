@@ -1,4 +1,4 @@
-"""What turns an object's vector into classes and a box, and how boxes move in logits.
+"""Heads for classes and boxes, and the refinement of boxes by their logits.
 
 Knows vectors and boxes in 0..1; knows nothing of layers, queries or feature maps.
 """
@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 PRIOR = 0.01
-"""Probability that every class starts with, where classes are independent (Lin et al. 2017)."""
+"""Initial probability of every class, for independent classes (Lin et al. 2017)."""
 
 
 class Perceptron(nn.Module):
     """Linear layers with a ReLU between each two.
 
     Args:
-        widths: of the input, of what is between the layers, and of the output.
+        widths: of the input, of the hidden layers, and of the output.
     """
 
     def __init__(self, widths: Sequence[int]) -> None:
@@ -36,7 +36,7 @@ class Perceptron(nn.Module):
 
 
 class BoxHead(Perceptron):
-    """A perceptron of three layers, from an object's vector to its box before the sigmoid.
+    """A perceptron of three layers: from an object's vector to its box, before the sigmoid.
 
     Args:
         dim: length of the vectors, and hidden width.
@@ -47,14 +47,14 @@ class BoxHead(Perceptron):
 
 
 def new_class_head(dim: int, num_classes: int) -> nn.Linear:
-    """A head of independent classes, each of which has the probability `PRIOR` at first."""
+    """A head of independent classes, with the initial probability `PRIOR` for each."""
     head = nn.Linear(dim, num_classes)
     nn.init.constant_(head.bias, -math.log((1 - PRIOR) / PRIOR))
     return head
 
 
 def new_box_head(dim: int) -> BoxHead:
-    """A box head that leaves boxes where they are at first."""
+    """A box head whose initial output is 0, so that boxes do not move at first."""
     head = BoxHead(dim)
     last = head.layers[-1]
     assert isinstance(last, nn.Linear)
@@ -75,7 +75,7 @@ def moved(references: Tensor, change: Tensor, eps: float = 1e-5) -> Tensor:
     Args:
         references: ``[B, Q, 2]`` (x, y) or ``[B, Q, 4]`` (cx, cy, w, h) in 0..1.
         change: ``[B, Q, 4]``.
-        eps: how far logits keep away from both ends.
+        eps: values are clamped to this distance from 0 and 1 before the logit.
     """
     logits = inverse_sigmoid(references, eps)
     if references.shape[-1] == 2:

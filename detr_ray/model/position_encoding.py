@@ -1,4 +1,4 @@
-"""Where each cell of a feature map lies, as vectors that are added to what attention compares.
+"""Position encodings: vectors for the cells of a feature map, which are added to queries and keys of attention.
 
 Knows padding masks and feature map sizes; knows nothing of images, backbones or attention.
 
@@ -31,10 +31,10 @@ def waves(coordinate: Tensor, channels: int, temperature: float) -> Tensor:
 
 
 class SinePositionEncoding(nn.Module):
-    """Sines and cosines of the cell's place within the unpadded image; holds no tensors.
+    """Sines and cosines of a cell's position in the unpadded image; has no tensors.
 
     A cell's row is counted over the unpadded rows of its column, scaled to 0..2*pi, and read at ``hidden_dim / 4``
-    frequencies; likewise its column. The first half of the channels speaks of the row, the second of the column.
+    frequencies; likewise its column. The first half of the channels encodes the row, the second the column.
 
     Args:
         hidden_dim: length of the vectors; a multiple of 4.
@@ -89,10 +89,10 @@ class SinePositionEncoding(nn.Module):
 
 
 class LearnedPositionEncoding(nn.Module):
-    """One trained vector a row and one a column, up to ``LEARNED_LIMIT`` of each; padding does not move them.
+    """One trained vector for each row and each column, at most ``LEARNED_LIMIT``; independent of padding.
 
     Args:
-        hidden_dim: length of the vectors; even. The first half speaks of the column, the second of the row.
+        hidden_dim: length of the vectors; even. The first half encodes the column, the second the row.
     """
 
     def __init__(self, hidden_dim: int) -> None:
@@ -105,7 +105,7 @@ class LearnedPositionEncoding(nn.Module):
         nn.init.uniform_(self.col_embed.weight)
 
     def forward(self, features: Tensor, mask: Tensor | None) -> Tensor:
-        """Vectors of the cells of ``[B, C, h, w]``, as ``[1, h, w, hidden_dim]``; ``mask`` plays no part.
+        """Vectors of the cells of ``[B, C, h, w]``, as ``[1, h, w, hidden_dim]``; ``mask`` is not used.
 
         Raises:
             ValueError: the feature map has more rows or columns than there are vectors.

@@ -9,7 +9,7 @@ from detr_ray.model.heads import inverse_sigmoid
 from detr_ray.model.pyramid import Pyramid
 
 _SMALLEST, _LARGEST = 0.01, 0.99
-"""Proposals whose centre or size is beyond these are left out."""
+"""Proposals whose centre or size is outside of these limits are left out."""
 
 
 def cell_anchors(memory: Pyramid) -> tuple[Tensor, Tensor]:
@@ -34,7 +34,7 @@ def cell_anchors(memory: Pyramid) -> tuple[Tensor, Tensor]:
 
 
 def best_cells(scores: Tensor, is_usable: Tensor, count: int) -> Tensor:
-    """The cells with the highest scores, the best one first. Where there are too few, the best ones serve again.
+    """The cells with the highest scores, the best one first. If there are too few, the best ones are repeated.
 
     Args:
         scores: ``[B, S]``.

@@ -1,7 +1,7 @@
-"""State dicts as published files have them: heads that are shared or used in two places are listed several times.
+"""State dicts with published names: files list tensors that are shared by several modules several times.
 
-A model here has one name for each tensor. `DetectionModel.published_twins` says which further names published files
-have for it; the others are the same.
+A model here has one name for each tensor. `DetectionModel.published_twins` gives the further names in published files;
+all other names are the same.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from detr_ray.model.detection_model import DetectionModel
 from detr_ray.model.state_dicts import WeightsError, shorten_names
 
 _MEASURED = ("total_params", "total_ops")
-"""Ends of names that a profiler left in some published files."""
+"""Suffixes of entries that a profiler left in some published files."""
 
 
 def load_published(model: DetectionModel, state: Mapping[str, Tensor]) -> None:
-    """Loads a state dict under the published names; nothing may be missing, and nothing may be left over.
+    """Loads a state dict with published names, strictly: no name may be missing or unknown.
 
     Raises:
         WeightsError: names or shapes are not this model's, or two names of one tensor have different values.

@@ -27,7 +27,7 @@ class Pyramid:
         positions: ``[B or 1, S, dim]``.
         padding: ``[B, S]`` bool, True on padding; None where nothing is padded.
         sizes: height and width of each map.
-        valid_ratios: ``[B or 1, L, 2]``, share of each map's (width, height) that is no padding.
+        valid_ratios: ``[B or 1, L, 2]``, share of each map's (width, height) without padding.
     """
 
     cells: Tensor
@@ -37,7 +37,7 @@ class Pyramid:
     valid_ratios: Tensor
 
     def with_cells(self, cells: Tensor) -> Pyramid:
-        """The same with other cells, in the precision of these."""
+        """The pyramid with other cells, converted to their precision."""
         return replace(self, cells=cells.to(self.cells.dtype))
 
     def centres(self) -> Tensor:
@@ -70,9 +70,9 @@ def _centres(height: int, width: int, valid_ratios: Tensor) -> Tensor:
 
 
 def valid_ratios(paddings: Sequence[Tensor | None], device: torch.device) -> Tensor:
-    """Share of each map's (width, height) that is no padding, ``[B or 1, L, 2]``, from masks ``[B, h, w]``.
+    """Share of each map's (width, height) without padding, ``[B or 1, L, 2]``, from masks ``[B, h, w]``.
 
-    Padding is at the right and at the bottom, so that the first row and the first column say it.
+    Padding is at the right and at the bottom, so the first row and the first column are enough.
     """
     ratios = []
     for padding in paddings:
@@ -96,9 +96,9 @@ def strides_for(num_levels: int, finest: int, coarsest: int) -> tuple[int, ...]:
 
 
 def input_projections(channels: Sequence[int], num_levels: int, dim: int) -> nn.ModuleList:
-    """Convolutions to the transformer's vector length: of the backbone's maps, then of coarser ones made of the last.
+    """Convolutions to the transformer's vector length: one for each map, the backbone's and further coarser ones.
 
-    The first further map is made of the backbone's last one, each of the others of the map before.
+    The first coarser map is made from the backbone's last map, each other one from the map before.
 
     Args:
         channels: of the backbone's maps.
@@ -132,9 +132,9 @@ def build_pyramid(
     Args:
         levels: the backbone's maps.
         mask: ``[B, H, W]`` bool at the images' resolution, True on padding; None where nothing is padded.
-        projections: as `input_projections` makes them; more than levels.
-        position_encoding: gives vectors of where the cells of a map lie, such as `SinePositionEncoding`.
-        level_embed: ``[L, dim]``, which map a cell is of. The pyramid has its precision.
+        projections: as made by `input_projections`; one for each map of the pyramid.
+        position_encoding: encodes the positions of a map's cells, such as `SinePositionEncoding`.
+        level_embed: ``[L, dim]``, added to the positions of each map's cells. The pyramid gets its precision.
     """
     precision = level_embed.dtype
     cells, positions, paddings, sizes = [], [], [], []

@@ -1,4 +1,4 @@
-"""Finding a state dict in what trainers put around it: dictionaries around the tensors, prefixes before their names.
+"""Finds a state dict in checkpoints of other trainers, with dictionaries around it and prefixes before its names.
 
 Knows mappings and names; reads no files and changes no model.
 """
@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 OWN_FORMAT = "detr_ray"
-"""What files of this project have under the key ``format``."""
+"""Value of the key ``format`` in files of this project."""
 
 _WEIGHTS_KEYS = (
     "model", "state_dict", "model_state_dict", "model_state", "module", "net", "network", "weights", "params",
@@ -23,12 +23,12 @@ _AVERAGED_KEYS = (
     "ema", "ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "model_ema_state_dict", "ema_model_state_dict",
 )  # fmt: skip
 _DEEPEST = 3
-"""Dictionaries within each other that are looked through, for example ``{"ema": {"module": {...}}}``."""
+"""Levels of nested dictionaries that are searched, for example ``{"ema": {"module": {...}}}``."""
 _NAMES_SHOWN = 6
 
 
 class WeightsError(ValueError):
-    """Weights that cannot be had or do not fit; the message names the file and what to do."""
+    """Weights that cannot be read or do not fit; the message names the file and what to do."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class StateDict:
     """Tensors under the names that a model has for them.
 
     Attributes:
-        tensors: name in the model, or what is left of the file's name without ``prefix`` -> tensor.
-        prefix: what stood before all of these names in the file; empty in most files.
-        beside: names in the file that do not start with ``prefix``: parts of something around the model.
+        tensors: the file's name without ``prefix`` -> tensor.
+        prefix: common prefix of these names in the file; empty in most files.
+        beside: names in the file without ``prefix``: parts of a larger model.
     """
 
     tensors: dict[str, Tensor]
@@ -47,7 +47,7 @@ class StateDict:
 
 
 def shorten_names(names: Sequence[str]) -> str:
-    """Names in one line; more than a few are grouped by their first word and shown by what each group shares."""
+    """Names in one line; many names are grouped by their first word, and each group is shown by its common prefix."""
     if len(names) <= _NAMES_SHOWN:
         return ", ".join(names)
     groups: dict[str, list[list[str]]] = {}
@@ -63,7 +63,7 @@ def shorten_names(names: Sequence[str]) -> str:
 
 
 def _shared_start(lists: Sequence[Sequence[str]]) -> list[str]:
-    """The words that all lists start with."""
+    """The common first words of all lists."""
     columns = zip(*lists, strict=False)
     return [words[0] for words in takewhile(lambda words: len(set(words)) == 1, columns)]
 
@@ -71,15 +71,15 @@ def _shared_start(lists: Sequence[Sequence[str]]) -> list[str]:
 def find_states(content: Any, source: str) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor] | None]:
     """The state dicts in a checkpoint: the weights, and their moving average where there is one.
 
-    Both may be wrapped as trainers wrap them: ``{"state_dict": ...}``, ``{"ema": {"module": ...}}``. Where only an
-    average is there, it is both.
+    Both may be inside the dictionaries of other trainers: ``{"state_dict": ...}``, ``{"ema": {"module": ...}}``. If
+    there is only an average, it is used for both.
 
     Args:
         content: what the file holds.
         source: the file, for messages.
 
     Raises:
-        WeightsError: there is none, or something else than tensors is in it.
+        WeightsError: there is none, or it contains values that are no tensors.
     """
     if not isinstance(content, Mapping):
         raise WeightsError(f"{source} holds a {type(content).__name__}, not a dictionary of weights")
@@ -95,7 +95,7 @@ def find_states(content: Any, source: str) -> tuple[Mapping[str, Tensor], Mappin
 
 
 def _innermost(content: Any, depth: int = _DEEPEST) -> Any:
-    """The state dict within dictionaries; where there is none, the place to say so of."""
+    """The innermost state dict; if there is none, the value that was found instead, for the message."""
     if not isinstance(content, Mapping) or not depth:
         return content
     inner = [content[key] for key in _WEIGHTS_KEYS if isinstance(content.get(key), Mapping)]
@@ -119,7 +119,7 @@ def _checked(state: Any, source: str, key: str) -> Mapping[str, Tensor]:
 
 
 def without_prefix(state: Mapping[str, Tensor], own_names: Collection[str], source: str) -> StateDict:
-    """The tensors of a model, whatever its names start with in the file.
+    """The tensors of a model, without the prefix that its names have in the file.
 
     Wrappers put a word or more before each name: ``module.`` (DDP), ``model.`` (Lightning), ``detr.`` (the panoptic
     model), ``_orig_mod.`` (torch.compile), and any of them in each other.
@@ -142,7 +142,7 @@ def without_prefix(state: Mapping[str, Tensor], own_names: Collection[str], sour
             if ".".join(words[place:]) in own
         )
     most = max(counts.values(), default=0)
-    # Parts of a model may repeat some of its names; the whole model matches more of them than any part.
+    # A part of the model may match some names, too; the whole model matches more of them than any part.
     candidates = [prefix for prefix, count in counts.items() if count == most]
     if len(candidates) > 1 and "" not in candidates and 2 * most > len(own):
         raise WeightsError(

@@ -82,7 +82,7 @@ class DecoderLayer(nn.Module):
         """One layer.
 
         Args:
-            objects: ``[B, Q, dim]``, what is known of each query's object so far.
+            objects: ``[B, Q, dim]``, the query vectors after the layers before.
             query_positions: ``[Q, dim]``, the learned queries.
             placed_memory: ``[B, S, dim]``, the encoder's cells with their positions added.
             memory: ``[B, S, dim]``, the encoder's cells.
@@ -133,7 +133,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Decoder layers one after the other; every layer's output that leaves goes through one shared ``norm``.
+    """Decoder layers one after the other; all outputs go through one shared ``norm``.
 
     Args:
         layers: the layers.
@@ -206,14 +206,14 @@ class Transformer(nn.Module):
         query_positions: Tensor,
         every_layer: bool = True,
     ) -> Tensor:
-        """Finds objects among cells.
+        """Computes the vectors of objects from the cells.
 
         Args:
             cells: ``[B, S, dim]``.
             positions: ``[B or 1, S, dim]``.
             padding: ``[B, S]`` bool, True on cells that are padding, not all of an image's; None where none is.
             query_positions: ``[Q, dim]``, the learned queries.
-            every_layer: give every decoder layer's objects, not only the last's.
+            every_layer: whether the output has the objects of every decoder layer, not only of the last.
 
         Returns:
             ``[decoder layers or 1, B, Q, dim]``.

@@ -1,7 +1,7 @@
-"""Weights for a model to start from: ImageNet backbones, published DETR checkpoints, this project's own.
+"""First weights of a model: ImageNet backbones, published DETR checkpoints, or this project's own.
 
-Knows parameter names and the rows of the classifier; which class a row stands for is told by the caller or by the
-file. To go on with a run, shapes, optimizer and all, is another matter and is not done here.
+Knows parameter names and the rows of the classifier; the classes of the rows come from the caller or the file. Resuming
+a run, with its optimizer, is not done here.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ _NAMES_SHOWN = 6
 
 @dataclass(frozen=True)
 class InitReport:
-    """What became of every name when a model was started from a file's weights.
+    """What was done with each tensor when a model was started from a file's weights.
 
     Attributes:
         source: the file.
         weights: "model", or "ema" where the file holds averaged weights, which are then preferred.
         loaded: names of the model taken over whole.
-        rebuilt: names of the model whose shape is another than the file's, and what of it was kept.
-        missing: names of the model that the file lacks; they keep the values that they had.
-        unused: names of the file that the model has no place for.
+        rebuilt: names of the model whose shape differs from the file's -> the part that was kept.
+        missing: names of the model that are not in the file; their values do not change.
+        unused: names of the file that are not in the model.
     """
 
     source: str
@@ -62,7 +62,7 @@ class InitReport:
     unused: tuple[str, ...]
 
     def table(self) -> str:
-        """The report as lines of text: a count and the names of each kind, many names shortened to common prefixes."""
+        """The report as lines of text: a count and the names of each kind; many names are shortened to prefixes."""
         averaged = " (averaged weights)" if self.weights == "ema" else ""
         lines = [f"weights from {self.source}{averaged}"]
         for kind in ("loaded", "missing", "unused"):
@@ -83,7 +83,7 @@ def load_backbone_weights(model: DetectionModel, source: str, backbone: str) -> 
         backbone: the ResNet's name, for "imagenet".
 
     Raises:
-        WeightsError: the file cannot be had or read, or is another network's.
+        WeightsError: the file cannot be fetched or read, or is of another network.
     """
     if source == "none":
         return
@@ -116,24 +116,23 @@ def load_initial_weights(
     class_names: Sequence[str | None],
     coco91_names: Sequence[str | None] | None = None,
 ) -> InitReport:
-    """Starts a model from another's weights, as far as they fit.
+    """Starts a model from another model's weights, as far as they fit.
 
-    The classifier may be for other classes: rows of classes that both have, by name, are copied, and so is the
-    no-object row. There may be more queries, whose rows then stay fresh, or fewer. The projection behind another
-    backbone's last stage is built anew. The backbone itself must be whole: what is frozen would stay random, and stages
-    without some of their layers give other features. Any other difference in shape is a mistake in the config, and an
-    error.
+    The classifier may be for other classes: rows of classes with the same name are copied, and the no-object row, too.
+    There may be fewer queries, or more, whose additional rows stay random. The projection after another backbone's last
+    stage stays random. The backbone itself must be complete: frozen layers would stay random, and stages without some
+    of their layers give other features. Any other difference in shape is a mistake in the config, and an error.
 
     Args:
-        model: the model to change; what the file lacks keeps its values.
+        model: the model to change; tensors that are not in the file do not change.
         source: path or URL, as ``read_checkpoint`` takes it. Averaged weights are preferred where there are any.
         class_names: the model's classes, one a row without no-object; None where a row has no class.
         coco91_names: names of the 91 official ids, for official files, which do not name their classes. The panoptic
             ones start with the same 91.
 
     Raises:
-        WeightsError: the file cannot be had or read, holds other weights than DETR's or another backbone, or its shapes
-            do not fit.
+        WeightsError: the file cannot be fetched or read, has weights of another model or backbone, or its shapes do not
+            fit.
     """
     assert len(class_names) == model.num_classes, "one name a class"
     checkpoint = read_checkpoint(source)
@@ -201,7 +200,7 @@ def find_detector(checkpoint: Mapping[str, Any], model: DetectionModel, source: 
 
 
 def whole_state(model: DetectionModel, found: StateDict, source: str) -> dict[str, Tensor]:
-    """The weights of all of a model, to use it as it was trained; nothing may be missing or stay random.
+    """All weights of a model, to use it as it was trained; none may be missing.
 
     Args:
         model: the model; only its names and shapes count.
@@ -209,7 +208,7 @@ def whole_state(model: DetectionModel, found: StateDict, source: str) -> dict[st
         source: the file, for messages.
 
     Raises:
-        WeightsError: they are another model's, or not usable.
+        WeightsError: they are of another model, or not usable.
     """
     own, state = model.state_dict(), found.tensors
     parts = {name.split(".")[0] for name in own}
@@ -232,12 +231,12 @@ def whole_state(model: DetectionModel, found: StateDict, source: str) -> dict[st
 
 @dataclass(frozen=True)
 class _Part:
-    """What of a tensor is taken over.
+    """The part of a tensor that is copied.
 
     Attributes:
         where: index of the rows in the model's tensor; ``...`` for all of it.
-        values: what goes there.
-        note: what to say of it; empty where the tensor is taken over whole.
+        values: the new values.
+        note: text for the report; empty if the whole tensor is copied.
     """
 
     where: EllipsisType | slice | list[int]
@@ -247,14 +246,14 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Pairs (row here, row in the file) of two classifiers that mean the same; ``note`` where rows stay fresh."""
+    """Pairs (row here, row in the file) with the same class; ``note`` if some rows stay random."""
 
     pairs: tuple[tuple[int, int], ...]
     note: str
 
 
 def _fitting_part(names: WeightNames, name: str, value: Tensor, target: Tensor, rows: _Rows) -> _Part | None:
-    """The part of the file's ``value`` that the model's ``target`` can take; None where the shapes speak against it."""
+    """The part of the file's ``value`` that fits the model's ``target``; None if the shapes do not fit."""
     if names.is_class_row(name) and value.shape[1:] == target.shape[1:]:
         return _Part([here for here, _ in rows.pairs], value[[there for _, there in rows.pairs]], rows.note)
     if name in names.class_tables and value.shape[1:] == target.shape[1:]:
@@ -279,7 +278,7 @@ def _fitting_part(names: WeightNames, name: str, value: Tensor, target: Tensor, 
 def _class_names_of(
     source: str, names: Sequence[str | None] | None, rows: int, coco91_names: Sequence[str | None] | None
 ) -> Sequence[str | None] | None:
-    """Names of a file's classifier rows without no-object; None where nobody knows them."""
+    """Names of a file's classifier rows without no-object; None if they are unknown."""
     if names is not None:
         if len(names) != rows:
             raise WeightsError(f"{source} is damaged: its label map names {len(names)} classes, its head has {rows}")
@@ -292,9 +291,9 @@ def _class_names_of(
 def _matching_rows(
     old_names: Sequence[str | None] | None, new_names: Sequence[str | None], old_rows: int, has_no_object: bool
 ) -> _Rows:
-    """Which rows of two classifiers mean the same; where there is a row for no-object, it is the last of each.
+    """The rows of two classifiers with the same class; a row for no-object is the last of each.
 
-    Without names in the file, rows count by their position where there are as many, and not at all otherwise.
+    Without names in the file, rows are paired by position if the numbers are equal, and not at all otherwise.
     """
     last = ((len(new_names), old_rows),) if has_no_object else ()
     if old_names is None and old_rows != len(new_names):
@@ -328,7 +327,7 @@ def _refuse_other_shapes(source: str, pairs: Mapping[str, tuple[Tensor, Tensor]]
 
 
 def _refuse_other_backbone(source: str, body: str, own: Collection[str], state: Collection[str]) -> None:
-    """Raises where a file's backbone lacks layers of the model's, or has more in the stages that the model has.
+    """Raises if a file's backbone lacks layers of the model's, or has more layers in the model's stages.
 
     Args:
         source: the file, for messages.
@@ -355,10 +354,10 @@ def _refuse_other_backbone(source: str, body: str, own: Collection[str], state: 
 
 
 def _refuse_unusable_values(source: str, state: Mapping[str, Tensor]) -> None:
-    """Raises where weights are no plain real numbers, or hold NaN or infinity.
+    """Raises if weights are not real floating-point numbers, or contain NaN or infinity.
 
-    Training from the latter fails at its first step, far from the cause; whole numbers are quantised weights, which
-    mean nothing without their scales.
+    With NaN or infinity, training would fail at its first step, far from the cause. Whole numbers are quantised
+    weights, which are useless without their scales.
     """
     values = {name: value for name, value in state.items() if not name.endswith(_COUNTER)}
     odd = {name: value for name, value in values.items() if not _is_plain(value)}

@@ -1,6 +1,6 @@
-"""What a served model answers to what was asked, many requests at a time, each with its own threshold.
+"""Answers many requests to a served model at once, each with its own threshold.
 
-One request's fault is not another's: where an image of several cannot be decoded, the others are answered all the same.
+A faulty request does not affect others: if one image cannot be decoded, the other requests are still answered.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def answers(model: LoadedModel, asked: Sequence[ImageRequest], batch_size: int) 
         batch_size: most images of one forward pass.
 
     Returns:
-        For each, in this order, `Prediction.to_dict` with the image under the name of its field, or what is wrong with
-        the request.
+        For each request, in order: `Prediction.to_dict` with the image named after its field, or the error of the
+        request.
     """
     groups: dict[Any, list[int]] = {}
     for number, one in enumerate(asked):
@@ -38,15 +38,15 @@ def answers(model: LoadedModel, asked: Sequence[ImageRequest], batch_size: int) 
 def _answer_alike(
     model: LoadedModel, asked: list[ImageRequest], batch_size: int
 ) -> list[dict[str, Any] | RequestError]:
-    """Answers requests that want the same scores and numbers."""
+    """Answers requests with the same threshold and number of objects."""
     first = asked[0]
     try:
         found = model.predict([one.image for one in asked], first.threshold, first.top_k, batch_size)
     except ImageError as error:
-        if len(asked) > 1:  # the decoder stops at the first bad one
+        if len(asked) > 1:  # the decoder stops at the first bad image
             return [_answer_alike(model, [one], 1)[0] for one in asked]
         reason = str(error).removeprefix("image 0: ")
         return [RequestError(f"{first.field}: {reason}")]
-    except ValueError as error:  # best thresholds that are not known, which the message says
+    except ValueError as error:  # the best thresholds are unknown; the message says so
         return [RequestError(str(error)) for _ in asked]
     return [{**one.to_dict(), "image": request.field} for one, request in zip(found, asked, strict=True)]

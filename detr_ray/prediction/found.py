@@ -1,4 +1,4 @@
-"""What was found on one image, as plain arrays."""
+"""The detections of one image, as plain arrays."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from detr_ray.box_arrays import xyxy_to_xywh
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prediction:
-    """The objects found on one image, ``K`` of them, those with the highest scores first.
+    """The ``K`` objects found on one image, highest scores first.
 
     Attributes:
-        image: what the image is called.
+        image: name of the image.
         size: (height, width) in pixels of the image as given, turned as its EXIF orientation says.
         boxes_xyxy_px: ``[K, 4]`` float32 left, top, right, bottom in pixels of that image; may end outside of it.
         scores: ``[K]`` float32 in 0..1.

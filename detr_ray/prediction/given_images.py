@@ -1,7 +1,7 @@
-"""Images as a program gives them: paths, addresses, bytes, Pillow's images, arrays and tensors.
+"""Images given by a program: paths, addresses, bytes, Pillow's images, arrays and tensors.
 
-All of them become what the decoder makes of files: upright ``uint8`` RGB. Files that lie on this machine are read when
-their pixels are wanted; what lies elsewhere is fetched at once, encoded.
+All of them are converted to upright ``uint8`` RGB, like decoded files. Local files are read when their pixels are
+needed; remote files are downloaded at once and kept encoded.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ GivenImage = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor
 """One image."""
 
 SILENCE_TIMEOUT_S = 20.0
-"""How long a server may stay silent."""
+"""Time limit in seconds for a server that sends nothing."""
 MOST_BYTES = 1 << 28
-"""Bytes of an image behind a URL that are fetched at most."""
+"""Largest size in bytes of an image at a URL."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +45,9 @@ class OpenedImage:
     """An image whose size is known.
 
     Attributes:
-        name: what to call it.
+        name: its name in messages and results.
         size: (height, width) in pixels, upright.
-        pixels: gives ``[3, H, W]`` uint8 RGB; of a JPEG, at a fraction of the size where that is asked for: 1, 2, 4, 8.
+        pixels: function that gives ``[3, H, W]`` uint8 RGB; a JPEG can be decoded at its size divided by 1, 2, 4 or 8.
     """
 
     name: str
@@ -55,19 +55,19 @@ class OpenedImage:
     pixels: Callable[[int], Tensor]
 
     def decode(self, wanted: tuple[int, int], margin: float | None) -> Tensor:
-        """The pixels, for an image that is resized next.
+        """The pixels, for an image that will be resized.
 
         Args:
-            wanted: (height, width) that it is resized to.
-            margin: see `reduction`; None to decode it as it is stored.
+            wanted: (height, width) that it will be resized to.
+            margin: see `reduction`; None to decode it at full size.
         """
         return self.pixels(1 if margin is None else reduction(self.size, wanted, margin))
 
 
 def is_single(images: Any) -> bool:
-    """Whether this is one image, and not several.
+    """Whether this is a single image.
 
-    An array of four dimensions is several, one along its first.
+    An array of four dimensions is several images.
     """
     if isinstance(images, np.ndarray | Tensor):
         return images.ndim < 4
@@ -78,9 +78,9 @@ def open_images(images: Iterable[GivenImage]) -> list[OpenedImage]:
     """Finds out the size of each image.
 
     Raises:
-        ImageError: an image cannot be read; names it.
+        ImageError: an image cannot be read; the message names it.
         DataError: the storage failed or refused.
-        TypeError: something that is no image.
+        TypeError: a value is no image.
     """
     given = [os.fspath(image) if isinstance(image, os.PathLike) else image for image in images]
     fetched = _fetch_all([item for item in given if isinstance(item, str) and _is_elsewhere(item)])
@@ -115,7 +115,7 @@ def _in_memory(item: Any, name: str) -> OpenedImage:
 
 
 def _of_file(path: str) -> OpenedImage:
-    """An image on this machine; read now for its header alone where that is enough."""
+    """An image on this machine. Only its header is read now, if that is enough."""
     place = local_path(path)
     assert place is not None, "elsewhere is another case"
     reader = _reader_of(place)
@@ -156,7 +156,7 @@ def _shown(address: str) -> str:
 
 
 def _fetch_all(addresses: Sequence[str]) -> dict[str, Callable[[], bytes]]:
-    """Begins to fetch files; each of the functions gives one, or raises."""
+    """Starts to download files; each of the returned functions gives one file, or raises."""
     if not addresses:
         return {}
     with ThreadPoolExecutor(READS_AT_ONCE, thread_name_prefix="fetching") as pool:

@@ -1,8 +1,8 @@
-"""A prediction over many images: its batches, its parts, and what a folder of results must agree with.
+"""A prediction over many images: its batches, its parts, and the settings that a folder of results must match.
 
-The batches are those of an evaluation of the same images, of one size each, the largest images first. Consecutive
-batches make a *part*, whose results are one file. So a job that was interrupted goes on with the parts whose files are
-not there, and every image is in exactly one part.
+The batches are those of an evaluation of the same images: one size in each batch, the largest images first. Several
+consecutive batches are a *part*, whose results are one file. An interrupted job continues with the parts whose files
+are missing. Every image is in exactly one part.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from detr_ray.structures import PaddedBatch
 
 @dataclass(frozen=True)
 class PredictionJob:
-    """What is to be predicted, ready to be computed anywhere.
+    """A prediction that can be computed in any process.
 
     Attributes:
         index: the images.
-        saved: the model; its configuration says sizes, batches and precision.
-        facts: what is known of it beside.
+        saved: the model; its configuration has sizes, batches and precision.
+        facts: facts about the model.
         threshold: lowest score that is kept, see `LoadedModel.predict`.
         top_k: most objects an image.
-        part_images: images of a part, at least, but for the last one.
-        unreadable: a line for each image that was left out before.
+        part_images: least number of images of a part, except for the last one.
+        unreadable: a line for each image that was left out because its size could not be read.
     """
 
     index: DatasetIndex
@@ -86,14 +86,14 @@ class PredictionJob:
         return {name: value for name, value in self.__dict__.items() if name not in ("batches", "parts")}
 
     def loader(self) -> BatchLoader:
-        """Makes the batches."""
+        """The loader of the batches."""
         assert self.saved.config is not None
-        no_labels = LabelMap(("none",), (0,))  # the images have no annotations that would need labels
+        no_labels = LabelMap(("none",), (0,))  # the images have no annotations, so no labels
         return BatchLoader(self.index, no_labels, reduce=self.saved.config.data.reduced_decoding)
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """What decides the results, as JSON values: a folder of results is gone on with only if all of it agrees."""
+        """What the results depend on, as JSON values; a folder of results is continued only if they are equal."""
         config = self.saved.config
         assert config is not None
         return {
@@ -112,7 +112,7 @@ class PredictionJob:
         }
 
     def _digest_of_thresholds(self) -> str | None:
-        """A hash of the lowest score of each label, which ``best_f1`` takes from a file that may have changed."""
+        """A hash of the lowest score of each label. With ``best_f1``, these come from a file that may have changed."""
         assert self.saved.label_map is not None
         lowest = label_thresholds(self.threshold, self.saved.label_map, self.facts.scores, self.saved.source)
         return None if lowest is None else hashlib.sha256(lowest.tobytes()).hexdigest()[:16]
@@ -130,7 +130,7 @@ def _digest(saved: SavedModel) -> str:
 
 @dataclass(frozen=True)
 class BatchFindings:
-    """What was found on the images of a batch.
+    """The detections on the images of a batch.
 
     Attributes:
         detections: the objects.
@@ -146,8 +146,8 @@ class BatchPredictor:
 
     Args:
         job: the job.
-        device: where to work; None for the GPU, if there is one.
-        model: the job's model where it is loaded already.
+        device: device to use; None for the GPU, if there is one.
+        model: the job's model, if it is loaded already.
     """
 
     def __init__(self, job: PredictionJob, device: str | None, model: LoadedModel | None = None) -> None:
@@ -158,10 +158,10 @@ class BatchPredictor:
         self._top_k = job.top_k
 
     def __call__(self, batch: PaddedBatch) -> BatchFindings:
-        """What is found on a batch; nothing on images that could not be read.
+        """Detects objects on a batch; images that could not be read have none.
 
         Raises:
-            WeightsError: the model gives predictions that are not finite.
+            WeightsError: predictions of the model are not finite.
         """
         bad = dict(zip(batch.bad_image_ids.tolist(), batch.bad_images, strict=True))
         found = []

@@ -1,7 +1,7 @@
 """A model that is loaded for use: `LoadedModel.predict`.
 
-Prediction goes the same way as evaluation: the images are resized, batched, normalised and post-processed by the same
-functions, at the sizes that the model was evaluated at. So it finds the same boxes, to the bit.
+Prediction works like evaluation: images are resized, batched, normalised and post-processed by the same functions, at
+the sizes of the model's evaluation. So it finds exactly the same boxes.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ Device = str | torch.device | None
 
 
 class LoadedModel:
-    """A detector with its weights, its labels and the sizes that it knows.
+    """A detector with its weights, its labels and its image sizes.
 
     Attributes:
         model: the network, in evaluation mode.
-        class_loss: says what its logits mean.
-        label_map: what its classes are.
-        config: what it was trained with; of weights of others, what it was loaded with.
-        sizes: sizes of images that it knows.
+        class_loss: reads its logits.
+        label_map: its classes.
+        config: the configuration of its training; for weights of other programs, the one that was given.
+        sizes: sizes of its training and evaluation images.
         facts: what is known of it beside.
         source: where it was loaded from.
     """
@@ -52,10 +52,10 @@ class LoadedModel:
         Args:
             saved: the model that was read.
             facts: what is known of it beside.
-            config: says architecture and sizes where the file does not; None for the defaults.
+            config: has architecture and sizes if the file does not; None for the defaults.
 
         Raises:
-            WeightsError: the weights are another model's.
+            WeightsError: the weights are of another model.
         """
         own = saved.config or config or Config()
         label_map = saved.label_map
@@ -65,7 +65,7 @@ class LoadedModel:
             label_map = _numbered_labels(skeleton.weight_names.classes_in(weights.tensors))
             skeleton = build_skeleton(own.model, label_map.num_classes)
         state = whole_state(skeleton, weights, saved.source)
-        with torch.random.fork_rng(devices=[]):  # the program's random numbers stay as they were
+        with torch.random.fork_rng(devices=[]):  # does not change the program's random numbers
             detector = build_detector(own.model, own.loss, label_map.num_classes)
         self.model: DetectionModel = detector.model
         self.model.load_state_dict(state)
@@ -94,9 +94,7 @@ class LoadedModel:
 
     @property
     def saved(self) -> SavedModel:
-        """The model as a saved one, with labels and configuration: what packages are written from, and other processes
-        get. Its weights are on the CPU.
-        """
+        """The model as a `SavedModel` on the CPU, with labels and configuration, for packages and other processes."""
         state = {name: value.detach().cpu() for name, value in self.model.state_dict().items()}
         content = {"format": OWN_FORMAT, "model": state, "ema": None}
         return SavedModel(self.source, self.label_map, self.config, self._is_averaged, self._step, content)
@@ -141,19 +139,19 @@ class LoadedModel:
                 of Pillow, arrays ``[H, W]`` or ``[H, W, C]``, tensors ``[C, H, W]``, or ``[B, ...]`` of these. Grey,
                 palette, CMYK, alpha (which is dropped) and 16 bits are taken; arrays are uint8, uint16 or floats in
                 0..1.
-            threshold: lowest score of what is answered; None for all; ``"best_f1"`` for the threshold of each category
-                that was best on the validation set.
-            top_k: most objects an image, those with the highest scores; None for ``eval.max_detections``.
-            batch_size: most images of one forward pass; only images of equal size share one. None for
+            threshold: lowest score of a detection; None for all; ``"best_f1"`` for the best threshold of each category
+                on the validation set.
+            top_k: largest number of objects of an image, by score; None for ``eval.max_detections``.
+            batch_size: largest number of images in one forward pass; only images of equal size share one. None for
                 ``eval.batch_size``.
-            device: where to work; the model stays there. None: on the GPU, if there is one.
+            device: device to use; the model stays there. None: the GPU, if there is one.
 
         Returns:
             A `Prediction`; a list of them, in the order of the images, if several were given.
 
         Raises:
             ImageError: an image cannot be read; names it.
-            ValueError: a threshold, number or device that there is not.
+            ValueError: a threshold, number or device is not valid.
             WeightsError: the model gives predictions that are not finite.
         """
         thresholds = label_thresholds(threshold, self.label_map, self.facts.scores, self.source)
@@ -171,7 +169,7 @@ class LoadedModel:
         return found[0] if single else [found[number] for number in range(len(opened))]
 
     def to(self, device: Device) -> torch.device:
-        """Moves the network to a device, and says which it is; None: the GPU, if there is one.
+        """Moves the network to a device, and returns the device; None: the GPU, if there is one.
 
         Raises:
             ValueError: there is no such device.
@@ -184,7 +182,7 @@ class LoadedModel:
         return self.device
 
     def detect(self, batch: PaddedBatch, max_detections: int, device: torch.device) -> list[Detections]:
-        """What is found on a batch, one entry an image; with the settings of the model's evaluation."""
+        """Detects objects on a batch, one entry for each image, with the settings of the model's evaluation."""
         train = self.config.train
         return detect(
             self.model,
@@ -199,11 +197,11 @@ class LoadedModel:
     def prediction(
         self, found: Detections, name: str, size: tuple[int, int], thresholds: np.ndarray | None, top_k: int
     ) -> Prediction:
-        """What is answered of what was found on an image.
+        """Selects the detections of an image by threshold and number.
 
         Args:
-            found: what was found.
-            name: what the image is called.
+            found: the detections.
+            name: name of the image.
             size: (height, width) in pixels of the image.
             thresholds: lowest score of each label (`label_thresholds`); None for all.
             top_k: most objects.
@@ -238,7 +236,7 @@ class LoadedModel:
         )
 
     def _batch(self, images: Sequence[OpenedImage], samples: Sequence[SamplePlan]) -> PaddedBatch:
-        """A batch of images that are all resized to one size, so that nothing is padded."""
+        """A batch of images that are all resized to the same size, without padding."""
         none = (np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
         pixels = []
         for image, sample in zip(images, samples, strict=True):
@@ -263,11 +261,11 @@ def _count(name: str, value: int) -> int:
 
 
 def _numbered_labels(num_classes: int | None) -> LabelMap:
-    """Labels of weights that do not name their classes: COCO's for as many as published weights have, or numbers."""
+    """Labels of weights without class names: COCO's for the number of classes of published weights, or numbers."""
     if num_classes is None:
         num_classes = COCO_NUM_CLASSES
     if num_classes not in PUBLISHED_ROWS:
         return LabelMap(tuple(f"class {label}" for label in range(num_classes)), tuple(range(num_classes)))
     coco = LabelMap.coco91()
-    others = (None,) * (num_classes - coco.num_classes)  # panoptic weights go on with classes that have no boxes
+    others = (None,) * (num_classes - coco.num_classes)  # panoptic weights have further classes without boxes
     return LabelMap(coco.names + others, coco.category_ids + others)

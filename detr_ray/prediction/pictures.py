@@ -1,4 +1,4 @@
-"""Draws the images of a prediction with what was found on them."""
+"""Draws the images of a prediction with their detections."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def draw_pictures(
     least_score: float,
     progress: Progress,
 ) -> None:
-    """Writes a JPEG for each image that can be read. Pictures that are there are not drawn again.
+    """Writes a JPEG for each readable image. Existing pictures are not drawn again.
 
     Args:
         folder: path or URI; a picture has the name of its image, with ``.jpg`` added where it ends otherwise.
         index: the images.
         found: all detections, by rising image id.
         names: of the categories.
-        least_score: lowest score of what is drawn.
+        least_score: lowest score of detections that are drawn.
         progress: told of the images that are done, and of all.
 
     Raises:
@@ -55,7 +55,7 @@ def draw_pictures(
         size = (int(index.heights[i]), int(index.widths[i]))
         try:
             pixels = decode_image(reader.read(i), reader.name(i), size).permute(1, 2, 0).numpy()
-        except ImageError:  # listed among the bad images
+        except ImageError:  # it is in the list of bad images
             return
         rows = np.arange(bounds[i], ends[i])
         rows = rows[found.scores[rows] >= least_score]

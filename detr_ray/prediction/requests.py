@@ -1,6 +1,6 @@
-"""What may be asked of a served model: JSON with base64 images, or the bytes of one image; whichever server it is.
+"""Requests to a served model, for any server: JSON with base64 images, or the bytes of one image.
 
-Every fault becomes a `RequestError` that names the field. Images are measured by their headers, before a pixel is
+Every fault raises a `RequestError` that names the field. The size of an image is checked by its header, before it is
 decoded. Knows nothing of servers or models.
 """
 
@@ -25,7 +25,7 @@ BAD_REQUEST, TOO_LARGE, UNSUPPORTED = 400, 413, 415
 
 
 class RequestError(Exception):
-    """A request that cannot be answered because of what it holds.
+    """A request that is not valid.
 
     Args:
         message: names the field and says what to do.
@@ -39,12 +39,12 @@ class RequestError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a request may hold.
+    """Limits of a request.
 
     Attributes:
-        request_bytes: length of its body.
-        image_pixels: pixels of each image.
-        images: images of a request.
+        request_bytes: largest length of its body.
+        image_pixels: largest number of pixels of each image.
+        images: largest number of images.
     """
 
     request_bytes: int = 32 << 20
@@ -52,23 +52,23 @@ class Limits:
     images: int = 32
 
     def check_body(self, num_bytes: int) -> None:
-        """Refuses a body of so many bytes.
+        """Refuses a body that is too long.
 
         Raises:
-            RequestError: it is too long.
+            RequestError: it has more than ``request_bytes`` bytes.
         """
         if num_bytes > self.request_bytes:
             raise RequestError(f"the body is longer than the {self.request_bytes:,} bytes that are taken", TOO_LARGE)
 
     def check_image(self, data: bytes, field: str) -> None:
-        """Refuses what is no image, by its header, or has too many pixels.
+        """Refuses data that is no image, by its header, and images with too many pixels.
 
         Args:
             data: the content of an image file.
-            field: what to call it in messages.
+            field: its name in messages.
 
         Raises:
-            RequestError: it is refused.
+            RequestError: the image is refused.
         """
         try:
             height, width = read_header(data, field).stored
@@ -84,10 +84,10 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class ImageRequest:
-    """What is asked of one image.
+    """A request for one image.
 
     Attributes:
-        field: what to call the image in messages and answers.
+        field: name of the image in messages and answers.
         image: content of an image file.
         threshold: as `LoadedModel.predict` takes it.
         top_k: likewise.
@@ -140,10 +140,10 @@ def from_image(body: bytes, query: Mapping[str, str], limits: Limits) -> list[Im
 
 
 def image_bytes(text: Any, field: str, limits: Limits) -> bytes:
-    """The image file that a base64 text holds; a ``data:`` URL is taken too.
+    """Decodes an image file from base64 text or a ``data:`` URL.
 
     Raises:
-        RequestError: it is none, or too large; see `Limits.check_image`.
+        RequestError: it is no image, or too large; see `Limits.check_image`.
     """
     if not isinstance(text, str):
         raise RequestError(f"{field}: is {_kind(text)}; give the base64 text of an image file")
@@ -157,7 +157,7 @@ def image_bytes(text: Any, field: str, limits: Limits) -> bytes:
 
 
 def threshold_of(value: Any) -> Threshold:
-    """A score in 0..1 from a number or its text; ``"best_f1"`` and None stay as they are.
+    """A score in 0..1 from a number or a text; ``"best_f1"`` and None are returned unchanged.
 
     Raises:
         RequestError: it is something else.
@@ -171,7 +171,7 @@ def threshold_of(value: Any) -> Threshold:
 
 
 def top_k_of(value: Any) -> int | None:
-    """A number of objects of at least 1 from a whole number or its text; None stays None.
+    """A number of objects, at least 1, from a whole number or a text; None is returned unchanged.
 
     Raises:
         RequestError: it is something else.
@@ -183,10 +183,10 @@ def top_k_of(value: Any) -> int | None:
 
 
 def check_fields(content: Mapping[str, Any], known: tuple[str, ...]) -> None:
-    """Refuses keys that mean nothing, which may be misspelt.
+    """Refuses unknown keys, which may be misspelt.
 
     Raises:
-        RequestError: there is one.
+        RequestError: there are unknown keys.
     """
     for name in content:
         if name not in known:
@@ -196,7 +196,7 @@ def check_fields(content: Mapping[str, Any], known: tuple[str, ...]) -> None:
 
 
 def _number(value: Any) -> float | None:
-    """A finite number, or one that is written in a text; None for anything else."""
+    """A finite number from a number or a text; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
@@ -207,7 +207,7 @@ def _number(value: Any) -> float | None:
 
 
 def _kind(value: Any) -> str:
-    """What a JSON value is."""
+    """The kind of a JSON value, in words."""
     kinds = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
     return kinds.get(type(value), "a number")
 

@@ -1,12 +1,12 @@
 """The folder of a prediction's results.
 
     prediction.json      what was predicted, with which settings; ``complete`` is false until all below is there
-    parts/               one Parquet file a part, written whole; what is there is not done again
+    parts/               one Parquet file for each part, written atomically; existing ones are kept
     results.json         COCO's results            predictions.parquet, predictions.csv      the same as tables
     bad_images.txt       a line for each image that could not be read
     pictures/            images with their boxes
 
-Which of these there are is asked for.
+The user chooses which of these are written.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _COLUMNS = (
     ("height", pa.float32()),
 )  # fmt: skip
 SCHEMA = pa.schema(_COLUMNS)
-"""Columns of the tables: a row a detection, boxes in pixels of the image."""
+"""Columns of the tables: a row for each detection, boxes in pixels of the image."""
 
 
 class ResultFolder:
@@ -59,13 +59,13 @@ class ResultFolder:
         self._names = dict(job.saved.label_map.categories)
 
     def open(self) -> list[int]:
-        """Begins the folder, or finds out what is missing in it.
+        """Creates the folder, or finds the missing parts of an existing one.
 
         Returns:
-            The numbers of the parts that are still to be done.
+            The numbers of the missing parts.
 
         Raises:
-            ConfigError: it holds something else, or the results of another job; or it cannot be used.
+            ConfigError: the folder has other content or the results of another job; or it cannot be used.
         """
         try:
             found = self._read_record()
@@ -114,7 +114,7 @@ class ResultFolder:
         write_bytes(join(self.location, RECORD), (json.dumps(record, indent=1) + "\n").encode())
 
     def write_part(self, part: int, findings: Sequence[BatchFindings]) -> None:
-        """Writes the results of a part, as a whole file.
+        """Writes the results of a part, atomically.
 
         Args:
             part: its number.
@@ -150,11 +150,11 @@ class ResultFolder:
                 raise DataError(f"{place} is damaged: {error}. Delete it; the same command makes it anew") from error
 
     def finish(self, formats: Sequence[str], draw: Callable[[DetectionTable], None]) -> tuple[int, list[str]]:
-        """Puts the parts together, writes what is asked for, and notes that all is there.
+        """Combines the parts, writes the chosen formats, and notes that the results are complete.
 
         Args:
             formats: of ``coco``, ``parquet``, ``csv`` and ``pictures``.
-            draw: draws the pictures of all images; called where they are asked for.
+            draw: draws the pictures of all images; called if pictures are chosen.
 
         Returns:
             Number of detections, and a line for each image that could not be read.

@@ -1,4 +1,4 @@
-"""Which scores are enough: one threshold for all categories, or the best one of each."""
+"""Score thresholds: one for all categories, or the best one of each category."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import numpy as np
 from detr_ray.data.label_map import LabelMap
 
 Threshold = float | Literal["best_f1"] | None
-"""Lowest score that counts; ``"best_f1"`` for each category's own; None for all scores."""
+"""Lowest accepted score; ``"best_f1"`` for the best threshold of each category; None for all scores."""
 
 
 def label_thresholds(
     threshold: Threshold, label_map: LabelMap, scores: Mapping[str, Any] | None, source: str
 ) -> np.ndarray | None:
-    """The lowest score that counts, for each label.
+    """The lowest accepted score of each label.
 
     Args:
-        threshold: what is wanted.
-        label_map: what the labels are.
-        scores: what the model's scores mean, as it was measured (`ScoreQuality.to_dict`); None where it was not.
+        threshold: the threshold as given by the user.
+        label_map: the labels.
+        scores: the measured quality of the model's scores (`measure_scores`); None if it was not measured.
         source: the model, for messages.
 
     Returns:
-        ``[num_classes]`` float32; None if all scores count.
+        ``[num_classes]`` float32; None if all scores are accepted.
 
     Raises:
         ValueError: the threshold is not one of these, or the model's best thresholds are not known.

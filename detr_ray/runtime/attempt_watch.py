@@ -1,4 +1,4 @@
-"""What the driver knows of one start of Ray Train beside its last status: what was seen, and for how long."""
+"""What the driver has seen during one start of Ray Train, in addition to its last status, and for how long."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WAITING_NOTE_S = 30.0
 
 
 class AttemptWatch:
-    """What is known of one attempt beside its last status.
+    """What is known of one start of Ray Train (an attempt) in addition to its last status.
 
     Args:
         limits: time limits.
@@ -42,7 +42,7 @@ class AttemptWatch:
         self._ended: tuple[int, str] | None = None
 
     def resume(self) -> None:
-        """Begins to watch, again where the workers do another job: in between nobody has looked."""
+        """Restarts the clocks before watching. Between two jobs nothing was watched."""
         self._controller_unheard.reset()
         self._suspects = set()
         self._after_end.reset()
@@ -56,11 +56,11 @@ class AttemptWatch:
         return new
 
     def controller_fault(self, snapshot: Snapshot, leaving: bool) -> str | None:
-        """Why the controller is to be ended; None where it does what it should.
+        """Why the controller must be ended; None if it works.
 
         Args:
             snapshot: the job's status.
-            leaving: whether the user has asked to stop, and waits for it.
+            leaving: whether the user has asked to stop.
         """
         controller, limit_s = snapshot.controller, float(self._limits.stall_timeout_s)
         if leaving:
@@ -82,11 +82,11 @@ class AttemptWatch:
         return None
 
     def hanging_workers(self, snapshot: Snapshot) -> list[WorkerStatus]:
-        """The workers to be ended: those found to hang twice in a row."""
+        """The workers that must be ended: those found hanging twice in a row."""
         controller, limit_s = snapshot.controller, float(self._limits.stall_timeout_s)
-        # After some workers were ended, the others wait until Ray Train ends them too.
+        # After some workers were ended, the others wait until Ray Train ends them as well.
         waits = self._ended is not None
-        # A worker may wait for a controller that hangs and has not been found yet.
+        # A worker may wait for a controller whose hanging has not been noticed yet.
         if waits or controller is None or controller.silent_s > limit_s / 2:
             self._suspects = set()
             return []
@@ -96,20 +96,20 @@ class AttemptWatch:
         return [w for w in found if (w.rank, w.process, w.phase, w.step) in confirmed]
 
     def ended(self, workers: list[WorkerStatus], snapshot: Snapshot) -> None:
-        """Notes that workers were ended: the group is to be another one soon."""
+        """Notes that workers were ended: Ray Train will start another group."""
         assert snapshot.controller is not None, "no worker is ended without a controller"
         ranks = " and ".join(f"rank {worker.rank}" for worker in workers)
         self._ended = snapshot.controller.group, ranks
         self._after_end.reset()
 
     def waited_s(self, snapshot: Snapshot) -> float:
-        """For how long there have been no workers."""
+        """Seconds without workers."""
         if snapshot.controller is None:
             return self._controller_unheard.seconds()
         return snapshot.controller.workers_s
 
     def note_due(self, seconds: float) -> bool:
-        """Whether the user is to be told that there are still no workers."""
+        """Whether it is time to tell the user that there are still no workers."""
         if seconds < self._noted_s:
             self._noted_s, self._placed_at_s = 0.0, None
         if seconds <= self._noted_s + WAITING_NOTE_S:
@@ -118,7 +118,7 @@ class AttemptWatch:
         return True
 
     def placed_s(self, seconds: float, placed: bool) -> float:
-        """For how long the workers that do not run have had their places."""
+        """Seconds since places were reserved for workers that do not run yet."""
         if not placed:
             self._placed_at_s = None
             return 0.0

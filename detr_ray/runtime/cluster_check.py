@@ -1,7 +1,7 @@
-"""Whether a run could use this cluster: enough room, the same versions everywhere, files that every node reaches.
+"""Checks whether a run can use a cluster: enough room, equal versions, and files that every node can reach.
 
-`check_cluster` is for the check command, `preflight_nodes` a shorter check in the first seconds of training. Both end
-within half a minute, whatever hangs.
+`check_cluster` is for the check command, `preflight_nodes` a shorter check at the start of training. Both end within
+half a minute, whatever hangs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from detr_ray.tracking.store import sqlite_path
 
 AREA = "cluster"
 ALL_WITHIN_S = 20.0
-"""When nodes that have not answered are given up, counted from the beginning."""
+"""Seconds after the start of the check at which nodes without an answer are given up."""
 _TRIAL_S = 7.0
 _CLEANING_S = 2.0
 _NODES_NAMED = 8
@@ -42,7 +42,7 @@ _SHARED = "use a folder that all nodes share, or a bucket (s3://..., gs://...)"
 
 
 def check_cluster(config: Config, report: Report, say: Say) -> None:
-    """Looks at the cluster that a run would use: the one that ``RAY_ADDRESS`` names, else one on this machine.
+    """Checks the cluster that a run would use: the one named by ``RAY_ADDRESS``, otherwise one on this machine.
 
     Args:
         config: the configuration.
@@ -50,7 +50,7 @@ def check_cluster(config: Config, report: Report, say: Say) -> None:
         say: shows the user a line.
 
     Raises:
-        ConfigError: the configuration uses no cluster.
+        ConfigError: the configuration does not use a cluster.
     """
     if config.train.launcher == "local":
         raise ConfigError("--cluster: with train.launcher=local a run uses no cluster")
@@ -84,15 +84,15 @@ def check_cluster(config: Config, report: Report, say: Say) -> None:
 
 
 def preflight_nodes(config: Config, storage_path: str, say: Say) -> None:
-    """Looks at the nodes of the cluster that this process is connected to, before training starts on them.
+    """Checks the nodes of the cluster that this process is connected to, before training starts.
 
     Args:
         config: the configuration of the run, whose data is there.
         storage_path: absolute folder or URI of the run.
-        say: shows the user what is worth knowing.
+        say: shows the user warnings.
 
     Raises:
-        ConfigError: training would fail on some node; one line a fault.
+        ConfigError: training would fail on some node; one line for each fault.
     """
     refuse_lost_storage(storage_path)
     nodes = usable_nodes()
@@ -139,14 +139,14 @@ class _Silence:
 
 
 def _check_nodes(config: Config, storage: str, report: Report, started: float, lenient: Level) -> None:
-    """Runs a probe on every node at the same time, and reports what differs or fails where.
+    """Runs a probe on all nodes at the same time, and reports differences and failures with their nodes.
 
     Args:
         config: the configuration.
         storage: absolute folder or URI.
         report: gets the findings.
         started: when the whole check began.
-        lenient: the level of what training survives: a node without an answer, a tracking store that is away.
+        lenient: the level of findings that training survives: a node without an answer, an unreachable tracking store.
     """
     nodes = usable_nodes()
     trial = StorageTrial(storage, [node.node_id for node in nodes])
@@ -155,7 +155,7 @@ def _check_nodes(config: Config, storage: str, report: Report, started: float, l
         if fault:
             report.add("error", AREA, f"run.storage: {storage} cannot be used from here: {fault}", "choose another one")
         uri = run_tracking_uri(config) if config.tracking.enabled else None
-        # A database in the storage goes with it.
+        # A database inside the storage is checked with the storage.
         asked = uri if uri is not None and (sqlite_path(uri) is None or tracking_on_disk(uri, storage)) else None
         answers = _ask(nodes, trial, samples, asked, ALL_WITHIN_S - (time.monotonic() - started))
         unseen = trial.unseen(_CLEANING_S)
@@ -177,7 +177,7 @@ def _check_nodes(config: Config, storage: str, report: Report, started: float, l
 
 
 def _begin(config: Config, trial: StorageTrial, report: Report) -> tuple[str | None, dict[str, str]]:
-    """Writes the driver's file and finds images for the nodes to read, at the same time.
+    """Writes the driver's file and, in parallel, finds images that the nodes will read.
 
     Returns:
         Why the storage cannot be used, or None; configuration key -> image.
@@ -204,8 +204,8 @@ def _begin(config: Config, trial: StorageTrial, report: Report) -> tuple[str | N
 def _ask(
     nodes: Sequence[Node], trial: StorageTrial, samples: dict[str, str], uri: str | None, seconds: float
 ) -> dict[str, Answer | _Silence]:
-    """Every node's answer, by its name."""
-    # A node may hold another version of this package: it gets these functions, and not their names.
+    """The answer of every node, by its name."""
+    # A node may have another version of this package, so the functions are sent with their code.
     ray.cloudpickle.register_pickle_by_value(node_probe)
     probe = ray.remote(num_cpus=0, max_retries=0)(probe_node)
     refs = {}
@@ -233,7 +233,7 @@ def _answer(ref: ray.ObjectRef, ready: bool, seconds: float) -> Answer | _Silenc
 
 
 def _compare_code(nodes: Sequence[Node], heard: dict[str, Answer], report: Report) -> None:
-    """Names every node whose versions are not this process's."""
+    """Reports the nodes whose versions differ from this process's."""
     here, before = code_facts(), report.count("error") + report.count("warning")
     without = [node for node, answer in heard.items() if "detr_ray" not in answer["facts"]]
     if without:
@@ -278,7 +278,7 @@ def _check_gpus(nodes: Sequence[Node], heard: dict[str, Answer], report: Report)
 
 
 def _public(version: str) -> str:
-    """A version without what kind of build it is: machines without GPUs may have another."""
+    """A version without its build suffix, which may differ on machines without GPUs."""
     return version.partition("+")[0]
 
 

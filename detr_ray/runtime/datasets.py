@@ -1,8 +1,8 @@
 """Planned batches through Ray Data.
 
-A row of the data set is the number of one micro-batch of one worker. Tasks on any CPU of the cluster look up in the
-plan what it is made of, read, decode, augment and pad it, and send it back as one row of bytes. The plan is a pure
-function of the step, so there is no state to keep: going on at step ``k`` is a range that begins at ``k``.
+A row of the data set is the number of one micro-batch of one worker. Tasks on any CPU of the cluster look up its
+samples in the plan, read, decode, augment and pad them, and return the micro-batch as one row of bytes. The plan is a
+pure function of the step, so there is no state: to resume at step ``k``, the range of numbers begins at ``k``.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from detr_ray.engine.stream.planned_data import PlannedData
 from detr_ray.runtime.ray_internals import ExecutionCallback
 from detr_ray.structures import PaddedBatch
 
-# Tasks of one Ray Data execution. Its start costs about half a second, mostly hidden behind the batches that are
-# waiting; its bookkeeping grows with its tasks.
+# Tasks of one Ray Data execution. Starting one takes about half a second, mostly while batches are still waiting; its
+# bookkeeping grows with the number of its tasks.
 SEGMENT_TASKS = 512
 
-# A task costs milliseconds whatever it does: small micro-batches are made several at a time.
+# Each task has an overhead of milliseconds, so one task makes several small micro-batches.
 TASK_BYTES = 2 << 20
 MAX_ROWS_PER_TASK = 16
 
@@ -41,11 +41,11 @@ TRAIN, EVALUATION = "train", "evaluation"
 def _opened(ref: ray.ObjectRef) -> tuple[PlannedData, BatchLoader | None, BatchLoader | None]:
     """A job's data and its loaders, kept for the life of a task's process.
 
-    One process makes batches of many workers. They share one plan of the data: planning a window of an epoch takes
-    longer than loading a batch, and does not depend on the worker.
+    One process makes batches of many workers. They share one plan: planning a window of an epoch takes longer than
+    loading a batch, and does not depend on the worker.
     """
     data: PlannedData = ray.get(ref)
-    torch.set_num_threads(1)  # data tasks share the machine with each other and with training: one core each
+    torch.set_num_threads(1)  # one core for each data task: they share the machine with each other and with training
     return (data, *data.loaders())
 
 
@@ -55,10 +55,10 @@ def _plan(ref: ray.ObjectRef, world_size: int, rank: int, micro_batch_size: int 
 
 
 class ScheduleCalmly(ExecutionCallback):  # type: ignore[misc]
-    """Has Ray Data's scheduling loop pause after each round.
+    """Makes Ray Data's scheduling loop pause after each round.
 
-    The loop runs in the training process. Without a pause it would hold the interpreter most of the time while batches
-    are waiting, and training steps would take several times as long.
+    The loop runs in the training process. Without a pause it would hold Python's interpreter lock most of the time
+    while batches are waiting, and training steps would take several times as long.
     """
 
     PAUSE_S = 0.01
@@ -76,7 +76,7 @@ class PlannedBatches:
         split: ``train`` or ``evaluation``.
         world_size: number of training workers.
         rank: the worker that the batches are for.
-        per_step: micro-batches of a step.
+        per_step: number of micro-batches of a step.
         first: number of row 0's micro-batch.
         micro_batch_size: most images of a micro-batch; None for no limit.
     """
@@ -194,9 +194,9 @@ _END = object()
 
 
 def in_background(make: Callable[[], Iterator[PaddedBatch]], ahead: int) -> Iterator[PaddedBatch]:
-    """Iterates in a thread of its own, some items ahead of the reader.
+    """Iterates in its own thread, some items ahead of the reader.
 
-    An error of the thread is raised in the reader; a reader that stops early stops the thread.
+    An error in the thread is raised in the reader. If the reader stops early, the thread ends.
     """
     items: queue.Queue = queue.Queue(maxsize=max(ahead, 1))
     stopped = threading.Event()

@@ -25,27 +25,27 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Groups of hundreds beat more slowly, so that the job's status has a few hundred a second to take.
+# Groups of hundreds of workers send more slowly, so that the status receives only a few hundred a second.
 BEAT_S = 1.0
 
-# More evaluations do not end between two looks of the driver at the job's status.
+# Fewer evaluations than this end between two queries of the driver.
 MOST_EVALUATED = 16
 BEATS_PER_S = 200
 LEAST_PAUSE_S = 0.2
 ANSWER_WITHIN_S = 10.0
 
-# A worker that cannot reach the job's status for this long has lost its driver. While the driver lives, it replaces a
-# status that does not answer within half a minute.
+# After this time without the job's status, a worker has lost its driver: a living driver replaces a status that does
+# not answer within half a minute.
 ORPHANED_S = 120.0
 
 
 class AwakeClock:
-    """Seconds since it was last set to zero, of those in which this process could run.
+    """Seconds since the last reset in which this process could run.
 
-    The time in which the process was stopped (SIGSTOP, a suspended machine) does not count.
+    Time in which the process was stopped (SIGSTOP, a suspended machine) does not count.
 
     Args:
-        most_s: most seconds that can have passed between two looks at the clock.
+        most_s: the time between two readings counts at most this much.
     """
 
     def __init__(self, most_s: float) -> None:
@@ -57,7 +57,7 @@ class AwakeClock:
         self._seconds, self._looked = 0.0, time.monotonic()
 
     def seconds(self) -> float:
-        """Looks at the clock."""
+        """Reads the clock."""
         now = time.monotonic()
         self._seconds += min(now - self._looked, self._most_s)
         self._looked = now
@@ -65,7 +65,7 @@ class AwakeClock:
 
 
 class _Heartbeat:
-    """A thread that sends what `_send` composes, regularly and whenever there is news.
+    """A thread that calls `_send` regularly, and at once when there is something new.
 
     Args:
         pause_s: seconds between two heartbeats.
@@ -83,14 +83,14 @@ class _Heartbeat:
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def say(self, line: str) -> None:
-        """Sends a line of progress to the driver with the next heartbeat, which comes at once."""
+        """Sends a line of progress to the driver with a heartbeat at once."""
         with self._lock:
             if len(self._lines) < MOST_LINES:
                 self._lines.append(line)
         self._woken.set()
 
     def flush(self, within_s: float = ANSWER_WITHIN_S) -> None:
-        """Waits until all that was said and done before has arrived; not longer than it takes to give up."""
+        """Waits until everything so far has been received, with a time limit."""
         done = threading.Event()
         with self._lock:
             self._flushed.append(done)
@@ -148,25 +148,25 @@ class WorkerHeartbeat(_Heartbeat):
         self._thread.start()
 
     def begin(self, task: int) -> None:
-        """Notes that the worker begins with a job: nothing that was said of the one before counts for it."""
+        """Notes that the worker begins a job. Reasons to leave the previous job no longer count."""
         with self._lock:
             self._task, self._waits, self._outcome, self.leave_reason = task, False, None, None
             self._evaluated.clear()
             self._doing = ("starting", 0, time.monotonic())
 
     def wait(self) -> None:
-        """Notes that the worker has done its job: a reason to leave that job is none to end."""
+        """Notes that the worker has finished its job. A reason to leave that job is no reason to end."""
         with self._lock:
             self._waits, self.leave_reason = True, None
 
     def end(self, outcome: bytes) -> None:
-        """Tells the driver what the job gave, with the next heartbeat, which comes at once."""
+        """Sends the job's outcome to the driver with a heartbeat at once."""
         with self._lock:
             self._outcome = outcome
         self._woken.set()
 
     def report(self, evaluated: Evaluated) -> None:
-        """Tells the driver of an evaluation, with the next heartbeat, which comes at once."""
+        """Sends an evaluation to the driver with a heartbeat at once."""
         self._evaluated.append(evaluated)
         self._woken.set()
 
@@ -182,7 +182,7 @@ class WorkerHeartbeat(_Heartbeat):
         doing = WorkerStatus(*self._self, phase, step, time.monotonic() - since, **own)
         asked: LeaveReason | None = ray.get(self._status.worker_beat.remote(doing, lines), timeout=ANSWER_WITHIN_S)
         with self._lock:
-            if (self._task, self._waits) == about:  # else the answer is about what was before
+            if (self._task, self._waits) == about:  # otherwise the answer is about an earlier state
                 self.leave_reason = asked or ("preempted" if node_is_taken_away() else None)
 
     def _missed(self, unheard_s: float) -> None:
@@ -193,11 +193,11 @@ class WorkerHeartbeat(_Heartbeat):
 
 
 class ControllerHeartbeat(_Heartbeat):
-    """The controller's heartbeat: sends its state and its workers, and receives whether they have left.
+    """The controller's heartbeat: sends its state and its workers; the answer tells whether the workers have left.
 
     Args:
         status: keeps the job's status.
-        attempt: which start of Ray Train it is.
+        attempt: number of the start of Ray Train.
     """
 
     def __init__(self, status: ActorHandle, attempt: int) -> None:
@@ -215,7 +215,7 @@ class ControllerHeartbeat(_Heartbeat):
         self._thread.start()
 
     def enter(self, state: str, failure: str) -> None:
-        """Notes the state that the controller is in from now on, and what has failed, if anything has."""
+        """Notes the new state of the controller, and a failure, if there was one."""
         now = time.monotonic()
         with self._lock:
             before = self._current(now).running
@@ -236,7 +236,7 @@ class ControllerHeartbeat(_Heartbeat):
         self._woken.set()
 
     def ask_to_leave(self, reason: LeaveReason | None) -> None:
-        """Has the workers leave, or no longer."""
+        """Asks the workers to leave, or withdraws that."""
         with self._lock:
             self._leave, self.everyone_left = reason, False
         self._woken.set()

@@ -1,4 +1,4 @@
-"""The process that calls the library: left as it was, and listened to for the wish to stop.
+"""The process that calls the library: its settings are restored, and its signals to stop are handled.
 
 It may be a command, a notebook, a service, an actor of Ray, or a thread in any of them.
 """
@@ -26,14 +26,12 @@ _Logger = tuple[int, bool, bool, list[logging.Handler]]
 
 @contextlib.contextmanager
 def host_process_as_before() -> Iterator[None]:
-    """Sets back, also after an error, what Ray, torch and their imports change for the whole process.
+    """Restores, also after an error, what Ray, torch and their imports change for the whole process.
 
-    That is the environment, the working directory, handlers of signals (in the main thread, where Python allows it),
-    levels and handlers of loggers, filters of warnings, torch's threads, and the random numbers of Python, numpy and
-    torch.
-
-    These settings belong to the whole process: other threads see the changes during the call, and changes that they
-    make meanwhile are set back too. Calls that need settings of their own belong in processes of their own.
+    That is the environment, the working directory, signal handlers (in the main thread, where Python allows it), levels
+    and handlers of loggers, filters of warnings, torch's threads, and the random states of Python, numpy and torch.
+    Other threads see the changes during the call, and their own changes to these settings meanwhile are undone, too.
+    Calls that need different settings should run in different processes.
     """
     environment, folder = dict(os.environ), _working_directory()
     handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
@@ -73,7 +71,7 @@ def _restore_signals(handlers: dict[signal.Signals, Any]) -> None:
     if threading.current_thread() is not threading.main_thread():
         return
     for number, handler in handlers.items():
-        # None is a handler that was not set from Python, and cannot be set from there again.
+        # None: the handler was not set from Python, so Python cannot restore it.
         if handler is not None and signal.getsignal(number) is not handler:
             signal.signal(number, handler)
 
@@ -95,9 +93,9 @@ def _restore_loggers(before: dict[str, _Logger]) -> None:
 
 
 def _torch_state() -> tuple[int, Any, list[Any]] | None:
-    """Threads, state of the random numbers, and that of GPUs which are in use; None where torch is not imported."""
+    """Number of threads, random state, and that of GPUs in use; None if torch is not imported."""
     torch: Any = sys.modules.get("torch")
-    if torch is None or not hasattr(torch, "cuda"):  # another thread may just be importing it
+    if torch is None or not hasattr(torch, "cuda"):  # another thread may be importing it now
         return None
     gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     return torch.get_num_threads(), torch.get_rng_state(), gpus
@@ -117,14 +115,14 @@ def _restore_torch(before: tuple[int, Any, list[Any]] | None) -> None:
 
 
 class StoppedBeforeWork(Exception):  # noqa: N818 - it names what happened
-    """The program that runs the job has stopped it before a worker had begun."""
+    """The program that runs the job stopped it before a worker had begun."""
 
 
 class StopSignals:
-    """Whether a job is to stop: because of Ctrl-C or termination, or because the program that runs it says so.
+    """Whether a job is to stop: because of Ctrl-C, SIGTERM, or the program that runs it.
 
     Args:
-        should_stop: asks that program; once it has said yes, it is not asked again.
+        should_stop: asks that program; not called again after it returned true.
     """
 
     def __init__(self, should_stop: Callable[[], bool] = lambda: False) -> None:
@@ -138,16 +136,16 @@ class StopSignals:
         return self._told or self._signalled.is_set()
 
     def interrupt(self) -> NoReturn:
-        """Ends a job that is to stop, and has no step to stop after.
+        """Ends a job that is to stop before its first step.
 
         Raises:
-            KeyboardInterrupt: it was a signal.
-            StoppedBeforeWork: it was the program that runs the job.
+            KeyboardInterrupt: it was stopped by a signal.
+            StoppedBeforeWork: it was stopped by the program that runs it.
         """
         raise KeyboardInterrupt if self._signalled.is_set() else StoppedBeforeWork
 
     def receive(self, number: int, frame: types.FrameType | None) -> None:
-        """The first signal asks to stop; the second one ends the job at once."""
+        """Handles a signal: the first one asks to stop, the second one ends the job at once."""
         if self._signalled.is_set():
             raise KeyboardInterrupt
         self._signalled.set()
@@ -155,10 +153,10 @@ class StopSignals:
 
 @contextlib.contextmanager
 def stop_signals(should_stop: Callable[[], bool] = lambda: False) -> Iterator[StopSignals]:
-    """Turns the first Ctrl-C or termination into a request to stop after the step, with a checkpoint.
+    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step, with a checkpoint.
 
-    Afterwards the process handles these signals as before. Signals stay as they are outside of the main thread, where
-    Python does not let them be handled, and in tasks and actors of Ray, which has its own use for them.
+    The former handlers are restored at the end. Handlers are not changed outside of the main thread, where Python does
+    not allow it, and in tasks and actors of Ray, which uses these signals itself.
 
     Args:
         should_stop: another source of such a request.
@@ -172,5 +170,5 @@ def stop_signals(should_stop: Callable[[], bool] = lambda: False) -> Iterator[St
         yield signals
     finally:
         for number, handler in before.items():
-            # A handler that was not set from Python cannot be set from there again; the default is the nearest to it.
+            # A handler that was not set from Python cannot be restored; the default is closest to it.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -1,9 +1,9 @@
 """The status of a job: what its workers and Ray Train's controller do, and why the workers are to leave.
 
 A small actor on the driver's node keeps it. Workers and the controller send it their complete state once a second (a
-heartbeat). The driver reads everything twice a second, and sends its own state with each question. So the actor can be
-replaced at any time: a second after it was started again, it has the same content. Only lines of progress that it held
-at that moment are lost.
+heartbeat). The driver reads everything twice a second, and sends its own state with each query. So the actor can be
+replaced at any time: one second after a restart it has the same content. Only lines of progress that were not read yet
+are lost.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # the actor's process needs no torch, whose import takes seco
 NAMESPACE = "detr_ray"
 MOST_LINES = 10_000
 
-# Ray Train's states in which no worker runs, and some are to.
+# Ray Train's states in which workers should run, but do not run yet.
 _WITHOUT_WORKERS = ("INITIALIZING", "SCHEDULING", "RESTARTING", "RESCHEDULING")
 
 # How long the state of a process is kept after its last heartbeat, if the controller does not list it as a worker.
@@ -40,12 +40,12 @@ class Task:
     """A job for workers.
 
     Attributes:
-        number: of the job; those that the same workers do one after another have ascending numbers from 1.
-        job: reference to the job without its data and weights, and to its configuration, in a list: Ray would resolve
-            a bare reference.
+        number: of the job; consecutive jobs of the same workers have ascending numbers from 1.
+        job: reference to the job without its data and weights, and to its configuration; in a list, because Ray would
+            resolve a bare reference.
         data: reference to the data, in a list.
         weights: reference to the first weights, in a list that may be empty.
-        last: whether workers end after it. Otherwise they wait for another one.
+        last: whether the workers end after it. Otherwise they wait for another job.
     """
 
     number: int
@@ -57,7 +57,7 @@ class Task:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class WorkerStatus:
-    """What one worker was doing when it last said so.
+    """The state of a worker at its last heartbeat.
 
     Attributes:
         attempt: the start of Ray Train that it belongs to.
@@ -69,10 +69,10 @@ class WorkerStatus:
         step: at which optimizer step.
         seconds: for how long.
         silent_s: seconds since its last heartbeat; a frozen process sends none.
-        heard: whether there has been any heartbeat of it.
-        task: number of the job that it does, or did last.
-        evaluated: the job's last evaluations, oldest first; of rank 0 alone.
-        outcome: what the job gave, packed; of rank 0 alone, None before its end.
+        heard: whether it has sent a heartbeat.
+        task: number of its present or last job.
+        evaluated: the job's last evaluations, oldest first; from rank 0 only.
+        outcome: the job's outcome, pickled; from rank 0 only, None before the end.
     """
 
     attempt: int
@@ -97,7 +97,7 @@ class Member:
     Attributes:
         node: address of its node.
         process: id of its process there.
-        actor: its handle, packed: unpacking one imports the actor's module, here all of Ray Train.
+        actor: its handle, pickled: unpickling it imports the actor's module, here all of Ray Train.
     """
 
     node: str
@@ -107,7 +107,7 @@ class Member:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ControllerStatus:
-    """What Ray Train's controller was doing when it last said so.
+    """The state of Ray Train's controller at its last heartbeat.
 
     Attributes:
         attempt: the start of Ray Train that it belongs to.
@@ -115,7 +115,7 @@ class ControllerStatus:
         state: Ray Train's name for what it does.
         state_s: seconds since this state began.
         workers_s: seconds since workers began to run, or since none runs.
-        idle_s: seconds since its loop last came round.
+        idle_s: seconds since the last round of its loop.
         failures: why it started the workers again, all of them.
         group: number of the group of workers that runs now; another one after each start.
         group_s: seconds since the group began to train.
@@ -143,7 +143,7 @@ class ControllerStatus:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Lines:
-    """Lines of progress on their way, numbered so that none is shown twice.
+    """Lines of progress that are sent to the driver, numbered so that none is shown twice.
 
     Attributes:
         source: what the numbers belong to.
@@ -166,13 +166,13 @@ class Snapshot:
     """The status of a job at one moment.
 
     Attributes:
-        lines: lines of progress that were not seen yet.
-        workers: the workers of the group that runs, by rank, up to now.
+        lines: lines of progress that were not read yet.
+        workers: the workers of the running group, by rank, with times up to now.
         controller: Ray Train's controller; None before its first heartbeat.
-        age_s: seconds since the actor was started; no silence that it reports can be longer.
-        task: the job that rank 0 does, or did last; the next two belong to it.
-        evaluated: its last evaluations, some of which were in earlier snapshots.
-        outcome: what it gave, packed; None before its end.
+        age_s: seconds since the actor was started; it cannot report a longer silence.
+        task: rank 0's present or last job; ``evaluated`` and ``outcome`` belong to it.
+        evaluated: its last evaluations, including some of earlier snapshots.
+        outcome: its outcome, pickled; None before the end.
     """
 
     lines: Lines
@@ -185,12 +185,12 @@ class Snapshot:
 
     @property
     def running(self) -> bool:
-        """Whether workers run: as the controller says, or by their own heartbeats where it says nothing."""
+        """Whether workers run: according to the controller, or without a controller by their own heartbeats."""
         return bool(self.workers) if self.controller is None else self.controller.running
 
 
 class JobStatus:
-    """The actor. Calls are answered one after another and none takes long."""
+    """The actor. Calls are answered one after another; none takes long."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()
@@ -208,7 +208,7 @@ class JobStatus:
         self._task: Task | None = None
 
     def worker_beat(self, status: WorkerStatus, lines: Lines) -> LeaveReason | None:
-        """A worker's heartbeat; answers why it is to leave."""
+        """A worker's heartbeat; returns the reason to leave."""
         if not self._is_current(status.attempt):
             return None
         self._take(lines)
@@ -248,13 +248,13 @@ class JobStatus:
         return self._task if self._task is not None and self._task.number > after else None
 
     def ask(self, attempt: int, task: Task | None, asked: LeaveReason | None, seen: tuple[str, int]) -> Snapshot:
-        """The driver's question.
+        """The driver's query.
 
         Args:
             attempt: the current start of Ray Train; heartbeats of earlier ones are ignored from now on.
-            task: the job that workers do now; None where they wait for the next one.
-            asked: why they are to leave that job, if the driver says so.
-            seen: the lines that it has: their source, and the number of the line after the last one.
+            task: the present job of the workers; None if they wait for the next one.
+            asked: the driver's reason for them to leave this job, if there is one.
+            seen: the lines that the driver has: their source, and the number after the last line.
         """
         self._is_current(attempt)
         self._asked, self._task = asked, task
@@ -288,7 +288,7 @@ class JobStatus:
         return None if self._controller is None else self._controller[0].leave
 
     def _take(self, lines: Lines) -> None:
-        """Keeps the lines that are new. A heartbeat is sent again if its answer was late, so some may not be."""
+        """Keeps the new lines. A heartbeat whose answer was late is sent again, with lines that are known."""
         new = lines.texts[max(0, self._taken.get(lines.source, lines.first) - lines.first) :]
         self._lines += new[: max(0, MOST_LINES - len(self._lines))]
         self._taken[lines.source] = max(lines.end, self._taken.get(lines.source, 0))
@@ -299,7 +299,7 @@ class JobStatus:
             by_age = sorted(self._workers.values(), key=lambda item: item[1])
             return {status.rank: _worker_up_to_now(status, at, now) for status, at in by_age}
         controller, at = self._controller
-        there = controller.running or controller.leave is not None  # before a resize they leave, and are ended then
+        there = controller.running or controller.leave is not None  # before a resize, workers leave and are then ended
         if not there or controller.group != self._group:
             return {}
         unheard_s = min(controller.group_s + now - at, now - self._began)
@@ -344,7 +344,7 @@ def open_job_status(run_path: str | None) -> ActorHandle:
     """
     # Beside the driver: on another node it would be lost with that node.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    # Started again whenever it dies: the handles that others have stay good.
+    # Restarted whenever it dies; existing handles stay valid.
     actor = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(JobStatus)
     if run_path is None:
         return actor.remote()
@@ -352,11 +352,11 @@ def open_job_status(run_path: str | None) -> ActorHandle:
 
 
 def packed(actor: ActorHandle) -> bytes:
-    """A handle as it is kept here; see `Member`."""
+    """Pickles a handle; see `Member`."""
     content: bytes = ray.cloudpickle.dumps(actor)
     return content
 
 
 def unpacked(content: bytes) -> ActorHandle:
-    """The handle that `packed` was given."""
+    """The inverse of `packed`."""
     return ray.cloudpickle.loads(content)

@@ -1,9 +1,9 @@
-"""Launching a job: where everything that trains begins, whether a command, a search or a program asks for it.
+"""Launches jobs, for commands, searches and programs.
 
-`fit` prepares a training run and runs it. A program that wants to stop the run, or to be told of its evaluations, does
-the same in two steps: `prepare_job`, which refuses bad input in seconds, and `run_job`, which takes hooks. Both work in
-any thread, in a notebook, in an actor of Ray, and use the Ray that is there. With ``train.launcher=local`` the same
-loop runs in this process, without Ray.
+`fit` prepares a training run and runs it. A program that wants to stop the run, or to get its evaluations, does the
+same in two steps: `prepare_job`, which refuses bad input in seconds, and `run_job`, which takes hooks. Both work in any
+thread, in a notebook, and in an actor of Ray, and use a running Ray. With ``train.launcher=local`` the same loop runs
+in this process, without Ray.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ if TYPE_CHECKING:
 def fit(
     config: Config, say: Say = lambda line: None, hooks_of: Callable[[TrainJob], JobHooks] = lambda job: JobHooks()
 ) -> FitResult:
-    """Trains what a configuration describes, or goes on with it; with ``tracking.register``, registers the best model.
+    """Starts or resumes the training of a configuration; with ``tracking.register``, registers the best model.
 
     The process that calls it is afterwards as it was before; see `host_process_as_before`.
 
     Args:
         config: the whole configuration.
         say: shows the user a line of progress.
-        hooks_of: gives what the prepared job asks and tells.
+        hooks_of: returns the hooks for the prepared job.
 
     Returns:
         How the run ended.
 
     Raises:
-        ConfigError: the configuration fits neither the data, the machine nor an earlier run of that name.
+        ConfigError: the configuration does not fit the data, the machine or an earlier run of that name.
         DataError: the data is not usable.
         RunFailed: the run began and cannot go on.
     """
@@ -74,7 +74,7 @@ def run_job(job: TrainJob, hooks: JobHooks = JobHooks(), say: Say = lambda line:
 
     Args:
         job: what `prepare_job` gave.
-        hooks: what the job asks and tells the program that calls this.
+        hooks: the hooks of the calling program.
         say: shows the user a line of progress.
 
     Returns:
@@ -90,13 +90,12 @@ def run_job(job: TrainJob, hooks: JobHooks = JobHooks(), say: Say = lambda line:
 
 
 class Runs:
-    """Runs jobs one after another. Their workers are started once, and stay for the next job as long as that fits them.
+    """Runs jobs one after another. Workers are started once, and kept for the next job if they fit it.
 
-    The calling process should be kept as it was by `host_process_as_before`. At the end everything that was started is
-    ended.
+    To be used inside `host_process_as_before`. At the end, everything that was started is ended.
 
     Args:
-        budget: the most that a run may take of the cluster.
+        budget: largest resources that a run may take of the cluster.
         say: shows the user a line of progress.
     """
 
@@ -119,7 +118,7 @@ class Runs:
         Args:
             job: what `prepare_job` gave.
             hooks: what the job asks and tells. Its budget is that of `Runs`.
-            last: whether the workers are to end with the job.
+            last: whether the workers end after the job.
         """
         job = dataclasses.replace(job, parent_run=hooks.parent_run, hold_evaluated=hooks.hold_evaluated)
         self._say(run_summary(job))
@@ -206,7 +205,7 @@ def _workers(job: EvaluationJob, say: Say) -> Iterator[Workers]:
 
 
 def _fit_here(job: TrainJob, hooks: JobHooks, budget: Budget, say: Say) -> FitResult:
-    """The loop in this process."""
+    """Runs the loop in this process."""
     from detr_ray.engine.loop import TrainingLoop
 
     batches = LocalBatches(job.data.plan(1, 0), *job.data.loaders())

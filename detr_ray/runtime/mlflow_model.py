@@ -1,6 +1,6 @@
-"""The file of code in each registered model: MLflow runs it to serve the model. Nothing imports it.
+"""The code file of each registered model: MLflow runs it to serve the model. Nothing imports it.
 
-The code is that of the installed package; the model's folder beside it holds data alone.
+It uses the code of the installed package; the model's folder beside it contains only data.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from detr_ray.tracking.served_model import Answer, serve
 
 
 def load(folder: str) -> Answer:
-    """What answers requests with the model of a package."""
+    """A function that answers requests with the model of a package."""
     model = load_model(folder)
     limits = Limits()
 

@@ -1,7 +1,7 @@
-"""The check that runs on each node: its versions, and whether it can use the places that a run needs.
+"""The check that runs on each node: its versions, and whether it can use the storage, images and tracking store.
 
 Ray sends these functions to the node with their code, because the node may have another version of this package, or
-none. So this module imports nothing of the package at its top, and its functions take and return plain values.
+none. So this module has no top-level imports of the package, and its functions take and return plain values.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing import Any, TypedDict
 
 
 class Questions(TypedDict):
-    """What a node has to check.
+    """The checks of a node.
 
     Attributes:
-        storage: a file that the driver wrote, and a file that the node has to write; None if this is not checked.
-        samples: configuration key -> a file that the node has to read.
-        tracking_uri: MLflow store that the node has to reach; None if this is not checked.
+        storage: a file that the driver wrote, and a file for the node to write; None: not checked.
+        samples: configuration key -> a file for the node to read.
+        tracking_uri: MLflow store that the node should reach; None: not checked.
         seconds: time limit of each check.
     """
 
@@ -36,12 +36,12 @@ class Questions(TypedDict):
 
 
 class Answer(TypedDict):
-    """What a node found.
+    """The results of a node.
 
     Attributes:
-        facts: versions, see `code_facts`.
-        faults: what failed -> why; ``read storage``, ``write storage``, ``storage`` (both), ``tracking``, or a key of
-            ``samples``.
+        facts: its versions, see `code_facts`.
+        faults: failed check -> reason. Checks are ``read storage``, ``write storage``, ``storage`` (both),
+            ``tracking``, and the keys of ``samples``.
     """
 
     facts: dict[str, str]
@@ -82,7 +82,7 @@ def _start(name: str, work: Callable[[], Any], faults: dict[str, str]) -> thread
 
 
 def code_facts() -> dict[str, str]:
-    """Versions of Python, packages and driver in this process, without those that are not installed."""
+    """Versions of Python, the GPU driver and installed packages in this process."""
     facts = {"Python": platform.python_version()}
     for package in ("ray", "torch", "torchvision"):
         try:

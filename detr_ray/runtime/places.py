@@ -1,7 +1,7 @@
-"""Frees the places of workers whose controller has died, in a Ray that others share.
+"""Removes the placement groups of workers whose controller has died, in a Ray that is shared with other programs.
 
-Ray keeps a placement group when the actor that made it has died. Ray Train has an actor for this too. That one asks
-the dashboard, which not every Ray has, looks only once, and imports all of Ray Train (see `ray_internals`).
+Ray keeps a placement group after the death of the actor that made it. Ray Train has an actor for this, too, but it
+needs the dashboard, which not every Ray has, checks only once, and imports all of Ray Train (see `ray_internals`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LOOK_S = 1.0
 
 
 class PlacesOfDead:
-    """The actor. It ends when the controller has died and holds no place any more.
+    """The actor. It ends when the controller has died and has no placement groups any more.
 
     Args:
         controller_id: of Ray Train's controller, in hexadecimal.
@@ -42,16 +42,16 @@ class PlacesOfDead:
         ray.kill(this)
 
     def _is_over(self) -> bool:
-        """Frees what a dead controller holds; whether there was nothing left to free."""
+        """Removes the placement groups of a dead controller; returns whether none was left."""
         try:
             return not actor_is_alive(self._controller_id) and free_places(self._controller_id)
-        except Exception:  # Ray's head is busy or away: it is asked again
+        except Exception:  # Ray's head is busy or unreachable: try again
             logger.exception("the places of controller %s are not free yet", self._controller_id)
             return False
 
 
 def free_places(controller_id: str) -> bool:
-    """Frees what a controller holds; whether there was nothing left to free. Ray takes a moment for each place."""
+    """Removes the placement groups of a controller; returns whether none was left. Ray needs a moment for each."""
     groups = placement_groups_of(controller_id)
     for group in groups:
         remove_placement_group(group)
@@ -59,9 +59,9 @@ def free_places(controller_id: str) -> bool:
 
 
 def free_places_after_death() -> None:
-    """To be called in a controller: starts the actor that frees its places when it has died, whoever killed it."""
+    """Called in a controller: starts the actor that removes its placement groups after its death."""
     controller_id = ray.get_runtime_context().get_actor_id()
-    # Detached, and on the head node, so that it outlives the controller, its owner and their nodes.
+    # Detached, and on the head node, so that it survives the controller, its owner and their nodes.
     ray.remote(num_cpus=0, max_restarts=-1)(PlacesOfDead).options(
         name=f"places of {controller_id}",
         namespace=NAMESPACE,

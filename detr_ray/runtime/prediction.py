@@ -1,7 +1,7 @@
-"""Predictions through Ray Data: tasks make the batches, actors with the model find objects on them.
+"""Prediction with Ray Data: tasks make the batches, actors with the model detect objects on them.
 
-A row is the number of one batch of the job. Data tasks on any CPU of the cluster read, decode and resize its images;
-an actor with a GPU, or on the CPUs of a node, runs the model. The results come back in the order of the batches.
+A row is the number of one batch of the job. Data tasks on any CPU of the cluster read, decode and resize its images; an
+actor with a GPU, or on the CPUs of a node, runs the model. Results have the order of the batches.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ Numbers = Sequence[int]
 
 
 def predict_on_cluster(job: PredictionJob, numbers: Numbers, config: Config) -> Iterator[BatchFindings]:
-    """Finds objects on batches of a job; Ray has to be there.
+    """Detects objects on batches of a job; Ray must be running.
 
     Args:
         job: the job.
-        numbers: of its batches, in the order in which the results are wanted.
-        config: says how many workers, whether with GPUs, and how many data tasks each.
+        numbers: of its batches, in the order of the results.
+        config: has the number of workers, whether they use GPUs, and the number of data tasks of each.
 
     Raises:
         ConfigError: the cluster has no room for the workers.
@@ -76,7 +76,7 @@ def predict_on_cluster(job: PredictionJob, numbers: Numbers, config: Config) -> 
 
 
 def _for_users(error: BaseException) -> BaseException:
-    """The error of a task or an actor that is meant for users; the error itself where there is none in it."""
+    """The error for users inside an error of a task or an actor; the error itself if there is none."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, DataError | WeightsError):
@@ -87,9 +87,9 @@ def _for_users(error: BaseException) -> BaseException:
 
 @functools.lru_cache(maxsize=2)
 def _opened(ref: ray.ObjectRef) -> tuple[PredictionJob, BatchLoader]:
-    """A job and its loader, kept for the life of a task's process."""
+    """A job and its loader, kept as long as the task's process lives."""
     job: PredictionJob = ray.get(ref)
-    torch.set_num_threads(1)  # one core each, see the data tasks of training
+    torch.set_num_threads(1)  # one core for each, as for data tasks of training
     return job, job.loader()
 
 
@@ -113,12 +113,12 @@ class _MadeBatches:
 
 
 class _PredictingActor:
-    """The actor with the model: a batch in, what was found on it out.
+    """The actor with the model: takes a batch, returns its detections.
 
     Args:
         job: reference to the job.
         use_gpu: whether it has a GPU.
-        workers: actors that may share the cores of this node.
+        workers: number of actors that share the cores of this node.
     """
 
     def __init__(self, job: ray.ObjectRef, use_gpu: bool, workers: int) -> None:
@@ -133,7 +133,7 @@ _LISTS = {"image_ids": np.int64, "category_ids": np.int64, "boxes_xywh_px": np.f
 
 
 def to_row(found: BatchFindings) -> pa.Table:
-    """A table of one row that holds what was found on a batch; also of a batch without detections."""
+    """A table of one row with the detections of a batch; a batch may have none."""
     columns = {
         name: pa.array([getattr(found.detections, name).reshape(-1)], pa.list_(pa.from_numpy_dtype(dtype)))
         for name, dtype in _LISTS.items()
@@ -143,7 +143,7 @@ def to_row(found: BatchFindings) -> pa.Table:
 
 
 def from_row(table: pa.Table) -> BatchFindings:
-    """What `to_row` put into a table."""
+    """The inverse of `to_row`."""
     columns = {name: np.array(table[name][0].values, dtype) for name, dtype in _LISTS.items()}
     columns["boxes_xywh_px"] = columns["boxes_xywh_px"].reshape(-1, 4)
     bad = zip(table["bad_ids"][0].as_py(), table["bad_lines"][0].as_py(), strict=True)

@@ -1,7 +1,7 @@
-"""What is used of Ray 2.60 that Ray does not promise: each with what it is for, and what would happen without it.
+"""The private interfaces of Ray 2.60 that are used: what each is for, and what would happen without it.
 
-No other module imports it from Ray. `refuse_other_ray` looks, when a job starts, whether all of it is there and has the
-shape that is used. Everything is imported when it is first used: a data task needs a fraction of it.
+No other module imports them. `refuse_other_ray` checks, when a job starts, whether all of them exist and have the
+attributes that are used. Each is imported when it is first used: a data task needs only a few.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ MADE_FOR = "2.60"
 
 @dataclass(frozen=True)
 class Internal:
-    """Something of Ray's that is not public.
+    """A private interface of Ray.
 
     Attributes:
-        module: where it is.
-        name: its name there.
+        module: its module.
+        name: its name in the module.
         uses: attributes of a class or an object, or parameters of a function, that are used.
     """
 
@@ -38,7 +38,7 @@ class Internal:
 _TRAIN = "ray.train.v2._internal"
 
 INTERNALS = (
-    # Hooks of Ray Train's controller and of its workers; without them the driver would not know what these do.
+    # Callbacks of Ray Train's controller and workers; without them the driver would not know their state.
     Internal(
         f"{_TRAIN}.execution.callback",
         "ControllerCallback",
@@ -49,28 +49,28 @@ INTERNALS = (
         ),
     ),
     Internal(f"{_TRAIN}.execution.callback", "WorkerGroupCallback", ("after_worker_group_training_start",)),
-    # Failures, told apart; without them a wait for resources would count as one, and a lost node had no name.
+    # Kinds of failures; without them, waiting for resources would count as a failure, and a lost node had no name.
     Internal(f"{_TRAIN}.exceptions", "WorkerGroupStartupTimeoutError"),
     Internal(f"{_TRAIN}.exceptions", "WorkerHealthCheckFailedError"),
-    # The controller, made by us to have its handle and its environment; without it one that hangs could not be ended.
+    # The controller, created here for its handle and its environment; otherwise a hanging one could not be ended.
     Internal(f"{_TRAIN}.execution.controller", "TrainController", ("run", "get_result", "abort")),
     Internal(f"{_TRAIN}.constants", "get_env_vars_to_propagate"),
     Internal("ray.train.torch", "TorchTrainer", ("_create_default_callbacks", "_initialize_and_run_controller")),
-    # Callbacks that the trainer leaves out or adds; without them idle processes run, workers change their folder, and
-    # the dashboard knows nothing of the run.
+    # Callbacks that the trainer removes or adds; otherwise idle processes run, workers change their working directory,
+    # and the dashboard does not show the run.
     Internal(f"{_TRAIN}.callbacks", "WorkingDirectorySetupCallback"),
     Internal(f"{_TRAIN}.callbacks.datasets", "DatasetsCallback"),
     Internal(f"{_TRAIN}.callbacks.state_manager", "StateManagerCallback", ("datasets",)),
-    # Left out by the trainer: `places` does the same without the dashboard.
+    # Removed by the trainer: `places` does the same without the dashboard.
     Internal(f"{_TRAIN}.callbacks.placement_group_callback", "PlacementGroupCleanerCallback"),
-    # A resource that only the head node has; without it what frees the places of the dead could be lost with a node.
+    # A resource that only the head node has; without it, the actor of `places` could be lost with a node.
     Internal("ray._common.constants", "HEAD_NODE_RESOURCE_NAME"),
-    # Tells a worker that its node drains. The public way, `ray.train.get_preemption_info`, is a barrier over all
-    # workers. Without it workers would not leave with a checkpoint before their node goes.
+    # Tells a worker that its node is drained. The public way, `ray.train.get_preemption_info`, is a barrier over all
+    # workers. Without it, workers would not write a checkpoint before their node ends.
     Internal(f"{_TRAIN}.execution.context", "get_train_context"),
-    # Hook of Ray Data's scheduling loop; without it the loop takes the interpreter from training.
+    # Callback of Ray Data's scheduling loop; without it, the loop would slow down training in the same process.
     Internal("ray.data._internal.execution.execution_callback", "ExecutionCallback", ("on_execution_step",)),
-    # Two actors that Ray Data has in each cluster; see `start_data_actors`.
+    # Two actors of Ray Data, one each in a cluster; see `start_data_actors`.
     Internal("ray.data._internal.stats", "get_or_create_stats_actor"),
     Internal(
         "ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator",
@@ -83,7 +83,7 @@ INTERNALS = (
         ("get_draining_nodes", "available_resources_per_node", "actor_table", "_connect_and_get_accessor"),
     ),
     Internal("ray.core.generated.gcs_pb2", "PlacementGroupTableData", ("FromString", "PlacementGroupState")),
-    # Whether an autoscaler is at work; see `autoscaler_adds_nodes`.
+    # Whether an autoscaler is running; see `autoscaler_adds_nodes`.
     Internal("ray.autoscaler.v2.utils", "is_autoscaler_v2", ("fetch_from_server",)),
     Internal("ray._private.ray_constants", "DEBUG_AUTOSCALING_STATUS"),
     Internal("ray.experimental.internal_kv", "_internal_kv_get"),
@@ -92,7 +92,7 @@ _MODULES = {internal.name: internal.module for internal in INTERNALS}
 
 
 def __getattr__(name: str) -> Any:
-    """One of `INTERNALS`, imported now."""
+    """Imports one of `INTERNALS` when it is first used."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
@@ -103,10 +103,10 @@ def __getattr__(name: str) -> Any:
 
 
 def refuse_other_ray() -> None:
-    """Looks whether all of it is there.
+    """Checks whether all of these interfaces exist.
 
     Raises:
-        ConfigError: something is missing, or has lost what is used of it.
+        ConfigError: one is missing, or lacks an attribute or parameter that is used.
     """
     missing = [f"{internal.module}.{internal.name}" for internal in INTERNALS if not _is_there(internal)]
     if missing:
@@ -128,36 +128,36 @@ def _is_there(internal: Internal) -> bool:
 
 
 def runs_inside_ray() -> bool:
-    """Whether this process runs a task or an actor of Ray. The public questions log a warning in other processes."""
+    """Whether this process runs a task or an actor of Ray. The public functions log a warning in other processes."""
     return ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE
 
 
 def node_is_taken_away() -> bool:
-    """Whether Ray Train has told this worker that a node of its group drains."""
+    """Whether Ray Train has told this worker that a node of its group is drained."""
     preemption: Any = __getattr__("get_train_context")().preemption_context
     return preemption.preemption_info is not None
 
 
 def draining_nodes() -> set[str]:
-    """Ids of the nodes that are about to leave. Without it room would be counted that is gone when it is used."""
+    """Ids of the nodes that are about to end. Without it, their resources would be counted as available."""
     return set(__getattr__("state").get_draining_nodes())
 
 
 def free_resources() -> dict[str, dict[str, float]]:
-    """Node id -> what nothing uses of its resources. Public is only their sum over all nodes."""
+    """Node id -> its free resources. The public interface has only the sum over all nodes."""
     return __getattr__("state").available_resources_per_node()
 
 
 def actor_is_alive(actor_id: str) -> bool:
-    """Whether an actor lives. The public State API asks the dashboard, which not every Ray has."""
+    """Whether an actor lives. The public State API needs the dashboard, which not every Ray has."""
     return __getattr__("state").actor_table(actor_id).get("State") not in (None, "DEAD")
 
 
 def placement_groups_of(actor_id: str) -> dict[bytes, str]:
     """The placement groups that an actor has made and that are not removed: id -> state.
 
-    Public are only placement groups without their creator. A group outlives the actor that made it: without this, the
-    workers' places would stay taken when Ray Train's controller has died.
+    The public interface does not tell which actor made a group. Groups stay after the death of this actor: without
+    this, the resources of workers would stay reserved after the death of Ray Train's controller.
     """
     table = __getattr__("PlacementGroupTableData")
     found = {}
@@ -170,20 +170,20 @@ def placement_groups_of(actor_id: str) -> dict[bytes, str]:
 
 
 def remove_placement_group(group_id: bytes) -> None:
-    """Removes one of `placement_groups_of`, and ends what runs in it."""
+    """Removes one of `placement_groups_of`, and ends the processes in it."""
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
     remove_placement_group(PlacementGroup(ray.PlacementGroupID(group_id)))
 
 
 def autoscaler_adds_nodes(within_s: float = 0.0) -> bool:
-    """Whether the cluster has an autoscaler. Without it, requests that only new nodes have room for could not wait.
+    """Whether the cluster has an autoscaler. Without it, requests for resources of new nodes could not wait.
 
-    Ray's monitor writes a report every five seconds, which `ray status` shows. Where nobody scales, it calls the type
-    of each node ``node_`` and its id. The newer autoscaler writes none; its nodes have their type as a label.
+    Ray's monitor writes a report every five seconds, which `ray status` shows. Without an autoscaler, it gives each
+    node the type ``node_`` and its id. The newer autoscaler writes no report; its nodes have their type as a label.
 
     Args:
-        within_s: how long the first report is waited for, in a cluster that has just been started.
+        within_s: how long to wait for the first report of a cluster that has just been started.
     """
     if __getattr__("is_autoscaler_v2")(fetch_from_server=True):
         return any(node["Labels"].get("ray.io/node-group") for node in ray.nodes() if node["Alive"])
@@ -196,10 +196,10 @@ def autoscaler_adds_nodes(within_s: float = 0.0) -> bool:
 
 
 def start_data_actors() -> None:
-    """Starts the two actors that Ray Data has in each cluster, if they are not there.
+    """Starts the two actors that Ray Data has in each cluster, if they do not exist.
 
-    They outlive the job, on the node of the process that first needs them. On a training node they would keep the
-    autoscaler from ever taking that node away. Nothing waits for either without a limit.
+    They stay after the job, on the node of the process that first needs them. On a training node, they would keep the
+    autoscaler from ever removing it. Waiting for them has a time limit.
     """
     __getattr__("get_or_create_stats_actor")()
     __getattr__("get_or_create_autoscaling_coordinator")()

@@ -1,6 +1,6 @@
-"""From a checkpoint to a version of a registered model, and whether it becomes the champion.
+"""Makes a checkpoint a version of a registered model, and decides whether it becomes the champion.
 
-`register` is what the command, the end of a training and the end of a search call.
+`register` is called by the command, and at the end of a training and of a search.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ from detr_ray.tracking.registry import (
 )
 
 _CODE = Path(__file__).with_name("mlflow_model.py")
-"""What MLflow runs to serve a version. To import it would tell MLflow to serve."""
+"""The file that MLflow runs to serve a version. It is not imported, because importing it makes MLflow serve."""
 _LEFT_OUT = (RegistryError, ConfigError, DataError, WeightsError, RunFailed, OSError)
-"""What may keep a checkpoint from being registered, and is no reason for a training to fail."""
+"""Errors of registration that do not let a training fail."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Registered:
-    """What became of a checkpoint in the registry.
+    """The result of registering a checkpoint.
 
     Attributes:
-        version: its version.
-        decision: whether it is the champion, and why or why not; None where it had been registered before.
+        version: the version of the registered model.
+        decision: whether it is the champion, and why; None if it had been registered before.
     """
 
     version: ModelVersion
@@ -66,7 +66,7 @@ class Registered:
 
 @dataclasses.dataclass(frozen=True)
 class _Candidate:
-    """A model that is to be registered, and what is known of it."""
+    """A model that is to be registered, and facts about it."""
 
     saved: SavedModel
     facts: ModelFacts
@@ -85,17 +85,17 @@ class _Candidate:
 def register(config: Config, source: str, say: Say) -> Registered:
     """Makes a checkpoint a version of the registered model, and the champion if it is better.
 
-    A checkpoint whose weights are a version already, measured on the same data, is not registered twice. One that was
-    not evaluated is evaluated first, where there is validation data: that of the configuration, or its run's own.
+    A checkpoint is not registered again if its weights are a version already, measured on the same data. If it was not
+    evaluated, it is evaluated first, if there is validation data: that of the configuration, or its run's own.
 
     Args:
-        config: ``tracking`` says where and as what; ``data``, ``eval`` and ``train``, where they are given, how it and
-            a champion of other data are measured.
+        config: ``tracking`` has the store and the model's name. ``data``, ``eval`` and ``train``, if given, say how it
+            is measured, and a champion that was measured on other data.
         source: a run's folder (its best checkpoint), a checkpoint, a model package, or a file or URL of weights.
         say: shows the user a line.
 
     Raises:
-        RegistryError: the registry does not answer, or does not take it.
+        RegistryError: the registry does not answer, or refuses it.
         ConfigError: there is no such checkpoint, or the configuration does not fit it.
         WeightsError: it is damaged.
         DataError: its validation data cannot be used.
@@ -126,10 +126,10 @@ def register(config: Config, source: str, say: Say) -> Registered:
 
 
 def register_or_warn(config: Config, run_path: str, say: Say) -> Registered | None:
-    """Registers the best checkpoint of a run that has ended; what goes wrong is a warning, and the run has not failed.
+    """Registers the best checkpoint of a run that has ended. Errors become warnings; the run does not fail.
 
     Returns:
-        What became of it; None where it could not be registered.
+        The result; None if it could not be registered.
     """
     try:
         return register(config, run_path, say)
@@ -148,7 +148,7 @@ def register_or_warn(config: Config, run_path: str, say: Say) -> Registered | No
 
 
 def _candidate(config: Config, source: str, say: Say) -> _Candidate:
-    """Reads a model with all that its files, its checkpoint and its run say of it."""
+    """Reads a model, with the facts from its files, its checkpoint and its run."""
     loaded = load_model(source, config, say=say)
     facts = loaded.facts
     checkpoint = facts.origin.get("checkpoint")
@@ -159,9 +159,9 @@ def _candidate(config: Config, source: str, say: Say) -> _Candidate:
 
 
 def _run_of(checkpoint: str) -> dict[str, Any]:
-    """The run that a checkpoint lies in; nothing where it lies in none."""
+    """Facts about the run of a checkpoint; empty if it belongs to none."""
     run = parent(parent(checkpoint))
-    with contextlib.suppress(ConfigError):  # a damaged record: the model is whole, and only its origin is unknown
+    with contextlib.suppress(ConfigError):  # a damaged record: only the origin of the model is unknown
         record = record_at(join(run, RECORD))
         if record is not None:
             return {"run": run, "run_id": record["run_id"], "fingerprints": dict(record["fingerprints"])}
@@ -169,7 +169,7 @@ def _run_of(checkpoint: str) -> dict[str, Any]:
 
 
 def _evaluated(config: Config, candidate: _Candidate, say: Say) -> _Candidate:
-    """The candidate with its numbers, where there is validation data to measure them on."""
+    """The candidate with its metrics, if there is validation data."""
     settings, _ = evaluation_config(config, candidate.saved.config, candidate.saved.source)
     if not settings.data.has_val:
         say("WARNING: it was not evaluated, and no validation data is given (data.root, data.val): it has no AP")
@@ -186,7 +186,7 @@ def _measured_anew(
     """The AP of a champion on the validation data of the candidate, measured in the same way.
 
     Raises:
-        CannotBeMeasured: the data is not there any more, has other categories, or the champion's files are gone.
+        CannotBeMeasured: the data does not exist any more, has other categories, or the champion's files are missing.
     """
     try:
         settings, _ = evaluation_config(config, candidate.saved.config, candidate.saved.source)
@@ -205,7 +205,7 @@ def _measured_anew(
 
 
 def _measured(settings: Config, source: str, say: Say) -> tuple[dict[str, float], dict[str, Any]]:
-    """The numbers of a model, and what they were measured with and on, by settings that all count as given."""
+    """The metrics of a model, and data and settings of the measurement; all settings count as given."""
     values = settings.to_dict()
     values["eval"] |= {"checkpoint": source}
     job = prepare_evaluation(config_from_dict(values, source, say), say)
@@ -213,7 +213,7 @@ def _measured(settings: Config, source: str, say: Say) -> tuple[dict[str, float]
 
 
 def _known(registry: ModelRegistry, weights_sha256: str, measured_on: Mapping[str, Any]) -> ModelVersion | None:
-    """The version with these weights, measured in the same way, that was decided about."""
+    """An existing version with the same weights and measurement, if it has been compared with the champion."""
     versions = [version for version in registry.versions() if version.tags.get(WEIGHTS_SHA256) == weights_sha256]
     return next((each for each in versions if each.measured_on == measured_on and is_decided(each)), None)
 

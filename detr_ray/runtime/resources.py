@@ -1,4 +1,4 @@
-"""How many workers a run gets: what it asks for, compared with what the cluster has.
+"""The number of workers of a run: its request, compared with the resources of the cluster.
 
 A request that is larger than the cluster is refused, unless an autoscaler may add nodes: then the run waits for them,
 up to ``train.start_timeout_s``. All resources of a worker must be on one node, so room is counted node by node. If two
@@ -27,7 +27,7 @@ class Node:
     """A node that work can be placed on.
 
     Attributes:
-        name: as Ray shows it, with a part of the id if several nodes have the same name.
+        name: Ray's name, with a part of the id if several nodes have the same name.
         node_id: Ray's id.
         total: its resources.
         free: the part of them that is not in use.
@@ -47,8 +47,8 @@ class WorkerRequest:
         min_workers: the run does not start with fewer.
         max_workers: the run never takes more.
         use_gpu: whether each worker takes a GPU.
-        resources_per_worker: what each worker takes on its node.
-        tasks_per_worker: most data tasks of each worker at the same time.
+        resources_per_worker: resources that each worker takes on its node.
+        tasks_per_worker: largest number of concurrent data tasks of each worker.
     """
 
     min_workers: int
@@ -86,7 +86,7 @@ class WorkerRequest:
         return f"{line}; the autoscaler may add nodes" if autoscaler_adds_nodes() else line
 
     def needs(self, workers: int) -> str:
-        """What a number of workers takes, and what their data tasks take, as text."""
+        """The resources of a number of workers and their data tasks, as text."""
         parts = [_amount(workers * amount, name) for name, amount in self.resources_per_worker.items()]
         more = "one more" if "CPU" in self.resources_per_worker else "one CPU"
         return f"{', '.join(parts)} and {more} for data tasks"
@@ -148,7 +148,7 @@ def plan_workers(config: Config, budget: Budget = Budget()) -> WorkerRequest:  #
 
     Args:
         config: the configuration.
-        budget: the most that the run may take.
+        budget: largest resources that the run may take.
 
     Raises:
         ConfigError: there is no room for them, they exceed the budget, or a step has fewer images than workers.
@@ -219,14 +219,14 @@ def _count_workers(use_gpu: bool, bundle: dict[str, float], nodes: list[Node]) -
 
 
 def _affordable_workers(use_gpu: bool, budget: Budget) -> int | None:
-    """How many workers a budget is enough for; None if it has no limit."""
+    """The number of workers that a budget allows; None without a limit."""
     if use_gpu:
         return budget.gpus
     return None if budget.cpus is None else max(0, budget.cpus - 1)
 
 
 def _data_tasks(config: Config, budget: Budget, use_gpu: bool, workers: int) -> int:
-    """Data tasks of one worker at the same time: what the configuration says, or less to stay in the budget."""
+    """Number of concurrent data tasks of a worker: the configured one, or fewer because of the budget."""
     if budget.cpus is None:
         return config.data.tasks_per_worker
     left = budget.cpus - (0 if use_gpu else workers)

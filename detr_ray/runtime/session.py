@@ -1,4 +1,4 @@
-"""Which Ray a command uses: the cluster that ``RAY_ADDRESS`` names, the Ray that runs already, or one of our own."""
+"""The Ray that a command uses: the cluster named by ``RAY_ADDRESS``, a running Ray, or a new one on this machine."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from detr_ray.runtime.ray_internals import runs_inside_ray
 logger = logging.getLogger(__name__)
 
 TRAIN_ENVIRONMENT = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2"}
-"""How often Ray Train's controller looks at its workers, and whether nodes go. Its controller and its workers get it,
-where the user's own environment does not say otherwise; this process's environment stays as it is."""
+"""How often Ray Train's controller checks its workers, and whether nodes end. Set for the controller and the workers,
+unless the user's environment has other values; this process's environment does not change."""
 
-# Of all processes of a Ray of our own. Ray runs tasks in a process that is there only if its environment is the same:
-# what Ray Train sets for its controller and its workers is set for everything, so that data tasks find those that were
-# warmed. The watcher for nodes that are taken away is of no use on one machine.
+# For all processes of a Ray that is started here. Ray reuses a process for a task only if its environment is the same.
+# So the variables that Ray Train sets for controller and workers are set for all processes, and data tasks can use the
+# warmed ones. The watcher for drained nodes is of no use on one machine.
 _OWN_MARK = "DETR_RAY_OWN_RAY"
 _OWN_ENVIRONMENT = {
     _OWN_MARK: "1",
@@ -39,49 +39,50 @@ _OWN_ENVIRONMENT = {
 }
 _OWN_DEFAULTS = TRAIN_ENVIRONMENT | {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
-# Ray would end a process that has had nothing to do for a second, and start another one, with seconds of imports, for
-# the next data task. The processes that it starts beforehand lack the environment above.
+# By default, Ray ends a process after an idle second, and starts a new one, with seconds of imports, for the next data
+# task. Processes that Ray starts in advance do not have the environment above.
 _OWN_SETTINGS = {"idle_worker_killing_time_threshold_ms": 24 * 3600 * 1000, "prestart_worker_first_driver": False}
 
 
 def is_own_ray() -> bool:
-    """Whether the Ray in use was started by this process, for its own work alone.
+    """Whether the present Ray was started by this process, only for its own work.
 
-    A Ray that is found, by an actor or a notebook for instance, is shared with others and goes on after this job.
+    A Ray that was running before, for example in an actor or a notebook, is shared with others and stays after this
+    job.
     """
     environment = ray.get_runtime_context().runtime_env.get("env_vars") or {}
     return _OWN_MARK in environment and not runs_inside_ray()
 
 
 def session_of(config: Config, budget: Budget = Budget()) -> contextlib.AbstractContextManager[None]:  # noqa: B008
-    """The Ray that a job of this configuration and budget runs on; see `ray_session`."""
+    """The Ray session for a job with this configuration and budget; see `ray_session`."""
     _, most = budget.worker_range or config.train.worker_range or (1, 1)
     return ray_session(most, config.data.tasks_per_worker, config.train.use_gpu, config.train.worker_resource)
 
 
 @contextlib.contextmanager
 def session_while_importing(config: Config, module: str) -> Iterator[None]:
-    """Starts a Ray of our own while a thread imports what comes next.
+    """Starts a Ray on this machine while a thread imports what is needed next.
 
-    Each takes seconds, one of waiting and one of computing. A cluster is not joined here: it may call for nodes, which
-    bad data should not.
+    Both take seconds: starting Ray mostly waits, importing computes. A cluster is not joined here: it might request
+    nodes, and the data may turn out to be bad.
 
     Args:
-        config: what Ray is started for.
-        module: what to import; nothing of Ray's, which this thread imports at the same time.
+        config: of the job.
+        module: what to import; must not import Ray, which this thread imports at the same time.
     """
     elsewhere = config.train.launcher == "local" or ray.is_initialized() or cluster_address() is not None
-    if elsewhere or _lacks_data(config):  # so that a wrong path is reported without waiting for Ray
+    if elsewhere or _lacks_data(config):  # a wrong path is then reported without waiting for Ray
         yield
         return
-    # Not the other way round: Ray's processes end with the thread that started them.
+    # Ray is not started in the other thread, because its processes would end with that thread.
     threading.Thread(target=importlib.import_module, args=(module,), name="imports", daemon=True).start()
     with session_of(config):
         yield
 
 
 def _lacks_data(config: Config) -> bool:
-    """Whether some of the data is plainly not where the configuration says."""
+    """Whether some of the configured data obviously does not exist."""
     data = config.data
     places = [
         place
@@ -100,15 +101,15 @@ def _lacks_data(config: Config) -> bool:
 def ray_session(
     num_workers: int, data_tasks: int, use_gpu: bool | None, worker_resource: str | None = None, cpus: int = 0
 ) -> Iterator[None]:
-    """Uses the Ray that is running, or starts one on this machine and ends it afterwards.
+    """Uses a running Ray, or starts one on this machine and ends it afterwards.
 
     A cluster is joined where ``RAY_ADDRESS`` names one (``ray job submit`` sets it) or this process already uses one.
-    A Ray started here gets enough logical CPUs for the workers and at least one data task each, also where the machine
-    has fewer cores: they share them, as threads of one program would.
+    A Ray started here gets enough logical CPUs for the workers and at least one data task each, also if the machine has
+    fewer cores; processes then share cores, like threads of one program.
 
     Args:
-        num_workers: training workers that will be asked for.
-        data_tasks: data tasks of one worker that should be able to run at the same time.
+        num_workers: number of training workers that will be requested.
+        data_tasks: number of concurrent data tasks of one worker.
         use_gpu: whether workers use GPUs; None when it is not decided yet.
         worker_resource: custom resource that each worker takes one of.
         cpus: the least number of logical CPUs of a Ray that is started here.
@@ -118,7 +119,7 @@ def ray_session(
         return
     token_logger = logging.getLogger("ray._private.authentication.authentication_token_setup")
     with host_process_as_before():
-        # Ray makes a token by itself where none is given; that it does so is no news for the user.
+        # Ray generates a token if none is given, and logs that; the user need not see it.
         token_logger.setLevel(logging.ERROR)
         address = cluster_address()
         if address is None:
@@ -148,12 +149,12 @@ def _join_ray(address: str) -> None:
 
 
 def _start_ray(num_workers: int, data_tasks: int, worker_resource: str | None, cpus: int) -> None:
-    """Starts a Ray of our own, and has the processes of its data tasks import what they need."""
+    """Starts a Ray on this machine, and lets processes for data tasks import what they need."""
     cores = os.cpu_count() or 1
     defaults = {name: os.environ.get(name, default) for name, default in _OWN_DEFAULTS.items()}
     tasks_at_once = max(1, min(data_tasks * num_workers, cores))
     ray.init(
-        "local",  # and not one that was started on this machine for something else
+        "local",  # not one that was started on this machine for another program
         num_cpus=max(cores, num_workers + tasks_at_once, cpus),
         resources={worker_resource: num_workers} if worker_resource else None,
         include_dashboard=False,
@@ -161,7 +162,7 @@ def _start_ray(num_workers: int, data_tasks: int, worker_resource: str | None, c
         logging_level=logging.WARNING,
         configure_logging=True,
         runtime_env={"env_vars": _OWN_ENVIRONMENT | defaults},
-        # Ray warns of many processes a core, which the trials of a search have.
+        # Ray warns about many processes for each core; the trials of a search have them.
         _system_config=_OWN_SETTINGS | ({"worker_maximum_startup_concurrency": max(cores, cpus)} if cpus else {}),
         _temp_dir=own_temporary_folder(),
     )
@@ -169,7 +170,7 @@ def _start_ray(num_workers: int, data_tasks: int, worker_resource: str | None, c
 
 
 def _workers_are_heard() -> bool:
-    """Whether the output of workers is shown as it comes; progress reaches the user by another way."""
+    """Whether the output of workers is shown; progress is sent to the user in another way."""
     return os.environ.get("DETR_RAY_WORKER_OUTPUT", "0") == "1"
 
 
@@ -186,20 +187,19 @@ def _warm() -> int:
 
 
 def warm_data_workers(count: int) -> list[ray.ObjectRef]:
-    """Has worker processes of a Ray of our own import what data tasks need, while the training workers start.
+    """Lets worker processes of a Ray on this machine import what data tasks need, while the training workers start.
 
-    A fresh process pays seconds of imports before its first batch; data tasks run in the processes that these leave
-    behind.
+    A new process needs seconds of imports before its first batch; data tasks run in the processes prepared here.
     """
-    # An environment of their own, though it is the job's: Ray writes the sum of two environments otherwise than one
-    # that is taken over whole, and compares as written. Training workers, which start the data tasks, have a sum.
+    # Set explicitly, although it is the job's environment: Ray compares environments as text, and writes a merged one
+    # differently. The training workers, which start the data tasks, have a merged one.
     environment = {"env_vars": _OWN_ENVIRONMENT}
     return [_warm.options(runtime_env=environment).remote() for _ in range(count)]
 
 
 JOIN_S = 5.0
 _HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
-"""How a client of a gRPC server begins; the server answers at once."""
+"""The first bytes of a gRPC client; a server answers them at once."""
 
 _HOST_AND_PORT = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:/\[\]@]+):(\d{1,5})")
 _FIX = "name a running cluster in RAY_ADDRESS (HOST:PORT), or unset it to train on this machine"
@@ -210,7 +210,7 @@ _SHORT_PLACE = "/tmp"
 
 
 def cluster_address() -> str | None:
-    """The cluster that ``RAY_ADDRESS`` names: ``HOST:PORT`` or ``auto``; None where a Ray of our own is to be started.
+    """The cluster named by ``RAY_ADDRESS``: ``HOST:PORT`` or ``auto``; None if a Ray must be started here.
 
     Raises:
         ConfigError: it names something that training cannot join.
@@ -233,7 +233,7 @@ def cluster_address() -> str | None:
 
 
 def unreachable_address() -> str | None:
-    """Why the cluster that the environment names cannot be joined, found out in seconds; None where it may be.
+    """Why the cluster named by the environment cannot be joined, found out within seconds; None if it seems reachable.
 
     Raises:
         ConfigError: see `cluster_address`.
@@ -247,7 +247,7 @@ def unreachable_address() -> str | None:
             connection.sendall(_HELLO)
             # Ray's own client would wait for minutes.
             answer = b"encrypted" if os.environ.get("RAY_USE_TLS", "0") != "0" else connection.recv(9)
-    except (OSError, UnicodeError) as error:  # UnicodeError: a name that can be no host's
+    except (OSError, UnicodeError) as error:  # UnicodeError: not a valid host name
         return f"no cluster answers at {address} (RAY_ADDRESS): {getattr(error, 'strerror', None) or error}"
     return None if answer else f"what answers at {address} (RAY_ADDRESS) is no Ray cluster"
 
@@ -258,10 +258,10 @@ def unreachable_error(fault: str) -> ConfigError:
 
 
 def own_temporary_folder() -> str | None:
-    """Where a Ray of our own keeps its files, so that its sockets have short enough paths; None for Ray's own choice.
+    """The folder for files of a Ray that is started here, short enough for its sockets; None for Ray's own choice.
 
     Raises:
-        ConfigError: no place is short enough.
+        ConfigError: no folder has a path that is short enough.
     """
     name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
     given = os.environ.get(name) or _SHORT_PLACE

@@ -1,4 +1,4 @@
-"""The places that all nodes must reach (storage, images, tracking store): what the driver does to check them."""
+"""The driver's part of checking what all nodes must reach: storage, images and tracking store."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _ONCE = Patience(attempts=1)
 
 
 def refuse_lost_storage(storage: str) -> None:
-    """Refuses a folder that Ray deletes after the job.
+    """Refuses a storage folder that Ray deletes after the job.
 
     Raises:
-        ConfigError: it is below the folder that ``ray job submit --working-dir`` made for the job.
+        ConfigError: it is inside the folder that ``ray job submit --working-dir`` created for the job.
     """
     if _UPLOADED in storage:
         raise ConfigError(
@@ -66,7 +66,7 @@ class StorageTrial:
         self._usable = True
 
     def files_for(self, node: str) -> tuple[str, str] | None:
-        """The file that a node reads, and the one that it writes; None if the driver itself cannot use the storage."""
+        """The file for a node to read, and the one for it to write; None if the driver cannot use the storage."""
         return (self._from_driver, self._from_nodes[node]) if self._usable else None
 
     def unseen(self, seconds: float) -> set[str]:
@@ -104,7 +104,7 @@ def _readable(location: str) -> bool:
 
 
 def sample_files(config: Config) -> tuple[dict[str, str], dict[str, str]]:
-    """One image or shard of each split. Data tasks read them on any node, so every node must be able to.
+    """One image or shard of each split, because every node must be able to read them for data tasks.
 
     Returns:
         Configuration key -> file, and configuration key -> why no file could be found. Annotation files are not
@@ -133,7 +133,7 @@ def sample_files(config: Config) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def tracking_on_disk(uri: str, storage: str) -> Path | None:
-    """The SQLite file of a tracking store, if it is outside of the storage: other nodes may not reach it. Else None."""
+    """The SQLite file of a tracking store, if it is outside the storage: other nodes may not reach it. Else None."""
     path = sqlite_path(uri)
     if path is None or (not is_uri(storage) and path.is_relative_to(storage)):
         return None

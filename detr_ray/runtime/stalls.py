@@ -1,4 +1,4 @@
-"""Which process hangs, decided from the status of a job alone."""
+"""Finds hanging processes from the status of a job."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from detr_ray.engine.reporting.progress import duration
 from detr_ray.runtime.job_status import ControllerStatus, WorkerStatus
 
 STARTING_S = 120.0
-"""A process imports for seconds, on a busy machine for a minute, before its first heartbeat."""
+"""Time limit in seconds for the first heartbeat: imports take seconds, on a busy machine up to a minute."""
 
 LEAVING_S = 900.0
-"""Records are sent before a worker's process has ended; that has limits of its own."""
+"""Time limit in seconds for the end of a process: it sends its records first, which has its own limits."""
 
 SHUTTING_DOWN_S = 120.0
-"""Ray Train gives workers some seconds to end, and half a minute to the group of processes of torch."""
+"""Ray Train waits some seconds for the end of workers, and half a minute for torch's process group."""
 
 _PHASES = get_args(Phase)
 
@@ -25,8 +25,8 @@ _PHASES = get_args(Phase)
 def hanging_workers(workers: Mapping[int, WorkerStatus], limit_s: float) -> list[WorkerStatus]:
     """The workers that hang.
 
-    A worker without heartbeats for too long hangs. Otherwise, when a worker hangs, the others wait for it in a sum or
-    an exchange of gradients. So those hang that are furthest behind in their work, if they stay there for too long.
+    A worker without heartbeats for too long hangs. If a worker with heartbeats hangs, the others wait for it in a sum
+    or an exchange of gradients. So the workers whose work has advanced least hang, if they stay there for too long.
 
     Args:
         workers: all of the group, by rank.
@@ -67,7 +67,7 @@ def hanging_controller(controller: ControllerStatus, limit_s: float) -> str | No
 
 
 def describe(worker: WorkerStatus, workers: Mapping[int, WorkerStatus]) -> str:
-    """What a worker that hangs did last, and what the others do."""
+    """Text: what a hanging worker did last, and what the others do."""
     doing = f"{worker.phase} at step {worker.step}"
     if worker.heard and worker.silent_s < worker.seconds / 2:
         return f"{doing} for {duration(worker.seconds)}"

@@ -1,8 +1,9 @@
-"""The driver's supervision of a job: shows progress, passes on requests to stop, ends processes that hang.
+"""The driver's supervision of a job: shows progress, passes on requests to stop, ends hanging processes.
 
-Whichever single process hangs, the job goes on. A status that does not answer is replaced. A controller without
-heartbeats is ended, and the trainer is started again. Only if the controller works are workers examined, since a worker
-may seem to hang while it waits for the controller. Ray's own servers are not supervised: Ray detects their loss itself.
+If any single process hangs, the job goes on. A status actor that does not answer is replaced. A controller without
+heartbeats is ended, and the trainer is started again. Workers are checked only if the controller works, because a
+worker may seem to hang while it waits for the controller. Ray's own servers are not supervised: Ray detects their loss
+itself.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class StatusKeeper:
                 time.sleep(1)
 
     def ask(self, attempt: int, task: Task | None, leave: LeaveReason | None) -> Snapshot | None:
-        """The job's status now; None if it does not answer. The arguments are those of `JobStatus.ask`.
+        """Queries the job's status; None if it does not answer. The arguments are those of `JobStatus.ask`.
 
         Raises:
             RunFailed: it has not answered for too long.
@@ -106,18 +107,18 @@ class StatusKeeper:
 
 
 class Supervisor:
-    """Watches over workers from the driver, while they do one job after another.
+    """Supervises workers from the driver, while they do one job after another.
 
     Args:
         status: their status.
         limits: the ``train`` section, for its time limits.
-        missing: says what the workers need and what there is.
+        missing: a text about the resources that the workers need, and those of the cluster.
         say: shows the user a line.
 
     Attributes:
-        outcome: what the present job gave, packed, where its workers wait for another one; None before.
-        num_failures: how often the workers were started again because something failed.
-        stalls: the workers that were ended because they hung.
+        outcome: the present job's outcome, pickled, if its workers wait for another job; None before.
+        num_failures: how often the workers were restarted after a failure.
+        stalls: the workers that were ended because they were hanging.
     """
 
     def __init__(
@@ -144,31 +145,32 @@ class Supervisor:
         self.stalls: list[str] = []
 
     def begin(self, task: Task, signals: StopSignals, hooks: JobHooks) -> None:
-        """Has the workers do a job.
+        """Gives the workers a job.
 
         Args:
-            task: the job; its number is higher than that of the one before.
-            signals: whether it is to stop.
-            hooks: what it asks and tells the program that runs it.
+            task: the job; its number is higher than the previous one's.
+            signals: say whether it is to stop.
+            hooks: the hooks of the program that runs it.
         """
         self._task, self._signals, self._hooks = task, signals, hooks
         self._evaluated, self.outcome = set(), None
         self._told_to_leave = self._abandoned = False
 
     def watch(self, attempt: Attempt, number: int) -> str | None:
-        """Watches until an attempt has ended, or its workers have done the job and wait for another one (`outcome`).
+        """Watches until an attempt has ended, or its workers have finished the job and wait for another one
+        (`outcome`).
 
         Args:
             attempt: one start of Ray Train.
             number: its number, higher than that of earlier ones.
 
         Returns:
-            Why its controller had to be ended; None where the attempt ended by itself, or goes on.
+            Why its controller had to be ended; None if the attempt ended by itself, or continues.
 
         Raises:
-            KeyboardInterrupt: asked to stop by a signal, and no worker is there that could write a checkpoint.
-            StoppedBeforeWork: the same, asked by the program that runs the job.
-            RunFailed: the workers' resources did not come in time.
+            KeyboardInterrupt: stopped by a signal, and there is no worker that could write a checkpoint.
+            StoppedBeforeWork: the same, stopped by the program that runs the job.
+            RunFailed: the workers' resources were not available in time.
         """
         if self._watch is None or self._watch.attempt != number:
             self._watch = AttemptWatch(self._limits, number)
@@ -179,7 +181,7 @@ class Supervisor:
             if snapshot is None:
                 continue
             if self.outcome is not None:
-                self._task = None  # workers that are started again have nothing to do
+                self._task = None  # workers that are started again have no job
                 self._ask(watch)
                 return None
             self._abandoned = self._abandoned or self._hooks.should_abandon()
@@ -199,7 +201,7 @@ class Supervisor:
         return None
 
     def count_failure(self, failure: str) -> bool:
-        """Says a failure after which the workers are started again; False where it is one too many."""
+        """Reports a failure; returns whether the workers are restarted, or there were too many failures."""
         self.num_failures += 1
         limit = self._limits.max_failures
         if 0 <= limit < self.num_failures:
@@ -210,12 +212,12 @@ class Supervisor:
 
     @property
     def max_failures(self) -> int:
-        """How many failures there may be; -1 for any number."""
+        """Allowed number of failures; -1 for any number."""
         return self._limits.max_failures
 
     @property
     def failures_left(self) -> int:
-        """How many more there may be; -1 for any number."""
+        """Allowed number of further failures; -1 for any number."""
         limit = self._limits.max_failures
         return limit if limit < 0 else max(0, limit - self.num_failures)
 
@@ -233,7 +235,7 @@ class Supervisor:
         return snapshot
 
     def _tell(self, snapshot: Snapshot) -> None:
-        """Tells the program of what the job gave."""
+        """Passes evaluations and steps of the job to the program's hooks."""
         for evaluated in snapshot.evaluated:
             if evaluated.step not in self._evaluated:
                 self._evaluated.add(evaluated.step)
@@ -243,7 +245,7 @@ class Supervisor:
         self.outcome = snapshot.outcome
 
     def _show_places(self, snapshot: Snapshot) -> None:
-        """Says once for each group of workers where they are."""
+        """Shows once for each group of workers on which nodes they are."""
         workers = snapshot.workers
         processes = {(worker.node, worker.process) for worker in workers.values() if worker.heard}
         if workers and len(processes) == next(iter(workers.values())).world_size and processes != self._processes:
@@ -252,7 +254,7 @@ class Supervisor:
 
     def _stop(self, watch: AttemptWatch, snapshot: Snapshot) -> None:
         begun = any(worker.heard for worker in snapshot.workers.values())
-        # A status that was just started again has no heartbeats yet.
+        # A restarted status actor has no heartbeats yet.
         unknown = snapshot.controller is None and watch.has_heard_controller
         leaving = snapshot.running and self._told_to_leave
         if not begun and not unknown and not leaving:

@@ -1,4 +1,4 @@
-"""One start of Ray Train: its controller with our callbacks, the thread that waits for it, and how both are ended."""
+"""One start of Ray Train: its controller with our callbacks, a thread that waits for it, and ending both."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ _MOST_TEXT = 300
 
 
 class Trainer(TorchTrainer):  # type: ignore[misc]
-    """Ray Train's trainer, with its controller at hand.
+    """Ray Train's trainer, with access to its controller.
 
-    Both methods are internal, see `ray_internals`. Without the first one, processes run that have nothing to do, and
-    workers change their working directory. Without the second one, a controller that hangs before it has said anything
-    could not be ended, and its environment would have to be this process's.
+    Both overridden methods are internal, see `ray_internals`. Without the first one, idle processes run, and workers
+    change their working directory. Without the second one, a controller that hangs before its first heartbeat could not
+    be ended, and it would have this process's environment.
 
     Args:
         environment: environment variables of the controller and the workers; this process's own take precedence.
-        own_ray: whether Ray was started for this job alone. Then it ends with this process, and nothing else waits
-            for the places of the workers.
+        own_ray: whether Ray was started for this job alone. It then ends with this process, and no other program waits
+            for the workers' resources.
         keep_state: whether Ray Train keeps the run's state for the dashboard.
         arguments: see ``TorchTrainer``.
     """
@@ -88,23 +88,23 @@ class Trainer(TorchTrainer):  # type: ignore[misc]
 
 
 def controller_environment(defaults: dict[str, str]) -> dict[str, str]:
-    """What is set for the controller beside the job's environment; it hands that on to the workers.
+    """Environment variables for the controller in addition to the job's; the workers get them from it.
 
     Args:
-        defaults: what holds where this process's environment does not say otherwise.
+        defaults: values of variables that are not set in this process's environment.
     """
     return {**defaults, "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0", **get_env_vars_to_propagate()}
 
 
 class ControllerLost(RuntimeError):  # noqa: N818 - it names what happened
-    """The controller's process is gone, and the workers with it."""
+    """The controller's process has died, and so have the workers."""
 
 
 class Attempt:
-    """A trainer at work in a thread, so that the main thread stays free for signals.
+    """A trainer that runs in a thread, so that the main thread can handle signals.
 
     Args:
-        trainer: what is to run.
+        trainer: the trainer.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -121,12 +121,12 @@ class Attempt:
             self._errors.append(error)
 
     def wait(self, seconds: float) -> bool:
-        """Whether it has ended, within so many seconds."""
+        """Waits up to ``seconds``; returns whether it has ended."""
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
     def result(self) -> Any:
-        """What rank 0 returned.
+        """The return value of rank 0.
 
         Raises:
             ControllerLost: the controller's process died.
@@ -140,21 +140,21 @@ class Attempt:
         raise error
 
     def has_place(self) -> bool:
-        """Whether a place is reserved for its workers."""
+        """Whether resources are reserved for its workers."""
         controller = self._trainer.controller
         return controller is not None and "CREATED" in placement_groups_of(_id_of(controller)).values()
 
     def abort(self) -> None:
-        """Asks the controller to end with its workers, then ends it and frees the workers' places."""
+        """Asks the controller to end with its workers, then kills it and removes its placement groups."""
         controller = self._trainer.controller
         if controller is not None:
-            # It ends by exiting, which a caller gets as an error; one that hangs gives no answer at all.
+            # A controller exits, which is an error for the caller; a hanging one does not answer at all.
             with contextlib.suppress(ray.exceptions.RayError):
                 ray.get(controller.abort.remote(), timeout=ABORT_WITHIN_S)
         self.end([])
 
     def end(self, workers: Iterable[Member]) -> None:
-        """Ends the controller and its workers by force, and frees the workers' places.
+        """Kills the controller and its workers, and removes their placement groups.
 
         Args:
             workers: of the controller.
@@ -164,7 +164,7 @@ class Attempt:
         """
         give_up = time.monotonic() + ENDED_WITHIN_S
         while self._trainer.controller is None and time.monotonic() < give_up and not self.wait(0.1):
-            pass  # it is just being made
+            pass  # it is still being created
         controller = self._trainer.controller
         if controller is not None:
             ray.kill(controller)
@@ -185,24 +185,24 @@ def _id_of(actor: ActorHandle) -> str:
 
 
 def threads_given() -> int | None:
-    """Torch threads that the user allows on this machine; in jobs and actors Ray sets the variable by itself."""
+    """Number of torch threads set by the user (``OMP_NUM_THREADS``); None in jobs and actors, where Ray sets it."""
     given = os.environ.get("OMP_NUM_THREADS", "")
     return int(given) if given.isdigit() and cluster_address() is None and not runs_inside_ray() else None
 
 
 class FreePlacesCallback(ControllerCallback):  # type: ignore[misc]
-    """Frees the workers' places when the controller has died; in place of Ray Train's own, see `places`."""
+    """Removes the placement groups after the controller's death; replaces Ray Train's callback, see `places`."""
 
     def after_controller_start(self, train_run_context: Any) -> None:
-        """Begins to watch the controller."""
+        """Starts to watch the controller."""
         free_places_after_death()
 
 
 class StatusCallback(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
-    """Runs in the controller's process.
+    """Callbacks in the controller's process.
 
-    Ray Train changes the number of workers by ending them and starting others. Before it does, this has them take their
-    step to its end and write a checkpoint, so that nothing is computed twice.
+    Ray Train changes the number of workers by ending them and starting others. Before that, this lets the workers
+    finish their step and write a checkpoint, so that nothing is computed twice.
 
     Args:
         status: keeps the job's status.
@@ -216,11 +216,11 @@ class StatusCallback(ControllerCallback, WorkerGroupCallback):  # type: ignore[m
         self._resizes = False
 
     def after_controller_start(self, train_run_context: Any) -> None:
-        """Begins the heartbeat."""
+        """Starts the heartbeat."""
         self._heartbeat = ControllerHeartbeat(self._status, self._attempt)
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
-        """Notes the state, and what failed where that is its reason. Each turn of the controller's loop comes here."""
+        """Notes the state, and the failure that caused it, if any. Called in each round of the controller's loop."""
         assert self._heartbeat is not None, "the controller has started"
         state = current_state._state_type.name
         self._resizes = previous_state._state_type.name == "RESIZING"
@@ -228,7 +228,7 @@ class StatusCallback(ControllerCallback, WorkerGroupCallback):  # type: ignore[m
         if state in ("RESTARTING", "RESCHEDULING") and state != previous_state._state_type.name:
             error = current_state.training_failed_error
             if isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError):
-                error = None  # it goes on waiting for resources, and the driver says so
+                error = None  # it only waits for resources, which the driver reports
         self._heartbeat.enter(state, "" if error is None else describe_failure(error))
 
     def after_worker_group_training_start(self, worker_group: Any) -> None:
@@ -251,11 +251,11 @@ class StatusCallback(ControllerCallback, WorkerGroupCallback):  # type: ignore[m
         while not self._heartbeat.everyone_left and time.monotonic() < give_up:
             time.sleep(0.2)
         self._heartbeat.ask_to_leave(None)
-        self._heartbeat.flush()  # those that are started next are to stay
+        self._heartbeat.flush()  # the next workers are not to leave
 
 
 def describe_failure(error: Exception) -> str:
-    """What a failure of Ray Train's means to a user: each worker's own error, those of the others' victims left out."""
+    """A failure of Ray Train as text for users: the errors of workers, without errors that another worker caused."""
     failures: dict[int, Exception] = getattr(error, "worker_failures", None) or {}
     if not failures:
         return _cause(getattr(error, "controller_failure", None) or error)
@@ -264,7 +264,7 @@ def describe_failure(error: Exception) -> str:
 
 
 def _lost_another(error: Exception) -> bool:
-    """Whether a worker only failed because its connection to another one broke."""
+    """Whether a worker failed only because its connection to another worker broke."""
     return any(sign in str(error) for sign in ("onnection reset by peer", "onnection closed by peer"))
 
 

@@ -1,4 +1,4 @@
-"""What a Ray Train worker does: its context, and the loop under it."""
+"""A Ray Train worker: its context, and the loop in it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class RayContext(DistributedContext):
         super().__init__(context.get_world_rank(), context.get_world_size(), device)
         self._heartbeat = WorkerHeartbeat(status, attempt, self.rank, self.world_size)
         if device.type == "cpu":
-            # Ray gives each worker one thread; the workers of a machine share its cores evenly.
+            # Ray sets one thread for each worker; here the workers of a machine share its cores evenly.
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             torch.set_num_threads(threads or max(1, cores // context.get_local_world_size()))
 
@@ -65,25 +65,25 @@ class RayContext(DistributedContext):
         ray.train.report(dict(evaluated.metrics))
 
     def say(self, line: str) -> None:
-        """Sends a line to the driver; a driver that is away is no reason to stop."""
+        """Sends a line to the driver; an unreachable driver is no reason to stop."""
         self._heartbeat.say(line)
 
     def enter(self, phase: Phase, step: int) -> None:
-        """Goes to the job's status with the next heartbeat."""
+        """Sent to the job's status with the next heartbeat."""
         self._step = step
         self._heartbeat.enter(phase, step)
 
     def begin_task(self, task: Task) -> None:
-        """Notes which job this worker does from now on."""
+        """Notes the job that this worker does from now on."""
         self._heartbeat.begin(task.number)
 
     def end_task(self, outcome: dict[str, Any]) -> None:
-        """Tells the driver what the job gave (rank 0 only does)."""
+        """Sends the job's outcome to the driver (rank 0 only)."""
         if self.rank == 0:
             self._heartbeat.end(pickle.dumps(outcome))
 
     def next_task(self, after: int) -> Task | None:
-        """Waits for the job after another one; None where this worker is to leave before there is one."""
+        """Waits for the next job; None if this worker is to leave before there is one."""
         self.enter("waiting for a run", self._step)
         self._heartbeat.wait()
         while self._heartbeat.leave_reason is None:
@@ -99,12 +99,12 @@ class RayContext(DistributedContext):
         return None
 
     def leave_reason(self) -> LeaveReason | None:
-        """What the job's status or Ray Train said last."""
+        """The last reason from the job's status or from Ray Train."""
         return self._heartbeat.leave_reason
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
-        """Shows the user what this project's code warns of; at the end, all that was said has arrived."""
+        """Shows the user warnings of this project's code; at the end, all lines have been received."""
         project = logging.getLogger("detr_ray")
         warnings = _WarningsToDriver(self)
         project.addHandler(warnings)
@@ -129,16 +129,15 @@ class _WarningsToDriver(logging.Handler):
 
 
 def run_worker(config: dict[str, Any]) -> dict[str, Any]:
-    """Does one worker's part of one job after another.
+    """Runs a worker's part of one job after another.
 
     Args:
-        config: the actor ``status``, the number of the ``attempt``, ``threads`` of torch, or None, how many data
-            ``tasks`` the worker may have at the same time, and the ``only_task``; None where the worker is to ask for
-            its tasks.
+        config: the actor ``status``; the number of the ``attempt``; ``threads`` of torch or None; the number of
+            concurrent data ``tasks`` of the worker; and ``only_task``, None if the worker asks for its jobs.
 
     Returns:
-        What the last job gave: ``{"result": what the work gave}``, or ``{"failed": message}`` where all workers agree
-        that the job can't go on: Ray would start workers that fail again, to the same end.
+        The outcome of the last job: ``{"result": ...}``, or ``{"failed": message}`` if all workers agree that the job
+        cannot go on; an exception would make Ray restart the workers, which would fail again.
     """
     context = RayContext(config["status"], config["attempt"], config["threads"])
     task: Task | None = config["only_task"] or context.next_task(0)
@@ -182,7 +181,7 @@ def _train(job: TrainJob, context: RayContext, batches: RayBatches) -> FitResult
 
 
 def _whole_job(task: Task) -> Any:
-    """The job with its data and weights, which travel beside it: data tasks need only the data."""
+    """The job with its data and weights, which are sent separately, because data tasks need only the data."""
     bare, config = ray.get(task.job[0])
     parts: dict[str, Any] = {"data": dataclasses.replace(ray.get(task.data[0]), config=config)}
     if task.weights:

@@ -1,7 +1,7 @@
-"""Training workers: started through Ray Train, watched, and started again where they fail; the one place for that.
+"""Training workers: started by Ray Train, supervised, and restarted after failures.
 
-The same workers can do one job after another: starting them takes 10 to 20 seconds, and what a search tries out next
-needs the same ones.
+The same workers can do one job after another: starting them takes 10 to 20 seconds, and the next trial of a search
+needs the same kind of workers.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ from detr_ray.runtime.trainer import Attempt, ControllerLost, StatusCallback, Tr
 if TYPE_CHECKING:  # see `launch`
     from detr_ray.engine.validation.evaluation_job import EvaluationJob
 
-# Workers that wait for one that hangs give up only after the watch has named and ended that one.
+# Longer than the supervision needs: workers that wait for a hanging one must not give up before it is found and ended.
 COLLECTIVES_WAIT_LONGER_S = 120
 
-# Ray Train's elastic policy chooses a number of workers from a view of the cluster that lags behind by some seconds.
-# After this time it chooses again; a fixed number has nothing to choose.
+# Ray Train's elastic policy chooses the number of workers from a state of the cluster that is some seconds old. After
+# this time it chooses again; not needed for a fixed number.
 ELASTIC_START_S = 15
 
 
 class Workers:
-    """The workers of a job, and of those after it.
+    """The workers of a job, and of later jobs.
 
     Args:
-        job: the first job. Its name is taken in the cluster, so that a second job of the same run is refused.
-        budget: the most that the workers and their data tasks may take.
+        job: the first job. Its name is reserved in the cluster, so that a second job of the same run is refused.
+        budget: largest resources of the workers and their data tasks.
         say: shows the user a line.
 
     Raises:
@@ -62,7 +62,7 @@ class Workers:
         run_path, path = (job.run.path, job.run.path) if isinstance(job, TrainJob) else (None, job.storage)
         self._status = StatusKeeper(run_path, say)
         self._supervisor = Supervisor(self._status, config.train, request.missing, say)
-        start_data_actors()  # which the workers would start, and wait for, later on
+        start_data_actors()  # otherwise the workers would start them and wait
         self._trainers = _Trainers(config, path, request, self._status, budget.threads or threads_given())
         self._data: tuple[PlannedData, ray.ObjectRef] | None = None
         self._attempt: Attempt | None = None
@@ -70,16 +70,16 @@ class Workers:
         self._tasks = 0
 
     def fit(self, job: TrainJob) -> bool:
-        """Whether these workers can do a job: whether it asks for as many, of the same kind."""
+        """Whether these workers can do a job: whether it needs the same number and kind of workers."""
         return _shape(job.config) == self._shape
 
     def run(self, job: TrainJob | EvaluationJob, hooks: JobHooks, *, last: bool) -> Any:
-        """Has the workers do a job, and gives back what rank 0 returned.
+        """Lets the workers do a job, and returns rank 0's result.
 
         Args:
             job: what to do.
             hooks: what it asks and tells the program that runs it.
-            last: whether the workers end with it. Otherwise they wait for another one.
+            last: whether the workers end after it. Otherwise they wait for another job.
 
         Raises:
             RunFailed: it began and cannot go on.
@@ -121,7 +121,7 @@ class Workers:
                 return result
 
     def _watched(self, task: Task) -> tuple[dict[str, Any], str | None]:
-        """What came of the attempt that is at work, or of a new one: the outcome, or why its controller was lost."""
+        """The outcome of the running attempt, or of a new one; or why its controller was lost."""
         attempt = self._started(task)
         try:
             lost = self._supervisor.watch(attempt, self._attempts)
@@ -138,12 +138,12 @@ class Workers:
         try:
             return _result_of(attempt, self._supervisor), None
         except ControllerLost:
-            attempt.end([])  # the places of its workers, which it would hold for ever
+            attempt.end([])  # otherwise its placement groups would stay for ever
             return {}, "the controller died"
 
     def _started(self, task: Task) -> Attempt:
         if self._attempt is not None and self._attempt.wait(0):
-            self._attempt = None  # its workers have ended while they had nothing to do
+            self._attempt = None  # its workers have ended while they had no job
         if self._attempt is None:
             self._say(f"starting {_described(self._trainers.request)}")
             self._attempts += 1
@@ -158,9 +158,9 @@ class Workers:
         return Task(self._tasks, [ray.put((bare, job.data.config))], [self._data_ref(job.data)], weights, last)
 
     def _data_ref(self, data: PlannedData) -> ray.ObjectRef:
-        """The data in the object store: that of the job before, where it is the same and planned in the same way.
+        """The data in the object store: that of the previous job, if it is the same and planned in the same way.
 
-        Data tasks keep it opened.
+        Data tasks then need not open it again.
         """
         if self._data is None or not data.is_planned_as(self._data[0]):
             self._data = data, ray.put(data)
@@ -168,7 +168,7 @@ class Workers:
 
 
 def _shape(config: Config) -> tuple[Any, ...]:
-    """What decides how many workers of which kind a job asks for, and how they are watched."""
+    """The settings that decide number and kind of a job's workers, and their supervision."""
     train = config.train
     return (
         train.num_workers, train.use_gpu, train.worker_resource, train.max_failures, train.stall_timeout_s,
@@ -177,7 +177,7 @@ def _shape(config: Config) -> tuple[Any, ...]:
 
 
 def _result_of(attempt: Attempt, supervisor: Supervisor) -> dict[str, Any]:
-    """What rank 0's part of an attempt that has ended returned.
+    """The return value of rank 0 in an attempt that has ended.
 
     Raises:
         RunFailed: the workers failed too often.
@@ -192,11 +192,11 @@ def _result_of(attempt: Attempt, supervisor: Supervisor) -> dict[str, Any]:
 
 
 class _Trainers:
-    """Makes the trainers of workers, one for each attempt.
+    """Creates the trainers, one for each attempt.
 
     Args:
         config: of their first job.
-        path: folder or URI for what Ray Train keeps.
+        path: folder or URI for Ray Train's files.
         request: the workers.
         status: keeps their status.
         threads: threads of torch in each CPU worker; None shares a node's cores among its workers.
@@ -219,11 +219,11 @@ class _Trainers:
 
         Args:
             number: of the attempt, from 1.
-            failures: times that it may start the workers again; -1 for any number.
-            only_task: the job after which the workers end; None: they ask for jobs.
+            failures: how often it may restart the workers; -1 for any number.
+            only_task: the only job of the workers; None: they ask for jobs.
         """
         train = self._config.train
-        # Numbers of the host are summed on the host: a GPU would have to be waited for otherwise, each step.
+        # Gloo for sums of host tensors: with NCCL, each step would have to wait for the GPU.
         backend = "cpu:gloo,cuda:nccl" if self.request.use_gpu else "gloo"
         return Trainer(
             _run_worker,
@@ -244,7 +244,7 @@ class _Trainers:
 
 
 def _run_worker(parts: dict[str, Any]) -> dict[str, Any]:
-    """Runs on the workers, which import what the driver need not."""
+    """Runs on the workers; imports modules that the driver does not need."""
     from detr_ray.runtime.worker import run_worker
 
     return run_worker(parts)
