@@ -203,13 +203,13 @@ def with_values(base: Config, keys: Mapping[str, Any]) -> Config:
     Args:
         base: the configuration of the search.
         keys: dotted key -> value. A value replaces the one of the base as a whole: a number may take the place of a
-            schedule.
+            schedule. Defaults that follow from it, such as those of an architecture, follow from the new value.
 
     Raises:
         ConfigError: the configuration refuses them, or a training with them could not start.
     """
-    values = base.to_dict()
-    del values["tune"]
+    values = base.model_dump(mode="json", exclude_unset=True)
+    values.pop("tune", None)
     for key, value in keys.items():
         *above, name = key.split(".")
         section = values

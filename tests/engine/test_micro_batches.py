@@ -185,8 +185,14 @@ def test_all_workers_take_the_smallest_answer_and_share_their_machine(
     assert limits[1] == 2 * limits[0] == micro_batches.SHARE_OF_CPU * 10**12
 
 
-def test_a_trial_leaves_everything_as_it_was(dataset: Path, tmp_path: Path) -> None:
-    job, context = job_of(configured(dataset, tmp_path, "model.dropout=0.5", "optim.ema_decay=0.9")), LocalContext()
+@pytest.mark.parametrize(
+    "architecture",
+    [(), ("model.architecture=dino", "model.num_feature_levels=2", "model.denoising_queries=6")],
+    ids=["detr", "dino"],
+)
+def test_a_trial_leaves_everything_as_it_was(dataset: Path, tmp_path: Path, architecture: tuple[str, ...]) -> None:
+    keys = ("model.dropout=0.5", "optim.ema_decay=0.9", *architecture)
+    job, context = job_of(configured(dataset, tmp_path, *keys)), LocalContext()
     state = TrainingState(job, context)
     before = {name: value.clone() for name, value in state.model.state_dict().items()}
     torch.manual_seed(3)

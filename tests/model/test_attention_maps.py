@@ -88,7 +88,11 @@ def test_weights_are_those_that_the_layer_applied(padded: tuple[Tensor, Tensor])
         torch.testing.assert_close(layer.out_proj(gathered), output[image])
 
 
-@pytest.mark.parametrize("changes", [(), ("model.architecture=deformable_detr", "model.two_stage=true")])
+@pytest.mark.parametrize(
+    "changes",
+    [(), ("model.architecture=deformable_detr", "model.two_stage=true"), ("model.architecture=dino",)],
+    ids=["detr", "deformable_detr", "dino"],
+)
 def test_recording_changes_neither_the_output_nor_the_model(
     padded: tuple[Tensor, Tensor], changes: tuple[str, ...]
 ) -> None:

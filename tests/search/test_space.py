@@ -88,6 +88,28 @@ def test_a_section_that_is_null_by_default_gets_its_keys() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("base", "keys", "expected"),
+    [
+        ((), {"model.architecture": "dino"}, ("model.architecture=dino",)),
+        (("model.architecture=dino",), {"model.architecture": "detr"}, ()),
+        (
+            ("model.architecture=deformable_detr", "model.num_queries=100"),
+            {"model.two_stage": True, "loss.class_loss": "vfl"},
+            ("model.architecture=deformable_detr", "model.num_queries=100", "model.two_stage=true",
+             "loss.class_loss=vfl"),
+        ),
+    ],
+)  # fmt: skip
+def test_defaults_follow_from_what_a_trial_sets(
+    base: tuple[str, ...], keys: dict[str, Any], expected: tuple[str, ...]
+) -> None:
+    """An architecture has its published model's defaults, and so has a class loss."""
+    trial = with_values(searching({"optim.lr": {"uniform": [0, 1]}}, *base), keys)
+    meant = searching({}, *expected)
+    assert (trial.model, trial.loss) == (meant.model, meant.loss)
+
+
 def test_a_broken_constraint_and_a_refused_value_are_configuration_errors() -> None:
     space = {"optim.lr": {"uniform": [1e-5, 1e-3]}, "optim.lr_backbone": {"uniform": [0, 1e-3]}}
     config = searching(space, "tune.constraints=['optim.lr_backbone <= optim.lr', 'loss.giou < 5']")
