@@ -105,8 +105,9 @@ def _evaluated(config: Config) -> Found:
     index = job.data.val
     assert index is not None, "there is a validation set"
     from detr_ray.evaluation import GroundTruth
+    from detr_ray.viz.figure import end_of
 
-    return Found(job.checkpoint, GroundTruth.from_columns(index), result.detections, job.names, index)
+    return Found(end_of(job.checkpoint), GroundTruth.from_columns(index), result.detections, job.names, index)
 
 
 PICTURES: dict[str, tuple[str, Draw]] = {

@@ -15,7 +15,11 @@ from detr_ray.viz.figure import new_figure
 
 CELL_INCHES = 3.2
 _LONGEST_TITLE = 46
-_TEXT_SHARE = 0.05  # of the image's height: nearer to the top, texts would cover the title
+_TEXT_POINTS = 7
+_LETTER = 0.62
+"""Mean width of a letter, in sizes of the font; a text is at most so wide."""
+_LINE = 1.45
+"""Height of a text with its background, in sizes of the font."""
 
 
 def image_grid(count: int, columns: int = 4, width: float = CELL_INCHES, height: float = CELL_INCHES) -> list[Axes]:
@@ -64,7 +68,7 @@ def draw_boxes(
     dashed: bool = False,
     width: float = 1.6,
 ) -> None:
-    """Draws boxes with a text at the upper left corner of each.
+    """Draws boxes with a text at a corner of each; texts cover each other only where there is no room for all.
 
     Args:
         axes: with an image of `show_image`.
@@ -74,16 +78,72 @@ def draw_boxes(
         dashed: with dashed lines.
         width: of the lines, in points.
     """
-    below = _TEXT_SHARE * abs(axes.get_ylim()[0] - axes.get_ylim()[1])
-    for (left, top, right, bottom), text, colour in zip(boxes_xyxy_px.tolist(), texts, colours, strict=True):
+    taken: list[Place] = []
+    letter_px = _pixels_of_a_point(axes) * _TEXT_POINTS
+    for box, text, colour in zip(boxes_xyxy_px.tolist(), texts, colours, strict=True):
+        left, top, right, bottom = box
         style = "--" if dashed else "-"
         axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, ec=colour, lw=width, ls=style))
         if text:
+            size = (_LETTER * letter_px * len(text), _LINE * letter_px)
+            place = text_place(box, size, taken, _room(axes))
+            taken.append(place)
             written = axes.text(
-                left, top, text, fontsize=7, color="black", va="bottom" if top > below else "top", parse_math=False,
+                place[0], place[1], text, fontsize=_TEXT_POINTS, color="black", va="top", parse_math=False,
                 clip_on=False, bbox={"fc": colour, "ec": "none", "pad": 0.8, "alpha": 0.8},
             )  # fmt: skip
             written.set_in_layout(False)  # one that sticks out at a side would move all images
+
+
+Place = tuple[float, float, float, float]
+"""Left, top, right, bottom in pixels of the image."""
+
+
+def text_place(box: Sequence[float], size: tuple[float, float], taken: Sequence[Place], room: Place) -> Place:
+    """Where a text is written: at the first corner of its box at which it covers no other one.
+
+    Args:
+        box: left, top, right, bottom.
+        size: width and height of the text.
+        taken: places of other texts.
+        room: the image; texts stay inside of it where they can.
+
+    Returns:
+        Its place. Where every corner is taken, further down along the left side; at last over another text.
+    """
+    left, top, right, bottom = box
+    width, height = size
+    corners = [(left, top - height), (left, top), (left, bottom), (right - width, bottom), (right - width, top)]
+    corners += [(left, top + row * height) for row in range(1, 8)]
+    places = [_inside((x, y, x + width, y + height), room) for x, y in corners]
+    return next((place for place in places if not any(_covers(place, other) for other in taken)), places[0])
+
+
+def _inside(place: Place, room: Place) -> Place:
+    """A place moved into the room; at its left and upper end where it does not fit."""
+    left, top, right, bottom = place
+    x = max(min(left, room[2] - (right - left)), room[0])
+    y = max(min(top, room[3] - (bottom - top)), room[1])
+    return x, y, x + right - left, y + bottom - top
+
+
+def _covers(one: Place, other: Place) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+def _room(axes: Axes) -> Place:
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    return left, top, right, bottom
+
+
+def _pixels_of_a_point(axes: Axes) -> float:
+    """How many pixels of the image are a point of the picture, about: what titles take of it is not known yet."""
+    figure = figure_of(axes)
+    spec = axes.get_subplotspec()
+    rows, columns = (1, 1) if spec is None else spec.get_gridspec().get_geometry()
+    left, top, right, bottom = _room(axes)
+    width, height = figure.get_figwidth() / columns, figure.get_figheight() / rows
+    return max((right - left) / width, (bottom - top) / height) / 72
 
 
 def label_colour(label: int) -> tuple[float, float, float]:

@@ -140,7 +140,7 @@ def position_figure(embedding: Embedding, title: str) -> Figure:
     step = max(1, half // 12)
     channels = sorted({0, 1, *(channel for channel in (step, 2 * step, 4 * step, 6 * step) if 1 < channel < half)})[:5]
     grid = figure.add_gridspec(4, 5)
-    for row, (first, part) in enumerate(((0, "first half"), (half, "second half"))):
+    for row, (first, part) in enumerate(((0, "first half: rows"), (half, "second half: columns"))):
         for place, channel in enumerate(channels):
             axes = figure.add_subplot(grid[row, place])
             _map(
@@ -172,7 +172,7 @@ def _places(height: int, width: int) -> list[tuple[int, int]]:
 
 def _map(axes: Axes, embedding: Embedding, values: np.ndarray, title: str, colours: str) -> None:
     shown = np.where(embedding.is_padding, np.nan, values)
-    image = axes.imshow(shown, cmap=colours, vmin=-1 if colours == "RdBu" else None, vmax=1)
+    image = axes.imshow(shown, cmap=colours, vmin=-1, vmax=1)
     axes.set_facecolor("#303040")
     axes.set_title(title, fontsize=8)
     axes.tick_params(labelsize=6)

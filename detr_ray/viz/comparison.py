@@ -11,9 +11,13 @@ from matplotlib.lines import Line2D
 
 from detr_ray.viz.annotated_image import draw_boxes, figure_of, image_grid, show_image
 
-COLOURS = {"matched": "#36d060", "confused": "#ffa020", "false": "#ff4040", "missed": "#40c8ff", "ignored": "#909090"}
+COLOURS = {
+    "suspected": "#ff30e0", "matched": "#36d060", "confused": "#ffa020", "false": "#ff4040", "missed": "#40c8ff",
+    "ignored": "#909090",
+}  # fmt: skip
 """Colour of each outcome, of annotations and of predictions."""
 _MEANINGS = {
+    "suspected": "looks wrong, and what says so",
     "matched": "matched",
     "confused": "confused with another category",
     "false": "false: no annotation is left for it",

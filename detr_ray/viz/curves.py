@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from detr_ray.viz.figure import message_figure, new_figure
 
@@ -15,6 +16,7 @@ PHASES = ("data_wait", "forward", "loss", "backward", "update")
 _PHASE_COLOURS = ("#d62728", "#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd")
 _RUN_STYLES = ("-", "--", ":", "-.")
 _MOST_POINTS = 2000
+_DASH = 6.0
 NOTHING = "no metrics of this run were found: its curves are in MLflow, where it was recorded"
 
 
@@ -73,6 +75,9 @@ def schedules_figure(run: RunCurves) -> Figure:
     _lines(left, [run], rates, "Learning rates")
     _log_where_wide(left)
     _lines(right, [run], weights, "Loss weights")
+    _from_zero(right)
+    for axes in (left, right):
+        _show_equal_lines(axes)
     return figure
 
 
@@ -94,13 +99,15 @@ def step_times_figure(run: RunCurves) -> Figure:
     else:
         for number, values in enumerate(seconds):
             over.bar(0, values[0], bottom=sum(part[0] for part in seconds[:number]), color=_PHASE_COLOURS[number])
-    over.set(title="Seconds of a step, by phase", xlabel="epoch", ylabel="s")
+    over.set(xlabel="epoch", ylabel="s")
+    over.set_title("Seconds of a step, by phase", fontsize=10)
     means = [float(np.mean(values)) for values in seconds]
-    bars = mean.barh(list(phases), means, color=_PHASE_COLOURS)
+    bars = mean.barh([phase.replace("_", " ") for phase in phases], means, color=_PHASE_COLOURS)
     whole = max(sum(means), 1e-12)
-    mean.bar_label(bars, [f" {value * 1000:.1f} ms, {value / whole:.0%}" for value in means], fontsize=8)
+    mean.bar_label(bars, [f" {_time_text(value)}, {value / whole:.0%}" for value in means], fontsize=8)
     mean.invert_yaxis()
-    mean.set(title="Mean of all steps", xlabel="s", xlim=(0, max([*means, 1e-9]) * 1.3))
+    mean.set_title("Mean of all steps", fontsize=10)
+    mean.set(xlabel="s", xlim=(0, max([*means, 1e-9]) * 1.3))
     _lines(rate, [run], {"perf/images_per_s": "images/s"}, "Images a second")
     _from_zero(rate)
     _lines(
@@ -109,6 +116,10 @@ def step_times_figure(run: RunCurves) -> Figure:
     )  # fmt: skip
     _from_zero(padding)
     return figure
+
+
+def _time_text(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.1f} ms"
 
 
 def _lines(
@@ -133,6 +144,16 @@ def _lines(
             entry.set_parse_math(False)
     else:
         axes.text(0.5, 0.5, "not recorded", ha="center", va="center", transform=axes.transAxes, color="#8c8c8c")
+
+
+def _show_equal_lines(axes: Axes) -> None:
+    """Lines of the same values take turns, so that all of their colours are seen."""
+    equal: dict[bytes, list[Line2D]] = {}
+    for line in axes.lines:
+        equal.setdefault(np.asarray(line.get_xydata()).tobytes(), []).append(line)
+    for lines in equal.values():
+        for number, line in enumerate(lines if len(lines) > 1 else ()):
+            line.set_linestyle((-_DASH * number, (_DASH, _DASH * (len(lines) - 1))))
 
 
 def _from_zero(axes: Axes) -> None:

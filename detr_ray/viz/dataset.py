@@ -14,10 +14,12 @@ from matplotlib.transforms import Bbox
 from detr_ray.viz.figure import new_figure
 
 COLOURS = ("#1f77b4", "#ff7f0e")
-PLANNED_COLOURS = ("#103a5a", "#8a4100")
+PLANNED_COLOURS = ("#2ca02c", "#9467bd")
 _MOST_CLASSES = 30
 _MOST_POINTS = 4000
 _COCO_SIDES = (32, 96)
+_NARROW = 5
+"""Up to this ratio of the largest to the smallest box, its axis has ticks at even distances."""
 _SIDE_TICKS = (2, 5, 10, 20, 32, 50, 96, 200, 400, 800, 1600)
 
 
@@ -110,7 +112,9 @@ def _box_sides(axes: Axes, splits: Sequence[SplitColumns]) -> None:
         if bins[0] < limit < bins[-1]:
             axes.axvline(limit, color="black", lw=0.8, ls=":")
     axes.set_xscale("log")
-    axes.set_xticks([tick for tick in _SIDE_TICKS if bins[0] <= tick <= bins[-1]], minor=False)
+    few = MaxNLocator(6, integer=True).tick_values(bins[0], bins[-1])
+    ticks = few.tolist() if bins[-1] < _NARROW * bins[0] else _SIDE_TICKS
+    axes.set_xticks([tick for tick in ticks if bins[0] <= tick <= bins[-1]], minor=False)
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set(
         title="Size of boxes", xlabel="square root of width x height, pixels (dotted: 32 and 96)", ylabel="% of boxes"
@@ -173,7 +177,8 @@ def _image_sizes(axes: Axes, splits: Sequence[SplitColumns]) -> None:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
     axes.set(title="Size of images, as stored and as planned", xlabel="width, pixels", ylabel="height, pixels")
-    legend = axes.legend(fontsize=8)
+    # Below, since there are points everywhere.
+    legend = axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=4, columnspacing=1)
     for handle in legend.legend_handles:
         if handle is not None:
             handle.set_alpha(1)

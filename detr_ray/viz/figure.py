@@ -27,6 +27,11 @@ def message_figure(message: str) -> Figure:
     return figure
 
 
+def end_of(location: str, most: int = 60) -> str:
+    """The end of a long location, which says most, for titles."""
+    return location if len(location) <= most else f"…{location[1 - most :]}"
+
+
 def figure_bytes(figure: Figure, file_format: str, dpi: int = 110) -> bytes:
     """The content of a file with the picture.
 

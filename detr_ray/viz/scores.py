@@ -110,7 +110,8 @@ def sizes_figure(scores: Mapping[str, float | None], counts: Mapping[str, int], 
     limits = {"small": "below 32² px", "medium": "32² to 96² px", "large": "above 96² px"}
     labels += [f"{size}, {limits[size]}\n{counts[size]:,} boxes" for size in limits]
     axes.set_xticks(range(4), labels, fontsize=8)
-    axes.set(ylim=(0, 1.08), title=title or "AP and AR by size of objects")
+    axes.set(ylim=(0, 1.08))
+    axes.set_title(title or "AP and AR by size of objects", fontsize=10, parse_math=False)
     axes.legend(fontsize=8)
     return figure
 
@@ -137,7 +138,9 @@ def errors_figure(
     ):
         whole.barh([0], [value], left=left, color=colour, label=f"{name} {value:.3f}")
         left += value
-    whole.set(xlim=(0, max(1.0, left)), yticks=[], title="Mended one after another, from left to right")
+    whole.set(xlim=(0, max(1.0, left)), yticks=[])
+    whole.set_title("AP50, and what mending one kind after another adds, from left to right", fontsize=9)
+    whole.tick_params(labelsize=8)
     whole.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=7, fontsize=8, frameon=False)
     _alone(single, alone, counts)
     return figure
@@ -146,7 +149,12 @@ def errors_figure(
 def _alone(axes: Axes, alone: Mapping[str, float], counts: Mapping[str, int]) -> None:
     kinds = list(alone)
     bars = axes.barh(kinds, [alone[kind] for kind in kinds], color=ERROR_COLOURS)
-    axes.bar_label(bars, [f" +{alone[kind]:.3f}  ({counts[kind]:,} errors)" for kind in kinds], fontsize=8)
+    axes.bar_label(bars, [f" +{alone[kind]:.3f}  ({_errors_text(counts[kind])})" for kind in kinds], fontsize=8)
     axes.invert_yaxis()
-    axes.set(xlim=(0, max([*alone.values(), 0.01]) * 1.25), title="AP50 that mending one kind alone would give")
+    axes.set(xlim=(0, max([*alone.values(), 0.01]) * 1.25))
+    axes.set_title("AP50 that mending one kind alone would add", fontsize=9)
     axes.tick_params(labelsize=8)
+
+
+def _errors_text(count: int) -> str:
+    return "1 error" if count == 1 else f"{count:,} errors"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from observing import observe, small_config
@@ -16,7 +17,9 @@ from detr_ray.engine.pictures import of_augmentation, of_data, of_evaluation, of
 from detr_ray.engine.pictures.request import PictureRequest
 from detr_ray.evaluation import DetectionTable, GroundTruth
 from detr_ray.show import PICTURES
+from detr_ray.viz.comparison import COLOURS
 
+MAGENTA = COLOURS["suspected"]
 CROPPED = "data.augment={scales: [48, 64], max_size: 96, crop: 1, crop_scales: [60], crop_min: 30, crop_max: 50}"
 
 
@@ -203,6 +206,10 @@ def test_suspicious_annotations_are_named(place: Path) -> None:
     assert sum("never found" in line for line in drawn.lines) == 1
     assert sum("no annotation" in line for line in drawn.lines) == 1
     assert f"annotation {found.truth.annotation_ids[0]} " in " ".join(drawn.lines)
+    suspected = [
+        patch for axes in drawn.figure.axes for patch in axes.patches if to_hex(patch.get_edgecolor()) == MAGENTA
+    ]
+    assert len(suspected) == 2, "the annotation, and what was found beside all annotations"
     blind = of_evaluation.Found("a", found.truth, found.detections.select(np.arange(0)), found.names, found.index)
     assert of_evaluation.suspicious_picture(blind, PictureRequest()).lines == ["no annotation looks wrong"]
 

@@ -130,6 +130,7 @@ MODULES = (
     "detr_ray/report.py",
     "detr_ray/prepare.py",
     "detr_ray/cli.py",
+    "detr_ray/viz/annotated_image.py",
     "detr_ray/viz/detections.py",
     "detr_ray/viz/samples.py",
     "detr_ray/viz/dataset.py",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,7 +87,7 @@ def suspicious_picture(found: Found, request: PictureRequest) -> Drawn:
         if row in notes or len(notes) < request.images:
             notes[row] = ", ".join(filter(None, (notes.get(row), one.kind)))
     outcomes = find_outcomes(found.truth, found.detections, LEAST_STRENGTH)
-    drawn = _compared(found, list(notes), outcomes, LEAST_STRENGTH, notes)
+    drawn = _compared(found, list(notes), outcomes, LEAST_STRENGTH, notes, suspicions)
     title = f"Annotations that look wrong: {len(suspicions)} in {len({one.image_id for one in suspicions})} images"
     lines = [suspicion_line(one, found) for one in suspicions]
     return Drawn(comparison_figure(drawn, f"{title}; {found.source}"), lines)
@@ -176,9 +176,15 @@ def _counted(outcomes: Outcomes, found: Found, score: float) -> dict[str, int]:
 
 
 def _compared(
-    found: Found, rows: Sequence[int], outcomes: Outcomes, score: float, notes: Mapping[int, str]
+    found: Found,
+    rows: Sequence[int],
+    outcomes: Outcomes,
+    score: float,
+    notes: Mapping[int, str],
+    suspicions: Sequence[Suspicion] = (),
 ) -> list[ComparedImage]:
     index, truth, detections = _with_images(found), found.truth, found.detections
+    suspected = {one.annotation for one in suspicions}, {one.detection for one in suspicions}
     pixels = StoredPixels(index)
     images = []
     for row in rows:
@@ -193,13 +199,17 @@ def _compared(
                 JudgedBoxes(
                     xywh_to_xyxy(truth.boxes_xywh_px[boxes]),
                     [found.names[int(truth.category_ids[i])] for i in boxes.tolist()],
-                    [Outcome(outcomes.annotated[i]).name.lower() for i in boxes.tolist()],
+                    [_outcome(outcomes.annotated, i, suspected[0]) for i in boxes.tolist()],
                 ),
                 JudgedBoxes(
                     xywh_to_xyxy(detections.boxes_xywh_px[shown]),
                     texts,
-                    [Outcome(outcomes.found[i]).name.lower() for i in shown.tolist()],
+                    [_outcome(outcomes.found, i, suspected[1]) for i in shown.tolist()],
                 ),
             )
         )
     return images
+
+
+def _outcome(outcomes: np.ndarray, row: int, suspected: Collection[int | None]) -> str:
+    return "suspected" if row in suspected else Outcome(outcomes[row]).name.lower()

@@ -20,6 +20,7 @@ from detr_ray.loss import Scores
 from detr_ray.model.attention_maps import AttentionMap, AttentionRecord, SamplingPoints, record_attention
 from detr_ray.structures import Batch, PaddedBatch, to_device
 from detr_ray.viz.attention import Attended, Embedding, attention_figure, position_figure
+from detr_ray.viz.figure import end_of
 from detr_ray.viz.queries import queries_figure
 
 _MOST_POINTS = 9
@@ -66,7 +67,7 @@ class Seen:
     @property
     def title(self) -> str:
         """Which image of which checkpoint it is."""
-        return f"image {self.padded.image_ids[0]}, {self.job.checkpoint}"
+        return f"image {self.padded.image_ids[0]}, {end_of(self.job.checkpoint)}"
 
 
 def encoder_picture(config: Config, request: PictureRequest, say: Say) -> Drawn:
@@ -119,7 +120,7 @@ def position_picture(config: Config, request: PictureRequest, say: Say) -> Drawn
         vectors = model.get_submodule("backbone.1")(level.features, level.padding)
     padding = torch.zeros(vectors.shape[1:3], dtype=torch.bool) if level.padding is None else level.padding[0]
     height, width, dim = vectors.shape[1:]
-    title = f"Position embedding of a map of {width} x {height} cells, {dim} channels; {job.checkpoint}"
+    title = f"Position embedding of a map of {width} x {height} cells, {dim} channels; {end_of(job.checkpoint)}"
     return Drawn(position_figure(Embedding(vectors[0].float().numpy(), padding.numpy()), title))
 
 
@@ -136,7 +137,7 @@ def queries_picture(config: Config, request: PictureRequest, say: Say) -> Drawn:
         for query in queries.tolist()
     ]
     count = scores.shape[1]
-    title = f"Where {len(queries)} of {count} queries predict, {len(boxes)} images; {job.checkpoint}"
+    title = f"Where {len(queries)} of {count} queries predict, {len(boxes)} images; {end_of(job.checkpoint)}"
     return Drawn(queries_figure(boxes, queries, title), lines)
 
 
