@@ -109,12 +109,13 @@ def text_place(box: Sequence[float], size: tuple[float, float], taken: Sequence[
         room: the image; texts stay inside of it where they can.
 
     Returns:
-        Its place. Where every corner is taken, further down along the left side; at last over another text.
+        Its place. Where every corner is taken, further down along the left side; then over another text, since one
+        beside its box would be read as another box's.
     """
     left, top, right, bottom = box
     width, height = size
     corners = [(left, top - height), (left, top), (left, bottom), (right - width, bottom), (right - width, top)]
-    corners += [(left, top + row * height) for row in range(1, 8)]
+    corners += [(left, top + row * height) for row in range(1, int((bottom - top) / height))]
     places = [_inside((x, y, x + width, y + height), room) for x, y in corners]
     return next((place for place in places if not any(_covers(place, other) for other in taken)), places[0])
 

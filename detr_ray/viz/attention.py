@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from detr_ray.viz.annotated_image import draw_boxes, figure_of, image_grid, label_colour, show_image
-from detr_ray.viz.figure import new_figure
+from detr_ray.viz.figure import new_figure, write_title
 
 _POINT_COLOUR = "#ff2fd0"
 _LEVEL_MARKS = ("o", "s", "^", "D", "v", "P")
@@ -54,7 +54,7 @@ def attention_figure(pixels: np.ndarray, frame_px: tuple[int, int], attended: Se
     """
     height, width = pixels.shape[:2]
     scale = 3.2 / max(height, width)
-    axes = image_grid(1 + len(attended), 5, max(2.2, width * scale), height * scale + 0.5)
+    axes = image_grid(1 + len(attended), 5, max(2.2, width * scale), height * scale + 0.6)
     show_image(axes[0], pixels, "the image")
     for number, one in enumerate(attended, 1):
         if one.at_px is not None:
@@ -75,7 +75,7 @@ def attention_figure(pixels: np.ndarray, frame_px: tuple[int, int], attended: Se
             for level in levels
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(levels), frameon=False, fontsize=9)
-    figure.suptitle(title, fontsize=10, parse_math=False)
+    write_title(figure, title)
     return figure
 
 
@@ -86,7 +86,7 @@ def _mark(level: int) -> str:
 def _draw_attended(axes: Axes, pixels: np.ndarray, frame_px: tuple[int, int], one: Attended) -> None:
     height, width = pixels.shape[:2]
     grey = np.repeat(pixels.mean(axis=2, keepdims=True), 3, axis=2)
-    show_image(axes, (grey * 0.75).astype(np.uint8), one.title)
+    show_image(axes, (grey * 0.75).astype(np.uint8), f"{one.title}\n{_scale_of(one)}")
     if one.points_px is None:
         most = max(float(one.weights.max()), 1e-12)
         axes.imshow(
@@ -101,6 +101,12 @@ def _draw_attended(axes: Axes, pixels: np.ndarray, frame_px: tuple[int, int], on
         axes.plot(*one.at_px, "o", color=_POINT_COLOUR, ms=5, mec="white")
     if one.box_xyxy_px is not None:
         draw_boxes(axes, one.box_xyxy_px[None], [""], ["#40ff70"])
+
+
+def _scale_of(one: Attended) -> str:
+    """What the brightest colour stands for; weights that are nearly even look the same as others without it."""
+    what = "cell" if one.points_px is None else "point"
+    return f"a {what}: at most {one.weights.max():.1%}, mean {one.weights.mean():.1%}"
 
 
 def _draw_points(axes: Axes, points_px: np.ndarray, weights: np.ndarray, levels: np.ndarray) -> None:
@@ -160,7 +166,7 @@ def position_figure(embedding: Embedding, title: str) -> Figure:
         alike = vectors @ vectors[y, x] / (lengths * lengths[y, x])
         _map(axes, embedding, alike, f"likeness to row {y}, column {x}", "viridis")
         axes.plot(x, y, "o", color=_POINT_COLOUR, ms=5, mec="white")
-    figure.suptitle(title, fontsize=11, parse_math=False)
+    write_title(figure, title, 11)
     return figure
 
 

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from detr_ray.viz.annotated_image import draw_boxes, figure_of, image_grid, show_image
+from detr_ray.viz.figure import write_title
 
 COLOURS = {
     "suspected": "#ff30e0", "matched": "#36d060", "confused": "#ffa020", "false": "#ff4040", "missed": "#40c8ff",
@@ -79,5 +80,5 @@ def comparison_figure(images: Sequence[ComparedImage], title: str) -> Figure:
     handles = [Line2D([], [], color=COLOURS[name], lw=3, label=_MEANINGS[name]) for name in COLOURS if name in used]
     if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
-    figure.suptitle(title, fontsize=10, parse_math=False)
+    write_title(figure, title)
     return figure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -11,6 +12,8 @@ from matplotlib.figure import Figure
 FIGURE_FORMATS = ("png", "svg", "pdf", "jpg", "webp")
 """Endings of the files that figures are written in."""
 PALE = "#8c8c8c"
+_LETTER = 0.62
+"""Mean width of a letter, in sizes of the font."""
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -25,6 +28,18 @@ def message_figure(message: str) -> Figure:
     figure = new_figure(7.0, 2.0)
     figure.text(0.5, 0.5, message, ha="center", va="center", fontsize=12, color=PALE, parse_math=False)
     return figure
+
+
+def write_title(figure: Figure, title: str, size: float = 10) -> None:
+    """Writes a title above all of a figure, on as many lines as its width asks for.
+
+    Args:
+        figure: it.
+        title: plain text.
+        size: of the font, in points.
+    """
+    letters = int(figure.get_figwidth() * 72 / (_LETTER * size))
+    figure.suptitle("\n".join(textwrap.wrap(title, letters)), fontsize=size, parse_math=False)
 
 
 def end_of(location: str, most: int = 60) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
-from detr_ray.viz.figure import new_figure
+from detr_ray.viz.figure import new_figure, write_title
 
 _COLUMNS = 5
 _KINDS = (("small", "#2ca02c"), ("large and wide", "#d62728"), ("large and high", "#1f77b4"))
@@ -41,7 +41,7 @@ def queries_figure(boxes_cxcywh: np.ndarray, queries: np.ndarray, title: str) ->
         if handle is not None:
             handle.set_alpha(1)
             handle.set(sizes=[30])
-    figure.suptitle(title, fontsize=10, parse_math=False)
+    write_title(figure, title)
     return figure
 
 

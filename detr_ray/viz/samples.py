@@ -13,6 +13,7 @@ from matplotlib.patches import Rectangle
 from detr_ray.box_arrays import cxcywh_to_xyxy
 from detr_ray.structures import PaddedBatch
 from detr_ray.viz.annotated_image import draw_boxes, figure_of, image_grid, label_colour, show_image
+from detr_ray.viz.figure import write_title
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def padded_batch(batch: PaddedBatch, names: Sequence[str | None], title: str) ->
     figure = figure_of(axes[0])
     image_pixels = int(batch.sizes.astype(np.int64).prod(axis=1).sum())
     padding = 1 - image_pixels / (len(batch.images) * height * width)
-    figure.suptitle(f"{title}: {width} x {height} pixels, {padding:.1%} of them padding", fontsize=10, parse_math=False)
+    write_title(figure, f"{title}: {width} x {height} pixels, {padding:.1%} of them padding")
     return figure
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from detr_ray.viz.figure import message_figure, new_figure
+from detr_ray.viz.figure import message_figure, new_figure, write_title
 
 _MOST_CURVES = 10
 _MOST_CATEGORIES = 40
@@ -30,7 +30,7 @@ def precision_recall_figure(
     if not len(scored):
         return message_figure("no category has annotations: there is no precision and recall")
     figure = new_figure(13.0, 5.2)
-    figure.suptitle(title, fontsize=10, parse_math=False)
+    write_title(figure, title)
     worst = scored[np.argsort(precision[0][:, scored].mean(axis=0), kind="stable")][:_MOST_CURVES]
     for place, iou in enumerate((0.5, 0.75)):
         axes = figure.add_subplot(1, 2, place + 1)
@@ -129,7 +129,7 @@ def errors_figure(
         title: above all.
     """
     figure = new_figure(12.0, 4.6)
-    figure.suptitle(title, fontsize=10, parse_math=False)
+    write_title(figure, title)
     whole, single = figure.add_subplot(2, 1, 1), figure.add_subplot(2, 1, 2)
     left = 0.0
     for name, value, colour in (

@@ -6,7 +6,7 @@ import numpy as np
 
 from detr_ray.viz.annotated_image import draw_boxes, figure_of, image_grid, show_image, text_place
 from detr_ray.viz.curves import RunCurves, schedules_figure
-from detr_ray.viz.figure import end_of
+from detr_ray.viz.figure import end_of, new_figure, write_title
 
 ROOM = (0.0, 0.0, 100.0, 80.0)
 
@@ -56,3 +56,12 @@ def test_lines_of_equal_values_take_turns() -> None:
 def test_a_long_location_ends_with_what_says_most() -> None:
     assert end_of("runs/a/checkpoints/step_00000010") == "runs/a/checkpoints/step_00000010"
     assert end_of("/a/long/path/to/runs/a/model.pt", 16) == "…runs/a/model.pt"
+
+
+def test_a_title_takes_as_many_lines_as_it_needs() -> None:
+    figure = new_figure(4.0, 3.0)
+    write_title(figure, "Decoder attention, layer 2 of 2; image 9, /a/long/path/to/checkpoints/step_00000064/model.pt")
+    figure.canvas.draw()
+    (title,) = figure.texts
+    extent = title.get_window_extent()
+    assert extent.x0 >= 0 and extent.x1 <= figure.bbox.width and title.get_text().count("\n") >= 1
