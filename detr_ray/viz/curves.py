@@ -55,6 +55,7 @@ def training_figure(runs: Sequence[RunCurves]) -> Figure:
     _lines(norms, runs, {"train/grad_norm": "gradient norm"}, "Norm of the gradient before clipping")
     for axes in (total, parts, norms):
         _log_where_wide(axes)
+    _from_zero(scores, 0.05)
     return figure
 
 
@@ -156,9 +157,10 @@ def _show_equal_lines(axes: Axes) -> None:
             line.set_linestyle((-_DASH * number, (_DASH, _DASH * (len(lines) - 1))))
 
 
-def _from_zero(axes: Axes) -> None:
+def _from_zero(axes: Axes, least: float = 1e-9) -> None:
+    """An axis from 0 to beyond the largest value, or to the least one that is worth an axis."""
     values = [np.nanmax(np.asarray(line.get_ydata(), float), initial=0.0) for line in axes.lines]
-    axes.set_ylim(0, max([*values, 1e-9]) * 1.15)
+    axes.set_ylim(0, max([*values, least]) * 1.15)
 
 
 def _log_where_wide(axes: Axes) -> None:
