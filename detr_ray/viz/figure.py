@@ -39,7 +39,7 @@ def write_title(figure: Figure, title: str, size: float = 10) -> None:
         size: of the font, in points.
     """
     letters = int(figure.get_figwidth() * 72 / (_LETTER * size))
-    figure.suptitle("\n".join(textwrap.wrap(title, letters)), fontsize=size, parse_math=False)
+    figure.suptitle("\n".join(textwrap.wrap(title, letters, break_on_hyphens=False)), fontsize=size, parse_math=False)
 
 
 def end_of(location: str, most: int = 60) -> str:
