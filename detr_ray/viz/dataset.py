@@ -113,7 +113,7 @@ def _box_sides(axes: Axes, splits: Sequence[SplitColumns]) -> None:
             axes.axvline(limit, color="black", lw=0.8, ls=":")
     axes.set_xscale("log")
     few = MaxNLocator(6, integer=True).tick_values(bins[0], bins[-1])
-    ticks = few.tolist() if bins[-1] < _NARROW * bins[0] else _SIDE_TICKS
+    ticks = few if bins[-1] < _NARROW * bins[0] else _SIDE_TICKS
     axes.set_xticks([tick for tick in ticks if bins[0] <= tick <= bins[-1]], minor=False)
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set(

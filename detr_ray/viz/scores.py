@@ -41,7 +41,8 @@ def precision_recall_figure(
             axes.plot(recalls, precision[place, :, k], lw=0.6, color="#c0c0c0", zorder=0)
         mean = precision[place][:, scored].mean(axis=1)
         axes.plot(recalls, mean, lw=2.4, color="black", label=f"mean of {len(scored)} ({mean.mean():.2f})")
-        axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision", title=f"IoU {iou}")
+        axes.set(xlim=(-0.01, 1.01), ylim=(-0.02, 1.02), xlabel="recall", ylabel="precision")
+        axes.set_title(f"IoU {iou}", fontsize=10)
         axes.grid(alpha=0.3)
         legend = axes.legend(fontsize=7, loc="lower left", title="category (AP at this IoU)", title_fontsize=7)
         for text in legend.get_texts():
@@ -80,7 +81,7 @@ def confusion_figure(names: Sequence[str], counts: np.ndarray, title: str = "") 
                 column, row, str(part[row, column]), ha="center", va="center", fontsize=6,
                 color="white" if dark else "black",
             )  # fmt: skip
-    figure.colorbar(image, ax=axes, shrink=0.7, label="share of the row")
+    figure.colorbar(image, ax=axes, shrink=0.7, aspect=30, label="share of the row")
     more = f"; the {len(shown)} of {len(used)} categories with the most errors" if len(shown) < len(used) else ""
     axes.set_title(f"{title}{more}".replace("; ", "\n"), fontsize=8, parse_math=False)
     return figure

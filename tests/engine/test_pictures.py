@@ -211,7 +211,9 @@ def test_suspicious_annotations_are_named(place: Path) -> None:
     ]
     assert len(suspected) == 2, "the annotation, and what was found beside all annotations"
     blind = of_evaluation.Found("a", found.truth, found.detections.select(np.arange(0)), found.names, found.index)
-    assert of_evaluation.suspicious_picture(blind, PictureRequest()).lines == ["no annotation looks wrong"]
+    assert of_evaluation.suspicious_picture(blind, PictureRequest()).lines == [
+        "no annotation looks wrong to this model (AP50 0.000; one that finds little accuses none)"
+    ]
 
 
 def test_every_picture_has_a_meaning_and_is_drawn() -> None:

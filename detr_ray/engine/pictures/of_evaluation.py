@@ -79,7 +79,11 @@ def suspicious_picture(found: Found, request: PictureRequest) -> Drawn:
     index = _with_images(found)
     suspicions = find_suspicious(found.truth, found.detections)
     if not suspicions:
-        return Drawn(message_figure("no annotation looks wrong"), ["no annotation looks wrong"])
+        ap50 = evaluate_detections(found.truth, found.detections).summary["AP50"]
+        line = "no annotation looks wrong to this model"
+        if ap50 is not None:
+            line += f" (AP50 {ap50:.3f}; one that finds little accuses none)"
+        return Drawn(message_figure(line), [line])
     row_of = {image_id: row for row, image_id in enumerate(index.image_ids.tolist())}
     notes: dict[int, str] = {}
     for one in suspicions:
