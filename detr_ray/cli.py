@@ -35,6 +35,9 @@ _USER_ERRORS = (
 
 _OVERRIDE = re.compile(r"(--)?[A-Za-z_]\w*(\.\w+)+=|[A-Za-z_]\w*=\{")
 
+_WHICH_STORE = ("tracking.uri", "run.storage")
+"""Keys that say in which MLflow store an address such as ``models:/detr@champion`` is looked up."""
+
 _USAGE_NOTE = """\
 keys:
   Defaults, then every --config FILE in its order, then key=value: later values win. Values are
@@ -163,7 +166,11 @@ def refuse_idle_keys(arguments: argparse.Namespace, is_used: bool) -> None:
     Raises:
         ConfigError: there are such keys.
     """
+    from detr_ray.tracking.fetching import SCHEMES
+
     given = [*arguments.config, *arguments.overrides]
+    if arguments.source.startswith(SCHEMES):  # some say which registry
+        given = [item for item in arguments.overrides if item.removeprefix("--").split("=")[0] not in _WHICH_STORE]
     if given and not is_used:
         raise ConfigError(f"{given[0]}: changes nothing: {arguments.source} says itself what it was trained with")
 

@@ -10,7 +10,7 @@ import re
 from urllib.parse import parse_qsl, unquote
 
 _ADDRESS = re.compile(r"[a-zA-Z][\w+.-]*://\S+")
-_USER_OF_NO_SCHEME = re.compile(r"^[^\s/@:]+:(?!//)[^\s@]+@(?=\S)")
+_USER_OF_NO_SCHEME = re.compile(r"^(?!models:)[^\s/@:]+:(?!//)[^\s@]+@(?=\S)")  # models:/detr@champion has no user
 _QUERY_BEGINS = re.compile(r"[?#]")
 _SECRET_NAME = re.compile(
     r"(pass(word|wd|phrase)?|pwd|secret|token|sig|signature|signed|credentials?|auth|authorization|bearer|session|"

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """Score a checkpoint on the validation set: COCO's 12 numbers, and the AP of each category.
 
-eval.checkpoint names the checkpoint: a run's folder, a checkpoint in it, or DETR weights (path or URL). Image sizes,
-precision and data that are not given are those of the run."""
+eval.checkpoint names the checkpoint: a run's folder, a checkpoint in it, a model package, a registered model
+(models:/NAME@ALIAS), or DETR weights (path or URL). Image sizes, precision and data that are not given are those of the
+run."""
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,8 +69,11 @@ def _evaluate(config: Config, arguments: argparse.Namespace) -> int:
     check_outputs({option: location for option, location in given.items() if location is not None})
 
     from detr_ray.engine.validation.evaluation_job import prepare_evaluation
+    from detr_ray.model_sources import located
 
-    job = prepare_evaluation(config, say)
+    with located(config.checkpoint_to_evaluate(), config) as place:
+        evaluation = config.eval.model_copy(update={"checkpoint": place})
+        job = prepare_evaluation(config.model_copy(update={"eval": evaluation}), say)
 
     from detr_ray.evaluation import describe_scores
     from detr_ray.runtime.launch import run_prepared_evaluation

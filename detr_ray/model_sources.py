@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from detr_ray.addresses import join
@@ -12,11 +14,30 @@ from detr_ray.config import Config
 from detr_ray.detector.artifact import SCORES_FILE
 from detr_ray.detector.package import ModelFacts, package_of, read_model, read_package
 from detr_ray.engine.checkpoints.found_model import FoundModel, find_model
+from detr_ray.engine.reporting.tracking_store import run_tracking_uri
 from detr_ray.locations import read_bytes
 from detr_ray.model.state_dicts import WeightsError
 from detr_ray.prediction import LoadedModel
 from detr_ray.retries import reason_of
 from detr_ray.tracking.fetching import SCHEMES, fetched
+
+
+@contextlib.contextmanager
+def located(source: str, config: Config | None) -> Iterator[str]:
+    """The location of a model. For an address of MLflow it is the folder of the files, or of a temporary copy.
+
+    Args:
+        source: see `load_model`.
+        config: see `load_model`.
+
+    Raises:
+        RegistryError: MLflow does not have this version, or its files.
+    """
+    if not source.startswith(SCHEMES):
+        yield source
+        return
+    with fetched(source, None if config is None else run_tracking_uri(config)) as place:
+        yield place
 
 
 def load_model(
@@ -30,7 +51,9 @@ def load_model(
             and addresses (``s3://``, ``gs://``). Of MLflow's registry: ``models:/NAME@ALIAS``,
             ``models:/NAME/VERSION``, ``runs:/RUN``; see `detr_ray.tracking.fetching`.
         config: architecture and image sizes for weights of other programs, whose files do not have them; None for the
-            published DETR with a ResNet-50. Models of this project have their own.
+            published DETR with a ResNet-50. Models of this project have their own. Its ``tracking.uri`` and
+            ``run.storage`` name the MLflow store, as for a training. Without a configuration,
+            ``MLFLOW_TRACKING_URI`` names it; the default is ``runs/mlflow.db``.
         scores: path or address of the file that the evaluate command wrote (``--scores``), for ``threshold="best_f1"``.
             Models that were evaluated in training have this file beside them.
         say: shows the user a line.
@@ -41,7 +64,7 @@ def load_model(
         RegistryError: MLflow does not have this version, or its files.
     """
     if source.startswith(SCHEMES):
-        with fetched(source) as place:
+        with located(source, config) as place:
             model = load_model(place, config, scores, say)
         model.source = source  # the file may have been a temporary copy
         return model

@@ -54,6 +54,7 @@ PLAIN = [
     "https://host/x.pth?v=2#section", "s3://bucket/x/a@b/c:d?region=eu-west-1&endpoint_override=host:9000&scheme=http",
     "gs://bucket/x", "abfs://container@account.dfs.core.windows.net/x", "hdfs://me@host:9000/x?replication=3",
     "sqlite:////x/mlflow.db?timeout=9", "postgresql://mlflow@db/mlflow?sslmode=require", "databricks://profile",
+    "models:/detr@champion",
 ]  # fmt: skip
 
 

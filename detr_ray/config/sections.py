@@ -240,8 +240,8 @@ class EvalConfig(Section):
     """Largest number of images in one forward pass. Only images of equal size share a pass, so it does not change the
     result."""
     checkpoint: Text | None = None
-    """What the evaluate command evaluates: a run's folder (its best checkpoint), a checkpoint, a model package, or a
-    path or URL of DETR weights."""
+    """What the evaluate command evaluates: a run's folder (its best checkpoint), a checkpoint, a model package, a
+    registered model (`models:/NAME@ALIAS`), or a path or URL of DETR weights."""
     max_detections: Count = 100
     """Number of detections kept for each image, highest scores first. COCO's metrics are defined for 100."""
 
@@ -352,7 +352,8 @@ class Config(Section):
         """
         if self.eval.checkpoint is None:
             raise ConfigError(
-                "eval.checkpoint: is missing: give a run's folder, a checkpoint, or DETR weights (path or URL)"
+                "eval.checkpoint: is missing: give a run's folder, a checkpoint, models:/NAME@ALIAS, or DETR weights "
+                "(path or URL)"
             )
         return self.eval.checkpoint
 

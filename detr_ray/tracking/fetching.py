@@ -26,7 +26,7 @@ from detr_ray.tracking.registry import (
 )
 from detr_ray.tracking.store import public_uri, tracking_uri
 
-SCHEMES = ("models:/", "runs:/")
+SCHEMES = ("models:", "runs:")
 """How the addresses begin that this module fetches."""
 
 RECORD = "model.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import base64
 import hashlib
 import json
@@ -19,8 +20,10 @@ from observing import observe, small_config
 from tiny import make_dataset
 
 import detr_ray
+from detr_ray import evaluate as evaluate_command
 from detr_ray import registry as registry_command
 from detr_ray.addresses import local_path
+from detr_ray.cli import refuse_idle_keys
 from detr_ray.config import Config, ConfigError
 from detr_ray.data.formats import open_split
 from detr_ray.engine.checkpoints.store import CheckpointStore
@@ -105,6 +108,27 @@ def test_the_champion_gives_the_boxes_of_its_checkpoint(folder: Path, store: Mod
         found = detr_ray.load_model(source).predict(image)
         assert len(found) > 0 and np.array_equal(found.boxes_xyxy_px, wanted.boxes_xyxy_px), source
         assert np.array_equal(found.scores, wanted.scores) and found.names == wanted.names, source
+
+
+def test_a_configuration_says_in_which_store_a_version_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(folder / "other")
+    with pytest.raises(RegistryError, match=r"there is no MLflow store in .*/other/runs/mlflow.db"):
+        detr_ray.load_model("models:/detr@champion")
+    assert detr_ray.load_model("models:/detr@champion", config_in(folder)).source == "models:/detr@champion"
+    given = argparse.Namespace(source="models:/detr@champion", config=[], overrides=["tracking.uri=sqlite:///a.db"])
+    refuse_idle_keys(given, is_used=False)
+    given.overrides.append("model.dilation=true")
+    with pytest.raises(ConfigError, match=r"^model.dilation=true: changes nothing: models:/detr@champion says"):
+        refuse_idle_keys(given, is_used=False)
+
+
+def test_evaluate_scores_a_registered_version(folder: Path, store: ModelRegistry, tmp_path: Path) -> None:
+    for number, checkpoint in enumerate((f"{folder}/runs/first", "models:/detr@champion")):
+        arguments = ["--json", f"{tmp_path}/{number}.json", f"eval.checkpoint={checkpoint}", "train.launcher=local"]
+        assert evaluate_command.main([*arguments, "train.use_gpu=false"]) == 0
+    numbers = [json.loads((tmp_path / f"{number}.json").read_text())["metrics"] for number in range(2)]
+    assert numbers[0] == numbers[1] and numbers[0]["AP"] == store.version(1).metrics["val/AP"]
 
 
 def test_mlflow_serves_it_from_code_with_the_boxes_of_predict(folder: Path, store: ModelRegistry) -> None:

@@ -13,10 +13,9 @@ import json
 import logging
 import re
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import pyarrow as pa
-import torch
 
 from detr_ray.addresses import join, parent, resolve
 from detr_ray.engine.checkpoints.info import CheckpointInfo, best_of, highest, scored
@@ -33,6 +32,9 @@ from detr_ray.locations import (
     write_bytes,
 )
 from detr_ray.retries import NoSuchObject, reason_of
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -193,6 +195,8 @@ class CheckpointStore:
             raise CheckpointError(f"{path}: cannot be read: {reason_of(error)}") from error
         if hashlib.sha256(data).hexdigest() != info.files[name]["sha256"]:
             raise CheckpointError(f"{path}: its content is not what was written (hash differs); remove {info.path}")
+        import torch  # seconds, which commands that only look do without
+
         return torch.load(pa.BufferReader(data), map_location=map_location, weights_only=True)
 
     def prune(self, keep_last: int, found: list[CheckpointInfo] | None = None, also: Collection[int] = ()) -> None:
@@ -324,6 +328,7 @@ def release(checkpoint: str) -> None:
 
 def _write(path: str, content: Any) -> dict[str, Any]:
     """Writes one file of a checkpoint and returns its entry for the manifest."""
+    import torch
 
     def fill(stream: BinaryIO) -> dict[str, Any]:
         file = _HashingFile(stream)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 
 from detr_ray.addresses import local_path, resolve
 from detr_ray.config import Config
+from detr_ray.engine.reporting.tracking_store import run_tracking_uri
 from detr_ray.model_sources import load_model
 from detr_ray.prediction import LoadedModel
 from detr_ray.tracking.fetching import SCHEMES, pinned
-from detr_ray.tracking.store import tracking_uri
-
-_STORE = "MLFLOW_TRACKING_URI"
 
 
 def loader(source: str, config: Config) -> Callable[[], LoadedModel]:
@@ -30,13 +27,8 @@ def loader(source: str, config: Config) -> Callable[[], LoadedModel]:
         RegistryError: MLflow has no such version.
     """
     if source.startswith(SCHEMES):
-        store = tracking_uri(None, "runs")
-        return functools.partial(_load, pinned(source, store), config, store)
+        store = run_tracking_uri(config)
+        tracking = config.tracking.model_copy(update={"uri": store})
+        return functools.partial(load_model, pinned(source, store), config.model_copy(update={"tracking": tracking}))
     path = local_path(source)
-    return functools.partial(_load, resolve(source) if path is not None and path.exists() else source, config, None)
-
-
-def _load(source: str, config: Config, store: str | None) -> LoadedModel:
-    if store is not None:
-        os.environ[_STORE] = store
-    return load_model(source, config)
+    return functools.partial(load_model, resolve(source) if path is not None and path.exists() else source, config)
