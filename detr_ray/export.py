@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import PurePosixPath
 
 from detr_ray.cli import refuse_idle_keys, run_command, say
 from detr_ray.config import Config, ConfigError
@@ -25,19 +26,25 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(config: Config, arguments: argparse.Namespace) -> int:
+    if not arguments.source:
+        raise ConfigError("SOURCE is missing: python -m detr_ray.export SOURCE --to FORMAT --out FILE")
+    if not arguments.out:
+        raise ConfigError("--out: is missing; name the file to write")
+
+    from detr_ray.addresses import name_of
     from detr_ray.engine.preflight.writing import check_outputs, write_output
     from detr_ray.exporting import FORMATS, export
     from detr_ray.exporting.onnx_file import check_packages
     from detr_ray.exporting.source import ExportSource
 
-    if not arguments.source:
-        raise ConfigError("SOURCE is missing: python -m detr_ray.export SOURCE --to FORMAT --out FILE")
     if arguments.to not in FORMATS:
         given = "is missing" if arguments.to is None else f"{arguments.to!r} is no format"
         raise ConfigError(f"--to: {given}; one of {', '.join(FORMATS)}")
-    if not arguments.out:
-        raise ConfigError("--out: is missing; name the file to write")
-    if FORMATS[arguments.to].needs_onnx:
+    kind = FORMATS[arguments.to]
+    ending = PurePosixPath(name_of(arguments.out)).suffix
+    if ending not in ("", kind.suffix):
+        raise ConfigError(f"--out: {arguments.out} ends in {ending}; files of --to {arguments.to} end in {kind.suffix}")
+    if kind.needs_onnx:
         check_packages(f"--to {arguments.to}")
     check_outputs({"--out": arguments.out})
 

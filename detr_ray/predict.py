@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """Find objects on images with a trained model, and write what was found into a folder.
 
-MODEL is a run's folder (its best checkpoint), a checkpoint, a model package, or DETR weights (path or URL); left out,
-it is eval.checkpoint. Images are files, folders, patterns ('photos/*.jpg'), addresses in a bucket, a folder of shards,
-or a COCO file with --root. Image sizes, precision and numbers of detections that are not given are the model's.
+MODEL is a run's folder (its best checkpoint), a checkpoint, a model package, a registered model (models:/NAME@ALIAS),
+or DETR weights (path or URL); left out, it is eval.checkpoint. Images are files, folders, patterns ('photos/*.jpg'),
+addresses in a bucket, a folder of shards, or a COCO file with --root. Image sizes, precision and numbers of detections
+that are not given are the model's.
 
 The same command again goes on where it was interrupted. An image that cannot be read is listed and left out.
 prediction.json in the folder says whether all is there."""
@@ -80,7 +81,9 @@ def _predict(config: Config, arguments: argparse.Namespace) -> int:
     missing = [f"--{name}: is missing" for name in ("images", "out") if not getattr(arguments, name)]
     if missing:
         raise ConfigError(missing)
-    source = arguments.model or config.checkpoint_to_evaluate()
+    source = arguments.model or config.eval.checkpoint
+    if source is None:
+        raise ConfigError("MODEL is missing: name it before --images, which takes all that follows it as images")
 
     from detr_ray.addresses import check_address
     from detr_ray.engine.prediction_job import Wanted, prepare_prediction

@@ -106,13 +106,10 @@ def _rollback(config: Config, arguments: argparse.Namespace) -> None:
 
 
 def _compare(config: Config, arguments: argparse.Namespace) -> None:
-    from detr_ray.tracking.fetching import read_record
-
     registry = _registry(config)
     comparison = registry.compare(*arguments.what)
     first, second = comparison.first, comparison.second
-    configs = [json.loads(read_record(registry, version))["config"] for version in (first, second)]
-    changed = _differences(*configs)
+    changed, unknown = _trained_differently(registry, first, second)
     if arguments.json:
         _print_json(
             {
@@ -134,9 +131,28 @@ def _compare(config: Config, arguments: argparse.Namespace) -> None:
             f"  version {first.version}: {_listed(first.measured_on)}\n"
             f"  version {second.version}: {_listed(second.measured_on)}"
         )
+    if changed is None:
+        say(f"\nWARNING: what they were trained with is not known: {unknown}")
+        return
     say("\ntrained with the same configuration" if not changed else "\ntrained with other values of")
     for key, (a, b) in changed.items():
         say(f"  {key}: {json.dumps(a)} -> {json.dumps(b)}")
+
+
+def _trained_differently(
+    registry: ModelRegistry, first: ModelVersion, second: ModelVersion
+) -> tuple[dict[str, tuple[Any, Any]] | None, str]:
+    """Keys that two versions were trained with differently; None, and why, where their files do not say it any more."""
+    from detr_ray.tracking.fetching import read_record
+    from detr_ray.tracking.registry import RegistryError, RegistryUnavailable
+
+    try:
+        configs = [json.loads(read_record(registry, version))["config"] for version in (first, second)]
+    except RegistryUnavailable:
+        raise
+    except RegistryError as error:
+        return None, str(error)
+    return _differences(*configs), ""
 
 
 _ACTIONS: dict[str, tuple[Callable[[Config, argparse.Namespace], None], int]] = {

@@ -40,6 +40,12 @@ _COLUMNS = (
     ("score", pa.float32()), ("left", pa.float32()), ("top", pa.float32()), ("width", pa.float32()),
     ("height", pa.float32()),
 )  # fmt: skip
+_HASHED = {
+    "images": "other images, or images of other names or sizes",
+    "model": "other weights or labels",
+    "thresholds": "other thresholds of categories",
+}
+"""Settings of a job that are hashes -> what it means that they differ."""
 SCHEMA = pa.schema(_COLUMNS)
 """Columns of the tables: a row for each detection, boxes in pixels of the image."""
 
@@ -95,7 +101,7 @@ class ResultFolder:
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"--out: {place} is no record of a prediction: {error}; name a new folder") from error
         now = json.loads(json.dumps(self._job.settings))
-        differing = [f"{key}: {before.get(key)!r}, now {now.get(key)!r}" for key in now if before.get(key) != now[key]]
+        differing = [_difference(key, before.get(key), now[key]) for key in now if before.get(key) != now[key]]
         if differing:
             raise ConfigError(
                 f"--out: {self.location} holds the results of another prediction ({'; '.join(differing)}). Name a new "
@@ -184,6 +190,11 @@ class ResultFolder:
         write_bytes(join(self.location, "bad_images.txt"), "".join(f"{line}\n" for line in bad).encode())
         self._write_record({"complete": True, "detections": len(found), "bad_images": len(bad)})
         return len(found), bad
+
+
+def _difference(key: str, before: Any, now: Any) -> str:
+    """What differs between two predictions, in words where the values are hashes."""
+    return f"{key}: {_HASHED[key]}" if key in _HASHED else f"{key}: {before!r}, now {now!r}"
 
 
 def to_detections(table: pa.Table) -> DetectionTable:

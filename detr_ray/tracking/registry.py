@@ -16,7 +16,7 @@ from typing import Any
 from detr_ray.credentials import without_credentials
 from detr_ray.printable import shortened
 from detr_ray.tracking.mlflow_client import open_client, set_environment
-from detr_ray.tracking.reachability import UnreachableError, try_store
+from detr_ray.tracking.reachability import UnreachableError, UnusableError, try_store
 from detr_ray.tracking.store import public_uri, sqlite_path
 
 CHAMPION = "champion"
@@ -151,6 +151,8 @@ class ModelRegistry:
             )
         try:
             try_store(uri)
+        except UnusableError as error:
+            raise RegistryError(str(error)) from error
         except UnreachableError as error:
             raise RegistryUnavailable(str(error)) from error
         set_environment()
@@ -251,7 +253,7 @@ class ModelRegistry:
             RegistryError: there is no champion, or none was before it.
         """
         versions = {version.version: version for version in self.versions()}
-        history = self._history(versions)
+        history = self._history(versions) if versions else []
         if not history:
             raise RegistryError(f"{self.name!r} has no champion to roll back; {_there_is(versions.values())}")
         present = history.pop()
@@ -261,7 +263,7 @@ class ModelRegistry:
         history = history[: history.index(before.version) + 1]
         self._point_at(before, history)
         self.tag(versions[present], {DECISION: ROLLED_BACK, REASON: f"{reason}: back to version {before.version}"})
-        self.tag(before, {DECISION: BECAME_CHAMPION, REASON: f"{reason} from version {present}"})
+        self.tag(before, {DECISION: BECAME_CHAMPION, REASON: f"{reason}: back from version {present}"})
         return self.version(before.version)
 
     def move_champion(self, version: ModelVersion, reason: str) -> None:

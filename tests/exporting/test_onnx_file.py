@@ -54,7 +54,7 @@ def test_the_file_says_what_it_is(batches: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overrides", [(), DEFORMABLE, TWO_STAGES])
+@pytest.mark.parametrize("overrides", [(), DEFORMABLE, TWO_STAGES, DINO])
 def test_one_plain_image(overrides: tuple[str, ...], tmp_path: Path) -> None:
     path = tmp_path / "image.onnx"
     write_image_onnx(source(*overrides), path)

@@ -7,14 +7,14 @@ import json
 
 import pytest
 import torch
-from exported import TWO_STAGES, source
+from exported import DEFORMABLE, DINO, TWO_STAGES, source
 
 from detr_ray.exporting import export
 from detr_ray.exporting.torch_archive import METADATA_FILE
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overrides", [(), TWO_STAGES])
+@pytest.mark.parametrize("overrides", [(), DEFORMABLE, TWO_STAGES, DINO])
 def test_an_archive_is_the_model(overrides: tuple[str, ...]) -> None:
     kept: list[bytes] = []
     agreement = export(source(*overrides), "torch", kept.append)

@@ -216,6 +216,10 @@ def test_an_image_that_the_annotations_do_not_turn_is_predicted_as_it_is_stored(
         (["--images", "DATA/val2017", "--root", "DATA", "--out", "OUT"], "a root (--root) is for a COCO file"),
         (["--images", "DATA/a.json", "DATA/val2017", "--out", "OUT"], "a COCO file stands alone"),
         (["--images", "DATA/a.json", "--root", "DATA", "--out", "OUT"], "no such annotation file"),
+        (
+            ["--images", "https://example.org/a.jpg", "--out", "OUT"],
+            "a.jpg: images behind web addresses are not listed",
+        ),
         (["--images", "s3://me:hidden@bucket/a.jpg", "--out", "OUT"], "holds credentials"),
         (["--images", "DATA/val2017", "--out", "s3://me:hidden@bucket/out"], "holds credentials"),
         (["--images", "DATA/val2017", "--out", "OUT", "--to", "coco,xml"], "argument --to: 'xml' cannot be written"),
@@ -242,7 +246,8 @@ def test_a_model_that_is_none_is_refused_first(shapes: Path, tmp_path: Path, cap
     for given, message in [
         ([tmp_path], "is neither a run nor a checkpoint"),
         ([tmp_path / "a.pth"], "a.pth is damaged or no torch file"),
-        ([], "eval.checkpoint"),
+        ([], "MODEL is missing: name it before --images"),
+        (["models:detr@champion"], "models:detr@champion is no address of a model: give models:/NAME/VERSION"),
     ]:
         code, _, err = run(capsys, *given, "--images", shapes / "val2017", "--out", tmp_path / "out")
         assert code == 2 and message in err, err
@@ -261,13 +266,13 @@ def test_results_of_another_prediction_are_not_mixed(
         code, _, err = run(capsys, trained.run_path, *coco, "--out", out, *more)
         assert code == 2 and "holds the results of another prediction" in err and message in err
     code, _, err = run(capsys, trained.run_path, "--images", shapes / "train2017", "--out", out)
-    assert code == 2 and "images: " in err
+    assert code == 2 and "images: other images, or images of other names or sizes" in err
     scores, best = tmp_path / "scores.json", ["--threshold", "best_f1", "--scores", tmp_path / "scores.json"]
     scores.write_text('{"all": {"threshold": 0.1}, "categories": {}}')
     predicted(capsys, tmp_path / "best", trained.run_path, *coco, *best)
     scores.write_text('{"all": {"threshold": 0.2}, "categories": {}}')
     code, _, err = run(capsys, trained.run_path, *coco, "--out", tmp_path / "best", *best)
-    assert code == 2 and "thresholds: '" in err
+    assert code == 2 and "thresholds: other thresholds of categories" in err
     (out / "parts" / "part-000000.parquet").write_bytes(b"PAR1")
     code, _, err = run(capsys, trained.run_path, *coco, "--out", out)
     assert code == 2 and "part-000000.parquet is damaged" in err and "the same command makes it anew" in err

@@ -64,6 +64,11 @@ def open_bare_images(
     try:
         for location in (*given, *([] if root is None else [root])):
             check_address(location)
+            if location.lower().startswith(("http://", "https://")):
+                raise DataError(
+                    f"{printable(location)}: images behind web addresses are not listed here; download them, or name a "
+                    "bucket (s3://, gs://). From a program, load_model(...).predict takes their addresses"
+                )
         annotations = [location for location in given if _path(location).lower().endswith(".json")]
         if annotations:
             if len(given) > 1:
