@@ -85,19 +85,20 @@ def write_image_onnx(source: ExportSource, path: Path) -> Agreement:
     graph = ImageGraph(exportable(source.model), source.class_loss, source.max_detections)
     outputs = ("boxes", "scores", "labels")
     detector = _converted(source, graph, examples, {"resized": {2: OPEN, 3: OPEN}, "size": {}}, outputs)
-    model = compose.merge_models(
-        resizing_graph(source.size, source.max_size, OPSET, detector.ir_version),
-        detector,
-        io_map=[("image_resized", "resized"), ("image_size", "size")],
-    )
+    resizing = resizing_graph(source.size, source.max_size, OPSET, detector.ir_version)
+    model = compose.merge_models(resizing, detector, io_map=[("image_resized", "resized"), ("image_size", "size")])
     _save(source, model, path)
-    session = _session(path)
+    session, first_part = _session(path), _session(resizing.SerializeToString())
 
     def run(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         boxes, scores, labels = session.run(list(outputs), {"image": image})
         return boxes, scores, labels
 
-    return check_images(source, run)
+    def resize(image: np.ndarray) -> np.ndarray:
+        (pixels,) = first_part.run(["image_resized"], {"image": image})
+        return pixels
+
+    return check_images(source, run, resize)
 
 
 def _converted(
@@ -154,7 +155,9 @@ def _save(source: ExportSource, model: onnx.ModelProto, path: Path) -> None:
     path.write_bytes(model.SerializeToString())
 
 
-def _session(path: Path) -> Any:
+def _session(model: Path | bytes) -> Any:
     import onnxruntime
 
-    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors; it warns of constants that it computes at each call
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -21,8 +21,8 @@ from detr_ray.structures import PaddedBatch, padding_mask, to_device
 
 TOLERANCE = 1e-3
 """Largest allowed difference of a probability, or of a box coordinate in 0..1."""
-IMAGE_TOLERANCE = 1e-2
-"""The same if the file contains resizing: runtimes may round single pixels differently, by one of 255."""
+PIXEL_TOLERANCE = 1
+"""Largest allowed difference of a resized pixel in 0..255: runtimes may round single pixels differently."""
 BATCH_SIZES = (1, 3)
 _SHORT_SIDE = 256
 
@@ -31,6 +31,9 @@ RunBatch = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 RunImage = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]
 """``image [H, W, 3] uint8 -> (boxes_xyxy_px [K, 4], scores [K], labels [K])``."""
+
+Resize = Callable[[np.ndarray], np.ndarray]
+"""``image [H, W, 3] uint8 -> pixels that the model sees [1, 3, h, w] uint8``."""
 
 
 @dataclass(frozen=True)
@@ -68,25 +71,50 @@ def check_batches(source: ExportSource, run: RunBatch) -> Agreement:
     return _agreed(source, Agreement(worst, TOLERANCE, ", ".join(tried)))
 
 
-def check_images(source: ExportSource, run: RunImage) -> Agreement:
+def check_images(source: ExportSource, run: RunImage, resize: Resize) -> Agreement:
     """Compares a runtime with the model on images of two shapes, one after the other.
 
     Every detection of the runtime must be one of the model's, and the scores must be those of the model's best.
+    Resizing is compared separately, and the model gets the pixels of the runtime: with queries from the best cells, a
+    pixel that differs by one of 255 may make another cell a query.
+
+    Args:
+        source: the model.
+        run: the exported detector.
+        resize: its resizing alone.
 
     Raises:
-        ExportError: they differ by more than `IMAGE_TOLERANCE`.
+        ExportError: they differ by more than `TOLERANCE`, or pixels by more than `PIXEL_TOLERANCE`.
     """
     worst, tried = 0.0, []
     for number, (height, width) in enumerate(_shapes(source)):
         image = np.random.default_rng(number).integers(0, 256, (height + 21, width + 34, 3), np.uint8)
+        pixels = resize(image)
+        _refuse_other_pixels(source, image, pixels)
         boxes, scores, labels = run(image)
-        expected = _detections(source, image)
+        expected = _detections(source, pixels)
         sides = np.array(image.shape[:2])[[1, 0, 1, 0]]
         found = np.concatenate((boxes / sides, scores[:, None], labels[:, None]), axis=1)
         best = np.sort(expected[:, 4])[::-1][: len(found)]
         worst = max(worst, largest_difference(expected, found), float(np.abs(best - found[:, 4]).max()))
         tried.append(f"{image.shape[0]}x{image.shape[1]}")
-    return _agreed(source, Agreement(worst, IMAGE_TOLERANCE, ", ".join(tried)))
+    return _agreed(source, Agreement(worst, TOLERANCE, ", ".join(tried)))
+
+
+def _refuse_other_pixels(source: ExportSource, image: np.ndarray, found: np.ndarray) -> None:
+    """Refuses a resizing that is not that of evaluations."""
+    (size,) = resized_sizes(np.array([image.shape[:2]]), np.array(source.size), source.max_size)
+    nothing = Instances(np.zeros((0, 4), np.float32), np.zeros(0, np.int64), image.shape[:2])
+    picture = Picture(torch.from_numpy(image), nothing).resize((int(size[0]), int(size[1])))
+    expected = picture.pixels.numpy().transpose(2, 0, 1)[None]
+    if found.shape != expected.shape:
+        raise ExportError(f"{source.name}: resizing gives {found.shape[2:]} pixels instead of {expected.shape[2:]}")
+    difference = int(np.abs(found.astype(int) - expected).max())
+    if difference > PIXEL_TOLERANCE:
+        raise ExportError(
+            f"{source.name}: resized pixels differ by {difference} of 255, and {PIXEL_TOLERANCE} is the most that is "
+            "kept: nothing was written"
+        )
 
 
 def largest_difference(expected: np.ndarray, found: np.ndarray) -> float:
@@ -138,16 +166,17 @@ def _rows(source: ExportSource, logits: np.ndarray, boxes: np.ndarray) -> np.nda
 
 
 @torch.inference_mode()
-def _detections(source: ExportSource, image: np.ndarray) -> np.ndarray:
-    """All detections of the model on an image, ``[N, 6]``: box in 0..1, score, label; computed as in evaluations."""
-    height, width = image.shape[:2]
-    (size,) = resized_sizes(np.array([image.shape[:2]]), np.array(source.size), source.max_size)
-    nothing = Instances(np.zeros((0, 4), np.float32), np.zeros(0, np.int64), (height, width))
-    picture = Picture(torch.from_numpy(image), nothing).resize((int(size[0]), int(size[1])))
-    ids = np.zeros(1, np.int64)
+def _detections(source: ExportSource, pixels: np.ndarray) -> np.ndarray:
+    """All detections of the model on a resized image, ``[N, 6]``: box in 0..1, score, label. The way of evaluations.
+
+    Args:
+        source: the model.
+        pixels: ``[1, 3, h, w]`` uint8.
+    """
+    ids, size = np.zeros(1, np.int64), np.array([pixels.shape[2:]])
     padded = PaddedBatch(
-        images=picture.pixels.numpy().transpose(2, 0, 1)[None], sizes=size[None], orig_sizes=size[None], image_ids=ids,
-        positions=ids, labels=np.zeros(0, np.int64), boxes_cxcywh=np.zeros((0, 4), np.float32), counts=ids,
+        images=pixels, sizes=size, orig_sizes=size, image_ids=ids, positions=ids, labels=np.zeros(0, np.int64),
+        boxes_cxcywh=np.zeros((0, 4), np.float32), counts=ids,
     )  # fmt: skip
     batch = to_device(padded, torch.device("cpu"), source.model.pixels)
     output = source.model.eval()(batch.images, batch.mask)
