@@ -30,6 +30,9 @@ from detr_ray.engine.checkpoints.store import CheckpointStore
 from detr_ray.model.weights import WeightsError
 from detr_ray.runtime.launch import evaluate, fit
 from detr_ray.runtime.registration import register, register_or_warn
+from detr_ray.runtime.search.results import SearchResult
+from detr_ray.runtime.search.search import register_best
+from detr_ray.search.trials import Trial
 from detr_ray.tracking.registry import NUMBERS, ModelRegistry, ModelVersion, RegistryError
 
 Configured = Callable[..., Config]
@@ -204,6 +207,18 @@ def test_weights_without_numbers_are_measured_first(folder: Path, store: ModelRe
     assert found.version.measured_on == store.version(1).measured_on
 
 
+def test_a_search_registers_its_best_trial(folder: Path, store: ModelRegistry) -> None:
+    """Its values are those of the trial, so that a champion of other data is measured as the trial was."""
+    trial = Trial("t001", state="finished", best=0.5, run_path=f"{folder}/runs/first")
+    result = SearchResult("s", str(folder), "finished", "val/AP", "max", (trial,), {}, 1.0, trial, {"optim.lr": 2e-4})
+    config = config_in(folder, "tracking.model_name=searched", "tune.space={optim.lr: {choice: [1e-4, 2e-4]}}")
+    lines: list[str] = []
+    register_best(config, result, lines.append)
+    (version,) = ModelRegistry(store.uri, "searched").versions()
+    assert version.is_champion and version.tags["run.path"] == trial.run_path
+    assert lines[0] == f"registered {folder}/runs/first as version 1 of searched"
+
+
 def test_a_registry_that_is_away_is_a_warning_with_the_command_for_later(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -275,6 +290,8 @@ BAD_INPUT = [
     (("register", "no/such/run"), "no/such/run"),
     (("show", "1", "tracking.model_name=a/b"), "tracking.model_name"),
     (("show", "1", "tracking.champion_margin=1"), "tracking.champion_margin"),
+    (("rollback", "tracking.model_name=other"), "'other' has no champion to roll back; it has no versions"),
+    (("list", "tracking.uri=ftp://x"), "ftp://x is of no kind that MLflow records in"),
     (("list", "tracking.uri=sqlite:////nowhere/mlflow.db"), "there is no MLflow store in /nowhere/mlflow.db"),
 ]
 

@@ -81,12 +81,18 @@ def run_search(
     with directory.locked(say), search_session(config):
         result = _Search(config, space, opened, directory, say, on_progress).run()
     if config.tracking.register and result.status != "stopped" and result.best is not None:
-        _register(config, result, say)
+        register_best(config, result, say)
     return result
 
 
-def _register(config: Config, result: SearchResult, say: Say) -> None:
-    """Makes the best checkpoint of the best trial a version of the registered model."""
+def register_best(config: Config, result: SearchResult, say: Say) -> None:
+    """Makes the best checkpoint of the best trial a version of the registered model.
+
+    Args:
+        config: the configuration of the search.
+        result: how it ended, with a best trial.
+        say: shows the user a line.
+    """
     from detr_ray.runtime.registration import register_or_warn
 
     assert result.best is not None and result.best.run_path is not None, "it was measured"
