@@ -245,8 +245,10 @@ def configured(dataset: Path, storage: Path, *overrides: str) -> Config:
     return tiny_config(dataset, storage, *frozen, *BASE, *overrides)
 
 
-def places(runs: Runs, folder: Path) -> dict[str, Path]:
-    """The data set elsewhere and in another form."""
+@pytest.fixture(scope="module")
+def places(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The data set elsewhere and in another form, and where it is drawn again."""
+    folder = tmp_path_factory.mktemp("places")
     copy, shards = folder / "copy", folder / "shards"
     shutil.copytree(runs.dataset, copy)
     for name in ("train", "val"):
@@ -255,11 +257,12 @@ def places(runs: Runs, folder: Path) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=case.marks) for name, case in CASES.items()])
-def test_going_on_with_another_value_is_never_having_stopped(runs: Runs, tmp_path: Path, name: str) -> None:
+def test_going_on_with_another_value_is_never_having_stopped(
+    runs: Runs, places: dict[str, Path], tmp_path: Path, name: str
+) -> None:
     case, storage = CASES[name], tmp_path / "storage"
     shutil.copytree(runs.folder / "stopped", storage)
-    elsewhere = places(runs, tmp_path)
-    changed = [Template(item).substitute(elsewhere) for item in case.changed]
+    changed = [Template(item).substitute(places) for item in case.changed]
     config = configured(runs.dataset, storage, *changed)
     tracker = MemoryTracker()
     if case.between:

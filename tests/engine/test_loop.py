@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,20 @@ from detr_ray.tracking import MemoryTracker
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_dataset(tmp_path_factory.mktemp("data") / "shapes")
+
+
+@pytest.fixture(scope="module")
+def run_once(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Storage with a finished run, to be copied."""
+    storage = tmp_path_factory.mktemp("finished")
+    fit_here(tiny_config(dataset, storage, "run.name=a"))
+    return storage
+
+
+@pytest.fixture
+def finished(run_once: Path, tmp_path: Path) -> Path:
+    """Storage of this test's own with the finished run ``a`` of two epochs, 10 steps."""
+    return shutil.copytree(run_once, tmp_path, dirs_exist_ok=True)
 
 
 def final_weights(run: Path) -> dict[str, torch.Tensor]:
@@ -66,21 +81,34 @@ def test_metrics_have_their_public_names(dataset: Path, tmp_path: Path) -> None:
 
 def test_the_loss_goes_down(dataset: Path, tmp_path: Path) -> None:
     tracker = MemoryTracker()
-    fit_here(tiny_config(dataset, tmp_path, "train.epochs=8", "optim.lr=1e-3", "optim.lr_backbone=1e-3"), tracker)
+    rates = ("optim.lr=1e-3", "optim.lr_backbone=1e-3")
+    fit_here(tiny_config(dataset, tmp_path, "train.epochs=6", "eval.every_epochs=0", *rates), tracker)
     losses = [value for _, value in tracker.history("train/loss")]
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 
+CHANGING = ("model.dropout=0.1", "optim.ema_decay=0.9", "optim.schedule=cosine", "optim.warmup_epochs=1")
+"""Settings under which each step differs from the one before."""
+
+
+@pytest.fixture(scope="module")
+def straight(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with these that was never stopped."""
+    storage = tmp_path_factory.mktemp("straight")
+    fit_here(tiny_config(dataset, storage, "run.name=straight", *CHANGING))
+    return storage / "straight"
+
+
 @pytest.mark.parametrize("stop_after", [3, 5, 7])
-def test_stopping_and_going_on_is_never_having_stopped(dataset: Path, tmp_path: Path, stop_after: int) -> None:
-    settings = ("model.dropout=0.1", "optim.ema_decay=0.9", "optim.schedule=cosine", "optim.warmup_epochs=1")
-    fit_here(tiny_config(dataset, tmp_path, "run.name=straight", *settings))
-    config = tiny_config(dataset, tmp_path, "run.name=stopped", *settings)
+def test_stopping_and_going_on_is_never_having_stopped(
+    dataset: Path, straight: Path, tmp_path: Path, stop_after: int
+) -> None:
+    config = tiny_config(dataset, tmp_path, "run.name=stopped", *CHANGING)
     stopped = fit_here(config, stop_after=stop_after)
     assert (stopped.status, stopped.step) == ("stopped", stop_after)
     assert fit_here(config).status == "finished"
-    assert_same_weights(tmp_path / "straight", tmp_path / "stopped")
-    assert positions(tmp_path / "stopped") == list(range(80)) == positions(tmp_path / "straight")
+    assert_same_weights(straight, tmp_path / "stopped")
+    assert positions(tmp_path / "stopped") == list(range(80)) == positions(straight)
 
 
 KILLED_AT_STEP_8 = """
@@ -121,57 +149,48 @@ def test_killed_and_started_again_is_never_having_stopped(dataset: Path, tmp_pat
     assert seen == list(range(resumed_at * 8 + lost)) + list(range(resumed_at * 8, 120))
 
 
-def test_a_finished_run_has_nothing_left_to_do(dataset: Path, tmp_path: Path) -> None:
-    config = tiny_config(dataset, tmp_path, "run.name=done")
-    fit_here(config)
-    again = fit_here(config)
+def test_a_finished_run_has_nothing_left_to_do(dataset: Path, finished: Path) -> None:
+    again = fit_here(tiny_config(dataset, finished, "run.name=a"))
     assert again.status == "nothing to do" and again.step == 10
     assert again.metrics["val/AP"] == again.metrics["val/AP"]
 
 
-def test_an_evaluation_that_died_is_made_up_for(dataset: Path, tmp_path: Path) -> None:
-    config = tiny_config(dataset, tmp_path, "run.name=a")
-    fit_here(config)
-    manifest = tmp_path / "a" / "checkpoints" / "step_00000010" / "manifest.json"
+def test_an_evaluation_that_died_is_made_up_for(dataset: Path, finished: Path) -> None:
+    manifest = finished / "a" / "checkpoints" / "step_00000010" / "manifest.json"
     content = json.loads(manifest.read_text())
     before, content["metrics"] = content["metrics"], None
     manifest.write_text(json.dumps(content))
     tracker = MemoryTracker()
-    fit_here(config, tracker)
+    fit_here(tiny_config(dataset, finished, "run.name=a"), tracker)
     assert [step for step, _ in tracker.history("val/AP")] == [10]
     after = json.loads(manifest.read_text())["metrics"]
     assert after["val/AP"] == before["val/AP"]
 
 
-def test_a_damaged_checkpoint_is_passed_over(dataset: Path, tmp_path: Path) -> None:
-    config = tiny_config(dataset, tmp_path, "run.name=a")
-    fit_here(config)
-    path = tmp_path / "a" / "checkpoints" / "step_00000010" / "training.pt"
+def test_a_damaged_checkpoint_is_passed_over(dataset: Path, finished: Path) -> None:
+    path = finished / "a" / "checkpoints" / "step_00000010" / "training.pt"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     tracker = MemoryTracker()
-    assert fit_here(config, tracker).step == 10
+    assert fit_here(tiny_config(dataset, finished, "run.name=a"), tracker).step == 10
     assert [step for step, _ in tracker.history("train/loss")] == list(range(6, 11))
 
 
-def test_a_run_of_another_configuration_is_refused(dataset: Path, tmp_path: Path) -> None:
-    fit_here(tiny_config(dataset, tmp_path, "run.name=a"))
+def test_a_run_of_another_configuration_is_refused(dataset: Path, finished: Path) -> None:
     with pytest.raises(ConfigError, match=r"optim\.lr: begun with 0\.0001, now 0\.001"):
-        fit_here(tiny_config(dataset, tmp_path, "run.name=a", "optim.lr=1e-3"))
+        fit_here(tiny_config(dataset, finished, "run.name=a", "optim.lr=1e-3"))
 
 
-def test_what_may_change_between_starts_may_change(dataset: Path, tmp_path: Path) -> None:
-    fit_here(tiny_config(dataset, tmp_path, "run.name=a"))
+def test_what_may_change_between_starts_may_change(dataset: Path, finished: Path) -> None:
     changes = ("train.micro_batch_size=2", "train.keep_last=1", "eval.batch_size=1", "tracking.experiment=other")
-    assert fit_here(tiny_config(dataset, tmp_path, "run.name=a", *changes)).status == "nothing to do"
+    assert fit_here(tiny_config(dataset, finished, "run.name=a", *changes)).status == "nothing to do"
 
 
-def test_a_run_of_other_data_is_refused(dataset: Path, tmp_path: Path) -> None:
-    fit_here(tiny_config(dataset, tmp_path, "run.name=a"))
-    other = make_dataset(tmp_path / "other", seed=4)
+def test_a_run_of_other_data_is_refused(finished: Path) -> None:
+    other = make_dataset(finished / "other", seed=4)
     with pytest.raises(ConfigError, match="the train data"):
-        fit_here(tiny_config(other, tmp_path, "run.name=a"))
+        fit_here(tiny_config(other, finished, "run.name=a"))
 
 
 def test_two_writers_of_one_run_are_refused(dataset: Path, tmp_path: Path) -> None:

@@ -24,12 +24,15 @@ from detr_ray.tracking import MemoryTracker
 
 WITHOUT_AVX512 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 AVX512_WITHOUT_BF16 = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}
-STEPS = ("train.max_steps=3", "train.precision=bf16", "run.name=a")
+STEPS = (
+    "train.max_steps=2", "train.precision=bf16", "run.name=a", "train.global_batch_size=2",
+    "data.augment={scales: [32], max_size: 48}", "eval={size: 32, max_size: 48}",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_dataset(tmp_path_factory.mktemp("data") / "shapes")
+    return make_dataset(tmp_path_factory.mktemp("data") / "shapes", num_train=8, num_val=2)
 
 
 def frozen(dataset: Path, folder: Path, *overrides: str) -> Config:
@@ -72,7 +75,7 @@ def test_bf16_works_without_avx512_and_is_warned_of(dataset: Path, tmp_path: Pat
     commands = (["check"], ["train"], ["evaluate", f"eval.checkpoint={tmp_path / 'a'}"])
     checked, trained, evaluated = run(WITHOUT_AVX512, config, tmp_path, *commands)
     tracker = MemoryTracker()
-    fit_here(frozen(dataset, tmp_path, "train.max_steps=1", "train.precision=fp32", "run.name=exact"), tracker)
+    fit_here(frozen(dataset, tmp_path, *STEPS, "train.max_steps=1", "train.precision=fp32", "run.name=exact"), tracker)
     assert first_loss(trained) == pytest.approx(tracker.history("train/loss")[0][1], rel=0.02)
     assert "AP50" in trained and "AP50" in evaluated
     line = "this processor has no instructions for train.precision=bf16: a step takes 7 to 13 times as long as in fp32"

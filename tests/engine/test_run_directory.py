@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -194,16 +195,24 @@ def test_checkpoints_with_keys_that_are_gone_are_evaluated(dataset: Path, tmp_pa
 # Where the first weights come from
 
 
-@pytest.fixture
-def begun_from_file(dataset: Path, tmp_path: Path) -> tuple[Path, tuple[str, ...]]:
-    """A run that was begun from a file of weights, has a checkpoint, and whose file is gone."""
-    fit_here(tiny_config(dataset, tmp_path, "run.name=source", "train.max_steps=1"))
-    weights = Path(find_model(str(tmp_path / "source"), "eval.checkpoint").file).rename(tmp_path / "weights.pt")
+@pytest.fixture(scope="module")
+def begun_once(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[str, ...]]:
+    """Storage and settings of a run that was begun from a file of weights, has a checkpoint, and whose file is gone."""
+    storage = tmp_path_factory.mktemp("begun")
+    fit_here(tiny_config(dataset, storage, "run.name=source", "train.max_steps=1"))
+    weights = Path(find_model(str(storage / "source"), "eval.checkpoint").file).rename(storage / "weights.pt")
     settings = ("run.name=a", "model.dropout=0", f"model.init_from={weights}")
-    fit_here(tiny_config(dataset, tmp_path, *settings), stop_after=3)
-    fit_here(tiny_config(dataset, tmp_path, *settings, "run.name=straight"))
+    fit_here(tiny_config(dataset, storage, *settings), stop_after=3)
+    fit_here(tiny_config(dataset, storage, *settings, "run.name=straight"))
     weights.unlink()
-    return tmp_path, settings
+    return storage, settings
+
+
+@pytest.fixture
+def begun_from_file(begun_once: tuple[Path, tuple[str, ...]], tmp_path: Path) -> tuple[Path, tuple[str, ...]]:
+    """The same in storage of this test's own."""
+    storage, settings = begun_once
+    return shutil.copytree(storage, tmp_path, dirs_exist_ok=True), settings
 
 
 @pytest.mark.parametrize("given", ["the same file", "another file", "nothing"])
