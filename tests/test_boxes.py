@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torchvision.ops as ops
 from torch import Tensor
 
+from detr_ray import box_arrays
 from detr_ray.boxes import area, cxcywh_to_xyxy, generalized_iou, iou
 
 
@@ -104,3 +106,12 @@ def test_no_boxes_at_all() -> None:
 def test_the_gradient_of_generalized_iou_is_that_of_finite_differences() -> None:
     a, b = corner_boxes(4, seed=7).double(), corner_boxes(4, seed=8).double()
     assert torch.autograd.gradcheck(generalized_iou, (a.requires_grad_(), b.requires_grad_()))
+
+
+def test_arrays_are_converted_as_tensors_are() -> None:
+    boxes_cxcywh = np.random.default_rng(0).random((20, 4))
+    corners = box_arrays.cxcywh_to_xyxy(boxes_cxcywh)
+    np.testing.assert_allclose(corners, cxcywh_to_xyxy(torch.from_numpy(boxes_cxcywh)).numpy(), rtol=1e-12)
+    assert box_arrays.xywh_to_xyxy(np.array([[1, 2, 30, 40]])).tolist() == [[1, 2, 31, 42]]
+    assert box_arrays.xyxy_to_xywh(np.array([[1, 2, 31, 42]])).tolist() == [[1, 2, 30, 40]]
+    assert box_arrays.xyxy_to_xywh(np.zeros((0, 4))).shape == (0, 4)
