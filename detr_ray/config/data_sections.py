@@ -57,7 +57,7 @@ class SourceConfig(SplitConfig):
     root: Text | None = None
     """Folder or URI of a data set in any of the formats; replaces `annotations`, `images` and `shards`."""
     format: Text | None = None
-    """Format of what lies in `root`. null: what lies there tells."""
+    """Format of the data set in `root`. null: recognised by its files."""
     weight: Positive = 1
     """How often an epoch takes each of its images, on average."""
 
@@ -74,13 +74,14 @@ class HoldoutConfig(Section):
     """Validation images taken out of a data set that has none of its own."""
 
     val: Annotated[Number, Field(gt=0, lt=1)] = 0.1
-    """Share of the images that is for validation. A hash of the image's name decides, so images that are added later
-    leave the others where they are. A class that would be on one side alone gets an image, or group, on the other."""
+    """Share of the images that is for validation. A hash of the image's name decides, so adding images later does not
+    move the others. If a class would be on one side alone, one of its images, or groups, is moved to the other side."""
     seed: Seed = 0
-    """Other seeds divide the images otherwise."""
+    """Another seed gives another division of the images."""
     group_by: Text | None = None
-    """Regular expression that is searched in file names. Images in which it, or what its parentheses hold, is the same
-    text are on the same side: `^(video\\d+)_` keeps the frames of a video together. null: each image by itself."""
+    """Regular expression that is searched in file names. Images with the same match, or the same text in its
+    parentheses, are on the same side: `^(video\\d+)_` keeps the frames of a video together. null: each image by
+    itself."""
 
     def rules(self) -> Iterator[Violation]:
         """The expression must be one."""
@@ -92,8 +93,8 @@ class HoldoutConfig(Section):
 
 
 class AugmentConfig(Section):
-    """Augmentation of training images: a list of transforms, of which `detr` flips, and then resizes, or resizes, crops
-    and resizes, as the keys from `flip` to `crop_max` say.
+    """Augmentation of training images: a list of transforms. The transform `detr` flips, and then either resizes, or
+    resizes, crops and resizes again, with the keys from `flip` to `crop_max`.
     """
 
     transforms: Annotated[tuple[TransformEntry, ...], NonEmpty] = (DetrTransform(),)
@@ -139,8 +140,8 @@ class AugmentConfig(Section):
 
 
 class BalanceConfig(Section):
-    """How often an epoch takes each training image. An epoch then has another number of samples than there are images;
-    which ones, and their order, follow from seed and epoch as always.
+    """How often an epoch takes each training image. The number of an epoch's samples then differs from the number of
+    images. Which images are repeated, and their order, depends only on seed and epoch.
     """
 
     repeat_threshold: Share = 0
@@ -148,8 +149,8 @@ class BalanceConfig(Section):
     below this threshold has the factor `sqrt(repeat_threshold / f)`, and an image is taken as often as the largest
     factor of its classes says. 0: each image once. Common: 0.001 for hundreds of classes, up to 0.5 for a few."""
     background: Annotated[Share, Field(lt=1)] | None = None
-    """Share of an epoch's samples that have no box: images without objects are taken less often, or repeated, to make
-    it. null: each once."""
+    """Share of an epoch's samples that have no box; images without objects are taken less often, or repeated. null:
+    each once."""
 
 
 class GenerateConfig(Section):
@@ -194,8 +195,8 @@ class DataConfig(Section):
     `val`), YOLO, Pascal VOC, CSV, Open Images or shards; docs/your_data.md says what each needs. Replaces `data.train`
     and `data.val`."""
     format: Text | None = None
-    """Format of what lies in `data.root`: `coco`, `yolo`, `voc`, `csv`, `open_images` or `shards`. null: what lies
-    there tells."""
+    """Format of the data set in `data.root`: `coco`, `yolo`, `voc`, `csv`, `open_images` or `shards`. null: recognised
+    by its files."""
     split: HoldoutConfig | None = None
     """Takes validation images out of `data.root`, or `data.train`, where the data set has none of its own:
     `{val: 0.1}`."""

@@ -137,7 +137,7 @@ def _zero_as_number(value: float | Schedule) -> float | Schedule:
     return 0.0 if isinstance(value, Schedule) and value.is_zero else value
 
 
-# A rate that is 0 at all epochs is the number 0, so that what is frozen can be told from the value alone.
+# A rate that is 0 at all epochs becomes the number 0, so that the value alone tells what is frozen.
 RateOrZero = Annotated[Weight, AfterValidator(_zero_as_number)]
 Rate = Annotated[
     Annotated[Positive, Tag(NUMBER_BRANCH)] | Annotated[Schedule, Tag(SCHEDULE_BRANCH)],

@@ -81,7 +81,7 @@ def with_defaults(config: Config, defaults: Mapping[str, Any], source: str) -> C
 
 
 class _Draft:
-    """The values given so far: merged, with the source of each, and with the errors found so far."""
+    """The values read so far: merged, with the source of each, and the errors found so far."""
 
     def __init__(self, on_unknown: Callable[[str], object] | None = None) -> None:
         self._on_unknown = on_unknown

@@ -44,7 +44,7 @@ OPTIONAL_KEYS = (
     "denoising_label_noise",
     "denoising_box_noise",
 )
-"""Keys of `model` that some architectures have; those of an architecture are in its published values."""
+"""Keys of `model` of only some architectures; an architecture has those in its published values."""
 
 
 class ModelConfig(Section):
@@ -137,7 +137,7 @@ class ModelConfig(Section):
     are copied. The backbone must be that of the file."""
 
     def own_defaults(self) -> Mapping[str, Any]:
-        """Those of the architecture's published model."""
+        """The values of the architecture's published model."""
         published = dict(PUBLISHED[self.architecture]["model"])
         if "box_refine" in published:
             published["box_refine"] = bool(self.two_stage)
@@ -161,7 +161,7 @@ class ModelConfig(Section):
             )
 
     def _meaningless_keys(self) -> Iterator[Violation]:
-        """Keys that are set and of which the architecture makes nothing."""
+        """Keys that are set, but have no meaning for the architecture."""
         architecture, published = self.architecture, PUBLISHED[self.architecture]["model"]
         for name in OPTIONAL_KEYS:
             if name not in published and getattr(self, name) is not None:
@@ -198,7 +198,8 @@ class LossConfig(Section):
     architectures: `focal`: sigmoid focal loss, their default. `vfl`: varifocal loss, where scores learn how well
     boxes fit. `mal`: matchability-aware loss, the same with more weight on boxes that do not fit yet."""
     focal_alpha: Share | None = None
-    """Weight of the class loss where an object is (`focal`) or where there is none (`vfl`). null: 0.25 and 0.75."""
+    """Weight in the class loss of logits whose target is 1 (`focal`; the others have one minus this), or of logits
+    whose target is 0 (`vfl`). null: 0.25 and 0.75."""
     focal_gamma: NonNegative | None = None
     """Exponent of the probability in the class loss's weights; for `mal` also of the IoU that a score learns. null: 2,
     and 1.5 for `mal`."""
@@ -219,7 +220,7 @@ class LossConfig(Section):
     """Weight of no-object among the classes of the class loss `softmax`."""
 
     def own_defaults(self) -> Mapping[str, Any]:
-        """Those of the class loss."""
+        """The defaults of the class loss."""
         alpha, gamma = {"softmax": (None, None), "focal": (0.25, 2.0), "vfl": (0.75, 2.0), "mal": (None, 1.5)}[
             self.class_loss
         ]

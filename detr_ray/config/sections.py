@@ -73,11 +73,11 @@ class OptimConfig(Section):
     batch norm statistics and have no dropout."""
     lr_factors: dict[Text, Positive] = Field(default={})
     """Factors of the learning rates of parameters whose names contain a text, such as `{sampling_offsets: 0.1,
-    reference_points: 0.1}`; the first text that fits counts."""
+    reference_points: 0.1}`; the first matching text counts."""
     layer_decay: Annotated[Positive, Field(le=1)] = 1
-    """Factor of the backbone's learning rate for each of its layers (for a ResNet: its stages, and the stem) that lies
-    behind a weight: the last layer has `lr_backbone`, the one before it `layer_decay` times that, and so on. 1: all
-    have the same rate."""
+    """Factor of the learning rate from each layer of the backbone (for a ResNet: its stages, and the stem) to the one
+    before: the last layer has `lr_backbone`, the one before it `layer_decay` times that, and so on. 1: all have the
+    same rate."""
     weight_decay: NonNegative = 1e-4
     """Weight decay."""
     decay_norms_and_biases: bool = True
@@ -102,7 +102,7 @@ class OptimConfig(Section):
     """Epochs at the start, those of the warm-up among them, before the schedule `cosine` begins to fall (flat-cosine).
     """
     ema_decay: Annotated[Share, Field(lt=1)] = 0
-    """Decay of a moving average of the weights, which is evaluated instead of them. 0: no average. Common:
+    """Decay of a moving average of the weights, which is evaluated in place of the weights. 0: no average. Common:
     0.9997."""
 
     @property
@@ -125,13 +125,13 @@ class OptimConfig(Section):
 
 
 class EarlyStoppingConfig(Section):
-    """Ends a training that has stopped getting better. Its run counts as finished."""
+    """Ends a training whose score no longer improves. Its run counts as finished."""
 
     patience: Count = 10
     """Number of validations in a row without a better score, after which the run ends. Schedules follow `train.epochs`
     all the same."""
     min_delta: NonNegative = 0
-    """How much the score must rise above the best one before, to count as better."""
+    """Least rise of the score above the best earlier one, to count as better."""
     metric: Text = "val/AP"
     """Score that is looked at: `val/AP`, `val/AP50`, ... or `val/AP/NAME` for a class."""
 
@@ -195,7 +195,7 @@ class TrainConfig(Section):
     max_steps: Count | None = None
     """Optimizer steps after which the run ends early. Schedules still follow `train.epochs`."""
     early_stopping: EarlyStoppingConfig | None = None
-    """Ends the run early once validation gets no better: `{patience: 10}`. null: never."""
+    """Ends the run early if the validation score no longer improves: `{patience: 10}`. null: never."""
     record_stream: bool = False
     """Write which images each worker saw at each step into the run's folder, as `stream/rank-*.jsonl`."""
 

@@ -1,7 +1,7 @@
 """The entries of ``data.augment.transforms``: named transforms with their parameters.
 
-An entry is a name (``- photometric``) or a name with parameters (``- photometric: {p: 0.5, hue: 0.1}``). Everything
-that is wrong with one is said under its place in the list.
+An entry is a name (``- photometric``) or a name with parameters (``- photometric: {p: 0.5, hue: 0.1}``). Errors name
+its place in the list.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class TransformSection(Section):
 
     name: ClassVar[str]
     decides_size: ClassVar[bool] = False
-    """Whether images have the sizes that are meant for training after it."""
+    """Whether images have their final training size after it."""
     enlarges: ClassVar[bool] = False
-    """Whether images may have longer sides after it, or another shape than their sides turned."""
+    """Whether it may make sides longer, or change the shape other than by exchanging the sides."""
 
     @model_serializer(mode="wrap")
     def _under_its_name(self, handler: SerializerFunctionWrapHandler) -> Any:
@@ -55,8 +55,8 @@ class _ByChance(TransformSection):
     p: Share = 0.5
     """Probability that it is done to a sample."""
     until_epoch: Count | None = None
-    """It is done to no sample from this epoch on, counted from 0: `until_epoch: 60` is for the first 60. null: it is
-    never switched off."""
+    """Epoch, counted from 0, at which it is switched off: with `until_epoch: 60` it is used in the first 60 epochs.
+    null: never."""
 
 
 class PhotometricTransform(_ByChance):
@@ -101,7 +101,7 @@ class BlurTransform(_ByChance):
 
 
 class JpegTransform(_ByChance):
-    """Leaves the traces of JPEG compression."""
+    """Adds JPEG compression artifacts."""
 
     name = "jpeg"
 
@@ -137,7 +137,7 @@ class Rotate90Transform(_ByChance):
 
 
 class ZoomOutTransform(_ByChance):
-    """Puts an image somewhere on a larger one of a single colour, so that objects become smaller."""
+    """Puts an image at a random place on a larger one of a single colour, so that objects become smaller."""
 
     name = "zoom_out"
     enlarges = True
@@ -153,7 +153,7 @@ class ZoomOutTransform(_ByChance):
 
 
 class IouCropTransform(_ByChance):
-    """Cuts out a part around objects, so that objects become larger; those whose centre is outside are gone."""
+    """Cuts out a part around objects, so that objects become larger; objects whose centre is outside are removed."""
 
     name = "iou_crop"
     enlarges = True
@@ -165,8 +165,8 @@ class IouCropTransform(_ByChance):
     aspect: tuple[Positive, Positive] = (0.5, 2.0)
     """Smallest and largest width of the part, divided by its height."""
     min_iou: Annotated[tuple[Share, ...], NonEmpty] = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
-    """The part is to have at least this IoU with an object; one of these is drawn for every image. Where no such place
-    is found, the best is taken."""
+    """The part must have at least this IoU with an object; one of the values is drawn for every image. If no such place
+    is found, the best one is taken."""
 
     def rules(self) -> Iterator[Violation]:
         """The ranges must ascend."""
@@ -204,7 +204,7 @@ class CutoutTransform(_ByChance):
     fill_value: Level = 114
     """Value of red, green and blue in the rectangles."""
     min_visible: Share = 0.2
-    """Objects of whose box less than this share is left are not learnt."""
+    """Objects are removed if less than this share of their box is left."""
 
     def rules(self) -> Iterator[Violation]:
         """The ranges must ascend."""
@@ -223,7 +223,7 @@ class MosaicTransform(_ByChance):
     zoom: tuple[Annotated[Number, Field(ge=1)], Annotated[Number, Field(ge=1)]] = (1.0, 1.5)
     """Smallest and largest zoom into each image. At 1, as much of it is taken as its quarter has room for."""
     min_visible: Share = 0.2
-    """Objects of whose box less than this share is in the part are not learnt."""
+    """Objects are removed if less than this share of their box is in the part."""
 
     def rules(self) -> Iterator[Violation]:
         """The ranges must ascend."""
@@ -255,8 +255,7 @@ class CopyPasteTransform(_ByChance):
     max_objects: Annotated[Count, Field(le=100)] = 3
     """Largest number of objects that are pasted; from 1 to this number are drawn."""
     min_visible: Share = 0.7
-    """Share of each box that must not be hidden by what is pasted. An object for which no such place is found is not
-    pasted."""
+    """Share of each box that must stay visible. An object is not pasted if no such place is found for it."""
 
 
 TRANSFORMS: tuple[type[TransformSection], ...] = (
@@ -276,7 +275,7 @@ TRANSFORMS: tuple[type[TransformSection], ...] = (
     MixupTransform,
     CopyPasteTransform,
 )
-"""All that may be in the list."""
+"""All possible entries of the list."""
 
 _BY_NAME = {transform.name: transform for transform in TRANSFORMS}
 
@@ -286,7 +285,7 @@ def _refusal(message: str) -> PydanticCustomError:
 
 
 def _as_mapping(value: Any) -> Any:
-    """An entry of the list as a name with parameters; refuses what is none, by name."""
+    """An entry of the list as a name with parameters; refuses other values and unknown names."""
     if isinstance(value, TransformSection):
         return value
     if isinstance(value, str):
@@ -315,7 +314,7 @@ def _name_of(value: Any) -> str | None:
 
 
 def _parameters(value: Any) -> Any:
-    """What the section of the name is made of."""
+    """The parameters of the entry, for the section of its name."""
     return next(iter(value.values())) if isinstance(value, Mapping) else value
 
 
@@ -334,7 +333,7 @@ else:
 
 
 def refuse_order(transforms: tuple[TransformSection, ...]) -> str | None:
-    """What is wrong with the order of a list, which has to decide the final size; None if nothing is."""
+    """An error in the order of a list, in which one transform must set the final size; None if there is none."""
     deciding = [place for place, transform in enumerate(transforms) if transform.decides_size]
     names = " or ".join(transform.name for transform in TRANSFORMS if transform.decides_size)
     if len(deciding) != 1:

@@ -1,4 +1,4 @@
-"""Searches over settings: the space, the trials, and what a search shows in the end. Starts nothing itself."""
+"""Searches over settings: space, trials, and reports at the end. Does not start trainings itself."""
 
 from detr_ray.search.distributions import Distribution
 from detr_ray.search.space import SearchSpace

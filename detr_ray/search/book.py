@@ -1,4 +1,4 @@
-"""The trials of a search while it runs: which one comes next, what became of each, written down at each change."""
+"""The trials of a running search: the next one, and the state of each, saved after each change."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Book:
 
     Args:
         folder: of the search; the trials are written there.
-        mode: whether more of the metric is better.
-        max_failures: how often a failed trial is started again.
+        mode: whether a larger or a smaller metric is better.
+        max_failures: how often a failed trial is restarted.
         trials: those of an earlier process.
     """
 
@@ -76,14 +76,14 @@ class Book:
         return self._keep(self._trials[name].measured(epoch, step, value, self._mode))
 
     def move(self, name: str, values: Mapping[str, Any], generation: int, donor: Trial, step: int) -> Trial:
-        """Notes that a trial goes on from another one's weights: its measurements up to there are that one's.
+        """Notes that a trial continues from another trial's weights, with that trial's measurements up to there.
 
         Args:
             name: of the trial.
-            values: its parameters from now on.
-            generation: how often it was moved, with this time.
+            values: its new parameters.
+            generation: number of its moves, including this one.
             donor: the other trial.
-            step: where it goes on.
+            step: step to continue from.
         """
         history = tuple(entry for entry in donor.history if entry[1] <= step)
         choose = max if self._mode == "max" else min
@@ -118,7 +118,7 @@ class Book:
         Args:
             name: of the trial.
             problem: what happened.
-            again: whether another start may help.
+            again: whether a restart may help.
         """
         failures = self._trials[name].failures + 1
         self._trials[name] = dataclasses.replace(self._trials[name], failures=failures)
@@ -141,5 +141,5 @@ class Book:
 
 
 def _not_running(trial: Trial) -> Trial:
-    """A trial of an earlier process, which runs no more: it waits to go on."""
+    """A trial that an earlier process left running: it now waits to continue."""
     return trial if trial.is_over else dataclasses.replace(trial, state="waiting")

@@ -1,4 +1,4 @@
-"""The checks of a search before anything starts: its settings against each other, and the space against the keys."""
+"""Checks a search before anything starts: contradictions between its settings, and between space and keys."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ METRICS = tuple(
 )
 """What every validation reports, beside ``val/AP/<category>``."""
 
-# Constraints that refuse all of so many draws leave next to nothing to search.
+# If constraints refuse all of this many draws, almost nothing is left to search.
 DRAWS_TRIED = 200
 
 
@@ -40,7 +40,7 @@ def check_search(config: Config, space: SearchSpace, *, is_whole: bool) -> tuple
     try:
         config.check_training()
     except ConfigError as error:
-        return [*errors, *error.errors], []  # each trial would be refused for the same
+        return [*errors, *error.errors], []  # each trial would be refused for the same reason
     refused, warnings = _refused_values(config, space)
     errors += refused
     if is_whole and not errors and not _has_room(space):
@@ -150,7 +150,7 @@ def _population(config: Config, space: SearchSpace) -> Iterator[str]:
 
 
 def _can_freeze(space: SearchSpace, name: str) -> bool:
-    """Whether the backbone's rate becomes 0 at an end of a parameter, the others at their middle."""
+    """Whether the backbone's rate becomes 0 at an end of a parameter's range, with other parameters in their middle."""
     if "optim.lr_backbone" not in space.keys_that_follow_from((name,)):
         return False
     for end in space.parameters[name].ends():
@@ -184,7 +184,7 @@ def _refused_values(config: Config, space: SearchSpace) -> tuple[list[str], list
 
 
 def _refusal(config: Config, space: SearchSpace, drawn: Mapping[str, Any], name: str) -> str | None:
-    """Why the configuration refuses a value: alone, and also together with values from the middle of all others.
+    """Why the configuration refuses a value, both alone and together with middle values of all others.
 
     Args:
         config: the base configuration.
@@ -216,7 +216,7 @@ def _hint(distribution: Distribution, line: str) -> str:
 
 
 def _has_room(space: SearchSpace) -> bool:
-    """Whether the constraints leave something to search."""
+    """Whether any values fulfil the constraints."""
     if not space.constraints:
         return True
     rng = random.Random(0)

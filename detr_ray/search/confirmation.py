@@ -1,7 +1,7 @@
 """Whether the best configuration of a search is better than the default one, or was only lucky.
 
-Both are trained several times with seeds of their own. The test is exact: of all ways to divide the results into two
-groups of these sizes, it counts those whose means differ at least as much as they do now.
+Both are trained several times with new seeds. The test is an exact permutation test: of all divisions of the results
+into two groups of these sizes, it counts those whose means differ at least as much as the observed ones.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Literal
 SIGNIFICANT = 0.05
 
 MOST_SPLITS = 2_000_000
-"""More ways to divide are not counted one by one; so many seeds are days of training."""
+"""Largest number of divisions that are counted; more would need days of training."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Confirmation:
         return worse and self.p_value < SIGNIFICANT
 
     def lines(self, metric: str = "val/AP") -> list[str]:
-        """Means, spreads, and whether they can be told apart.
+        """Lines with means, spreads, and the verdict.
 
         Args:
             metric: name of what was measured.

@@ -1,7 +1,7 @@
-"""Changes of a population's settings that a model of earlier gains chooses (PB2), in place of chance.
+"""Changes of a population's settings, chosen by a model of earlier gains (PB2) instead of at random.
 
 Parker-Holder et al., 2020, "Provably Efficient Online Hyperparameter Optimization with Population-Based Bandits": a
-Gaussian process learns from each part of each trial how much the metric gained with which settings at which time; the
+Gaussian process learns, from each part of each trial, the gain of the metric as a function of settings and time; the
 settings with the highest upper confidence bound are tried next. The kernel here is a squared exponential with a length
 for each setting and for time.
 """
@@ -20,7 +20,7 @@ import numpy as np
 from detr_ray.search.distributions import Distribution
 
 FEWEST_GAINS = 4
-"""With fewer, a model says nothing, and settings are changed by chance."""
+"""With fewer gains, a model is useless, and settings are changed at random."""
 
 CANDIDATES = 500
 OPTIMISM = 1.0
@@ -29,7 +29,7 @@ OPTIMISM = 1.0
 
 @dataclasses.dataclass(frozen=True)
 class Gain:
-    """What the metric gained in one part of a trial.
+    """The gain of the metric in one part of a trial.
 
     Attributes:
         epoch: at the end of the part.
@@ -49,17 +49,17 @@ def guided_change(
     gains: Sequence[Gain],
     epoch: int,
 ) -> dict[str, Any] | None:
-    """The settings that promise most from an epoch on.
+    """The most promising settings from an epoch on.
 
     Args:
         values: settings of the trial that is copied; those that are no ``parameters`` stay.
-        chance: the same state gives the same settings.
-        parameters: what changes: ``uniform`` and ``loguniform`` ones.
-        gains: what is known.
+        chance: random state; the same state gives the same settings.
+        parameters: the parameters to change: ``uniform`` and ``loguniform`` ones.
+        gains: the known gains.
         epoch: from which on the settings hold.
 
     Returns:
-        Name -> value; None where too little is known.
+        Name -> value; None if there are too few gains.
     """
     known = [gain for gain in gains if math.isfinite(gain.gain)]
     if len(known) < FEWEST_GAINS:
@@ -74,7 +74,7 @@ def guided_change(
     kernel = ConstantKernel() * RBF(np.full(inputs.shape[1], 0.5), (0.05, 10.0)) + WhiteKernel(0.1, (1e-3, 1.0))
     model = GaussianProcessRegressor(kernel, normalize_y=True, random_state=chance.getrandbits(32))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # a length at the end of its range is an answer, too
+        warnings.simplefilter("ignore", ConvergenceWarning)  # a length scale at the end of its range is acceptable
         model.fit(inputs, gained)
     drawn = [{name: found.draw(chance) for name, found in parameters.items()} for _ in range(CANDIDATES)]
     mean, deviation = model.predict(
@@ -85,7 +85,7 @@ def guided_change(
 
 
 def _places(values: Mapping[str, Any], parameters: Mapping[str, Distribution]) -> list[float]:
-    """Where values lie in their ranges, from 0 to 1."""
+    """Positions of values in their ranges, from 0 to 1."""
     return [_place(float(values[name]), found) for name, found in parameters.items()]
 
 

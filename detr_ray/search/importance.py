@@ -1,8 +1,8 @@
-"""How much each parameter mattered, as far as the trials of a search can tell.
+"""The importance of each parameter, estimated from the trials of a search.
 
 A number is judged by Spearman's rank correlation with the metric: whether larger values gave better or worse results. A
 choice is judged by the share of the variance of the ranks that lies between its values (eta squared of the
-Kruskal-Wallis test). Both look at one parameter at a time: they do not see what two parameters do together, nor an
+Kruskal-Wallis test). Both consider one parameter at a time: they do not detect interactions of parameters, nor an
 optimum in the middle of a range.
 """
 
@@ -21,14 +21,14 @@ from detr_ray.search.distributions import Distribution
 from detr_ray.search.trials import Trial
 
 FEWEST_TRIALS = 4
-"""With fewer trials, ranks say nothing at all."""
+"""With fewer trials, ranks are useless."""
 
 SPEARMAN, ETA_SQUARED = "Spearman's rank correlation", "eta squared of the Kruskal-Wallis test"
 
 
 @dataclass(frozen=True, slots=True)
 class ParameterImportance:
-    """How much one parameter mattered.
+    """The importance of one parameter.
 
     Attributes:
         name: of the parameter.
@@ -52,7 +52,7 @@ class ParameterImportance:
 
 @dataclass(frozen=True, slots=True)
 class Importance:
-    """How much all parameters mattered.
+    """The importance of all parameters.
 
     Attributes:
         parameters: the most important first. Parameters that never differed are left out.
@@ -64,7 +64,7 @@ class Importance:
 
     @property
     def reservation(self) -> str:
-        """One sentence: how little so many trials say."""
+        """One sentence about the uncertainty with this number of trials."""
         if self.num_trials < FEWEST_TRIALS:
             return f"{self.num_trials} trials were compared: too few to say which settings matter."
         return (

@@ -1,4 +1,4 @@
-"""The schedule that a trial of a population lived through, as a configuration that replays it in one training."""
+"""The values of a trial in a population over its training, as a configuration that replays them in one training."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def lived_schedule(lived: Lived, steps_per_epoch: int, header: str = "") -> str:
     that each value holds from its step on, to the bit.
 
     Args:
-        lived: (first step, key -> value) of each part of the trial's life, from its oldest ancestor on. A key that a
-            part does not name keeps its value.
+        lived: (first step, key -> value) of each part of the trial's training, from its oldest ancestor on. A key that
+            is missing in a part keeps its value.
         steps_per_epoch: optimizer steps of one epoch.
         header: lines that become a comment at the top.
 
@@ -29,7 +29,8 @@ def lived_schedule(lived: Lived, steps_per_epoch: int, header: str = "") -> str:
         YAML with one schedule a key. A key whose value never changed is written as a number.
 
     Raises:
-        ValueError: the life does not begin at step 0, steps do not ascend, or a key cannot change while training.
+        ValueError: the first part does not begin at step 0, steps do not ascend, or a key cannot change during
+            training.
     """
     steps = [step for step, _ in lived]
     if not steps or steps[0] != 0:

@@ -12,11 +12,11 @@ from detr_ray.search.space import SearchSpace
 
 
 def new_population(config: Config, space: SearchSpace) -> Population | None:
-    """The population; None where the scheduler is another one.
+    """The population; None for other schedulers.
 
     Args:
         config: of the search.
-        space: its space, which says what changes.
+        space: its space, with the parameters that change.
     """
     settings = config.tune
     if settings.scheduler not in POPULATIONS:

@@ -1,9 +1,9 @@
-"""Population based training: trials that do worse go on from the weights of better ones, with changed settings.
+"""Population based training: worse trials continue from the weights of better ones, with changed settings.
 
-(Jaderberg et al., 2017, "Population Based Training of Neural Networks".) After every `every_epochs` epochs comes a
-round. It is decided once all trials have been evaluated at its epoch, and depends on nothing but those evaluations and
-the seed: not on which trial was faster. Trials do not wait for a round. Those that are ahead train on, and only what a
-trial did that is moved is thrown away.
+(Jaderberg et al., 2017, "Population Based Training of Neural Networks".) There is a round after every `every_epochs`
+epochs. It is decided once all trials have been evaluated at its epoch, and depends only on these evaluations and the
+seed, not on the speed of trials. Trials do not wait for a round: they train on, and only a moved trial loses its steps
+after the round.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ class Move:
     Attributes:
         epoch: of the round.
         receiver: the trial that is moved.
-        generation: the number of its moves so far, with this one.
+        generation: the number of its moves so far, including this one.
         donor: the trial whose weights it gets.
         donor_generation: the number of the donor's moves before.
-        step: where both go on.
+        step: step from which both continue.
         checkpoint: the donor's.
         receiver_value: the metric of the receiver.
         donor_value: that of the donor.
         old: settings of the receiver before.
-        new: its settings from now on, made from the donor's.
+        new: its new settings, made from the donor's.
     """
 
     epoch: int
@@ -72,10 +72,10 @@ class Member:
     """A trial of the population.
 
     Attributes:
-        values: its settings now.
+        values: its present settings.
         generation: how often it was moved.
-        reports: its evaluations by epoch, those of the trials that it was moved to included.
-        state: whether it trains, has ended, or failed and takes part no more.
+        reports: its evaluations by epoch, including those of its ancestors.
+        state: whether it trains, has ended, or has failed and no longer takes part.
     """
 
     values: Values
@@ -89,15 +89,15 @@ Change = Callable[[Values, random.Random], Values]
 
 
 class Population:
-    """Decides who is moved where.
+    """Decides which trials are moved to which others.
 
     Args:
-        size: number of trials. Nothing is decided before all of them are there.
+        size: number of trials. Nothing is decided before all of them have been added.
         change: changes settings.
         every_epochs: epochs between two rounds.
         epochs: length of a training; a round at its end would be of no use.
-        quantile: share of the trials that is moved in a round, and share that they are moved to.
-        mode: whether more of the metric is better (``max``), or less.
+        quantile: share of the trials that are moved in a round, and of those that they are moved to.
+        mode: whether a larger (``max``) or a smaller metric is better.
         seed: of all random choices.
     """
 
@@ -134,7 +134,7 @@ class Population:
         return 0 < epoch <= self.last_round and epoch % self._every_epochs == 0
 
     def add(self, trial: str, values: Values) -> None:
-        """Adds a trial with its first settings; one that is there already stays as it is."""
+        """Adds a trial with its first settings; an existing one does not change."""
         self.members.setdefault(trial, Member(dict(values)))
 
     def report(self, trial: str, generation: int, report: Report) -> list[Move]:
@@ -146,7 +146,7 @@ class Population:
             report: the evaluation.
 
         Returns:
-            The moves of all rounds that are decided by it.
+            The moves of all rounds that can be decided now.
         """
         member = self.members[trial]
         if generation != member.generation:
@@ -155,19 +155,19 @@ class Population:
         return self._decide()
 
     def end(self, trial: str, *, failed: bool) -> list[Move]:
-        """Notes that a trial has ended: nobody waits for it any more, and one that failed takes part no more."""
+        """Notes that a trial has ended: rounds no longer wait for it, and a failed one no longer takes part."""
         self.members[trial].state = "failed" if failed else "ended"
         return self._decide()
 
     def close(self) -> list[Move]:
-        """Notes that no more trials come than are there."""
+        """Notes that no more trials will be added."""
         self._size = len(self.members)
         return self._decide()
 
     def to_release(self) -> Iterable[Report]:
-        """Evaluations whose checkpoints nobody begins at any more.
+        """Evaluations whose checkpoints are no longer needed for moves.
 
-        Those of the last decided round stay: a trial that was moved there has no checkpoint of its own yet.
+        Those of the last decided round are still needed: a trial that was moved there may not have its own one yet.
         """
         for member in self.members.values():
             for epoch, report in member.reports.items():
@@ -175,7 +175,7 @@ class Population:
                     yield report
 
     def ancestry(self, trial: str) -> list[tuple[int, Values]]:
-        """The settings that the weights of a trial were trained with: from which step on, which ones; first ones first.
+        """The settings with which a trial's weights were trained: (first step, settings), in order.
 
         Args:
             trial: any of the population.
@@ -201,7 +201,7 @@ class Population:
         return moves
 
     def _round(self, epoch: int, members: Mapping[str, Member]) -> list[Move]:
-        # Values that are no numbers come last; of equals, the trial that was added first is the better one.
+        # NaN comes last; of equal values, the trial that was added first is the better one.
         order = list(members)
         ranked = sorted(members, key=lambda name: (-self._score(members[name].reports[epoch]), order.index(name)))
         count = min(math.ceil(len(ranked) * self._quantile), len(ranked) // 2)
@@ -235,7 +235,7 @@ class Population:
     def _apply(self, move: Move) -> None:
         member, donor = self.members[move.receiver], self.members[move.donor]
         member.values, member.generation = move.new, move.generation
-        # What it did after the round is of no use any more.
+        # Its evaluations after the round are dropped.
         member.reports = {epoch: report for epoch, report in member.reports.items() if epoch < move.epoch}
         member.reports[move.epoch] = donor.reports[move.epoch]
         self.moves.append(move)
@@ -244,7 +244,7 @@ class Population:
         return -math.inf if math.isnan(report.value) else self._sign * report.value
 
     def state(self) -> dict[str, Any]:
-        """All that it knows, as JSON values, for `restore`."""
+        """Its state as JSON values, for `restore`."""
         return {
             "decided_epoch": self.decided_epoch,
             "moves": [dataclasses.asdict(move) for move in self.moves],
@@ -253,7 +253,7 @@ class Population:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Takes over what an earlier process knew."""
+        """Restores the state of an earlier process."""
         self.decided_epoch = state["decided_epoch"]
         self.moves = [Move(**move) for move in state["moves"]]
         self.gains = [Gain(**gain) for gain in state["gains"]]

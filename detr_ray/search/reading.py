@@ -20,11 +20,11 @@ POPULATIONS = ("pbt", "pb2")
 
 @dataclass
 class ReadSpace:
-    """What was read, and all faults that were found.
+    """The space as it was read, and all faults that were found.
 
     Attributes:
-        templates: those without a fault, each after those that its expressions use.
-        constraints: those without a fault.
+        templates: those without faults; each one after those that its expressions use.
+        constraints: those without faults.
         base_numbers: key -> number in the base configuration, of all keys that expressions use.
         mutated: names of the parameters that change during training.
         errors: one line for each fault.
@@ -67,11 +67,11 @@ def read_space(config: Config) -> ReadSpace:
 
 
 class _Names:
-    """What the names in expressions stand for.
+    """The meaning of names in expressions.
 
     Args:
         config: the base configuration.
-        given: the space as written, with entries that have a fault of their own.
+        given: the space as written, including faulty entries.
         parsed: the entries without a fault.
         read: takes numbers of the base configuration, and errors.
     """

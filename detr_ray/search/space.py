@@ -1,4 +1,4 @@
-"""The space of a search: what is drawn for a trial, and the configuration that follows from it."""
+"""The space of a search: the values that are drawn for a trial, and the resulting configuration."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class SearchSpace:
 
     @cached_property
     def parameters(self) -> Mapping[str, Distribution]:
-        """Name -> distribution of all that is drawn."""
+        """Name -> distribution of all parameters."""
         found = [parameter for template in self.templates.values() for parameter in template.parameters]
         return {parameter.name: parameter.distribution for parameter in found}
 
@@ -87,7 +87,7 @@ class SearchSpace:
         return [dict(zip(grids, point, strict=True)) for point in itertools.product(*grids.values())]
 
     def proposal(self, number: int, tune: TuneConfig) -> dict[str, Any] | None:
-        """The values of a trial of a search without feedback. They depend on nothing but its number and the seed.
+        """The values of a trial in a search without feedback. They depend only on its number and the seed.
 
         Args:
             number: of the trial, from 0.
@@ -107,7 +107,7 @@ class SearchSpace:
         raise ValueError(f"tune.searcher={tune.searcher} needs the results of earlier trials")
 
     def perturb(self, drawn: Mapping[str, Any], rng: random.Random, tune: TuneConfig) -> dict[str, Any]:
-        """The next values of a trial of a population: near those of the trial that it copies.
+        """The next values of a trial in a population: near those of the trial that it copies.
 
         A mutated parameter is drawn anew with ``tune.resample_probability``. Otherwise a number is multiplied with one
         of ``tune.perturb_factors`` and kept in its range; for ``choice``, a neighbour in the list is taken.
@@ -225,7 +225,7 @@ def with_values(base: Config, keys: Mapping[str, Any]) -> Config:
 
 def _moved(distribution: Distribution, value: float, factor: float) -> int | float:
     moved = distribution.nearest(value * factor)
-    if moved == value and distribution.step is not None:  # a step is larger than the change
+    if moved == value and distribution.step is not None:  # the change is smaller than a step
         moved = distribution.nearest(value + (distribution.step if factor > 1 else -distribution.step))
     assert is_number(moved)
     return moved

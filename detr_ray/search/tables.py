@@ -1,4 +1,4 @@
-"""What a search shows: a table of its trials while it runs and at its end, and the command that trains the best."""
+"""Output of a search: tables of its trials during the search and at its end, and the command to train the best."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def trial_table(trials: Sequence[Trial], names: Sequence[str], metric: str, mode
     Args:
         trials: all of them.
         names: the parameters, each a column.
-        metric: name of what is compared; the title of its column is its last part.
+        metric: name of the metric; its last part is the title of the column.
         mode: whether a larger or a smaller metric is better.
         most: rows; a last line counts the trials that are not shown.
     """
@@ -41,12 +41,12 @@ def trial_table(trials: Sequence[Trial], names: Sequence[str], metric: str, mode
 
 
 def final_table(trials: Sequence[Trial], names: Sequence[str], metric: str, mode: Mode) -> str:
-    """All trials, and why those failed or were refused that were.
+    """All trials, with the reasons for failed and refused ones.
 
     Args:
         trials: all of them.
         names: the parameters, each a column.
-        metric: name of what is compared.
+        metric: name of the metric.
         mode: whether a larger or a smaller metric is better.
     """
     problems = [
@@ -70,7 +70,7 @@ def state_counts(trials: Sequence[Trial]) -> str:
 
 
 def importance_table(found: Importance) -> str:
-    """How much each parameter mattered, the measure of each, and what so many trials can say."""
+    """The importance of each parameter, its measure, and the uncertainty with this number of trials."""
     if not found.parameters:
         return found.reservation
     head = ["parameter", "importance", "p", "measure"]
@@ -89,7 +89,7 @@ def train_command(files: Sequence[str], overrides: Sequence[str], values: Mappin
         overrides: the ``key=value`` arguments of the search, as they were given; those of ``tune`` are left out.
         values: dotted key -> value of the trial (`SearchSpace.resolve`).
     """
-    # Overrides are merged into schedules key by key: named in full, nothing is left of the one in the files.
+    # Overrides are merged into schedules key by key, so all keys are given to replace the one in the files.
     whole = {
         key: Schedule.model_validate(value).model_dump(mode="json") if isinstance(value, Mapping) else value
         for key, value in values.items()

@@ -41,12 +41,12 @@ class Template:
 
     @property
     def parameters(self) -> list[Parameter]:
-        """All that is drawn."""
+        """All parameters in it."""
         return [leaf for leaf in _leaves(self.root) if isinstance(leaf, Parameter)]
 
     @property
     def expressions(self) -> list[Expression]:
-        """All that is computed."""
+        """All expressions in it."""
         return [leaf for leaf in _leaves(self.root) if isinstance(leaf, Expression)]
 
     @property

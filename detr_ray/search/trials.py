@@ -36,7 +36,7 @@ class Trial:
         step: optimizer steps taken.
         value: the metric of the last validation.
         best: the best so far.
-        best_epoch: when that was.
+        best_epoch: epoch of this value.
         history: (epoch, step, metric) of each validation.
         seconds: time that it trained, over all attempts.
         run_path: folder or URI of its current run.
@@ -63,7 +63,7 @@ class Trial:
 
     @property
     def is_over(self) -> bool:
-        """Whether it will not go on, also not when the search is resumed."""
+        """Whether it has ended for good, also if the search is resumed."""
         return self.state in ("finished", "stopped early", "failed", "refused")
 
     def measured(self, epoch: float, step: int, value: float, mode: Literal["max", "min"]) -> Trial:
@@ -73,7 +73,7 @@ class Trial:
             epoch: epochs trained.
             step: optimizer steps taken. Later measurements are dropped: the trial went back to a checkpoint.
             value: the metric.
-            mode: whether more or less is better.
+            mode: whether a larger or a smaller value is better.
         """
         history = (*(entry for entry in self.history if entry[1] < step), (epoch, step, value))
         choose = max if mode == "max" else min

@@ -1,10 +1,10 @@
-"""The gate: a new version becomes the champion only if it is better, measured on the same data in the same way.
+"""Promotion: a new version becomes the champion only if it is better, measured on the same data in the same way.
 
-Decisions of one registered model are made one after another, in the order of the versions' numbers, which the store
-gives out once each. A version is made as one that is being decided, and its process waits until no earlier version is.
-So of two trainings that end at once, the later version is compared with the champion that the earlier one left. No lock
-is left behind by a process that dies: while it waits and measures, a process changes a tag of its version every few
-seconds, and a version whose tag has not changed for a minute is passed over. Processes compare no clocks.
+Decisions about one registered model are made one after another, in the order of the versions' unique numbers. A version
+is created with the tag that it is being decided, and its process waits until no earlier version has this tag. So if two
+trainings end at the same time, the later version is compared with the champion after the earlier decision. A process
+that dies leaves no lock: while it waits and measures, a process changes a tag of its version every few seconds, and a
+version whose tag has not changed for a minute is skipped. Clocks of different machines are not compared.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class CannotBeMeasured(Exception):  # noqa: N818 - the name says what it is
 
 @dataclass(frozen=True)
 class Turns:
-    """Time limits of taking turns.
+    """Time limits of waiting for earlier decisions.
 
     Attributes:
-        look_s: seconds between two looks at the versions before.
-        alive_s: seconds between two signs of life.
-        passed_over_s: a version that gave no sign of life for so many seconds is passed over.
+        look_s: seconds between two checks of the earlier versions.
+        alive_s: seconds between two changes of the own tag.
+        passed_over_s: a version whose tag has not changed for this number of seconds is skipped.
     """
 
     look_s: float = 1.0
@@ -86,13 +86,13 @@ def decide(
     Args:
         registry: of the model.
         version: made with `undecided_tags`.
-        margin: it has to be better by more than this.
-        measure: measures a champion of other data anew.
+        margin: it must be better by more than this.
+        measure: measures a champion again that was measured on other data.
         say: shows the user a line.
         turns: time limits.
 
     Raises:
-        RegistryError: the version was passed over meanwhile, or is gone.
+        RegistryError: the version was skipped meanwhile, or was deleted.
     """
     with _signs_of_life(registry, version, turns):
         _wait_for_turn(registry, version, turns, say)
@@ -146,7 +146,7 @@ def _better(
 
 
 def _wait_for_turn(registry: ModelRegistry, version: ModelVersion, turns: Turns, say: Say) -> None:
-    """Waits until no earlier version is being decided; passes over those whose process shows no sign of life."""
+    """Waits until no earlier version is being decided; skips versions whose process seems dead."""
     seen: dict[int, tuple[str | None, float]] = {}
     while True:
         earlier = [

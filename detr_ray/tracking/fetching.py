@@ -1,7 +1,7 @@
-"""From an MLflow address to a local folder: ``models:/detr@champion``, ``models:/detr/3``, ``runs:/RUN``.
+"""Downloads models from MLflow addresses: ``models:/detr@champion``, ``models:/detr/3``, ``runs:/RUN``.
 
-Of an MLflow model only the package is fetched; its file of code is neither fetched nor run, and whatever else lies in
-the folder is left where it is.
+Of an MLflow model only the package is downloaded; its code file is neither downloaded nor run, and other files are
+ignored.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from detr_ray.tracking.registry import (
 from detr_ray.tracking.store import public_uri, tracking_uri
 
 SCHEMES = ("models:", "runs:")
-"""How the addresses begin that this module fetches."""
+"""Prefixes of the addresses that this module handles."""
 
 RECORD = "model.json"
 """The file of a package that describes it."""
@@ -42,7 +42,7 @@ _BEST_OF_RUN = "checkpoints/best/model.pt"
 
 @contextlib.contextmanager
 def fetched(source: str, uri: str | None = None) -> Iterator[str]:
-    """The model that an MLflow address means, on this machine; a copy is removed at the end of the block.
+    """A local copy of the model at an MLflow address; a temporary copy is removed at the end of the block.
 
     Args:
         source: ``models:/NAME/VERSION``, ``models:/NAME@ALIAS``, ``runs:/RUN`` (the version that was registered of the
@@ -53,7 +53,7 @@ def fetched(source: str, uri: str | None = None) -> Iterator[str]:
         The folder of a package, or a model file.
 
     Raises:
-        RegistryError: there is no such version or run, its files are gone, or they are not what was registered.
+        RegistryError: there is no such version or run, or its files are missing or differ from the registered ones.
         RegistryUnavailable: the store does not answer.
     """
     store = uri or tracking_uri(None, "runs")
@@ -74,7 +74,7 @@ def fetched(source: str, uri: str | None = None) -> Iterator[str]:
 
 
 def pinned(source: str, uri: str | None = None) -> str:
-    """The address of the version that an alias means now; other addresses stay as they are.
+    """The address of the version that an alias means now; other addresses are returned unchanged.
 
     Args:
         source: as `fetched` takes it.
@@ -103,10 +103,10 @@ def _version(registry: ModelRegistry, source: str, which: str) -> ModelVersion:
 
 @contextlib.contextmanager
 def fetched_version(registry: ModelRegistry, version: ModelVersion) -> Iterator[str]:
-    """The package of a version, on this machine; see `fetched`.
+    """A local copy of a version's package; see `fetched`.
 
     Raises:
-        RegistryError: its files are gone, or they are not what was registered.
+        RegistryError: its files are missing, or differ from the registered ones.
     """
     with _part_of(registry, version, PACKAGE) as folder:
         _refuse_changed(version, folder / RECORD)
@@ -137,7 +137,7 @@ def _part_of(registry: ModelRegistry, version: ModelVersion, name: str) -> Itera
 
 
 def _refuse_changed(version: ModelVersion, record: Path) -> None:
-    """Refuses a package whose description is not the one that was registered; it holds the hashes of the others."""
+    """Refuses a package whose description differs from the registered one; it has the hashes of the other files."""
     registered = version.tags.get(PACKAGE_SHA256)
     if registered is None:
         raise RegistryError(
@@ -153,7 +153,7 @@ def _refuse_changed(version: ModelVersion, record: Path) -> None:
 
 @contextlib.contextmanager
 def _fetched_run(store: str, run_id: str, path: str | None) -> Iterator[str]:
-    """A model of an MLflow run: the version that was registered of it, or files of its artifacts."""
+    """A model of an MLflow run: its registered version, or files of its artifacts."""
     registry = ModelRegistry(store, "")
     with registry.calls():
         run = _run(registry, run_id)
@@ -183,7 +183,7 @@ def _run(registry: ModelRegistry, run_id: str) -> Any:
 
 @contextlib.contextmanager
 def _local(registry: ModelRegistry, address: str, gone: str) -> Iterator[Path]:
-    """A file or folder of the store's artifacts: where it is, or a copy if that is elsewhere.
+    """A file or folder of the store's artifacts: its local path, or that of a copy if it is remote.
 
     Raises:
         RegistryError: it is not there; the message is ``gone``.

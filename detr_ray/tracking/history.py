@@ -43,11 +43,11 @@ class RunHistory:
 
     @property
     def seconds(self) -> float:
-        """How long the run was at work, over all its processes."""
+        """Total running time of the run, over all its processes."""
         return sum(session.ended_ms - session.began_ms for session in self.sessions) / 1000
 
     def joined(self, other: RunHistory) -> RunHistory:
-        """This and what was logged of the same run elsewhere: a value that both have is taken from this one."""
+        """This history, completed by another one of the same run; values that are in both are taken from this one."""
         metrics = {}
         for name in {**other.metrics, **self.metrics}:
             steps: dict[int, float] = {}

@@ -1,4 +1,4 @@
-"""Makes versions: a package of a detector as an MLflow model that is loaded from code, with no pickle in it.
+"""Creates versions: a detector's package as an MLflow model that is loaded by a code file, without pickles.
 
 The MLflow model is a folder: ``artifacts/package`` (weights as safetensors, description as JSON, both hashed), the file
 of code that MLflow runs to serve it (``detr_ray/runtime/mlflow_model.py``, which imports this package), signature,
@@ -19,7 +19,7 @@ from detr_ray.tracking.registry import ModelRegistry, ModelVersion
 from detr_ray.tracking.store import sqlite_path
 
 PACKAGE = "artifacts/package"
-"""Where the package lies in the folder of an MLflow model."""
+"""Path of the package in the folder of an MLflow model."""
 
 IMAGE_FIELD = "image"
 
@@ -28,13 +28,13 @@ _REQUIRED = ("detr_ray", "mlflow", "torch", "torchvision", "safetensors", "pillo
 
 _CODE_TAGS = ("code.commit", "detr_ray.version", "torch.version", "python.version")
 
-# A grey PNG of 8 x 8 pixels: it shows the format of a request, and takes no room.
+# A grey PNG of 8 x 8 pixels: a small example of a request.
 _EXAMPLE_IMAGE = "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAAAAADhZOFXAAAADklEQVR42mNogAIGyhgAgIQgARDoahcAAAAASUVORK5CYII="
 
 
 @dataclass(frozen=True)
 class NewVersion:
-    """What is registered.
+    """A version to register.
 
     Attributes:
         package: local folder of the detector's package, which must be called ``package``.
@@ -59,7 +59,7 @@ def add_version(registry: ModelRegistry, new: NewVersion) -> ModelVersion:
     """Stores a package as an MLflow model and makes it the next version of the registered model.
 
     Raises:
-        RegistryUnavailable: the store does not take it. No version was made.
+        RegistryUnavailable: the store refuses it or does not answer. No version was created.
     """
     from mlflow.exceptions import MlflowException
 

@@ -1,7 +1,7 @@
-"""The versions of a registered model in an MLflow store: what is known of each, and which of them is the champion.
+"""The versions of a registered model in an MLflow store: facts about each, and the champion.
 
-A version is found by its number, by an alias (``@champion``) or by MLflow's address (``models:/detr/3``). Everything
-that is known of it is kept as its tags in the store; its files are an MLflow model (`logged_model.py`).
+A version is found by its number, by an alias (``@champion``) or by MLflow's address (``models:/detr/3``). Facts about
+it are its tags in the store; its files are an MLflow model (`logged_model.py`).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _ADDRESS = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?P<version>\d+)|@(?P<alias>
 
 
 class RegistryError(Exception):
-    """What is asked of the registry cannot be had. The message says what to do."""
+    """A request to the registry failed. The message says what to do."""
 
 
 class RegistryUnavailable(RegistryError):  # noqa: N818 - the name says what it is
@@ -68,7 +68,7 @@ class ModelVersion:
         created_ms: when it was registered, in milliseconds since 1970.
         run_id: MLflow's id of the run that it came from; None where there is none in this store.
         source: where MLflow keeps its files.
-        tags: everything else that is known of it.
+        tags: further facts about it.
     """
 
     name: str
@@ -86,7 +86,7 @@ class ModelVersion:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """COCO's twelve numbers as they were measured when it was registered; those that there are."""
+        """COCO's twelve numbers when it was registered, without missing ones."""
         return {name: float(self.tags[name]) for name in NUMBERS if name in self.tags}
 
     @property
@@ -95,10 +95,10 @@ class ModelVersion:
         return json.loads(self.tags.get(MEASURED_ON, "{}"))
 
     def ap_on(self, measured_on: Mapping[str, Any]) -> float | None:
-        """Its AP on some validation data at some sizes; None where it was not measured there.
+        """Its AP on given validation data at given sizes; None if it was not measured on them.
 
         Args:
-            measured_on: says which. If that is empty, nobody knows, and nothing compares with it.
+            measured_on: data and sizes. If it is empty, they are unknown, and the AP is not comparable.
         """
         if not measured_on:
             return None
@@ -247,10 +247,10 @@ class ModelRegistry:
         return self.version(version.version)
 
     def rollback(self, reason: str = "rolled back by hand") -> ModelVersion:
-        """Makes the version champion that was it before the present one.
+        """Makes the previous champion the champion again.
 
         Raises:
-            RegistryError: there is no champion, or none was before it.
+            RegistryError: there is no champion, or there was none before it.
         """
         versions = {version.version: version for version in self.versions()}
         history = self._history(versions) if versions else []
@@ -267,7 +267,7 @@ class ModelRegistry:
         return self.version(before.version)
 
     def move_champion(self, version: ModelVersion, reason: str) -> None:
-        """Points the alias to a version, and writes why."""
+        """Points the alias to a version, and records the reason."""
         history = self._history({each.version: each for each in self.versions()})
         self._point_at(version, [*history, version.version])
         self.tag(version, {DECISION: BECAME_CHAMPION, REASON: reason})

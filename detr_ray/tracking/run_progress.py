@@ -1,7 +1,7 @@
-"""How far a run is, as a small file in the run's folder, for whoever looks at the run from outside.
+"""The progress of a run, as a small file in its folder, for other processes that watch the run.
 
-The file is replaced after each logging interval and each evaluation, and twice a minute in between, which says that the
-process lives. A thread writes it, so that slow storage holds nothing up, and at most every few seconds.
+The file is replaced after each logging interval and each evaluation, and otherwise twice a minute to show that the
+process is alive. A thread writes it, at most every few seconds, so that slow storage does not delay training.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _STATUS_OF: dict[Status, RunStatus] = {"FINISHED": "finished", "KILLED": "stoppe
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RunProgress:
-    """How far a run is.
+    """The progress of a run.
 
     Attributes:
         run: its name.
         total_steps: optimizer steps of the whole run.
         steps_per_epoch: optimizer steps of an epoch.
-        status: what became of its last process.
+        status: status of its last process.
         started: when this process began, in seconds since 1970 by its own clock.
         written: when this was written, by the same clock.
         step: the last step whose metrics are known.
@@ -62,7 +62,7 @@ class RunProgress:
     evaluations: Mapping[int, Mapping[str, float]] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> bytes:
-        """As it is in the file. Numbers that are not finite become null."""
+        """The content of the file. Numbers that are not finite become null."""
         values = dataclasses.asdict(self) | {
             "metrics": _finite(self.metrics),
             "evaluations": {str(step): _finite(numbers) for step, numbers in self.evaluations.items()},
@@ -71,7 +71,7 @@ class RunProgress:
 
     @classmethod
     def from_json(cls, content: bytes) -> RunProgress:
-        """Reads `to_json`; keys that this version does not know are passed over.
+        """The inverse of `to_json`; keys that this version does not know are ignored.
 
         Raises:
             ValueError: it is something else.
@@ -86,7 +86,7 @@ class RunProgress:
 
 
 def read_progress(run_path: str) -> RunProgress | None:
-    """How far a run is; None where it has not said so yet.
+    """The progress of a run; None if it has not been written yet.
 
     Raises:
         ValueError: its file holds something else.
@@ -176,12 +176,12 @@ class _Writer:
         self._thread.start()
 
     def put(self, progress: RunProgress) -> None:
-        """Has this written next, in place of what is still to be written."""
+        """Sets the progress to write next, replacing one that is not written yet."""
         self._latest = progress
         self._news.set()
 
     def close(self) -> None:
-        """Has the newest written at once, and waits for it, though not for long."""
+        """Writes the newest progress at once, and waits for that, with a time limit."""
         self._closing.set()
         self._news.set()
         self._thread.join(_LAST_WRITE_S)
@@ -189,7 +189,7 @@ class _Writer:
     def _write_until_closed(self) -> None:
         while True:
             self._news.wait(BEAT_S)
-            closing = self._closing.is_set()  # read first: what was put before it is written now
+            closing = self._closing.is_set()  # read first, so that everything that was put before closing is written
             self._news.clear()
             if self._latest is not None:
                 self._write(self._latest)
@@ -213,7 +213,7 @@ class _Writer:
 
 
 def _earlier(run_path: str) -> RunProgress | None:
-    """The progress that the process before left; None where there was none, or the file cannot be read."""
+    """The progress of the previous process; None if there was none, or the file cannot be read."""
     try:
         return read_progress(run_path)
     except (OSError, ValueError) as error:

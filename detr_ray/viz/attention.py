@@ -110,7 +110,7 @@ def _scale_of(one: Attended) -> str:
 
 
 def _draw_points(axes: Axes, points_px: np.ndarray, weights: np.ndarray, levels: np.ndarray) -> None:
-    """The heavier a point, the larger and brighter; each map's points have a mark of their own."""
+    """Points with larger weights are larger and brighter; the points of each map have their own marker."""
     share = weights / max(float(weights.max()), 1e-12)
     for level in np.unique(levels).tolist():
         here = levels == level

@@ -1,4 +1,4 @@
-"""Pictures of a training: losses and scores, schedules as they were, and where the time of a step went."""
+"""Pictures of a training: losses and scores, schedules, and how the time of a step was spent."""
 
 from __future__ import annotations
 

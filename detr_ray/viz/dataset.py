@@ -166,7 +166,7 @@ def _image_sizes(axes: Axes, splits: Sequence[SplitColumns]) -> None:
         ):
             every = -(-len(sizes) // _MOST_POINTS) or 1
             some = sizes[::every]
-            # Moved by less than half a pixel, so that a heap of equal sizes looks like one.
+            # Random shifts below half a pixel, so that many equal sizes are visible.
             spread = np.random.default_rng(0).uniform(-0.4, 0.4, some.shape)
             axes.scatter(
                 some[:, 1] + spread[:, 1], some[:, 0] + spread[:, 0], s=14, marker=mark, color=shade, alpha=0.4,

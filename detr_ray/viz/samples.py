@@ -52,7 +52,7 @@ def sample_steps(samples: Sequence[Sequence[PicturedImage]]) -> Figure:
 
 
 def padded_batch(batch: PaddedBatch, names: Sequence[str | None], title: str) -> Figure:
-    """A batch as the model gets it: every image in the frame of the batch, its padding hatched, its boxes with names.
+    """A batch as the model gets it: every image in the frame of the batch, with hatched padding and named boxes.
 
     Args:
         batch: the batch.

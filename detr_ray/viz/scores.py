@@ -1,4 +1,4 @@
-"""Pictures of scores: precision and recall of categories, confusions, AP by size of objects, what AP is lost to."""
+"""Pictures of scores: precision and recall of categories, confusions, AP by object size, and causes of lost AP."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def precision_recall_figure(
 
 
 def confusion_figure(names: Sequence[str], counts: np.ndarray, title: str = "") -> Figure:
-    """Shares of each annotated category by what it was found as; numbers where there is room for them.
+    """Shares of each annotated category by detected category; with numbers if there is room for them.
 
     Args:
         names: one a category.
@@ -120,12 +120,12 @@ def sizes_figure(scores: Mapping[str, float | None], counts: Mapping[str, int], 
 def errors_figure(
     ap50: float, in_turn: Mapping[str, float], alone: Mapping[str, float], counts: Mapping[str, int], title: str = ""
 ) -> Figure:
-    """What AP50 is lost to: a bar that adds up to 1, and what mending each kind alone would give.
+    """Causes of lost AP50: a bar that adds up to 1, and the gain of correcting each kind alone.
 
     Args:
         ap50: as it is.
-        in_turn: kind -> AP50 that it costs when kinds are mended one after another.
-        alone: kind -> AP50 that mending it alone gives.
+        in_turn: kind -> AP50 that it costs when kinds are corrected one after another.
+        alone: kind -> AP50 that is gained if only this kind is corrected.
         counts: kind -> number of errors.
         title: above all.
     """

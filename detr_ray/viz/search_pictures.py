@@ -1,4 +1,4 @@
-"""Pictures of a search: which values its trials had, what came of each, and how that grew."""
+"""Pictures of a search: values and results of its trials, and their course over the epochs."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""How many trials have room at the same time, so that none waits for what another one holds.
+"""The number of concurrent trials that a cluster has resources for, so that no trial waits for another one.
 
-A trial's workers are placed together or not at all (a placement group), so trials cannot hold half of what they need.
-But workers that take all CPUs would leave none for data tasks, for which they would wait for ever. So each trial counts
-with its workers and one CPU for data tasks.
+A trial's workers are placed together or not at all (a placement group), so trials cannot hold half of their resources.
+But workers that take all CPUs would leave none for data tasks, and wait for them for ever. So each trial counts with
+its workers and one CPU for data tasks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LOOK_EVERY_S = 5.0
 
 
 def trials_at_once(request: WorkerRequest, nodes: Iterable[Mapping[str, float]]) -> int:
-    """How many trials these nodes hold.
+    """The number of concurrent trials on these nodes.
 
     Args:
         request: the workers of one trial.
@@ -39,13 +39,13 @@ def trials_at_once(request: WorkerRequest, nodes: Iterable[Mapping[str, float]])
 
 
 class Capacity:
-    """Says whether one more trial has room; asks an autoscaler for room where there is one.
+    """Decides whether one more trial has room; requests nodes from an autoscaler, if there is one.
 
     Args:
         config: of a trial.
         budget: of a trial.
-        most: most trials at the same time; None for no limit.
-        wanted: number of trials that are left to run.
+        most: largest number of concurrent trials; None for no limit.
+        wanted: number of remaining trials.
 
     Raises:
         ConfigError: a trial has no room in this cluster.
@@ -61,7 +61,7 @@ class Capacity:
 
     @property
     def room(self) -> int:
-        """How many trials have room now, of the nodes that are there."""
+        """The number of concurrent trials on the present nodes."""
         if time.monotonic() - self._looked >= LOOK_EVERY_S:
             self._looked = time.monotonic()
             self._room = trials_at_once(self._request, (node.total for node in usable_nodes()))
@@ -69,23 +69,23 @@ class Capacity:
 
     @property
     def grows(self) -> bool:
-        """Whether an autoscaler may make more room."""
+        """Whether an autoscaler may add nodes."""
         return bool(autoscaler_adds_nodes(LOOK_EVERY_S))
 
     @property
     def needs(self) -> str:
-        """What a trial takes, in words."""
+        """The resources of a trial, as text."""
         return self._request.needs(self._request.min_workers)
 
     def has_room(self, running: int) -> bool:
-        """Whether another trial can run beside so many."""
+        """Whether another trial can run beside the running ones."""
         if running < self.room:
             return True
         self._ask_for_nodes()
         return False
 
     def _ask_for_nodes(self) -> None:
-        """Has an autoscaler make room for all trials that are wanted at once."""
+        """Requests resources for all concurrent trials from an autoscaler."""
         if self._asked_for_nodes or self._room >= self._wanted or not autoscaler_adds_nodes():
             return
         from ray.autoscaler.sdk import request_resources
@@ -95,7 +95,7 @@ class Capacity:
         self._asked_for_nodes = True
 
     def end(self) -> None:
-        """Takes back what the autoscaler was asked for."""
+        """Withdraws the request to the autoscaler."""
         if self._asked_for_nodes and ray.is_initialized():
             from ray.autoscaler.sdk import request_resources
 

@@ -1,4 +1,4 @@
-"""Trains the best configuration of a search and the unchanged one again, with seeds of their own each."""
+"""Trains the best configuration of a search and the unchanged one again, with several new seeds each."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from detr_ray.search.confirmation import Confirmation, compare
 from detr_ray.search.space import with_values
 
 FIRST_SEED = 1000
-"""Added to ``run.seed``: seeds that no trial had."""
+"""Added to ``run.seed``, so that no trial had the same seed."""
 
 
 class Stopped(Exception):  # noqa: N818 - it names what happened
-    """The user stopped the trainings; the same command goes on with them. Its text is the name of the run."""
+    """The user stopped the trainings; the same command resumes them. Its text is the name of the run."""
 
 
 @host_process_as_before()
@@ -32,7 +32,7 @@ def confirm(
 ) -> Confirmation:
     """Compares the best configuration of a search with the unchanged one.
 
-    Each training is a run in the search's folder; those that are there already are not trained again.
+    Each training is a run in the search's folder; finished ones are not trained again.
 
     Args:
         config: of the search.

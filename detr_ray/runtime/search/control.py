@@ -1,7 +1,7 @@
-"""What the driver of a search tells its trials while they run, and what they tell it beside their results.
+"""Messages between the driver of a search and its running trials, beside the results.
 
-A small actor keeps it. The driver sends everything that holds, each second; so the actor can be started again at any
-time. Trials ask twice a second.
+A small actor keeps them. The driver sends its complete state each second, so the actor can be restarted at any time.
+Trials query it twice a second.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ ANSWER_WITHIN_S = 5.0
 MOST_LINES = 1000
 MOST_UNANSWERED = 3
 
-# The driver starts the actor again within seconds. A trial that cannot reach it for this long has no driver any more.
+# The driver restarts the actor within seconds. A trial that cannot reach it for this long has lost its driver.
 ORPHANED_S = 120.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """A trial is to go on from another checkpoint, with other settings.
+    """An order to a trial: to continue from another checkpoint, with other settings.
 
     Attributes:
-        generation: the number of the trial's moves, with this one.
-        values: its settings from now on.
-        checkpoint: where it goes on.
+        generation: the number of the trial's moves, including this one.
+        values: its new settings.
+        checkpoint: the checkpoint to continue from.
     """
 
     generation: int
@@ -47,11 +47,12 @@ class Order:
 
 @dataclasses.dataclass(frozen=True)
 class Directions:
-    """What holds for all trials.
+    """The driver's state for all trials.
 
     Attributes:
-        stopping: whether all are to stop, with a checkpoint.
-        decided_epoch: the last round of a population that is decided; a trial may not end before the last round is.
+        stopping: whether all trials are to stop, with a checkpoint.
+        decided_epoch: epoch of the population's last decided round; a trial may not end before the last round is
+            decided.
         orders: the last order of each trial that has one.
     """
 
@@ -62,7 +63,7 @@ class Directions:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """What a trial tells beside its results.
+    """What a trial reports beside its results.
 
     Attributes:
         share: how much of its training is done, 0..1.
@@ -82,19 +83,19 @@ class SearchControl:
         self._lines: list[str] = []
 
     def direct(self, directions: Directions) -> tuple[dict[str, Progress], list[str]]:
-        """The driver's call: takes what holds, answers what the trials do and the lines that were not shown yet."""
+        """The driver's call: takes its state; returns the progress of the trials and new lines."""
         self._directions = directions
         lines, self._lines = self._lines, []
         return self._progress, lines
 
     def ask(self, trial: str, progress: Progress) -> tuple[bool, int, Order | None]:
-        """A trial's call: whether it is to stop, the last round that is decided, and its last order."""
+        """A trial's call: returns whether it is to stop, the last decided round, and its last order."""
         self._progress[trial] = progress
         directions = self._directions
         return directions.stopping, directions.decided_epoch, directions.orders.get(trial)
 
     def say(self, line: str) -> None:
-        """Takes a line that the user should see."""
+        """Takes a line for the user."""
         if len(self._lines) < MOST_LINES:
             self._lines.append(line)
 
@@ -106,7 +107,7 @@ def start_control() -> ActorHandle:
 
 
 class Line:
-    """A trial's connection to the driver: a thread that asks.
+    """A trial's connection to the driver: a thread that queries the actor.
 
     Args:
         control: the actor.
@@ -114,7 +115,7 @@ class Line:
 
     Attributes:
         stopping: whether the trial is to stop.
-        decided_epoch: the last round that is decided.
+        decided_epoch: epoch of the last decided round.
         order: the trial's last order.
         share: what is told of how much of the training is done.
     """
@@ -136,7 +137,7 @@ class Line:
         self._control.say.remote(f"{self._trial}: {line}")
 
     def moved(self, generation: int, seconds: float) -> None:
-        """Tells how long it took to carry out an order."""
+        """Reports the time that an order took."""
         self._moved = {**self._moved, generation: seconds}
 
     def end(self) -> None:
@@ -157,15 +158,15 @@ class Line:
 
 
 class Control:
-    """The driver's side: sends what holds and gets what trials tell.
+    """The driver's side: sends its state and receives reports of trials.
 
     Args:
         say: shows the user a line.
 
     Attributes:
         actor: the actor.
-        directions: what holds; set it, and it is sent.
-        progress: what each trial told last.
+        directions: the state; it is sent after it was set.
+        progress: the last report of each trial.
     """
 
     def __init__(self, say: Say) -> None:
@@ -177,7 +178,7 @@ class Control:
         self._unanswered = 0
 
     def exchange(self, *, at_once: bool = False) -> None:
-        """Sends what holds, if a second has passed since the last time or ``at_once``."""
+        """Sends the state, if a second has passed since the last time, or with ``at_once``."""
         if not at_once and time.monotonic() - self._sent_at < 1:
             return
         self._sent_at = time.monotonic()
@@ -187,7 +188,7 @@ class Control:
             logger.info("the search's control does not answer: %s", error)
             self._unanswered += 1
             if self._unanswered % MOST_UNANSWERED == 0:
-                ray.kill(self.actor, no_restart=False)  # it hangs; Ray starts it anew
+                ray.kill(self.actor, no_restart=False)  # it hangs; Ray restarts it
             return
         self._unanswered = 0
         self.progress, lines = told
@@ -195,12 +196,12 @@ class Control:
             self._say(line)
 
     def stop(self) -> None:
-        """Has all trials stop, with a checkpoint."""
+        """Lets all trials stop, with a checkpoint."""
         self.directions = dataclasses.replace(self.directions, stopping=True)
         self.exchange(at_once=True)
 
     def order(self, decided_epoch: int, orders: Mapping[str, Order]) -> None:
-        """Gives orders, and says up to which round all is decided."""
+        """Gives orders, and sets the last decided round."""
         self.directions = dataclasses.replace(self.directions, decided_epoch=decided_epoch, orders=dict(orders))
         self.exchange(at_once=True)
 

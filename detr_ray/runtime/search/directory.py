@@ -1,4 +1,4 @@
-"""The folder of a search, and its record: what is searched, from which configuration, on which data."""
+"""The folder of a search, and its record: space, base configuration and fingerprints of the data."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from detr_ray.search.trials import Trial, read_trials
 SEARCH_RECORD = "search.json"
 _POPULATION = "population.json"
 
-# What may change when a search is resumed: it says how long and how fast to search, not what.
+# Keys that may change when a search is resumed: they change its length and speed, not the search itself.
 FREE_SETTINGS = ("tune.name", "tune.trials", "tune.max_concurrent", "tune.time_budget_s", "tune.max_trial_failures")
 FREE_KEYS = ("run.name", "tracking.", "data.tasks_per_worker", "data.prefetch_batches", "train.max_failures")
 
@@ -41,8 +41,8 @@ class SearchDirectory:
         name: of the search.
         path: absolute folder or URI.
         search_id: globally unique.
-        trials: those of an earlier process.
-        population: what an earlier process knew of the population; None where there was none.
+        trials: trials of an earlier process.
+        population: state of the population from an earlier process; None if there was none.
     """
 
     name: str
@@ -64,7 +64,7 @@ class SearchDirectory:
             yield
 
     def write_population(self, state: Mapping[str, Any]) -> None:
-        """Writes what is known of the population, atomically."""
+        """Writes the state of the population, atomically."""
         self.write(_POPULATION, json.dumps(state, indent=1))
 
     def write(self, name: str, text: str) -> str:
@@ -78,12 +78,12 @@ class SearchDirectory:
 
 
 def open_search(config: Config, fingerprints: Mapping[str, str], *, resume: bool) -> SearchDirectory:
-    """Opens a new search, or an existing one to go on with.
+    """Opens a new search, or an existing one to resume it.
 
     Args:
         config: of the search.
         fingerprints: split -> fingerprint of the data; empty where settings of the data are searched.
-        resume: whether to go on with an existing one.
+        resume: whether to resume an existing one.
 
     Raises:
         ConfigError: the name is taken, or there is no such search; an existing one searches something else; the storage

@@ -1,4 +1,4 @@
-"""What a search leaves: in MLflow a run with its trials as children, in its folder the same as files."""
+"""The records of a search: an MLflow run with the trials' runs as children, and files in the search's folder."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class SearchRecords:
         )
 
     def parent_run(self) -> str | None:
-        """MLflow's id of the search's run; None where the store is away: children get their parent later then."""
+        """MLflow's id of the search's run; None if the store is unreachable: children then get their parent later."""
         return None if self._run is None else self._run.wait_for_run_id(RUN_ID_WITHIN_S)
 
     def path_of(self, name: str) -> str:
@@ -99,18 +99,18 @@ class SearchRecords:
         return join(self._directory.path, name)
 
     def release(self, checkpoint: str) -> None:
-        """Lets a checkpoint be removed that no other trial will begin at. One that cannot be is tidied at the end."""
+        """Releases a checkpoint that no other trial will start from; after a storage error, at the end of the search."""
         try:
             release(checkpoint)
         except OSError as error:
             logger.info("%s cannot be released: %s", checkpoint, reason_of(error))
 
     def tidy(self, name: str, keep_last: int) -> None:
-        """Removes checkpoints of a run that nobody writes any more: all but the newest ones and the best.
+        """Removes checkpoints of a run that is no longer written, except for the newest ones and the best.
 
         Args:
             name: of the run.
-            keep_last: how many of the newest stay.
+            keep_last: number of newest checkpoints that stay.
         """
         store = CheckpointStore(join(self.path_of(name), "checkpoints"))
         try:
@@ -122,7 +122,7 @@ class SearchRecords:
             self._say(f"WARNING: old checkpoints of {name} cannot be removed (they stay): {reason_of(error)}")
 
     def progress(self) -> None:
-        """Records how far the search is."""
+        """Records the progress of the search."""
         if self._run is None:
             return
         best = self._book.best
@@ -133,10 +133,10 @@ class SearchRecords:
             self._run.reconcile(self._children())
 
     def end(self, status: Status, texts: dict[str, str]) -> None:
-        """Records how the search ended, with its pictures. At most some seconds are spent on a store that is away.
+        """Records how the search ended, with its pictures. Waits only some seconds for an unreachable store.
 
         Args:
-            status: how.
+            status: how it ended.
             texts: name -> content of further files.
         """
         trials = self._book.trials
@@ -175,7 +175,7 @@ class SearchRecords:
         return found
 
     def _children_of(self, trial: Trial, *, is_best: bool) -> list[ChildState]:
-        """The runs of a trial: in a population one for each of its moves. All but the last ended with a move."""
+        """The runs of a trial. In a population, each move starts another run; all but the last ended with a move."""
         children = []
         for generation in range(trial.generation + 1):
             name = run_name(trial.name, generation)

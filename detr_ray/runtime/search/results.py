@@ -1,4 +1,4 @@
-"""What came of a search: its best configuration, how it was reached, and how to train with it."""
+"""The result of a search: its best configuration, how it was reached, and how to train with it."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class SearchResult:
         path: its folder.
         status: ``finished``; ``stopped`` on request, or ``out of time`` (``tune.time_budget_s``): it can go on.
         metric: name of the metric.
-        mode: whether more of it is better.
+        mode: whether a larger or a smaller value is better.
         trials: all of them.
-        parameters: what was searched.
+        parameters: the searched parameters.
         seconds: of this process.
-        best: the best trial; None where nothing was measured.
-        best_values: key of the configuration -> value of the best trial. A key that changed while it trained has the
-            schedule that it lived through.
+        best: the best trial; None if nothing was measured.
+        best_values: key of the configuration -> value of the best trial. A key that changed during its training has the
+            schedule of its values.
         tracking_uri: MLflow store of its records; None where it is not tracked.
         exploits: the moves of a population as a table; empty without one.
     """
@@ -61,7 +61,7 @@ class SearchResult:
 
 
 def lived_by(trial: Trial, space: SearchSpace, population: Population | None) -> str:
-    """The schedule that a trial of a population lived through, ancestors included, as YAML; empty without a population.
+    """The schedule of a trial's values in a population, including its ancestors', as YAML; empty without a population.
 
     Args:
         trial: one with a measurement.
@@ -87,7 +87,7 @@ def best_values(trial: Trial, space: SearchSpace, population: Population | None)
 
 
 def summary(result: SearchResult, files: Sequence[str], overrides: Sequence[str]) -> str:
-    """What the user is told at the end.
+    """The text for the user at the end.
 
     Args:
         result: of the search.

@@ -19,7 +19,7 @@ def build_scheduler(settings: TuneConfig, epochs: int, earlier: list[Trial]) -> 
     Args:
         settings: which one.
         epochs: length of a training.
-        earlier: trials of an earlier process: later ones are compared with them, too.
+        earlier: trials of an earlier process; new ones are compared with them, too.
     """
     if settings.scheduler == "asha":
         scheduler = AsyncHyperBandScheduler(
@@ -35,8 +35,8 @@ def build_scheduler(settings: TuneConfig, epochs: int, earlier: list[Trial]) -> 
             metric="value", mode=settings.mode, time_attr="epoch", grace_period=settings.grace_epochs
         )
     else:
-        # Trials of a population stay where they are and get orders (`control`). Ray Tune's own scheduler would stop the
-        # trial that is moved, and start it again from a checkpoint of Tune's, which it never gets.
+        # Trials of a population keep running and get orders (`control`). Ray Tune's own scheduler would stop a moved
+        # trial and restart it from a checkpoint of Tune, and there are none.
         return FIFOScheduler()
     named = ByName(scheduler)
     for trial in earlier:
@@ -46,27 +46,27 @@ def build_scheduler(settings: TuneConfig, epochs: int, earlier: list[Trial]) -> 
 
 @dataclasses.dataclass(frozen=True)
 class _Named:
-    """Stands for a trial, of which a scheduler uses the id alone: here, the trial's name."""
+    """A stand-in for a Ray Tune trial: schedulers use only its id, here the trial's name."""
 
     trial_id: str
 
 
 class _NoWaitingTrials:
-    """Stands for Tune's controller. The median rule would pause a trial where another one waits for its start."""
+    """A stand-in for Tune's controller without waiting trials, for which the median rule would pause others."""
 
     def get_live_trials(self) -> list[Any]:
-        """None."""
+        """No trials."""
         return []
 
 
 class ByName(Unsaved, FIFOScheduler):  # type: ignore[misc]
-    """Another scheduler, which knows trials by their names.
+    """A wrapper of a scheduler that identifies trials by their names.
 
-    To Ray Tune, a trial that is started again is a new one. The scheduler would compare it with its own first attempt.
-    Here it is the same one, also in another process, and an evaluation that is repeated counts once.
+    For Ray Tune, a restarted trial is a new one, and the scheduler would compare it with its own first attempt. Here it
+    stays the same trial, also in another process, and a repeated evaluation counts once.
 
     Args:
-        scheduler: the other one.
+        scheduler: the wrapped scheduler.
     """
 
     def __init__(self, scheduler: TrialScheduler) -> None:
@@ -75,7 +75,7 @@ class ByName(Unsaved, FIFOScheduler):  # type: ignore[misc]
         self._told: dict[str, float] = {}  # name -> epoch of the last evaluation
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Tells of a trial."""
+        """Adds a trial."""
         self._add(trial.config["trial"])
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: Mapping[str, Any]) -> str:
@@ -83,11 +83,11 @@ class ByName(Unsaved, FIFOScheduler):  # type: ignore[misc]
         return self._decide(trial.config["trial"], result)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: Mapping[str, Any]) -> None:
-        """Tells of the last evaluation, if there was one."""
+        """Passes on the last evaluation, if there was one."""
         self._complete(trial.config["trial"], result)
 
     def tell_again(self, trial: Trial) -> None:
-        """Tells what was known of a trial in an earlier process."""
+        """Passes on the evaluations of a trial from an earlier process."""
         self._add(trial.name)
         results = [{"epoch": epoch, "value": value} for epoch, _, value in trial.history]
         last = results.pop() if trial.state == "finished" and results else None

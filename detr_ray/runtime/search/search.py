@@ -1,4 +1,4 @@
-"""Running a search: Ray Tune starts trials, each a whole training, and this keeps and says what became of them."""
+"""Runs a search: Ray Tune starts trials, each a whole training; their results are kept and shown here."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from detr_ray.search.space import SearchSpace, with_values
 from detr_ray.search.trials import Trial
 from detr_ray.tracking import Status
 
-# They warn of result files of Tune's that are not written, and of calls that wait for an actor.
+# They warn about Tune's result files, which are not written, and about calls that wait for an actor.
 _LOUD = ("ray.tune.analysis.experiment_analysis", "ray.tune.utils.util")
 
 ASKED = "asked to stop"
@@ -54,14 +54,14 @@ def run_search(
     resume: bool = False,
     on_progress: Callable[[float], None] = lambda trials: None,
 ) -> SearchResult:
-    """Searches what the section ``tune`` describes.
+    """Runs the search of the section ``tune``.
 
-    The process that calls it is afterwards as it was before.
+    Settings of the calling process are restored at the end.
 
     Args:
-        config: the configuration; its section ``tune`` says what is searched and how.
+        config: the configuration with its section ``tune``.
         say: shows the user a line.
-        resume: whether to go on with an existing search of that name.
+        resume: whether to resume an existing search of that name.
         on_progress: told how many trials are over, with the done parts of those that train, several times a second.
 
     Raises:
@@ -130,7 +130,7 @@ def _searches_data(space: SearchSpace) -> bool:
 
 
 class _Search:
-    """One process's part of a search, from the first trial that is left to the last."""
+    """One process's part of a search: runs its remaining trials."""
 
     def __init__(
         self,
@@ -162,7 +162,7 @@ class _Search:
             self._moves = Moves(self._population, self._book, self._control, directory, self._records, say)
 
     def run(self) -> SearchResult:
-        """Runs what is left of the search, and says what came of it."""
+        """Runs the rest of the search, and returns its result."""
         self._announce()
         started = time.monotonic()
         status: Status = "FAILED"
@@ -212,7 +212,7 @@ class _Search:
         )
 
     def _files(self, best: Trial, values: Mapping[str, Any]) -> dict[str, str]:
-        """The configuration of the best trial, and the schedule that it lived through."""
+        """Files with the configuration of the best trial, and the schedule of its values in a population."""
         files = {BEST_CONFIG: with_values(self._config, values).to_yaml()}
         if self._moves is not None:
             schedule = lived_by(best, self._space, self._population)
@@ -282,7 +282,7 @@ class _Search:
         )
         trainable = tune.with_resources(
             tune.with_parameters(TrialActor, setup=setup),
-            # A trial computes nothing itself, and Tune wants a resource: a byte of memory fits on every node.
+            # The trial actor computes nothing, but Tune needs a resource: one byte of memory is free on every node.
             tune.PlacementGroupFactory([{"memory": 1}]),
         )
         return tune.Tuner(
@@ -331,7 +331,7 @@ class _Search:
             self._moves(self._population.close())
 
     def _at_once(self) -> int | None:
-        """The most trials at the same time, beside what the cluster has room for."""
+        """The largest number of concurrent trials, if the cluster's resources do not matter."""
         if cluster_address() is not None or self._population is not None:
             return self._settings.max_concurrent
         return trials_on_this_machine(self._config, most_workers(self._config))
@@ -344,7 +344,7 @@ class _Search:
             )
 
     def _budget(self, capacity: Capacity) -> Budget:
-        """What each trial may take: workers as configured, one CPU for data tasks, and its share of the cores."""
+        """The resources of each trial: workers as configured, one CPU for data tasks, and its share of the cores."""
         at_once = max(1, min(capacity.room, self._settings.trials))
         workers = most_workers(self._config) * at_once
         cores = ray.cluster_resources().get("CPU", 1.0) if cluster_address() is not None else (os.cpu_count() or 1)
@@ -353,10 +353,10 @@ class _Search:
 
 @dataclasses.dataclass
 class _StopLate(Unsaved, tune.Stopper):  # type: ignore[misc]
-    """Ends Tune's trials by force where they have not stopped by themselves in good time.
+    """Ends Tune's trials by force if they have not stopped by themselves in time.
 
     Attributes:
-        watch: says whether the search is stopping.
+        watch: tells whether the search is stopping.
     """
 
     watch: SearchWatch
@@ -367,7 +367,7 @@ class _StopLate(Unsaved, tune.Stopper):  # type: ignore[misc]
         return False
 
     def stop_all(self) -> bool:
-        """Whether it is time to."""
+        """Whether all trials must be stopped now."""
         if self.watch.stopping and self.since is None:
             self.since = time.monotonic()
         return self.since is not None and time.monotonic() - self.since > STOPPED_WITHIN_S

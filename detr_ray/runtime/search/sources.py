@@ -1,4 +1,4 @@
-"""Where trials come from: Ray Tune's searcher, which draws values and starts a trial when there is room for one."""
+"""The source of trials: Ray Tune's searcher, which draws values and starts a trial when there is room for one."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from detr_ray.search.space import SearchSpace
 from detr_ray.search.trials import Trial
 
 MOST_REFUSED = 20
-"""For each trial: as many draws in a row that the configuration refuses end the search."""
+"""For each trial: after this many consecutive draws that the configuration refuses, the search ends."""
 
 
 class Proposer(Protocol):
     """Draws the values of trials."""
 
     def propose(self, number: int) -> Mapping[str, Any] | None:
-        """The values of the next trial; None where there are no more.
+        """The values of the next trial; None if there are no more.
 
         Args:
             number: of the trial, from 0. A resumed search asks only for those that it does not have.
@@ -32,7 +32,7 @@ class Proposer(Protocol):
         ...
 
     def tell(self, number: int, trial: Trial) -> None:
-        """Tells what became of a trial that it proposed."""
+        """Passes on the result of a trial that it proposed."""
         ...
 
 
@@ -53,16 +53,16 @@ class Listed:
         return self._space.proposal(number, self._settings)
 
     def tell(self, number: int, trial: Trial) -> None:
-        """Takes no notice."""
+        """Does nothing."""
 
 
 class OptunaTpe:
-    """Proposes values near those that were good so far (Optuna's TPE, through Ray Tune).
+    """Proposes values near the good ones so far (Optuna's TPE, through Ray Tune).
 
     Args:
         space: the space.
         settings: mode and seed.
-        earlier: trials of an earlier process, which it learns from.
+        earlier: trials of an earlier process, to learn from.
 
     Raises:
         ConfigError: Optuna is not installed.
@@ -100,7 +100,7 @@ class OptunaTpe:
     def tell(self, number: int, trial: Trial) -> None:
         """Learns from a trial's best value."""
         failed = trial.state in ("failed", "refused") or trial.best is None
-        if number not in self._proposed:  # an earlier process did
+        if number not in self._proposed:  # an earlier process proposed it
             self._search.add_evaluated_point(dict(trial.values), trial.best, error=failed)
             return
         result = None if failed else {"value": trial.best, "training_iteration": 1}
@@ -116,7 +116,7 @@ def _distribution(distribution: Distribution) -> Any:
     assert low is not None and high is not None
     if step is None:
         return FloatDistribution(low, high, log=distribution.log)
-    # Optuna would shorten a range that does not end on a step itself, and warn.
+    # Optuna would shorten a range that does not end on a step, with a warning.
     last = distribution.ends()[1]
     if distribution.kind == "randint":
         return IntDistribution(int(low), last)
@@ -124,18 +124,18 @@ def _distribution(distribution: Distribution) -> Any:
 
 
 class Source(Unsaved, Searcher):  # type: ignore[misc]
-    """Ray Tune's searcher: gives out the trials of a book, and adds new ones to it.
+    """Ray Tune's searcher: suggests the waiting trials of a book, and adds new ones to it.
 
     Args:
         book: the trials.
         proposer: draws values of new ones.
         most: number of trials in all; those that are refused do not count.
-        refusal: why the configuration refuses values; empty if it does not.
-        has_room: whether one more trial can run now, beside so many.
-        ending: whether the search ends, and no trial is to begin any more.
-        start: where a trial begins.
+        refusal: returns why the configuration refuses values; empty if it does not.
+        has_room: whether one more trial can run now, beside this number.
+        ending: whether the search is ending, so that no trial may begin.
+        start: returns where a trial begins.
         say: shows the user a line.
-        exhausted: called once when no more trials come than are there.
+        exhausted: called once when there will be no more new trials.
     """
 
     def __init__(
@@ -158,11 +158,11 @@ class Source(Unsaved, Searcher):  # type: ignore[misc]
         self._told: set[str] = {trial.name for trial in book.trials if trial.is_over}
 
     def set_search_properties(self, *arguments: Any, **named: Any) -> bool:
-        """Takes nothing over: metric and space are known."""
+        """Ignores the arguments: metric and space are known."""
         return True
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The next trial; None while there is no room or none is left that could begin now."""
+        """The next trial; None if there is no room, or no trial that could begin now."""
         self._tell_proposer()
         running = self._book.counts["running"]
         if self._ending():
@@ -179,7 +179,7 @@ class Source(Unsaved, Searcher):  # type: ignore[misc]
         return self._start(self._book.start(trial.name)).to_config()
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-        """Does nothing: the book knows."""
+        """Does nothing: the book has the result."""
 
     def save(self, checkpoint_path: str) -> None:
         """Does nothing: the book is written."""

@@ -1,7 +1,7 @@
-"""A trial: an actor that runs trainings (`detr_ray.runtime.launch`) and gives Ray Tune their evaluations.
+"""A trial: an actor that runs trainings (`detr_ray.runtime.launch`) and passes their evaluations to Ray Tune.
 
-Ray Tune gets numbers, and never a checkpoint: a trial is moved to another one's checkpoint by an order (`control`).
-Its workers stay for that, and also for the next trial that the same actor is used for.
+Ray Tune gets numbers, but no checkpoints: a trial is moved to another trial's checkpoint by an order (`control`). Its
+workers are kept then, and also for the next trial in the same actor.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ENDED_WITHIN_S = 60.0
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What all trials of a search share.
+    """The settings that all trials of a search share.
 
     Attributes:
         base: the search's configuration.
@@ -50,9 +50,9 @@ class Setup:
         opened: the data of all trials; None where settings of the data are searched.
         control: see `control`.
         parent_run: id of the search's MLflow run; None where there is none (yet).
-        tracking_uri: MLflow store of all records where neither the configuration nor the environment names one: not one
-            in the search's folder.
-        budget: what a trial may take of the cluster.
+        tracking_uri: MLflow store of all records, if neither the configuration nor the environment names one. By
+            default each run would use one in the search's folder.
+        budget: largest resources of a trial.
         last_round: epoch of the last round of a population; 0 without one.
     """
 
@@ -91,14 +91,14 @@ def run_name(trial: str, generation: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """Where a trial begins, or goes on.
+    """Where a trial begins or resumes.
 
     Attributes:
         trial: its name.
         values: parameter -> value.
         generation: how often it was moved.
         fork_from: the checkpoint that it was moved to last.
-        known_step: steps of the last evaluation that the driver knows; later ones are told again.
+        known_step: step of the last evaluation that the driver knows; later evaluations are reported again.
     """
 
     trial: str
@@ -108,12 +108,12 @@ class Start:
     known_step: int = -1
 
     def to_config(self) -> dict[str, Any]:
-        """As Tune's configuration of a trial; as text, in which Tune finds nothing to resolve."""
+        """The start as Tune's configuration of a trial; as text, because Tune would resolve placeholders in values."""
         return {"trial": self.trial, "start": json.dumps(dataclasses.asdict(self))}
 
     @classmethod
     def of_config(cls, config: Mapping[str, Any]) -> Start:
-        """What `to_config` was given."""
+        """The inverse of `to_config`."""
         return cls(**json.loads(config["start"]))
 
 
@@ -121,7 +121,7 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]
     """Ray Tune's view of a trial: its results are evaluations."""
 
     def setup(self, config: dict[str, Any], setup: Setup | None = None) -> None:
-        """Notes the trial. It begins with the first step: Tune may use another actor for it."""
+        """Notes the trial, which begins with the first step, because Tune may use another actor for it."""
         assert setup is not None, "given by tune.with_parameters"
         _leave_tunes_folder()
         self._setup = setup
@@ -137,7 +137,7 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]
         return self._training.next_result()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Has another trial begin with the next step, with the workers of the one before."""
+        """Sets another trial, which begins with the next step and uses the workers of the previous one."""
         _leave_tunes_folder()
         self._end_training()
         self._start = Start.of_config(new_config)
@@ -159,12 +159,12 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]
 
 
 def _leave_tunes_folder() -> None:
-    """Goes back to the folder that relative paths of the configuration are meant from."""
+    """Changes back to the working directory to which relative paths of the configuration refer."""
     os.chdir(os.environ["TUNE_ORIG_WORKING_DIR"])
 
 
 class _Log:
-    """Writes the lines of a trial into a file of the search, and hands warnings on to the user."""
+    """Writes the lines of a trial into a file of the search, and shows warnings to the user."""
 
     def __init__(self, folder: str) -> None:
         self._folder = local_path(folder)
@@ -183,12 +183,12 @@ class _Log:
 
 
 class Training:
-    """The runs of one trial, one after another, in a thread; its results in a queue.
+    """The runs of a trial, one after another, in a thread; its results are put into a queue.
 
     Args:
         setup: what trials share.
-        start: where it begins.
-        runs: runs jobs; has workers from the trial before.
+        start: where the trial begins.
+        runs: runs jobs; may have workers of an earlier trial.
         log: takes lines of progress.
     """
 
@@ -204,20 +204,20 @@ class Training:
         self._total_steps = 0
         self._steps_per_epoch = 1
         self._last: dict[str, Any] | None = None
-        self._ordered: tuple[int, float, int] | None = None  # generation, when it was ordered, step where it goes on
+        self._ordered: tuple[int, float, int] | None = None  # generation, time of the order, step to continue from
         self._events: queue.Queue[dict[str, Any]] = queue.Queue()
         self._thread = threading.Thread(target=self._work, name=f"trial {start.trial}", daemon=True)
         self._thread.start()
 
     def next_result(self) -> dict[str, Any]:
-        """The next evaluation, for Ray Tune; the last one is done."""
+        """The next evaluation, for Ray Tune; the last one is marked ``done``."""
         while True:
             result = self._events.get()
             if result["generation"] == self._generation or result["done"]:
                 return result
 
     def end(self) -> None:
-        """Gives the run up, and waits for its end."""
+        """Abandons the run, and waits for its end."""
         self._given_up = True
         self._thread.join(ENDED_WITHIN_S)
         self._line.end()
@@ -227,12 +227,12 @@ class Training:
             self._put_done(**self._train())
         except RunFailed as error:
             self._put_done(problem=str(error), again=not error.agreed)
-        except BaseException as error:  # told to the driver, which decides
+        except BaseException as error:  # reported to the driver, which decides
             logger.exception("trial %s", self._start.trial)
             self._put_done(problem=f"{type(error).__name__}: {error}", again=True)
 
     def _train(self) -> dict[str, Any]:
-        """Trains to the end; what is to be told of that end."""
+        """Trains to the end; returns the final result for Ray Tune."""
         values, fork_from = self._start.values, self._start.fork_from
         known_step = self._start.known_step
         while True:
@@ -263,7 +263,7 @@ class Training:
         return order if order is not None and order.generation > self._generation else None
 
     def _wait_for_rounds(self, result: FitResult) -> Order | None:
-        """At the end of a run: waits until no round can move it any more. The order where one does."""
+        """At the end of a run: waits until no round can move it any more. Returns the order if one does."""
         while result.status != "stopped" and self._line.decided_epoch < self._setup.last_round:
             if self._given_up or self._line.stopping:
                 return None
@@ -273,7 +273,7 @@ class Training:
         return self._order()
 
     def _tell_earlier(self, job: TrainJob, known_step: int) -> None:
-        """Tells evaluations of an earlier process that the driver does not know."""
+        """Reports evaluations of an earlier process that the driver does not know."""
         for info in job.run.checkpoints.checkpoints():
             if info.metrics and info.step > known_step:
                 self._tell(Evaluated(info.step, info.metrics, info.path))
@@ -294,7 +294,7 @@ class Training:
             or join(self._setup.folder, run_name(self._start.trial, self._generation)),
             "done": False,
         }
-        if evaluated.step < self._total_steps:  # the last one is told when the run has ended
+        if evaluated.step < self._total_steps:  # the last one is reported when the run has ended
             self._events.put(self._last)
 
     def _put_done(self, *, problem: str = "", again: bool = False, stopped: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""What Ray Tune is given and must not write down."""
+"""Objects for Ray Tune that must not be saved."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Any
 
 
 class Unsaved:
-    """Ray Tune pickles what it is given, to go on in another process. Searches are resumed from their own files.
+    """Base of objects that are pickled without content.
 
-    An object of this kind is pickled without content.
+    Ray Tune pickles its arguments, to resume in another process. Searches here are resumed from their own files.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Stands for it in Tune's files."""
+        """An empty object for Tune's files."""
         return Unsaved, ()

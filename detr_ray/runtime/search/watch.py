@@ -1,4 +1,4 @@
-"""The driver's view of a search while Ray Tune runs it: keeps the trials' book and their records, shows progress."""
+"""Callbacks of the driver while Ray Tune runs a search: keep the trials' book and records, show progress."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ TABLE_EVERY_S = 30.0
 
 
 class SearchWatch(Unsaved, tune.Callback):  # type: ignore[misc]
-    """Ray Tune calls it at each event of a trial, and in each round of its loop.
+    """A callback that Ray Tune calls at each event of a trial, and in each round of its loop.
 
     Args:
         book: the trials.
-        control: the line to trials.
-        records: what MLflow and the search's folder get.
-        should_stop: whether the search is to end now.
+        control: the connection to trials.
+        records: the records in MLflow and in the search's folder.
+        should_stop: returns whether the search is to end now.
         say: shows the user a line.
         on_progress: told how many trials are over, with the done parts of those that train, after each round of Tune's.
     """
@@ -54,7 +54,7 @@ class SearchWatch(Unsaved, tune.Callback):  # type: ignore[misc]
         self.stopping = ""
 
     def follow(self, population: Population, carry_out: Moves) -> None:
-        """Tells a population of results and ends, and has its moves carried out."""
+        """Passes results and ends of trials to a population, and carries out its moves."""
         self._population, self._carry_out = population, carry_out
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -70,7 +70,7 @@ class SearchWatch(Unsaved, tune.Callback):  # type: ignore[misc]
     ) -> None:
         """Notes an evaluation."""
         name = trial.config["trial"]
-        if "problem" in result:  # the trial's own end; the result at which a scheduler stops one is done, too
+        if "problem" in result:  # the trial's own end; a scheduler marks results done, too
             self._done[trial.trial_id] = result
         known = self._book[name]
         if "value" not in result or result["generation"] != known.generation:
@@ -81,7 +81,7 @@ class SearchWatch(Unsaved, tune.Callback):  # type: ignore[misc]
             self._changed = True
             if best is None or (self._book.best is not None and self._book.best.best != best.best):
                 self._say(f"{name} is the best so far: {self._records.metric} {now.value:.3f} at epoch {now.epoch:g}")
-        # Also one that is in the book: an earlier process may have ended before it told the population.
+        # Also one that is in the book: an earlier process may have ended before it reported it to the population.
         if self._population is not None and self._carry_out is not None:
             report = Report(int(result["epoch"]), result["step"], result["value"], result["checkpoint"])
             self._carry_out(self._population.report(name, result["generation"], report))
@@ -100,13 +100,13 @@ class SearchWatch(Unsaved, tune.Callback):  # type: ignore[misc]
             self._end(name, "stopped" if last["stopped"] else "finished")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Notes that a trial's own process was lost."""
+        """Notes that a trial's process was lost."""
         error = trial.get_error()
         reason = str(error).strip().split("\n")[-1] if error is not None else "its process was lost"
         self._fail(trial.config["trial"], f"the process of the trial was lost: {reason}", again=True)
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Comes several times a second: passes on orders, notices a wish to stop, shows progress."""
+        """Called several times a second: passes on orders, checks whether to stop, shows progress."""
         if not self.stopping and (why := self._should_stop()):
             self.stopping = why
             self._say(f"{why}: stopping {self._book.counts['running']} trials, each with a checkpoint")
@@ -121,7 +121,7 @@ class SearchWatch(Unsaved, tune.Callback):  # type: ignore[misc]
         return sum(1.0 if one.is_over else at_work.get(one.name, Progress()).share for one in self._book.trials)
 
     def end_all(self) -> None:
-        """Notes that nothing runs any more: trials that were cut off can go on when the search is resumed."""
+        """Notes that nothing runs any more; interrupted trials can continue when the search is resumed."""
         for trial in self._book.trials:
             if trial.state in ("running", "waiting"):
                 self._book.end(trial.name, "stopped")
@@ -142,7 +142,7 @@ class SearchWatch(Unsaved, tune.Callback):  # type: ignore[misc]
         self._records.progress()
 
     def _fail(self, name: str, problem: str, *, again: bool) -> None:
-        if again and self.stopping:  # it goes on when the search is resumed
+        if again and self.stopping:  # it continues when the search is resumed
             self._end(name, "stopped")
             return
         trial = self._book.fail(name, problem, again=again)
@@ -161,13 +161,13 @@ class SearchWatch(Unsaved, tune.Callback):  # type: ignore[misc]
 
 
 class Moves:
-    """Carries out what a population decides.
+    """Carries out the decisions of a population.
 
     Args:
         population: the population.
         book: the trials.
-        control: the line to them.
-        directory: keeps what is known of the population.
+        control: the connection to them.
+        directory: keeps the state of the population.
         records: keeps paths.
         say: shows the user a line.
     """
@@ -187,7 +187,7 @@ class Moves:
         self._tidied: set[str] = set()
 
     def __call__(self, moves: list[Move]) -> None:
-        """Gives orders, after they are written down: a search that is resumed gives them again."""
+        """Gives orders after they are saved, so that a resumed search can repeat them."""
         self._directory.write_population(self._population.state())
         for move in moves:
             self._note(move)
@@ -201,14 +201,14 @@ class Moves:
                 self._released.add(report.checkpoint)
                 self._records.release(report.checkpoint)
         for move in self._population.moves:
-            # The trials that were moved in earlier rounds have checkpoints of their own by now.
+            # Trials that were moved in earlier rounds have their own checkpoints now.
             old = run_name(move.receiver, move.generation - 1)
             if move.epoch < self._population.decided_epoch and old not in self._tidied:
                 self._tidied.add(old)
                 self._records.tidy(old, 1)
 
     def note_earlier(self) -> None:
-        """Notes what an earlier process did not come to note: moves that it decided, and trials that ended."""
+        """Notes what an earlier process decided but did not note: moves, and ends of trials."""
         for name, member in self._population.members.items():
             trial = self._book[name]
             if trial.is_over and member.state == "training":
@@ -222,10 +222,10 @@ class Moves:
         self._book.set_path(move.receiver, self._records.path_of(run_name(move.receiver, move.generation)))
 
     def end(self, keep_last: int) -> None:
-        """Removes what was kept for moves, after the search.
+        """Removes checkpoints that were kept for moves, after the search.
 
         Args:
-            keep_last: how many checkpoints of each trial's last run stay, besides the best.
+            keep_last: number of newest checkpoints of each trial's last run that stay, besides the best.
         """
         for name, member in self._population.members.items():
             for generation in range(member.generation + 1):
@@ -259,12 +259,12 @@ def values_text(values: Mapping[str, Any]) -> str:
 
 
 def value_text(value: Any) -> str:
-    """A value for people; the files have all digits."""
+    """A value as short text; the files have all digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def changes_text(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """What changes, on one line."""
+    """The changed values, on one line."""
     return ", ".join(
         f"{name} {value_text(old[name])} -> {value_text(new[name])}" for name in new if old[name] != new[name]
     )

@@ -1,4 +1,4 @@
-"""One model for all replicas, wherever they run and whenever they start."""
+"""Loads the same model in all replicas, wherever and whenever they start."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from detr_ray.tracking.fetching import SCHEMES, pinned
 def loader(source: str, config: Config) -> Callable[[], LoadedModel]:
     """A function that loads a model, to be called in other processes and on other machines.
 
-    Paths are made absolute, since replicas work in another folder. An alias in MLflow's registry is looked up now: a
-    replica that is started later, to share the work or in place of another, would have another model otherwise.
+    Paths are made absolute, because replicas run in another folder. An alias in MLflow's registry is resolved now:
+    otherwise a replica that is started later might have another model.
 
     Args:
         source: as `load_model` takes it.

@@ -1,6 +1,6 @@
-"""A replica: one process with the model, which answers HTTP requests and puts images of several into one batch.
+"""A replica: one process with the model, which answers HTTP requests and combines their images into batches.
 
-The import of Ray Serve is here and in `service.py` alone; it comes with the extra ``serve``.
+Ray Serve, which comes with the extra ``serve``, is imported only here and in `service.py`.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Replica:
     """Answers requests.
 
     Args:
-        load: gives the model; called in the replica's process.
-        limits: what a request may hold.
+        load: returns the model; called in the replica's process.
+        limits: limits of a request.
         batching: how images become batches.
     """
 
@@ -73,7 +73,7 @@ class Replica:
     async def _predict(self, request: Request) -> Response:
         body = await self._body(request)
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        # Decoding base64 and reading headers takes milliseconds, in which others would wait.
+        # In a thread: decoding base64 and reading headers takes milliseconds, in which other requests would wait.
         if kind == "application/json":
             asked = await asyncio.to_thread(from_json, body, self._limits)
         elif kind.startswith("image/") or kind == "application/octet-stream":
@@ -91,7 +91,7 @@ class Replica:
         return JSONResponse({"predictions": found})
 
     async def _body(self, request: Request) -> bytes:
-        """The body of a request, which is not read any further than it may be long."""
+        """The body of a request; reading stops if it is too long."""
         declared = request.headers.get("content-length", "")
         if declared.isdecimal():
             self._limits.check_body(int(declared))
@@ -104,7 +104,7 @@ class Replica:
 
     @serve.batch  # type: ignore[untyped-decorator]
     async def _detect(self, asked: list[ImageRequest]) -> list[dict[str, Any] | RequestError]:
-        """Answers images of one or of several requests. In a thread, so that health is answered meanwhile."""
+        """Answers images of one or several requests; in a thread, so that health checks are answered meanwhile."""
         return await asyncio.to_thread(answers, self._model, asked, self._most)
 
 

@@ -25,19 +25,19 @@ from detr_ray.runtime.session import ray_session
 
 APPLICATION = "detr_ray"
 REQUEST_TIMEOUT_S = 120.0
-"""How long an answer may take before the client is told so."""
+"""Time limit of an answer in seconds; then the client gets an error."""
 START_TIMEOUT_S = 300.0
-"""How long replicas may take to start: for room on the cluster, and to read the model."""
+"""Time limit in seconds for the start of replicas: to get resources of the cluster, and to read the model."""
 _QUEUED_BATCHES = 32
-"""Batches that may wait for each replica's process that takes requests; more are refused with status 503."""
+"""Number of batches that may wait for each replica; further requests are refused with status 503."""
 
 
 @contextmanager
 def service(load: Callable[[], LoadedModel], settings: ServiceSettings) -> Iterator[None]:
-    """Runs a service while the body runs; requests are answered from its beginning.
+    """Runs a service as a context; requests are answered from its beginning on.
 
     Args:
-        load: gives the model; is called in each replica, on whatever node that is.
+        load: returns the model; called in each replica, on its node.
         settings: how it runs.
 
     Raises:
@@ -57,10 +57,10 @@ def service(load: Callable[[], LoadedModel], settings: ServiceSettings) -> Itera
 
 
 def _refuse_other_services() -> None:
-    """Refuses a cluster where Ray Serve runs already: its address and port would hold, not those that are asked for.
+    """Refuses a cluster where Ray Serve runs already, because it would keep its own address and port.
 
     Raises:
-        ConfigError: it does.
+        ConfigError: it runs already.
     """
     found = serve.status()
     if found.proxies or found.applications:
@@ -72,10 +72,10 @@ def _refuse_other_services() -> None:
 
 
 def _start(target: serve.Application, http: dict[str, Any]) -> None:
-    """Starts the entrance and the replicas.
+    """Starts the HTTP proxy and the replicas.
 
     Raises:
-        RunFailed: they cannot be started, or are not within `START_TIMEOUT_S`.
+        RunFailed: they cannot be started, or not within `START_TIMEOUT_S`.
     """
     try:
         serve.start(http_options=http)
@@ -92,7 +92,7 @@ def application(load: Callable[[], LoadedModel], settings: ServiceSettings, use_
     """The service as an application of Ray Serve, to be run beside others.
 
     Args:
-        load: gives the model; is called in each replica.
+        load: returns the model; called in each replica.
         settings: how it runs; address and port are those of Ray Serve.
         use_gpu: whether each replica takes a GPU.
     """
@@ -109,7 +109,7 @@ def application(load: Callable[[], LoadedModel], settings: ServiceSettings, use_
         num_replicas=settings.replicas if is_fixed else None,
         autoscaling_config=None if is_fixed else scaling,
         ray_actor_options={"num_cpus": settings.cpus, "num_gpus": 1 if use_gpu else 0},
-        # A batch under way, and the next one gathering.
+        # One batch in work, and the next one being collected.
         max_ongoing_requests=2 * most,
         max_queued_requests=_QUEUED_BATCHES * most,
     )
@@ -125,7 +125,7 @@ def run_service(load: Callable[[], LoadedModel], settings: ServiceSettings, say:
 
     with service(load, settings):
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, stop)  # `service` sets them back
+            signal.signal(number, stop)  # `service` restores the handlers
         say(f"serving at {settings.address}; Ctrl-C stops it")
         stopped.wait()
         say("stopping")

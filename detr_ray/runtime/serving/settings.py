@@ -1,4 +1,4 @@
-"""How a service runs: where it listens, its replicas, its batches and its limits."""
+"""Settings of a service: address, replicas, batches and limits."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Batching:
     """How images of several requests become one batch.
 
     Attributes:
-        most: images of a batch; 1 for no batching.
-        wait_s: how long the first image waits for others.
+        most: largest number of images of a batch; 1 for no batching.
+        wait_s: how long the first image waits for others, in seconds.
     """
 
     most: int = 8
@@ -24,16 +24,16 @@ class Batching:
 
 @dataclass(frozen=True)
 class ServiceSettings:
-    """How a service runs.
+    """Settings of a service.
 
     Attributes:
         host: address to listen on.
         port: its port.
         replicas: processes with the model.
-        max_replicas: most of them, started while many requests wait; the same for a fixed number.
-        cpus: cores of each, and so threads of torch.
+        max_replicas: largest number of replicas, if many requests wait; the same as ``replicas`` for a fixed number.
+        cpus: cores of each replica, and so its torch threads.
         batching: how images become batches.
-        limits: what a request may hold.
+        limits: limits of a request.
     """
 
     host: str = "127.0.0.1"
@@ -52,7 +52,7 @@ class ServiceSettings:
 
 
 def refuse_taken_port(host: str, port: int) -> None:
-    """Finds out whether a port can be listened on.
+    """Checks that a port is free.
 
     Raises:
         ConfigError: it cannot.
