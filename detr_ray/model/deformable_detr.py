@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from detr_ray.architectures import published_values
-from detr_ray.model.backbones.resnet import ResNetBackbone
+from detr_ray.model.backbones import build_backbone
 from detr_ray.model.deformable_transformer import DeformableTransformer, TransformerSizes
 from detr_ray.model.detection_model import DetectionModel, WeightNames, output_of_layers
 from detr_ray.model.features import Backbone
@@ -133,7 +133,7 @@ class DeformableDetr(DetectionModel):
         levels = values["num_feature_levels"]
         strides = strides_for(levels, finest=8, coarsest=cfg_model.backbone_stride)
         return cls(
-            backbone=ResNetBackbone.from_config(cfg_model, strides),
+            backbone=build_backbone(cfg_model, strides),
             position_encoding=SinePositionEncoding.from_config(cfg_model),
             transformer=DeformableTransformer(TransformerSizes.from_config(cfg_model), values["two_stage"]),
             dim=cfg_model.hidden_dim,

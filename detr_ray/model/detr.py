@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor, nn
 
-from detr_ray.model.backbones.resnet import ResNetBackbone
+from detr_ray.model.backbones import build_backbone
 from detr_ray.model.detection_model import DetectionModel, WeightNames, output_of_layers
 from detr_ray.model.features import Backbone
 from detr_ray.model.heads import BoxHead
@@ -75,7 +75,7 @@ class Detr(DetectionModel):
         """
         dim = cfg_model.hidden_dim
         return cls(
-            backbone=ResNetBackbone.from_config(cfg_model, strides=(cfg_model.backbone_stride,)),
+            backbone=build_backbone(cfg_model, strides=(cfg_model.backbone_stride,)),
             position_encoding=_position_encoding(cfg_model),
             transformer=Transformer(
                 dim,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from detr_ray.architectures import published_values
-from detr_ray.model.backbones.resnet import ResNetBackbone
+from detr_ray.model.backbones import build_backbone
 from detr_ray.model.deformable_transformer import (
     DeformableDecoder,
     DeformableDecoderLayer,
@@ -163,7 +163,7 @@ class Dino(DetectionModel):
         levels, queries = values["num_feature_levels"], values["num_queries"]
         strides = strides_for(levels, finest=8 if levels < 5 else 4, coarsest=cfg_model.backbone_stride)
         return cls(
-            backbone=ResNetBackbone.from_config(cfg_model, strides),
+            backbone=build_backbone(cfg_model, strides),
             position_encoding=SinePositionEncoding.from_config(cfg_model),
             transformer=DinoTransformer(TransformerSizes.from_config(cfg_model), queries, num_classes),
             num_levels=levels,

@@ -99,7 +99,7 @@ class SearchRecords:
         return join(self._directory.path, name)
 
     def release(self, checkpoint: str) -> None:
-        """Releases a checkpoint that no other trial will start from; after a storage error, at the end of the search."""
+        """Releases a checkpoint that no other trial will start from; after a storage error, at the end."""
         try:
             release(checkpoint)
         except OSError as error:
