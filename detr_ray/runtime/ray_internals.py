@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.actor import ActorHandle
 
 from detr_ray.config import ConfigError
 
@@ -146,6 +147,12 @@ def draining_nodes() -> set[str]:
 def free_resources() -> dict[str, dict[str, float]]:
     """Node id -> its free resources. The public interface has only the sum over all nodes."""
     return __getattr__("state").available_resources_per_node()
+
+
+def id_of(actor: ActorHandle) -> str:
+    """An actor's id in hexadecimal, from its handle. By public means, only the actor itself can ask for it."""
+    found: str = actor._actor_id.hex()
+    return found
 
 
 def actor_is_alive(actor_id: str) -> bool:

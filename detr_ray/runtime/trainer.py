@@ -31,6 +31,7 @@ from detr_ray.runtime.ray_internals import (
     WorkerHealthCheckFailedError,
     WorkingDirectorySetupCallback,
     get_env_vars_to_propagate,
+    id_of,
     placement_groups_of,
     runs_inside_ray,
 )
@@ -142,7 +143,7 @@ class Attempt:
     def has_place(self) -> bool:
         """Whether resources are reserved for its workers."""
         controller = self._trainer.controller
-        return controller is not None and "CREATED" in placement_groups_of(_id_of(controller)).values()
+        return controller is not None and "CREATED" in placement_groups_of(id_of(controller)).values()
 
     def abort(self) -> None:
         """Asks the controller to end with its workers, then kills it and removes its placement groups."""
@@ -176,12 +177,8 @@ class Attempt:
         for worker in workers:
             ray.kill(unpacked(worker.actor))
         give_up = time.monotonic() + ENDED_WITHIN_S
-        while not free_places(_id_of(controller)) and time.monotonic() < give_up:
+        while not free_places(id_of(controller)) and time.monotonic() < give_up:
             time.sleep(0.2)
-
-
-def _id_of(actor: ActorHandle) -> str:
-    return actor._actor_id.hex()
 
 
 def threads_given() -> int | None:
