@@ -34,7 +34,7 @@ _IN_THE_WAY = frozenset({errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EFBIG,
 
 
 class StorageError(OSError):
-    """A storage operation failed for good; the text is "location: reason"."""
+    """A storage operation failed, and repeating it does not help; the text is "location: reason"."""
 
     def __str__(self) -> str:
         return f"{self.filename}: {self.strerror}"

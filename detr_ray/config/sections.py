@@ -107,7 +107,7 @@ class OptimConfig(Section):
 
     @property
     def names_parameters(self) -> bool:
-        """Whether it speaks of parameters by name, which only the model knows."""
+        """Whether it names parameters, which can only be checked with the model."""
         return bool(self.lr_factors or self.freeze) or self.layer_decay != 1
 
     def rules(self) -> Iterator[Violation]:

@@ -1,1 +1,1 @@
-"""COCO data: what there is, in which order it is seen, and how it becomes padded batches."""
+"""Data sets: index, plan of the training stream, and loading of padded batches."""

@@ -138,7 +138,7 @@ def decode_opened(image: Image.Image, name: str) -> Tensor:
     """The pixels of an image that Pillow has opened, or made in memory; upright by its EXIF.
 
     Args:
-        image: of any mode that `decode_image` takes from files; it is left as it is, but may have its pixels loaded.
+        image: of any mode that `decode_image` takes from files; it is not changed, but its pixels may be loaded.
         name: what to call it in messages.
 
     Returns:

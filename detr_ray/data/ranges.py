@@ -93,7 +93,7 @@ class OpenFiles:
         """``num_bytes`` bytes of a file, or fewer if it ends before.
 
         Raises:
-            OSError: it cannot be read, for good; see `patiently`.
+            OSError: it cannot be read, and repeating does not help; see `patiently`.
         """
 
         def attempt(file_system: fs.FileSystem, path: str) -> bytes:

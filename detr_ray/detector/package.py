@@ -162,7 +162,7 @@ def read_package(folder: str, say: Say = lambda line: None) -> ModelPackage:
 
     Args:
         folder: path or URI.
-        say: is told of keys of the configuration that this version does not know.
+        say: shows a line about keys of the configuration that this version does not know.
 
     Raises:
         WeightsError: a file is missing, damaged, or not the one that was recorded.

@@ -115,9 +115,9 @@ class LocalContext:
         device: where the model lives; the CPU by default.
         say: shows a line of progress.
         should_stop: asked once a step.
-        on_report: told of each evaluation.
+        on_report: called with each evaluation.
         should_abandon: asked once a step whether to stop without a checkpoint.
-        on_step: told of the steps taken, whenever a phase of a step begins.
+        on_step: called with the number of steps taken, whenever a phase of a step begins.
     """
 
     rank = 0

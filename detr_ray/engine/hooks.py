@@ -55,7 +55,7 @@ class JobHooks:
     Attributes:
         should_stop: asked after each step (``train.launcher=local``) or twice a second (on Ray). Once it says yes, the
             run stops after its step, with a checkpoint, and its result says ``stopped``.
-        on_evaluation: told of each evaluation, once for each step. An error that it raises ends the run.
+        on_evaluation: called with each evaluation, once for each step. An error that it raises ends the run.
         parent_run: id of an MLflow run in the same experiment, whose child the run's own MLflow run becomes.
         budget: what the run may take of the cluster.
         should_abandon: asked as often as ``should_stop``. Once it says yes, the run stops after its step, without a

@@ -135,7 +135,7 @@ def largest_shape(epoch_sizes: Iterable[np.ndarray], size: int, world_size: int,
 
 
 class MemoryTrial:
-    """Computes steps on random batches, without an update.
+    """Computes forward and backward passes on random batches, without an update.
 
     Args:
         job: the run.

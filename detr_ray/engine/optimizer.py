@@ -75,7 +75,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
     another memory order (``train.channels_last``). Learning rates and options are not restored.
 
     Args:
-        optimizer: of the model as it is now.
+        optimizer: the present optimizer.
         state: ``state_dict()`` of the earlier one. Moments of groups that no longer train are left out.
 
     Raises:

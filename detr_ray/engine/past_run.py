@@ -103,7 +103,7 @@ def open_past_run(location: str, say: Say = lambda line: None) -> PastRun:
 
     Args:
         location: its folder.
-        say: is told of what this version does not know.
+        say: shows a line about what this version does not know.
 
     Raises:
         ConfigError: there is no run, or what it left cannot be read.

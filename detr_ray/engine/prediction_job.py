@@ -102,7 +102,7 @@ def write_parts(
     predict: Callable[[Sequence[int]], Iterable[BatchFindings]],
     say: Say,
 ) -> None:
-    """Computes parts of a job and writes each as soon as it is whole.
+    """Computes parts of a job and writes each as soon as it is complete.
 
     Args:
         job: the job.

@@ -124,7 +124,7 @@ class TrainStep:
         context: this worker's group; wraps the model for it.
         seed: ``run.seed``.
         precision: ``fp32``, ``bf16`` or ``fp16`` autocast.
-        clip_max_norm: largest norm of the gradient; 0 leaves it as it is.
+        clip_max_norm: largest norm of the gradient; 0: no clipping.
         channels_last: lay images out with the channels last.
         compile_model: run the forward pass through ``torch.compile``.
         skip_bad_images: go on if an image cannot be read (its sample is black), instead of failing the run.

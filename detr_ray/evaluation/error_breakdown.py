@@ -38,7 +38,7 @@ class ErrorBreakdown:
     """What AP50 is lost to.
 
     Attributes:
-        ap50: as it is, COCO's.
+        ap50: COCO's AP50.
         counts: kind -> number of detections; of annotations for ``missed``.
         alone: kind -> how much AP50 rises if only this kind is corrected.
         in_turn: kind -> how much it rises when the kinds are corrected one after another; they add up to 1 - ``ap50``.

@@ -26,7 +26,7 @@ class FocalLoss:
         gamma: exponent of the error of a probability.
 
     Attributes:
-        needs_iou: whether ``loss`` looks at how well the matched boxes fit.
+        needs_iou: whether ``loss`` uses the IoU of the matched boxes.
     """
 
     needs_iou = False

@@ -51,9 +51,9 @@ class DeformableDetr(DetectionModel):
     """The detector.
 
     Args:
-        backbone: gives feature maps, the one with the most cells first.
-        position_encoding: gives the cells' position vectors.
-        transformer: encoder and decoder; says whether there are two stages.
+        backbone: its feature maps are ordered by the number of cells, largest first.
+        position_encoding: encodes the positions of cells.
+        transformer: encoder and decoder, with one or two stages.
         dim: the transformer's vector length.
         num_levels: feature maps that the transformer reads; those that the backbone does not give are made here.
         num_classes: classes.

@@ -36,7 +36,7 @@ def draw_pictures(
         found: all detections, by rising image id.
         names: of the categories.
         least_score: lowest score of detections that are drawn.
-        progress: told of the images that are done, and of all.
+        progress: called with the number of images that are done, and of all.
 
     Raises:
         DataError: the storage of the images failed.

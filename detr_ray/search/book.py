@@ -113,7 +113,7 @@ class Book:
         return self._keep(dataclasses.replace(trial, state=state, problem=problem))
 
     def fail(self, name: str, problem: str, *, again: bool) -> Trial:
-        """Notes a failure: the trial waits for another start, or has failed for good.
+        """Notes a failure: the trial waits for a restart, or has failed.
 
         Args:
             name: of the trial.

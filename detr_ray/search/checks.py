@@ -31,7 +31,7 @@ def check_search(config: Config, space: SearchSpace, *, is_whole: bool) -> tuple
     Args:
         config: the base configuration.
         space: what could be read of the space.
-        is_whole: whether all of it could be read; if not, what needs all of it is not checked.
+        is_whole: whether all of it could be read; if not, checks that need the whole space are left out.
 
     Returns:
         One line for each error, and one for each warning.

@@ -20,7 +20,7 @@ class Parameter:
 
     Attributes:
         name: the key, then the path inside of the template: ``loss.giou.points.1.1``.
-        distribution: what it is drawn from.
+        distribution: its distribution.
     """
 
     name: str

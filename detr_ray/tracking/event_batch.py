@@ -103,7 +103,7 @@ def upload(run: MlflowRun, line: LoggedEvent | None) -> None:
 
     Raises:
         FileGoneError: The file, the folder or the event does not exist any more.
-        RefusedError: MLflow rejects it for good.
+        RefusedError: MLflow rejects it, and will do so again.
         Exception: Any error of the artifact store; the upload may be tried again.
     """
     if line is None or line.event is None:

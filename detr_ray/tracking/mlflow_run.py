@@ -36,7 +36,7 @@ class RunGoneError(Exception):
 
 
 class RefusedError(Exception):
-    """MLflow rejects this content for good; the message is MLflow's reason."""
+    """MLflow rejects this content, and will do so again; the message is MLflow's reason."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ class PicturedImage:
     """An image with its boxes.
 
     Attributes:
-        title: what it is, above the image.
+        title: text above the image.
         pixels: ``[H, W, 3]`` uint8.
         boxes_xyxy_px: ``[N, 4]``, in pixels of the image.
         names: ``[N]`` category names.

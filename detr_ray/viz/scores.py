@@ -123,7 +123,7 @@ def errors_figure(
     """Causes of lost AP50: a bar that adds up to 1, and the gain of correcting each kind alone.
 
     Args:
-        ap50: as it is.
+        ap50: the AP50.
         in_turn: kind -> AP50 that it costs when kinds are corrected one after another.
         alone: kind -> AP50 that is gained if only this kind is corrected.
         counts: kind -> number of errors.

@@ -56,7 +56,7 @@ def open_bare_images(
             or of one COCO file; or of one folder of shards.
         root: folder or URI that the names in a COCO file are relative to.
         follow_links: whether links in the folder of a COCO file may lead out of it.
-        progress: told of the images whose size was read, and of all.
+        progress: called with the number of images whose size was read, and of all.
 
     Raises:
         DataError: there are none, or what was given is something else.

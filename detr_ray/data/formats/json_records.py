@@ -64,7 +64,7 @@ def parse_json(location: str, raw: bytes, object_hook: Callable[[dict[str, Any]]
         object_hook: see `json.loads`.
 
     Raises:
-        DataError: it is not JSON; says what it is as far as can be told, and what to do.
+        DataError: it is not JSON; the message names the actual format, if it is recognised, and what to do.
     """
     _refuse_other_formats(location, raw)
     try:

@@ -14,7 +14,7 @@ from detr_ray.data.transforms.sequence import DrawnOneByOne
 
 @dataclass(frozen=True, slots=True)
 class CutOut:
-    """Covers rectangles with one colour; objects of which too little is left are gone.
+    """Covers rectangles with one colour; objects of which too little is left are removed.
 
     Source: DeVries and Taylor 2017, here with rectangles of several sizes.
 

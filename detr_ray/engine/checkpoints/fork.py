@@ -23,8 +23,8 @@ from detr_ray.engine.checkpoints.run_directory import (
 )
 from detr_ray.engine.checkpoints.store import CheckpointStore
 
-# What a fork may change, beside what may change when a run goes on: none of it is part of the model, of the optimizer's
-# state or of the stream.
+# Keys that a fork may change, in addition to those that a resumed run may change: they affect neither the model nor the
+# optimizer's state nor the stream.
 FORK_KEYS = ("optim.", "loss.", "train.epochs")
 
 

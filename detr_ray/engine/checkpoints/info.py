@@ -18,7 +18,7 @@ class CheckpointInfo:
         details: further values (epoch, world size, ...).
         files: name -> {"bytes", "sha256"}.
         evaluation_due: whether these weights are to be evaluated.
-        evaluation_problem: why their evaluation failed for good; empty if it did not.
+        evaluation_problem: why their evaluation failed and is not repeated; empty if it did not fail.
         measured_on: data and settings of the evaluation; empty if unknown.
         held: whether it stays until it is released.
     """
@@ -40,7 +40,7 @@ class CheckpointInfo:
     def with_scores(
         self, metrics: Mapping[str, float] | None, problem: str, measured_on: Mapping[str, Any] | None
     ) -> CheckpointInfo:
-        """The metadata after the evaluation: with its metrics, or with the reason why it failed for good."""
+        """The metadata after the evaluation: with its metrics, or with the reason why it failed."""
         noted = None if metrics is None else dict(metrics)
         return replace(self, metrics=noted, evaluation_problem=problem, measured_on=dict(measured_on or {}))
 

@@ -132,13 +132,14 @@ class CheckpointStore:
         problem: str = "",
         measured_on: Mapping[str, Any] | None = None,
     ) -> CheckpointInfo:
-        """Notes what an evaluation of a checkpoint's weights gave, or (without ``metrics``) why it failed for good.
+        """Notes the metrics of a checkpoint's evaluation, or (without ``metrics``) why it failed and is not repeated.
 
         Args:
             info: the checkpoint.
             metrics: the numbers.
             problem: why there are none.
-            measured_on: JSON values that say what they were measured with and on; only equal ones are compared.
+            measured_on: data and settings of the evaluation, as JSON values; only evaluations with equal values are
+                compared.
 
         Raises:
             OSError: it could not be noted; the manifest is as it was.

@@ -99,7 +99,7 @@ def _folded(conv: nn.Conv2d, norm: FrozenBatchNorm2d) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def fold_frozen_norms(model: nn.Module) -> None:
-    """Folds the frozen norms of a model's ResNet into the convolutions for good, in place.
+    """Folds the frozen norms of a model's ResNet into the convolutions permanently, in place.
 
     The outputs stay the same to the last bit; the model can no longer train, nor load a checkpoint.
     """
