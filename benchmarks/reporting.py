@@ -41,9 +41,9 @@ def settings(folder: Path, everything: bool, name: str, *more: str) -> Config:
         QUICKSTART,
         [
             f"data.root={folder}/data", f"data.generate.num_train={IMAGES}", f"run.storage={folder}/runs",
-            f"run.name={name}", "train.launcher=local", f"train.max_steps={STEPS}", f"train.epochs={EPOCHS}",
-            f"eval.every_epochs={EPOCHS}", f"tracking.enabled={kind}", f"tracking.report={kind}",
-            f"tracking.uri=sqlite:///{folder}/mlflow.db", *more,
+            f"run.name={name}", "train.launcher=local", "train.num_workers=1", f"train.max_steps={STEPS}",
+            f"train.epochs={EPOCHS}", f"eval.every_epochs={EPOCHS}", f"tracking.enabled={kind}",
+            f"tracking.report={kind}", f"tracking.uri=sqlite:///{folder}/mlflow.db", *more,
         ],
     )  # fmt: skip
 

@@ -27,7 +27,7 @@ p, ul { margin: .5rem 0; } .pale { color: var(--pale); font-size: .92rem; }
 .card span { color: var(--pale); font-size: .82rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; min-width: 50%; }
 th, td { text-align: left; padding: .25rem .7rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-td:not(:first-child) { overflow-wrap: anywhere; }
+.pairs td:last-child { overflow-wrap: anywhere; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 figure { margin: 1rem 0; } figure img { max-width: 100%; height: auto; display: block; }
 figcaption { color: var(--pale); font-size: .88rem; }
@@ -35,7 +35,7 @@ code, pre { font: .86rem/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, mon
 pre { background: var(--back); border: 1px solid var(--line); border-radius: .4rem; padding: .6rem; overflow-x: auto; }
 li.problem { margin: .4rem 0; } li.problem b { color: var(--bad); } li.fine { color: var(--good); }
 nav { font-size: .92rem; } nav a { margin-right: .9rem; display: inline-block; } a { color: #0a58ca; }
-@media (max-width: 42rem) { figure { overflow-x: auto; } figure img { max-width: none; width: 46rem; } }
+@media (max-width: 42rem) { figure { overflow-x: auto; } figure img { max-width: 46rem; } }
 details summary { cursor: pointer; color: #0a58ca; }
 @media print { figure img { max-width: 100% !important; width: auto !important; }
   body { max-width: none; padding: 0; font-size: 11pt; } nav { display: none; }
@@ -122,7 +122,8 @@ def table(rows: Sequence[Sequence[str]], head: Sequence[str] = (), numbers_from:
 
     top = f"<thead><tr>{cells(head, 'th')}</tr></thead>" if head else ""
     body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-    return f'<div class="wide"><table>{top}<tbody>{body}</tbody></table></div>'
+    kind = ' class="pairs"' if not head and all(len(row) == 2 for row in rows) else ""  # long values may be broken
+    return f'<div class="wide"><table{kind}>{top}<tbody>{body}</tbody></table></div>'
 
 
 @dataclass
