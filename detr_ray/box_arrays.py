@@ -1,6 +1,6 @@
-"""Boxes as numpy arrays: from one format to another, where torch is not wanted. `boxes` does it for tensors.
+"""Converts the formats of boxes in numpy arrays, for modules that do not import torch; see `boxes` for tensors.
 
-Formats are named as there; ``boxes_xywh`` are left, top, width, height.
+Formats have the same names as there; ``boxes_xywh`` are left, top, width, height.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Types of the functions through which work tells its caller how it goes."""
+"""Types of callback functions for messages and progress."""
 
 from __future__ import annotations
 
@@ -8,4 +8,4 @@ Say = Callable[[str], None]
 """Shows the user a line."""
 
 Progress = Callable[[int, int], None]
-"""Is told from time to time how many are done, and how many there are in all."""
+"""Called from time to time with the number of things that are done, and of all."""

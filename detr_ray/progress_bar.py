@@ -1,7 +1,7 @@
 """A progress bar below the lines of a command, if its output is a terminal; otherwise only lines.
 
 `ProgressBar` counts one thing to its end: the steps of a training, the trials of a search, the images of an evaluation.
-`ImagesBar` has a bar for each piece of work over images, and tells of it in a log too.
+`ImagesBar` has a bar for each piece of work over images, and writes lines about it into a log.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class _Lines:
             self._bar.stop()
 
     def say(self, line: str) -> None:
-        """Shows a line, above the bar where there is one."""
+        """Shows a line, above the bar if there is one."""
         if self._bar is None:
             say(line, self._stream)
             return
@@ -61,7 +61,7 @@ class _Lines:
 
 
 class ProgressBar(_Lines):
-    """Shows lines, and below them how much is done.
+    """Shows lines, and below them a progress bar.
 
     Args:
         unit: what is counted; the word at the left of the bar.
@@ -75,14 +75,14 @@ class ProgressBar(_Lines):
         self._done = 0.0
 
     def begin(self, total: int) -> None:
-        """Notes how many there are."""
+        """Sets the total number."""
         self._total = total
 
     def update(self, done: float) -> None:
-        """Notes that so many are done, with the done part of those that are at work.
+        """Sets the number that is done, including parts of those in work.
 
-        The speed is measured from the first number on that is told. 0 is told while a run begins, or begins again,
-        before it knows its last checkpoint, and is passed over: else all steps up to there would count as taken in no
+        The speed is measured from the first number on. While a run starts or resumes, before its last checkpoint is
+        known, the number is 0, which is ignored: otherwise the steps before the checkpoint would count as taken in no
         time.
         """
         if self._bar is None or done in (0, self._done):

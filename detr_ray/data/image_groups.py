@@ -1,4 +1,4 @@
-"""Work on many images in threads, a group after the other, so that memory holds one group and progress can be told."""
+"""Processes many images in threads, group by group, to limit memory and to report progress in between."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ Found = TypeVar("Found")
 def in_groups(
     work: Callable[[int], Found], rows: Sequence[int], group_images: int, threads: int, threads_name: str
 ) -> Iterator[tuple[Sequence[int], list[Found]]]:
-    """Does something with each image.
+    """Calls a function for each image.
 
-    A group begins when the next one is asked for: whoever stops asking has no further image read.
+    A group begins when the caller asks for the next one, so no further images are read if the caller stops.
 
     Args:
-        work: what is done with the image of a row.
-        rows: which images.
-        group_images: images of a group.
-        threads: images at the same time.
-        threads_name: what the threads are called.
+        work: the function, called with the row of an image.
+        rows: the images.
+        group_images: number of images of a group.
+        threads: number of images at the same time.
+        threads_name: name of the threads.
 
     Yields:
-        The rows of a group and what the work gave for each.
+        The rows of a group, and the function's result for each.
     """
     with ThreadPoolExecutor(threads, thread_name_prefix=threads_name) as pool:
         for start in range(0, len(rows), group_images):

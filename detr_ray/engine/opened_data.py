@@ -74,7 +74,7 @@ def draw(data: DataConfig, progress: Progress | None = None) -> None:
 
     Args:
         data: with ``generate``.
-        progress: told of the images drawn and of all.
+        progress: called with the number of images drawn, and of all.
 
     Raises:
         DataError: its folder holds something else.

@@ -1,16 +1,16 @@
-"""Annotations that look wrong, by what a trained detector finds: for people who clean data.
+"""Finds annotations that look wrong by a trained detector's detections, for cleaning data.
 
 * no annotation: a detection where nothing is annotated;
 * other category: a detection of another category than the annotation that it overlaps;
 * box does not fit: a detection of the same category that overlaps an annotation a little;
-* never found: an annotation that no detection overlaps, not even one of little confidence.
+* never found: an annotation that no detection overlaps, not even one with a low score.
 
-How strong a suspicion is follows from the detection's score and from how reliable such evidence is on this very
-validation set, most of whose annotations are taken for right: of all detections of the category with at least this
-score, the share that agrees with the annotations in the point that is in question. So a detector that often takes one
-category for another accuses few annotations of it, and one that has learnt little accuses none.
+The strength of a suspicion depends on how reliable such detections are on this validation set, assuming that most of
+its annotations are right: of all detections of the category with at least the same score, the share that agrees with
+the annotations in the same respect (object, category or box). So a detector that often confuses two categories gives
+few suspicions about them, and one that has learnt little gives none.
 
-Good suspicions come from a detector that did not train on the images: it learns mistakes by heart.
+The detector should not have been trained on these images, because it memorises wrong annotations.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ LEAST_STRENGTH = 0.5
 _OVERLAP = 0.5
 _LITTLE_OVERLAP = 0.1
 _SEEN = 0.4
-"""Score from which an annotation counts as seen by a detection that overlaps it."""
+"""Least score of a detection for an annotation that it overlaps to count as seen."""
 _OTHERS_WEIGHT = 8
-"""As many detections of all categories are counted with those of one, which may be few."""
+"""Weight, in detections, of all categories together when one category is measured, which may have few."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class Suspicion:
     """Something that looks wrong.
 
     Attributes:
-        kind: what.
-        image_id: on which image.
-        strength: 0..1; the higher, the more it looks wrong.
-        detection: row of the detection that says so; None where none does.
-        annotation: row of the annotation; None where there is none.
+        kind: kind of the suspicion.
+        image_id: id of the image.
+        strength: 0..1; higher values are more suspicious.
+        detection: row of the detection that contradicts the annotation; None if there is none.
+        annotation: row of the annotation; None if one is missing.
     """
 
     kind: Kind
@@ -57,12 +57,12 @@ class Suspicion:
 
 
 def find_suspicious(truth: GroundTruth, detections: DetectionTable, least: float = LEAST_STRENGTH) -> list[Suspicion]:
-    """What looks wrong, the strongest first. Crowd regions are left alone, and whatever lies inside of one.
+    """All suspicions, the strongest first. Crowd regions, and everything inside them, are ignored.
 
     Args:
         truth: the annotations.
-        detections: in any order, those of little confidence included.
-        least: the least strength. No detection with a lower score says anything.
+        detections: in any order, including those with low scores.
+        least: the least strength. Detections with a lower score are ignored.
     """
     evidence = _Evidence.of(truth, detections)
     found = [one for image in images_of(truth, detections) for one in _of_image(image, detections, evidence, least)]
@@ -71,16 +71,16 @@ def find_suspicious(truth: GroundTruth, detections: DetectionTable, least: float
 
 @dataclass(frozen=True)
 class _Evidence:
-    """What is known of single detections and annotations from the whole validation set.
+    """How reliable single detections and annotations are, measured on the whole validation set.
 
     Attributes:
         scores: ``[D]`` of the detections.
-        on_object: ``[D]`` how many of its like are on something annotated: their share.
-        of_category: ``[D]`` of those that are, the share of the annotated category.
-        of_extent: ``[D]`` of its like that are near an annotation of their category, the share that overlaps it well.
+        on_object: ``[D]`` of similar detections, the share that overlaps an annotation.
+        of_category: ``[D]`` of those that overlap one, the share with the annotation's category.
+        of_extent: ``[D]`` of similar detections near an annotation of their category, the share that overlaps it well.
         supported: ``[A]`` the best score of a detection of its category that overlaps the annotation well.
         overlapped: ``[A]`` the same for detections of any category.
-        seen: ``[A]`` the share of annotations of its category that are overlapped with some confidence.
+        seen: ``[A]`` the share of annotations of its category that count as seen.
     """
 
     scores: np.ndarray
@@ -120,7 +120,7 @@ def _of_image(image: ImageBoxes, detections: DetectionTable, evidence: _Evidence
     iou, is_same, annotated = _plain(image)
     supported, overlapped = evidence.supported[annotated], evidence.overlapped[annotated]
     accused: set[int] = set()
-    explained = np.zeros(len(image.found), bool)  # by a suspicion of a better detection at the same place
+    explained = np.zeros(len(image.found), bool)  # by a suspicion from a better detection at the same place
     scores = evidence.scores[image.found]
     with_same = (iou >= _OVERLAP) & is_same
     for place in np.flatnonzero((scores >= least) & ~_in_crowd(image) & ~with_same.any(axis=1)).tolist():
@@ -132,7 +132,7 @@ def _of_image(image: ImageBoxes, detections: DetectionTable, evidence: _Evidence
         kind: Kind = "no annotation"
         column = None
         if len(well):
-            # A place that another detection explains better says nothing.
+            # No suspicion if a detection of the annotation's own category has a higher score.
             column = int(well[iou[place, well].argmax()])
             margin = max(0.0, 1 - supported[column] / score)
             # Squared, since a wrong category is the most frequent mistake of detectors.
@@ -179,13 +179,13 @@ def _best(values: np.ndarray) -> np.ndarray:
 
 
 def _reliability(scores: np.ndarray, categories: np.ndarray, is_right: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """``[N]`` share of right ones among the others with at least this score, above all of the same category.
+    """``[N]`` share of right ones among the others with at least this score, mainly of the same category.
 
     Args:
         scores: ``[N]``.
         categories: ``[N]``.
         is_right: ``[N]`` bool.
-        counts: ``[N]`` bool, those that are looked at.
+        counts: ``[N]`` bool, those that are counted.
     """
     right, others = _from_the_top(scores, is_right & counts, counts, scores)
     of_all = (right + 1) / (others + 2)
@@ -207,7 +207,7 @@ def _from_the_top(
 
 
 def _shares(categories: np.ndarray, is_seen: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """``[A]`` share of seen annotations in the category of each, without itself where it is not seen."""
+    """``[A]`` share of seen annotations in the category of each; it is itself left out if it is not seen."""
     of_all = is_seen[counts].mean() if counts.any() else 0.0
     share = np.zeros(len(categories))
     for category in np.unique(categories).tolist():

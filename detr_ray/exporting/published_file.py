@@ -1,4 +1,4 @@
-"""A model's weights in a torch file under the names of the published ones, for the code that these came with."""
+"""A model's weights in a torch file with published names, for the original implementations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from detr_ray.model import load_published, published_state_dict
 
 
 def write_published_file(source: ExportSource, path: Path) -> Agreement:
-    """Writes ``{"model": state dict}``, loads it into another model, and compares what that one gives.
+    """Writes ``{"model": state dict}``, loads it into another model, and compares the results.
 
     Args:
         source: the model.

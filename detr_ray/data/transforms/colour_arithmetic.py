@@ -39,18 +39,18 @@ def change_colours(pixels: np.ndarray, brightness: float, contrast: float, satur
     flat = np.ascontiguousarray(pixels).reshape(-1, 3)
     changed = np.empty_like(flat)
     saturate = (saturation * np.eye(3) + (1 - saturation) * _GREY).astype(np.float32)
-    memory = np.empty((13, min(_BLOCK, len(flat))), np.float32).ravel()  # all of it is used again for each block
+    memory = np.empty((13, min(_BLOCK, len(flat))), np.float32).ravel()  # reused for each block
     for start in range(0, len(flat), _BLOCK):
         part = flat[start : start + _BLOCK]
         planes = memory[: 13 * len(part)].reshape(13, len(part))
         rows, colours = planes[:3].reshape(len(part), 3), planes[3:6]
         np.copyto(rows, part)
         np.dot(saturate, rows.T, out=colours)
-        if saturation > 1:  # else each is a mean of what it was
+        if saturation > 1:  # otherwise values are means of earlier ones, which are in range
             np.clip(colours, 0, 255, out=colours)
         if hue != 0:
             _turn(colours, 6 * hue, planes[6:])
-        np.dot(colours.T, _UNIT, out=rows)  # the fastest way to bring planes into the order of pixels
+        np.dot(colours.T, _UNIT, out=rows)  # the fastest way to reorder planes to pixels
         np.copyto(changed[start : start + _BLOCK], np.rint(rows, out=rows), casting="unsafe")
     return changed.reshape(pixels.shape)
 
@@ -70,10 +70,10 @@ def _change_levels(pixels: np.ndarray, brightness: float, contrast: float) -> np
 def _turn(colours: np.ndarray, sixths: float, free: np.ndarray) -> None:
     """Adds to the hues, in sixths of the colour wheel.
 
-    With C the most minus the least of the three channels and h the hue, a channel is the least plus C times a function
-    of h: 1 within one sixth of the channel's own hue (0, 2 and 4), 0 more than two sixths away, and linear between. All
-    is computed in units of C, so nothing is divided. Away from green's own hue h is
-    ``(red + blue - green + most - 2 least) / C``, towards blue where there is more blue than red.
+    With C the maximum minus the minimum of the three channels and h the hue, a channel is the minimum plus C times a
+    function of h: 1 within one sixth of the channel's own hue (0, 2 and 4), 0 more than two sixths away, and linear in
+    between. All is computed as multiples of C, without a division. The distance of h from green's own hue is ``(red +
+    blue - green + maximum - 2 * minimum) / C``, towards blue if blue is larger than red.
 
     Args:
         colours: ``[3, n]`` float32 red, green, blue; written to.
@@ -93,8 +93,8 @@ def _turn(colours: np.ndarray, sixths: float, free: np.ndarray) -> None:
     sign, bits = np.subtract(blue, red, out=side).view(np.int32), from_green.view(np.int32)
     np.bitwise_or(bits, np.bitwise_and(sign, _SIGN, out=sign), out=bits)
     for plane, own_hue in ((red, 0), (green, 2), (blue, 4)):
-        # Hues are within half a turn of green's, and what is added to all within half a turn of none: so the distance
-        # from the channel's own hue is at most one turn, and is folded by one half turn.
+        # Hues are within half a turn of green's, and what is added is at most half a turn: so the distance from the
+        # channel's own hue is at most one turn, and one fold at half a turn is enough.
         added = (2 + sixths - own_hue + 3) % 6 - 3
         np.add(np.multiply(chroma, added, out=plane), from_green, out=plane)
         np.subtract(np.abs(plane, out=plane), half_turn, out=plane)

@@ -1,7 +1,7 @@
-"""Preflight of memory: what a training step takes, from shapes alone.
+"""Preflight of memory: estimates the memory of a training step from shapes alone.
 
-The model runs on tensors without content: nothing is computed, and next to no memory is needed. What
-autograd keeps for the backward pass is added up. What kernels and the loss need beside it is taken as a share.
+The model runs on tensors without content, so nothing is computed, and almost no memory is needed. The tensors that
+autograd keeps for the backward pass are summed. Memory for kernels and the loss is estimated as a share of that.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ from detr_ray.model import DetectionModel
 from detr_ray.structures import Batch, StepInfo, Target
 
 _BESIDE = 1.35
-"""Peak of a step over what its forward pass keeps: loss, gradients of activations, what kernels need for themselves,
-and what the allocator does not give back. Measured on a CPU: 1.3 to 1.5 (docs/decisions.md)."""
+"""Peak memory of a step, divided by what its forward pass keeps. The rest is for the loss, gradients of activations,
+workspaces of kernels, and memory that the allocator does not give back. Measured on a CPU: 1.3 to 1.5
+(docs/decisions.md)."""
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes that a worker takes for a step, beside what its process takes for itself.
+    """Bytes that a worker needs for a step, without the memory of its process itself.
 
     Attributes:
         fixed: weights, their gradients and AdamW's two moments, and their average.
-        batch: what grows with the images: they themselves, and what the forward pass keeps for the backward pass.
+        batch: the part that grows with the images: the images, and what the forward pass keeps for the backward pass.
     """
 
     fixed: int
@@ -56,7 +57,7 @@ def step_memory(config: Config, num_classes: int, shape: tuple[int, int, int], b
     inputs = tree_map_only(Tensor, mode.from_tensor, _inputs(model, shape, boxes))
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     kept: dict[int, int] = {}
-    alive = []  # so that no storage gets the identity of one that is gone
+    alive = []  # so that no new storage gets the identity of a deleted one
 
     def note(tensor: Tensor) -> Tensor:
         alive.append(tensor)
@@ -84,7 +85,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _inputs(model: DetectionModel, shape: tuple[int, int, int], boxes: int) -> tuple[Any, ...]:
-    """What the model takes of a batch of this shape in training. The pages of the images are never touched."""
+    """The model's inputs for a batch of this shape in training. The memory pages of the images are never touched."""
     count, height, width = shape
     images = torch.empty(count, 3, height, width)
     target = Target(labels=torch.zeros(boxes, dtype=torch.int64), boxes=torch.full((boxes, 4), 0.5))
@@ -107,7 +108,7 @@ def _inputs(model: DetectionModel, shape: tuple[int, int, int], boxes: int) -> t
 def check_memory(
     config: Config, num_classes: int, shape: tuple[int, int, int], boxes: int, area: str, report: Report
 ) -> None:
-    """Says what a step of the largest batch takes, and warns where this machine has not as much.
+    """Reports the memory for a step on the largest batch, and warns if this machine has less.
 
     Args:
         config: the configuration.
@@ -137,7 +138,7 @@ def check_memory(
 
 
 def _free(config: Config) -> int:
-    """Free memory of what would compute here; 0 if unknown."""
+    """Free memory of the device that would be used here; 0 if unknown."""
     if config.train.use_gpu is not False and torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0]
     return 0 if config.train.use_gpu else free_bytes()

@@ -1,4 +1,4 @@
-"""The Ray that a search runs on, and how many trials have room at the same time in one of our own."""
+"""The Ray session of a search, and the number of concurrent trials on this machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from detr_ray.config import Config
 from detr_ray.runtime.session import ray_session
 from detr_ray.search.reading import POPULATIONS
 
-# Ray Tune's own files and output are of no use here, and its handler of Ctrl-C would not let trials write checkpoints.
+# Ray Tune's own files and output are not used, and its handler of Ctrl-C would not let trials write checkpoints.
 _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
@@ -25,7 +25,7 @@ _ENVIRONMENT = {
 
 @contextlib.contextmanager
 def search_session(config: Config) -> Iterator[None]:
-    """The Ray of a search: a cluster that is there, or one of our own with room for trials at the same time."""
+    """The Ray session of a search: an existing cluster, or a Ray on this machine with room for concurrent trials."""
     os.environ.update({name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()})
     workers = most_workers(config)
     at_once = trials_on_this_machine(config, workers)
@@ -37,12 +37,12 @@ def search_session(config: Config) -> Iterator[None]:
 
 
 def most_workers(config: Config) -> int:
-    """Workers of one trial, at most."""
+    """The largest number of workers of a trial."""
     return (config.train.worker_range or (1, 1))[1]
 
 
 def trials_on_this_machine(config: Config, workers: int) -> int:
-    """How many trials a Ray of our own has room for: one for each core or GPU that a worker takes, at least one.
+    """The number of concurrent trials on this machine: one for each core or GPU, at least one.
 
     A population needs all of its trials at the same time: they share the cores.
     """
