@@ -65,7 +65,10 @@ def load_model(
     """
     if source.startswith(SCHEMES):
         with located(source, config) as place:
-            model = load_model(place, config, scores, say)
+            try:
+                model = load_model(place, config, scores, say)
+            except WeightsError as error:
+                raise WeightsError(f"{source}: {error}") from error
         model.source = source  # the file may have been a temporary copy
         return model
     found = find_model(source, "model")

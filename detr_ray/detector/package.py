@@ -259,7 +259,7 @@ def _read(place: str) -> bytes:
     try:
         return read_buffer(place).to_pybytes()
     except FileNotFoundError as error:
-        raise WeightsError(f"{place}: there is no such file; a model package has it") from error
+        raise WeightsError(f"{place} is missing: the model package is not whole; copy it again") from error
     except (OSError, LocationError) as error:
         raise WeightsError(f"{place} cannot be read: {reason_of(error)}") from error
 
