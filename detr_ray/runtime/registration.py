@@ -31,7 +31,7 @@ from detr_ray.model_sources import load_model
 from detr_ray.runtime.launch import run_prepared_evaluation
 from detr_ray.tracking import public_uri
 from detr_ray.tracking.champion import CannotBeMeasured, Decision, decide, is_decided, undecided_tags
-from detr_ray.tracking.fetching import SCHEMES, fetched_version
+from detr_ray.tracking.fetching import SCHEMES, fetched_version, has_record
 from detr_ray.tracking.logged_model import NewVersion, add_version
 from detr_ray.tracking.registry import (
     CHECKPOINT,
@@ -213,9 +213,10 @@ def _measured(settings: Config, source: str, say: Say) -> tuple[dict[str, float]
 
 
 def _known(registry: ModelRegistry, weights_sha256: str, measured_on: Mapping[str, Any]) -> ModelVersion | None:
-    """An existing version with the same weights and measurement, if it has been compared with the champion."""
+    """The version with these weights and the same measurement that was decided about, and whose files are there."""
     versions = [version for version in registry.versions() if version.tags.get(WEIGHTS_SHA256) == weights_sha256]
-    return next((each for each in versions if each.measured_on == measured_on and is_decided(each)), None)
+    alike = [each for each in versions if each.measured_on == measured_on and is_decided(each)]
+    return next((each for each in alike if has_record(registry, each)), None)
 
 
 def _new_version(candidate: _Candidate, package: Path, weights_sha256: str) -> NewVersion:

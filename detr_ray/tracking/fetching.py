@@ -23,6 +23,7 @@ from detr_ray.tracking.registry import (
     ModelRegistry,
     ModelVersion,
     RegistryError,
+    RegistryUnavailable,
 )
 from detr_ray.tracking.store import public_uri, tracking_uri
 
@@ -122,6 +123,21 @@ def read_record(registry: ModelRegistry, version: ModelVersion) -> bytes:
     with _part_of(registry, version, f"{PACKAGE}/{RECORD}") as file:
         _refuse_changed(version, file)
         return file.read_bytes()
+
+
+def has_record(registry: ModelRegistry, version: ModelVersion) -> bool:
+    """Whether the description in the package of a version is there, and is what was registered.
+
+    Raises:
+        RegistryUnavailable: the store does not answer.
+    """
+    try:
+        read_record(registry, version)
+    except RegistryUnavailable:
+        raise
+    except RegistryError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import hashlib
 import json
 import pickle
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,16 @@ def test_the_same_weights_are_registered_once(folder: Path, store: ModelRegistry
     again = register(config_in(folder), str(folder / "runs" / "first"), lines.append)
     assert again.decision is None and again.version.version == 1 and len(store.versions()) == 1
     assert lines[-1].startswith(f"{folder}/runs/first is version 1 of detr already (AP ")
+
+
+def test_weights_whose_version_has_lost_its_files_are_registered_again(folder: Path, store: ModelRegistry) -> None:
+    config = config_in(folder, "tracking.model_name=gone")
+    lost = register(config, f"{folder}/runs/first", silent).version
+    shutil.rmtree(package_of(lost))
+    with pytest.raises(RegistryError, match=r"the files of version 1 of gone are gone: .* register .*/runs/first"):
+        detr_ray.load_model("models:/gone/1")
+    assert register(config, f"{folder}/runs/first", silent).version.version == 2
+    assert detr_ray.load_model("models:/gone/2").source == "models:/gone/2"
 
 
 def trained(folder: Path, name: str, *overrides: str, data: str = "data") -> str:
