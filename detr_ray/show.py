@@ -170,7 +170,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--score", metavar="S", type=share, default=default.score,
-        help=f"lowest score of predictions that count, from 0 to 1 (default {default.score})",
+        help=f"lowest score of predictions, and strength of suspicions, from 0 to 1 (default {default.score})",
     )  # fmt: skip
 
 

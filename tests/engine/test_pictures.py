@@ -210,6 +210,8 @@ def test_suspicious_annotations_are_named(place: Path) -> None:
         patch for axes in drawn.figure.axes for patch in axes.patches if to_hex(patch.get_edgecolor()) == MAGENTA
     ]
     assert len(suspected) == 2, "the annotation, and what was found beside all annotations"
+    strict = of_evaluation.suspicious_picture(found, PictureRequest(score=0.99))
+    assert strict.lines[0].startswith("no annotation looks wrong"), "fewer with more strength"
     blind = of_evaluation.Found("a", found.truth, found.detections.select(np.arange(0)), found.names, found.index)
     assert of_evaluation.suspicious_picture(blind, PictureRequest()).lines == [
         "no annotation looks wrong to this model (AP50 0.000; one that finds little accuses none)"

@@ -19,7 +19,7 @@ from detr_ray.evaluation.error_breakdown import break_down_errors
 from detr_ray.evaluation.lost_precision import lost_precision
 from detr_ray.evaluation.outcomes import Outcome, Outcomes, confusion_matrix, find_outcomes
 from detr_ray.evaluation.precision_recall import AREAS, RECALLS
-from detr_ray.evaluation.suspicious import LEAST_STRENGTH, Suspicion, find_suspicious
+from detr_ray.evaluation.suspicious import Suspicion, find_suspicious
 from detr_ray.viz.comparison import ComparedImage, JudgedBoxes, comparison_figure
 from detr_ray.viz.figure import message_figure
 from detr_ray.viz.scores import confusion_figure, errors_figure, precision_recall_figure, sizes_figure
@@ -77,7 +77,7 @@ def worst_picture(found: Found, request: PictureRequest) -> Drawn:
 def suspicious_picture(found: Found, request: PictureRequest) -> Drawn:
     """Images with annotations that look wrong, the most suspicious first."""
     index = _with_images(found)
-    suspicions = find_suspicious(found.truth, found.detections)
+    suspicions = find_suspicious(found.truth, found.detections, request.score)
     if not suspicions:
         ap50 = evaluate_detections(found.truth, found.detections).summary["AP50"]
         line = "no annotation looks wrong to this model"
@@ -90,8 +90,8 @@ def suspicious_picture(found: Found, request: PictureRequest) -> Drawn:
         row = row_of[one.image_id]
         if row in notes or len(notes) < request.images:
             notes[row] = ", ".join(filter(None, (notes.get(row), one.kind)))
-    outcomes = find_outcomes(found.truth, found.detections, LEAST_STRENGTH)
-    drawn = _compared(found, list(notes), outcomes, LEAST_STRENGTH, notes, suspicions)
+    outcomes = find_outcomes(found.truth, found.detections, request.score)
+    drawn = _compared(found, list(notes), outcomes, request.score, notes, suspicions)
     title = f"Annotations that look wrong: {len(suspicions)} in {len({one.image_id for one in suspicions})} images"
     lines = [suspicion_line(one, found) for one in suspicions]
     return Drawn(comparison_figure(drawn, f"{title}; {found.source}"), lines)
