@@ -14,7 +14,7 @@ from PIL import Image
 
 from detr_ray.config import DataConfig
 from detr_ray.data.errors import DataError
-from detr_ray.data.formats import Reading, open_split
+from detr_ray.data.formats import Reading, open_split, open_undivided
 from detr_ray.data.index import DatasetIndex
 from detr_ray.engine.configured_data import ConfiguredData
 
@@ -330,6 +330,15 @@ def test_tables_of_open_images_that_are_taken_and_counted(tmp_path):
     }  # fmt: skip
     assert index.file_names.to_pylist() == ["a.jpg", "b.png"]
     assert index.is_crowd.tolist() == [False] * 4 + [True], "a group of objects is not learnt as one"
+
+
+def test_one_table_of_open_images_is_a_set_that_is_not_divided(tmp_path):
+    row = "{},/m/1,0.1,0.5,0.1,0.5,0\n"
+    tables = {"boxes.csv": HEADER + row.format("a"), "test-annotations-bbox.csv": HEADER + row.format("b")}
+    root = put(tmp_path, tables | {"images/a.jpg": encoded(), "images/b.png": encoded("PNG")})
+    index = open_undivided(str(root), None)
+    assert index.file_names.to_pylist() == ["a.jpg"] and index.problems == {"images_not_annotated": 1}
+    assert index.categories == ((0, "/m/1"),)
 
 
 # All
