@@ -29,8 +29,7 @@ CASES = {
     "two stages of one level": {**TWO_STAGE, "num_feature_levels": 1, "num_queries": 3},
     "two stages of five levels": {**TWO_STAGE, "num_feature_levels": 5},
     "two stages with all": {**TWO_STAGE, **FREE, "one_to_many_queries": 9},
-    "dino of five levels": {**DINO, "num_feature_levels": 5},
-    "dino with other positions": {**DINO, "position_temperature": 10000, "position_offset": -0.5},
+    "dino of five levels": {**DINO, "num_feature_levels": 5, "position_temperature": 10000, "position_offset": -0.5},
 }
 
 
