@@ -7,6 +7,7 @@ are missing. Every image is in exactly one part.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -84,6 +85,10 @@ class PredictionJob:
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("batches", "parts")}
+
+    def without_weights(self) -> PredictionJob:
+        """The same job for those that make its batches: they need the images, and none of the weights."""
+        return dataclasses.replace(self, saved=dataclasses.replace(self.saved, checkpoint={}))
 
     def loader(self) -> BatchLoader:
         """The loader of the batches."""

@@ -1,13 +1,12 @@
 """Prediction with Ray Data: tasks make the batches, actors with the model detect objects on them.
 
-A row is the number of one batch of the job. Data tasks on any CPU of the cluster read, decode and resize its images; an
-actor with a GPU, or on the CPUs of a node, runs the model. Results have the order of the batches.
+A row is the number of one batch of the job. Data tasks on any CPU of the cluster read, decode and resize its images;
+actors, each with a GPU or some CPUs, run the model. Results have the order of the batches.
 """
 
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -22,10 +21,12 @@ from detr_ray.data.loader import BatchLoader, from_table, to_table
 from detr_ray.evaluation import DetectionTable
 from detr_ray.model.state_dicts import WeightsError
 from detr_ray.prediction.job import BatchFindings, BatchPredictor, PredictionJob
-from detr_ray.runtime.datasets import rows_per_task
-from detr_ray.runtime.resources import plan_workers
+from detr_ray.runtime.datasets import ScheduleCalmly, rows_per_task
+from detr_ray.runtime.prediction_actors import Actors, plan_actors
 
 Numbers = Sequence[int]
+
+_BLOCKS_AN_ACTOR = 8
 
 
 def predict_on_cluster(job: PredictionJob, numbers: Numbers, config: Config) -> Iterator[BatchFindings]:
@@ -42,37 +43,46 @@ def predict_on_cluster(job: PredictionJob, numbers: Numbers, config: Config) -> 
     """
     if not numbers:
         return
-    request = plan_workers(config)
-    workers = min(request.max_workers, len(numbers))
-    cpus = request.resources_per_worker.get("CPU", 0)
-    custom = {name: amount for name, amount in request.resources_per_worker.items() if name not in ("CPU", "GPU")}
-    per_task = rows_per_task(job.batches[numbers[0]])
-    job_ref = ray.put(job)
-    rows = ray.data.range(len(numbers), override_num_blocks=-(-len(numbers) // per_task))
-    batches = rows.map_batches(
-        _MadeBatches(job_ref, tuple(numbers)), batch_size=None, batch_format="pyarrow", zero_copy_batch=True
-    )
-    found = batches.map_batches(
-        _PredictingActor,
-        fn_constructor_args=(job_ref, request.use_gpu, workers),
-        batch_size=1,
-        batch_format="pyarrow",
-        zero_copy_batch=True,
-        compute=ActorPoolStrategy(size=workers),
-        num_cpus=cpus,
-        num_gpus=request.resources_per_worker.get("GPU", 0),
-        resources=custom or None,
-    )
-    found.context.enable_progress_bars = False
-    found.context.execution_options.preserve_order = True
-    found.context.execution_options.resource_limits = ExecutionResources(
-        cpu=(cpus + request.tasks_per_worker) * workers
-    )
+    found = predictions(job, numbers, plan_actors(config, job, len(numbers)))
     try:
         for table in found.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=1):
             yield from_row(table)
     except ray.exceptions.RayError as error:
         raise _for_users(error) from error
+
+
+def predictions(job: PredictionJob, numbers: Numbers, actors: Actors) -> ray.data.Dataset:
+    """What is found on batches of a job, as rows that are computed when they are read; see `predict_on_cluster`."""
+    # Few rows a block: at the end of the job, large blocks would leave some actors without work.
+    per_task = min(rows_per_task(job.batches[numbers[0]]), -(-len(numbers) // (_BLOCKS_AN_ACTOR * actors.count)))
+    rows = ray.data.range(len(numbers), override_num_blocks=-(-len(numbers) // per_task))
+    batches = rows.map_batches(
+        _MadeBatches(ray.put(job.without_weights()), tuple(numbers)),
+        batch_size=None,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+    )
+    found = batches.map_batches(
+        _PredictingActor,
+        fn_constructor_args=(ray.put(job), actors.use_gpu, actors.threads),
+        batch_size=1,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        compute=ActorPoolStrategy(size=actors.count, max_tasks_in_flight_per_actor=2),
+        num_cpus=actors.num_cpus,
+        num_gpus=1 if actors.use_gpu else 0,
+        resources=actors.custom or None,
+        # Over the nodes. It also keeps the actors apart from the tasks: Ray Data makes one operator of two that ask for
+        # the same, and each actor would decode its own images, one batch after the other with the model.
+        scheduling_strategy="SPREAD",
+    )
+    found.context.enable_progress_bars = False
+    found.context.custom_execution_callback_classes = [ScheduleCalmly]
+    found.context.execution_options.preserve_order = True
+    found.context.execution_options.resource_limits = ExecutionResources(
+        cpu=actors.num_cpus * actors.count + actors.tasks
+    )
+    return found
 
 
 def _for_users(error: BaseException) -> BaseException:
@@ -118,11 +128,11 @@ class _PredictingActor:
     Args:
         job: reference to the job.
         use_gpu: whether it has a GPU.
-        workers: number of actors that share the cores of this node.
+        threads: threads of torch.
     """
 
-    def __init__(self, job: ray.ObjectRef, use_gpu: bool, workers: int) -> None:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    def __init__(self, job: ray.ObjectRef, use_gpu: bool, threads: int) -> None:
+        torch.set_num_threads(threads)
         self._predict = BatchPredictor(ray.get(job), "cuda" if use_gpu else "cpu")
 
     def __call__(self, batch: pa.Table) -> pa.Table:

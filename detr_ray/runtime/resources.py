@@ -143,12 +143,18 @@ class WorkerRequest:
         return ", ".join(f"{count} with {shape}" for shape, count in Counter(shapes).most_common())
 
 
-def plan_workers(config: Config, budget: Budget = Budget()) -> WorkerRequest:  # noqa: B008 - it is frozen
+def plan_workers(
+    config: Config,
+    budget: Budget = Budget(),  # noqa: B008 - it is frozen
+    *,
+    trains: bool = True,
+) -> WorkerRequest:
     """Workers for a run, from its configuration and the cluster that this process is connected to.
 
     Args:
         config: the configuration.
         budget: largest resources that the run may take.
+        trains: whether they take steps together, so that each needs an image of every step.
 
     Raises:
         ConfigError: there is no room for them, they exceed the budget, or a step has fewer images than workers.
@@ -171,7 +177,7 @@ def plan_workers(config: Config, budget: Budget = Budget()) -> WorkerRequest:  #
         least, most = min(least, affordable), min(most, affordable)
     request = WorkerRequest(least, most, use_gpu, bundle, _data_tasks(config, budget, use_gpu, most))
     request.refuse_impossible()
-    if least > config.train.global_batch_size:
+    if trains and least > config.train.global_batch_size:
         raise ConfigError(
             f"train.num_workers: {least} workers for train.global_batch_size={config.train.global_batch_size} "
             "leave some without an image; ask for fewer workers or a larger batch"

@@ -58,7 +58,7 @@ class Workers:
         config = job.data.config
         self._say = say
         self._shape = _shape(config)
-        request = plan_workers(config, budget)
+        request = plan_workers(config, budget, trains=isinstance(job, TrainJob))
         run_path, path = (job.run.path, job.run.path) if isinstance(job, TrainJob) else (None, job.storage)
         self._status = StatusKeeper(run_path, say)
         self._supervisor = Supervisor(self._status, config.train, request.missing, say)

@@ -7,8 +7,8 @@ TESTS = (
     "tests/evaluation", "tests/prediction", "tests/exporting", "tests/viz", "tests/search",
     "tests/tracking/test_history.py",
     "tests/test_cli.py", "tests/test_check.py", "tests/test_watch_command.py", "tests/test_prepare.py",
-    "tests/runtime/test_registration.py", "tests/tracking/test_registry.py", "tests/tracking/test_champion.py",
-    "tests/tracking/test_fetching.py",
+    "tests/runtime/test_registration.py", "tests/runtime/test_prediction_actors.py",
+    "tests/tracking/test_registry.py", "tests/tracking/test_champion.py", "tests/tracking/test_fetching.py",
 )  # fmt: skip
 """Without Ray, so that a change is tried in seconds."""
 
@@ -116,6 +116,7 @@ MODULES = (
     "detr_ray/search/tables.py",
     "detr_ray/runtime/launch.py",
     "detr_ray/runtime/registration.py",
+    "detr_ray/runtime/prediction_actors.py",
     "detr_ray/tracking/registry.py",
     "detr_ray/tracking/champion.py",
     "detr_ray/tracking/fetching.py",

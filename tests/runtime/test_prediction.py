@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,11 @@ import pytest
 from tiny import fit_here, make_dataset, tiny_config
 
 from detr_ray import predict as command
+from detr_ray.config import load_config
+from detr_ray.engine.prediction_job import Wanted, prepare_prediction
+from detr_ray.model_sources import load_model
+from detr_ray.runtime.prediction import predictions
+from detr_ray.runtime.prediction_actors import plan_actors
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.usefixtures("shared_ray")]
 
@@ -30,3 +36,12 @@ def test_the_cluster_finds_what_this_process_finds(tmp_path: Path, capsys: pytes
         assert [line.partition(":")[0] for line in (tmp_path / launcher / "bad_images.txt").open()] == [str(bad)]
     assert len(found["ray"]) == 11 * 8
     assert sorted(found["ray"]) == sorted(found["local"])
+
+    config = load_config(None, ["train.use_gpu=false"])
+    wanted = Wanted([str(images)], None, None, None, 4)
+    job = prepare_prediction(load_model(trained.run_path), config, wanted, lambda line: None)
+    actors = dataclasses.replace(plan_actors(config, job, len(job.batches)), num_cpus=1)
+    dataset = predictions(job, range(len(job.batches)), actors)
+    assert sum(1 for _ in dataset.iter_batches(batch_size=1)) == len(job.batches)
+    assert "_MadeBatches)->MapBatches" not in dataset.stats(), "batches are made beside the model"
+    assert "_PredictingActor" in dataset.stats()
