@@ -92,18 +92,20 @@ def step_times_figure(run: RunCurves) -> Figure:
     epochs = phases["forward"][0]
     if not len(epochs):
         return message_figure(NOTHING)
+    names = [phase.replace("_", " ") for phase in phases]
     figure = new_figure(13.0, 7.2)
     over, mean, rate, padding = (figure.add_subplot(2, 2, place) for place in range(1, 5))
     seconds = [np.nan_to_num(values) for _, values in phases.values()]
     if len(epochs) > 1:
-        over.stackplot(epochs, seconds, labels=list(phases), colors=_PHASE_COLOURS, alpha=0.8)
+        over.stackplot(epochs, seconds, labels=names, colors=_PHASE_COLOURS, alpha=0.8)
+        over.legend(fontsize=7, loc="upper right", reverse=True)
     else:
         for number, values in enumerate(seconds):
             over.bar(0, values[0], bottom=sum(part[0] for part in seconds[:number]), color=_PHASE_COLOURS[number])
     over.set(xlabel="epoch", ylabel="s")
     over.set_title("Seconds of a step, by phase", fontsize=10)
     means = [float(np.mean(values)) for values in seconds]
-    bars = mean.barh([phase.replace("_", " ") for phase in phases], means, color=_PHASE_COLOURS)
+    bars = mean.barh(names, means, color=_PHASE_COLOURS)
     whole = max(sum(means), 1e-12)
     mean.bar_label(bars, [f" {_time_text(value)}, {value / whole:.0%}" for value in means], fontsize=8)
     mean.invert_yaxis()

@@ -27,7 +27,7 @@ p, ul { margin: .5rem 0; } .pale { color: var(--pale); font-size: .92rem; }
 .card span { color: var(--pale); font-size: .82rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; min-width: 50%; }
 th, td { text-align: left; padding: .25rem .7rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-.pairs td:last-child { overflow-wrap: anywhere; }
+.pairs td:last-child { overflow-wrap: anywhere; } td:nth-child(n+3):last-child:not(.number) { min-width: 11rem; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 figure { margin: 1rem 0; } figure img { max-width: 100%; height: auto; display: block; }
 figcaption { color: var(--pale); font-size: .88rem; }

@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 
+from detr_ray.config import load_config
+from detr_ray.engine.hooks import JobHooks
+from detr_ray.runtime.search import confirm
 from detr_ray.runtime.search.control import Progress
 from detr_ray.runtime.search.watch import SearchWatch
 from detr_ray.search.book import Book
@@ -119,3 +122,26 @@ def test_a_population_is_told_what_the_book_knew_before(tmp_path: Path) -> None:
     assert [(move.receiver, move.donor) for move in carried_out] == [("t000", "t001")]
     place.result("t001", 1, 0.5, generation=7)
     assert place.book.num_results == 2
+
+
+def test_confirming_tells_how_many_trainings_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    class HalfWay:
+        """Runs that tell of half of their steps, and end."""
+
+        def __init__(self, *_: object) -> None: ...
+
+        def __enter__(self) -> HalfWay:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def run(self, job: Any, hooks: JobHooks) -> SimpleNamespace:
+            hooks.on_step(job.total_steps // 2)
+            return SimpleNamespace(status="finished", metrics={"val/AP": 0.5})
+
+    monkeypatch.setattr(confirm, "Runs", HalfWay)
+    monkeypatch.setattr(confirm, "prepare_job", lambda config, say: SimpleNamespace(total_steps=8))
+    result: Any = SimpleNamespace(best_values={"optim.lr": 1e-3}, path="/runs/search")
+    done: list[float] = []
+    confirm.confirm(load_config(None, ["data.root=/data"]), result, 2, lambda line: None, done.append)
+    assert done == [0.5, 1.5, 2.5, 3.5]
