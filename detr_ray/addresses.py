@@ -15,6 +15,9 @@ from detr_ray.config.errors import ConfigError
 from detr_ray.credentials import credentials_in
 
 _URI = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
+MLFLOW_SCHEMES = ("models:", "runs:")
+"""How addresses of models and runs of MLflow begin."""
+
 _OBJECT_STORES = frozenset({"s3", "gs", "gcs", "abfs", "abfss"})
 
 

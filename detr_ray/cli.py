@@ -166,10 +166,10 @@ def refuse_idle_keys(arguments: argparse.Namespace, is_used: bool) -> None:
     Raises:
         ConfigError: there are such keys.
     """
-    from detr_ray.tracking.fetching import SCHEMES
+    from detr_ray.addresses import MLFLOW_SCHEMES
 
     given = [*arguments.config, *arguments.overrides]
-    if arguments.source.startswith(SCHEMES):  # some say which registry
+    if arguments.source.startswith(MLFLOW_SCHEMES):  # some say which registry
         given = [item for item in arguments.overrides if item.removeprefix("--").split("=")[0] not in _WHICH_STORE]
     if given and not is_used:
         raise ConfigError(f"{given[0]}: changes nothing: {arguments.source} says itself what it was trained with")

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from detr_ray.addresses import join
+from detr_ray.addresses import MLFLOW_SCHEMES, join
 from detr_ray.callbacks import Say
 from detr_ray.config import Config
 from detr_ray.detector.artifact import SCORES_FILE
@@ -19,7 +19,7 @@ from detr_ray.locations import read_bytes
 from detr_ray.model.state_dicts import WeightsError
 from detr_ray.prediction import LoadedModel
 from detr_ray.retries import reason_of
-from detr_ray.tracking.fetching import SCHEMES, fetched
+from detr_ray.tracking.fetching import fetched
 
 
 @contextlib.contextmanager
@@ -33,7 +33,7 @@ def located(source: str, config: Config | None) -> Iterator[str]:
     Raises:
         RegistryError: MLflow does not have this version, or its files.
     """
-    if not source.startswith(SCHEMES):
+    if not source.startswith(MLFLOW_SCHEMES):
         yield source
         return
     with fetched(source, None if config is None else run_tracking_uri(config)) as place:
@@ -63,7 +63,7 @@ def load_model(
         WeightsError: it cannot be fetched, is damaged, was changed, or is of another architecture.
         RegistryError: MLflow does not have this version, or its files.
     """
-    if source.startswith(SCHEMES):
+    if source.startswith(MLFLOW_SCHEMES):
         with located(source, config) as place:
             try:
                 model = load_model(place, config, scores, say)

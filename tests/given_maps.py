@@ -11,9 +11,16 @@ from detr_ray.model.features import FeatureLevel
 from detr_ray.structures import ModelOutput
 
 
+class AsItIs(torch.nn.Module):
+    """A projection that gives the map that it gets."""
+
+    def forward(self, source: Tensor, source_padding: Tensor | None, padding: Tensor | None) -> Tensor:
+        return source
+
+
 def take_maps_as_they_are(model: DetectionModel, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """Leaves out the projection of the maps."""
-    monkeypatch.setattr(model, "input_proj", torch.nn.ModuleList([torch.nn.Identity()] * count))
+    monkeypatch.setattr(model, "input_proj", torch.nn.ModuleList([AsItIs()] * count))
 
 
 def predicted_from(model: DetectionModel, maps: list[Tensor], mask: Tensor | None) -> ModelOutput:

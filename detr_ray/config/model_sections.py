@@ -71,6 +71,9 @@ class ModelConfig(Section):
     dilation: bool = False
     """Dilate the last stage instead of halving its resolution (DC5): four times the features, better on small objects,
     slower."""
+    ignore_padding: bool = False
+    """Keep convolutions and norms of feature maps from looking at padding, so that an image gives the same alone and
+    padded in a batch. false: as in the published models, which see it; weights must be used as they were trained."""
     position_embedding: Literal["sine", "learned"] = "sine"
     """Position embedding of the transformer: fixed sine waves, or learned (`detr` alone)."""
     position_temperature: Positive | None = None

@@ -61,6 +61,7 @@ class DeformableDetr(DetectionModel):
         box_refine: each decoder layer corrects the boxes of the one before.
         mixed_query_selection: with two stages, the contents of queries are learned.
         look_forward_twice: a layer's boxes are trained through the layer before as well.
+        ignore_padding: leave padding out where maps are projected (`InputProjection`).
         one_to_many_queries: further queries in training, separate from the others.
         aux_loss: whether the output has the predictions of every decoder layer, not only of the last.
     """
@@ -77,6 +78,7 @@ class DeformableDetr(DetectionModel):
         box_refine: bool,
         mixed_query_selection: bool,
         look_forward_twice: bool,
+        ignore_padding: bool,
         one_to_many_queries: int,
         aux_loss: bool,
     ) -> None:
@@ -95,7 +97,7 @@ class DeformableDetr(DetectionModel):
             self.query_embed = nn.Embedding(all_queries, 2 * dim)
         elif mixed_query_selection:
             self.query_embed = nn.Embedding(all_queries, dim)
-        self.input_proj = input_projections(backbone.channels, num_levels, dim)
+        self.input_proj = input_projections(backbone.channels, num_levels, dim, ignore_padding=ignore_padding)
         self.backbone = nn.ModuleList([backbone, position_encoding])
         heads = [f"class_embed.{number}" for number in range(len(self.class_embed))]
         self.weight_names = WeightNames(
@@ -144,6 +146,7 @@ class DeformableDetr(DetectionModel):
             mixed_query_selection=values["mixed_query_selection"],
             look_forward_twice=values["look_forward_twice"],
             one_to_many_queries=values["one_to_many_queries"],
+            ignore_padding=cfg_model.ignore_padding,
             aux_loss=cfg_model.aux_loss,
         )
 

@@ -110,6 +110,8 @@ class Dino(DetectionModel):
         denoising_queries: approximate number of positive denoising queries in training, and of negative ones.
         denoising_label_noise: half of this share of their labels is replaced.
         denoising_box_noise: how far their boxes are moved.
+        ignore_padding: leave padding out where maps are projected (`InputProjection`), and describe the boxes of
+            queries in units of the image instead of the padded map.
         aux_loss: whether the output has the predictions of every decoder layer, not only of the last.
     """
 
@@ -124,12 +126,14 @@ class Dino(DetectionModel):
         denoising_queries: int,
         denoising_label_noise: float,
         denoising_box_noise: float,
+        ignore_padding: bool,
         aux_loss: bool,
     ) -> None:
         super().__init__()
         self.num_classes, self.num_queries = num_classes, num_queries
         self.denoising_queries = denoising_queries
         self.denoising_label_noise, self.denoising_box_noise = denoising_label_noise, denoising_box_noise
+        self.ignore_padding = ignore_padding
         self.pixels = backbone.pixels
         self.aux_loss = aux_loss
         self.transformer = transformer
@@ -138,7 +142,7 @@ class Dino(DetectionModel):
         self.class_embed = nn.ModuleList([new_class_head(dim, num_classes)])
         self.bbox_embed = nn.ModuleList([new_box_head(dim)])
         self.label_enc = nn.Embedding(num_classes + 1, dim)
-        self.input_proj = input_projections(backbone.channels, num_levels, dim)
+        self.input_proj = input_projections(backbone.channels, num_levels, dim, ignore_padding=ignore_padding)
         self.backbone = nn.ModuleList([backbone, position_encoding])
         self.weight_names = WeightNames(
             class_heads=("class_embed.0", "transformer.enc_out_class_embed"),
@@ -172,6 +176,7 @@ class Dino(DetectionModel):
             denoising_queries=values["denoising_queries"],
             denoising_label_noise=values["denoising_label_noise"],
             denoising_box_noise=values["denoising_box_noise"],
+            ignore_padding=cfg_model.ignore_padding,
             aux_loss=cfg_model.aux_loss,
         )
 
@@ -275,7 +280,7 @@ class Dino(DetectionModel):
             references = start.detach()
             in_each_map = memory.in_each_map(references)
             with torch.autocast(objects.device.type, enabled=False):
-                positions = decoder.query_positions(in_each_map[:, :, 0])
+                positions = decoder.query_positions(references if self.ignore_padding else in_each_map[:, :, 0])
             objects = layer(objects, positions, in_each_map, memory, allowed)
             with torch.autocast(objects.device.type, enabled=False):
                 objects = objects.to(start.dtype)

@@ -40,8 +40,8 @@ class Backbone(nn.Module):
     strides: tuple[int, ...]
     pixels: PixelStatistics
 
-    def maps(self, images: Tensor) -> Sequence[Tensor]:
-        """The feature maps of ``[B, 3, H, W]`` normalised images, without their padding."""
+    def maps(self, images: Tensor, mask: Tensor | None) -> Sequence[Tensor]:
+        """The feature maps of ``[B, 3, H, W]`` normalised images with ``mask`` of their padding, or None."""
         raise NotImplementedError
 
     def forward(self, images: Tensor, mask: Tensor | None) -> tuple[FeatureLevel, ...]:
@@ -53,7 +53,7 @@ class Backbone(nn.Module):
         """
         return tuple(
             FeatureLevel(features, None if mask is None else shrink_mask(mask, *features.shape[-2:]), stride)
-            for features, stride in zip(self.maps(images), self.strides, strict=True)
+            for features, stride in zip(self.maps(images, mask), self.strides, strict=True)
         )
 
 

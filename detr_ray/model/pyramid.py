@@ -95,8 +95,61 @@ def strides_for(num_levels: int, finest: int, coarsest: int) -> tuple[int, ...]:
     return tuple(stride for stride in strides if finest <= stride <= coarsest)[-num_levels:]
 
 
-def input_projections(channels: Sequence[int], num_levels: int, dim: int) -> nn.ModuleList:
-    """Convolutions to the transformer's vector length: one for each map, the backbone's and further coarser ones.
+class InputProjection(nn.Sequential):
+    """A convolution to the transformer's vector length, and group norm.
+
+    As published, padding counts in the norm's mean and deviation, and the convolution reads what the backbone made of
+    it: an image gives other cells alone than padded in a batch. A model that was trained on much padding finds worse
+    boxes without it.
+
+    Args:
+        convolution: to ``dim`` channels.
+        dim: the transformer's vector length.
+        ignore_padding: leave padding out of both.
+    """
+
+    def __init__(self, convolution: nn.Conv2d, dim: int, ignore_padding: bool) -> None:
+        # Two channels a group at least: a map of one cell would be all zeros, and alone in a batch torch refuses it.
+        super().__init__(convolution, nn.GroupNorm(math.gcd(min(32, dim // 2), dim), dim))
+        self.ignore_padding = ignore_padding
+        nn.init.xavier_uniform_(convolution.weight)
+        assert convolution.bias is not None
+        nn.init.zeros_(convolution.bias)
+
+    def forward(self, source: Tensor, source_padding: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
+        """``[B, C, h, w]`` -> ``[B, dim, h', w']``.
+
+        Args:
+            source: the map.
+            source_padding: ``[B, h, w]`` bool, True on padding; None where nothing is padded.
+            padding: the same of the result.
+        """
+        convolution, norm = self
+        assert isinstance(norm, nn.GroupNorm)
+        projected: Tensor
+        if padding is None or source_padding is None or not self.ignore_padding:
+            projected = norm(convolution(source))
+        else:
+            projected = _norm_without(padding, convolution(source.masked_fill(source_padding[:, None], 0)), norm)
+        return projected
+
+
+def _norm_without(padding: Tensor, features: Tensor, norm: nn.GroupNorm) -> Tensor:
+    """Group norm of ``[B, C, h, w]`` whose mean and deviation are those of the cells without padding."""
+    groups = features.float().unflatten(1, (norm.num_groups, -1))
+    valid = ~padding[:, None, None]
+    axes = (2, 3, 4)
+    count = valid.sum(axes, keepdim=True).clamp(min=1) * groups.shape[2]
+    centred = groups - (groups * valid).sum(axes, keepdim=True) / count
+    variance = (centred.square() * valid).sum(axes, keepdim=True) / count
+    normal = (centred * torch.rsqrt(variance + norm.eps)).flatten(1, 2)
+    return normal * norm.weight[:, None, None] + norm.bias[:, None, None]
+
+
+def input_projections(
+    channels: Sequence[int], num_levels: int, dim: int, *, ignore_padding: bool = False
+) -> nn.ModuleList:
+    """Projections to the transformer's vector length: one for each map, the backbone's and further coarser ones.
 
     The first coarser map is made from the backbone's last map, each other one from the map before.
 
@@ -104,6 +157,7 @@ def input_projections(channels: Sequence[int], num_levels: int, dim: int) -> nn.
         channels: of the backbone's maps.
         num_levels: maps of the pyramid, at least as many.
         dim: the transformer's vector length.
+        ignore_padding: see `InputProjection`.
     """
     projections = nn.ModuleList()
     for level in range(num_levels):
@@ -112,11 +166,7 @@ def input_projections(channels: Sequence[int], num_levels: int, dim: int) -> nn.
         else:
             source = channels[-1] if level == len(channels) else dim
             convolution = nn.Conv2d(source, dim, kernel_size=3, stride=2, padding=1)
-        nn.init.xavier_uniform_(convolution.weight)
-        assert convolution.bias is not None
-        nn.init.zeros_(convolution.bias)
-        # Two channels a group at least: a map of one cell would be all zeros, and alone in a batch torch refuses it.
-        projections.append(nn.Sequential(convolution, nn.GroupNorm(math.gcd(min(32, dim // 2), dim), dim)))
+        projections.append(InputProjection(convolution, dim, ignore_padding))
     return projections
 
 
@@ -141,10 +191,13 @@ def build_pyramid(
     for number, project in enumerate(projections):
         if number < len(levels):
             source, padding, _ = levels[number]
-            features = project(source).to(precision)
+            features = project(source, padding, padding).to(precision)
         else:
-            features = project(levels[-1].features if number == len(levels) else features).to(precision)
-            padding = None if mask is None else shrink_mask(mask, *features.shape[-2:])
+            if number > len(levels):
+                source = features
+            height, width = (-(-cells // 2) for cells in source.shape[-2:])
+            source_padding, padding = padding, None if mask is None else shrink_mask(mask, height, width)
+            features = project(source, source_padding, padding).to(precision)
         cells.append(features.flatten(2).transpose(1, 2))
         positions.append(position_encoding(features, padding).flatten(1, 2).to(precision) + level_embed[number])
         paddings.append(padding)

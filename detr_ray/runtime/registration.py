@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from detr_ray.addresses import is_uri, join, parent, resolve
+from detr_ray.addresses import MLFLOW_SCHEMES, is_uri, join, parent, resolve
 from detr_ray.callbacks import Say
 from detr_ray.config import Config, ConfigError
 from detr_ray.config.loading import config_from_dict
@@ -31,7 +31,7 @@ from detr_ray.model_sources import load_model
 from detr_ray.runtime.launch import run_prepared_evaluation
 from detr_ray.tracking import public_uri
 from detr_ray.tracking.champion import CannotBeMeasured, Decision, decide, is_decided, undecided_tags
-from detr_ray.tracking.fetching import SCHEMES, fetched_version, has_record
+from detr_ray.tracking.fetching import fetched_version, has_record
 from detr_ray.tracking.logged_model import NewVersion, add_version
 from detr_ray.tracking.registry import (
     CHECKPOINT,
@@ -154,7 +154,7 @@ def _candidate(config: Config, source: str, say: Say) -> _Candidate:
     checkpoint = facts.origin.get("checkpoint")
     if checkpoint is not None and "run" not in facts.origin:
         facts = dataclasses.replace(facts, origin={**facts.origin, **_run_of(checkpoint)})
-    place = source if is_uri(source) or source.startswith(SCHEMES) else resolve(source)
+    place = source if is_uri(source) or source.startswith(MLFLOW_SCHEMES) else resolve(source)
     return _Candidate(loaded.saved, facts, checkpoint or place)
 
 

@@ -27,9 +27,6 @@ from detr_ray.tracking.registry import (
 )
 from detr_ray.tracking.store import public_uri, tracking_uri
 
-SCHEMES = ("models:", "runs:")
-"""Prefixes of the addresses that this module handles."""
-
 RECORD = "model.json"
 """The file of a package that describes it."""
 

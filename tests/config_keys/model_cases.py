@@ -190,3 +190,19 @@ def init_from(place: Place) -> None:
             assert torch.equal(started.training[0].weights[name], value), name
     with pytest.raises(Exception, match="there is no file"):
         place.model(f"model.init_from={path}-not-there")
+
+
+@shows("model.ignore_padding")
+def ignore_padding(place: Place) -> None:
+    """The part that it plays is in tests/model/test_padding.py."""
+    mask = torch.zeros(2, 64, 96, dtype=torch.bool)
+    mask[:, 40:] = True
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 64, 96)
+    noise = images.clone()
+    noise[:, :, 40:] = 5
+    for ignored in (True, False):
+        model = place.model(f"model.ignore_padding={str(ignored).lower()}").eval()
+        with torch.no_grad():
+            same = torch.equal(model(images, mask)["pred_boxes"], model(noise, mask)["pred_boxes"])
+        assert same == ignored

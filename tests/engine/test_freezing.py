@@ -42,7 +42,7 @@ def test_a_frozen_backbone_has_no_backward_pass_and_stays(dataset: Path, tmp_pat
     """Batch norm with statistics of its own, so that a forward pass in training mode would change them."""
     config = configured(dataset, tmp_path, architecture, 'optim.freeze=["backbone.*"]', "run.name=a")
     model = model_of(config).train()
-    maps = model.named_backbone[1].maps(torch.randn(2, 3, 64, 64))
+    maps = model.named_backbone[1].maps(torch.randn(2, 3, 64, 64), None)
     assert not [features for features in maps if features.requires_grad], "no graph is kept of it"
     begun = model_of(config).state_dict()
     seen = observe(config)

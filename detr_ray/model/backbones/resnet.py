@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d
 
-from detr_ray.model.features import Backbone
+from detr_ray.model.features import Backbone, shrink_mask
 from detr_ray.structures import IMAGENET_PIXELS
 
 if TYPE_CHECKING:
@@ -67,7 +67,19 @@ def resnets_with(names: Collection[str]) -> tuple[list[str], int]:
     return fitting, strides[len(counts)] if fitting else 0
 
 
-def _convolve(x: Tensor, conv: nn.Conv2d, norm: nn.Module, shortcut: Tensor | None = None, relu: bool = True) -> Tensor:
+def _zeroed(x: Tensor, mask: Tensor | None) -> Tensor:
+    """``[B, C, h, w]`` with 0 in the padding, as if nothing were there; ``mask`` is at the images' resolution."""
+    return x if mask is None else x.masked_fill(shrink_mask(mask, *x.shape[-2:])[:, None], 0)
+
+
+def _convolve(
+    x: Tensor,
+    conv: nn.Conv2d,
+    norm: nn.Module,
+    shortcut: Tensor | None = None,
+    relu: bool = True,
+    mask: Tensor | None = None,
+) -> Tensor:
     """Convolution, norm, shortcut and ReLU; a frozen norm is folded into the convolution's weights.
 
     The folded weights are computed in the weights' own precision and, under autocast, rounded once afterwards. The
@@ -79,8 +91,11 @@ def _convolve(x: Tensor, conv: nn.Conv2d, norm: nn.Module, shortcut: Tensor | No
         norm: frozen or trained batch norm over its output.
         shortcut: of the output's shape and type, added before the ReLU; None for none.
         relu: whether negative values become zero.
+        mask: ``[B, H, W]`` of the images, True on padding that the convolution must not see; None for none.
     """
     out: Tensor
+    if conv.kernel_size != (1, 1):
+        x = _zeroed(x, mask)
     if isinstance(norm, FrozenBatchNorm2d):
         weight, shift = _folded(conv, norm)
         out = F.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
@@ -139,15 +154,15 @@ class ResidualBlock(nn.Module):
             self.conv3, self.bn3 = block.conv3, block.bn3
         self.downsample = block.downsample
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, C_in, h, w]`` -> ``[B, C_out, h / stride, w / stride]``."""
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """``[B, C_in, h, w]`` -> ``[B, C_out, h / stride, w / stride]``; padding in ``mask`` is not looked at."""
         shortcut = x
         if self.downsample is not None:
             shortcut = _convolve(x, self.downsample[0], self.downsample[1], relu=False)
-        out = _convolve(x, self.conv1, self.bn1)
+        out = _convolve(x, self.conv1, self.bn1, mask=mask)
         if not self.has_bottleneck:
-            return _convolve(out, self.conv2, self.bn2, shortcut)
-        out = _convolve(out, self.conv2, self.bn2)
+            return _convolve(out, self.conv2, self.bn2, shortcut, mask=mask)
+        out = _convolve(out, self.conv2, self.bn2, mask=mask)
         return _convolve(out, self.conv3, self.bn3, shortcut)
 
 
@@ -168,13 +183,17 @@ class ResNetBody(nn.Module):
             blocks = network.get_submodule(f"layer{stage}").children()
             self.add_module(f"layer{stage}", nn.Sequential(*map(ResidualBlock, blocks)))
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Images ``[B, 3, H, W]`` -> features ``[B, C, h, w]`` of each of ``stages``."""
-        x = _convolve(images, self.conv1, self.bn1)
-        x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Images ``[B, 3, H, W]`` -> features ``[B, C, h, w]`` of each of ``stages``.
+
+        Padding in ``mask``, ``[B, H, W]``, is not looked at; None: it is part of the image, as in the original.
+        """
+        x = _convolve(images, self.conv1, self.bn1, mask=mask)
+        x = F.max_pool2d(_zeroed(x, mask), kernel_size=3, stride=2, padding=1)
         maps = []
         for stage in range(1, self.stages[-1] + 1):
-            x = self.get_submodule(f"layer{stage}")(x)
+            for block in self.get_submodule(f"layer{stage}").children():
+                x = block(x, mask)
             if stage in self.stages:
                 maps.append(x)
         return tuple(maps)
@@ -192,6 +211,8 @@ class ResNetBackbone(Backbone):
         strides: 4, 8, 16 or 32 for each map, ascending: pixels of the image a cell, before dilation.
         dilation: the last stage that is kept keeps the resolution of the one before and dilates its kernels instead;
             halves its stride (DC5, where the stride is 32).
+        ignore_padding: keep convolutions from looking at padding, so that an image has the same features alone and
+            padded in a batch.
 
     Attributes:
         channels: channels of each map.
@@ -205,8 +226,16 @@ class ResNetBackbone(Backbone):
 
     pixels = IMAGENET_PIXELS
 
-    def __init__(self, name: str, norm: str = "frozen", strides: Sequence[int] = (32,), dilation: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        norm: str = "frozen",
+        strides: Sequence[int] = (32,),
+        dilation: bool = False,
+        ignore_padding: bool = False,
+    ) -> None:
         super().__init__()
+        self.ignore_padding = ignore_padding
         if name not in BACKBONES:
             raise ValueError(f"no backbone named {name!r}: choose from {', '.join(BACKBONES)}")
         if norm not in ("frozen", "batch"):
@@ -233,9 +262,9 @@ class ResNetBackbone(Backbone):
     @classmethod
     def from_config(cls, cfg_model: ModelConfig, strides: Sequence[int]) -> Self:
         """The network of a config's ``model`` section, with random weights, that gives maps of these strides."""
-        return cls(cfg_model.backbone, cfg_model.backbone_norm, strides, cfg_model.dilation)
+        return cls(cfg_model.backbone, cfg_model.backbone_norm, strides, cfg_model.dilation, cfg_model.ignore_padding)
 
-    def maps(self, images: Tensor) -> tuple[Tensor, ...]:
+    def maps(self, images: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
         """The kept stages' features."""
-        maps: tuple[Tensor, ...] = self.body(images)
+        maps: tuple[Tensor, ...] = self.body(images, mask if self.ignore_padding else None)
         return maps

@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-from detr_ray.addresses import local_path, resolve
+from detr_ray.addresses import MLFLOW_SCHEMES, local_path, resolve
 from detr_ray.config import Config
 from detr_ray.engine.reporting.tracking_store import run_tracking_uri
 from detr_ray.model_sources import load_model
 from detr_ray.prediction import LoadedModel
-from detr_ray.tracking.fetching import SCHEMES, pinned
+from detr_ray.tracking.fetching import pinned
 
 
 def loader(source: str, config: Config) -> Callable[[], LoadedModel]:
@@ -26,7 +26,7 @@ def loader(source: str, config: Config) -> Callable[[], LoadedModel]:
     Raises:
         RegistryError: MLflow has no such version.
     """
-    if source.startswith(SCHEMES):
+    if source.startswith(MLFLOW_SCHEMES):
         store = run_tracking_uri(config)
         tracking = config.tracking.model_copy(update={"uri": store})
         return functools.partial(load_model, pinned(source, store), config.model_copy(update={"tracking": tracking}))

@@ -1,0 +1,42 @@
+"""An image gives the same alone and padded in a batch: from its pixels on, with `model.ignore_padding`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from detr_ray.config import config_from_dict
+from detr_ray.model import build_model
+
+SMALL = {"backbone": "resnet18", "backbone_weights": "none", "hidden_dim": 32, "num_heads": 4, "dim_feedforward": 48,
+         "encoder_layers": 1, "decoder_layers": 2, "num_queries": 9, "dropout": 0}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "detr": {"architecture": "detr"},
+    "dilated": {"architecture": "detr", "backbone": "resnet50", "dilation": True},
+    "one stage": {"architecture": "deformable_detr", "box_refine": True, "num_feature_levels": 5},
+    "two stages": {"architecture": "deformable_detr", "box_refine": True, "two_stage": True, "backbone_norm": "batch"},
+    "dino": {"architecture": "dino"},
+}
+
+
+@pytest.mark.parametrize("ignored", [True, False], ids=["ignored", "as published"])
+@pytest.mark.parametrize("name", MODELS)
+def test_padding_plays_a_part_as_published_alone(name: str, ignored: bool) -> None:
+    """Sides that no stride divides, so that borders of cells and images differ."""
+    torch.manual_seed(0)
+    model = build_model(
+        config_from_dict({"model": {**SMALL, **MODELS[name], "ignore_padding": ignored}}, "test").model, 5
+    )
+    for norm in model.modules():  # fresh norms add nothing, which padding would be seen by
+        if hasattr(norm, "running_mean"):
+            norm.bias.data.uniform_(0, 0.5)
+    model.eval()
+    image = torch.randn(1, 3, 75, 90)
+    padded, mask = torch.zeros(1, 3, 160, 128), torch.ones(1, 160, 128, dtype=torch.bool)
+    padded[:, :, :75, :90], mask[:, :75, :90] = image, False
+    with torch.no_grad():
+        alone, found = model(image, None), model(padded, mask)
+    far = max(float((found[key] - alone[key]).abs().max()) for key in ("pred_logits", "pred_boxes"))
+    assert far < 1e-4 if ignored else far > 1e-3, far
