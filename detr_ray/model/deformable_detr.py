@@ -146,7 +146,7 @@ class DeformableDetr(DetectionModel):
             mixed_query_selection=values["mixed_query_selection"],
             look_forward_twice=values["look_forward_twice"],
             one_to_many_queries=values["one_to_many_queries"],
-            ignore_padding=cfg_model.ignore_padding,
+            ignore_padding=getattr(cfg_model, "ignore_padding", False),
             aux_loss=cfg_model.aux_loss,
         )
 

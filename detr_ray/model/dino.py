@@ -176,7 +176,7 @@ class Dino(DetectionModel):
             denoising_queries=values["denoising_queries"],
             denoising_label_noise=values["denoising_label_noise"],
             denoising_box_noise=values["denoising_box_noise"],
-            ignore_padding=cfg_model.ignore_padding,
+            ignore_padding=getattr(cfg_model, "ignore_padding", False),
             aux_loss=cfg_model.aux_loss,
         )
 

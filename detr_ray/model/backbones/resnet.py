@@ -262,7 +262,7 @@ class ResNetBackbone(Backbone):
     @classmethod
     def from_config(cls, cfg_model: ModelConfig, strides: Sequence[int]) -> Self:
         """The network of a config's ``model`` section, with random weights, that gives maps of these strides."""
-        return cls(cfg_model.backbone, cfg_model.backbone_norm, strides, cfg_model.dilation, cfg_model.ignore_padding)
+        return cls(cfg_model.backbone, cfg_model.backbone_norm, strides, cfg_model.dilation, getattr(cfg_model, "ignore_padding", False))
 
     def maps(self, images: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
         """The kept stages' features."""
