@@ -264,11 +264,14 @@ def test_a_scoring_that_fails_is_tried_once_more_and_then_left_empty(
 
 
 def scorer_of(process: subprocess.Popen[str]) -> psutil.Process:
+    """The scorer, once it runs its own program: until then its parent waits for it, and would stop with it."""
     deadline = time.monotonic() + 240
+    parent = psutil.Process(process.pid)
     while time.monotonic() < deadline:
-        for child in psutil.Process(process.pid).children(recursive=True):
+        for child in parent.children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
-                if any("scorer_process" in part for part in child.cmdline()):
+                command = child.cmdline()
+                if command != parent.cmdline() and any("scorer_process" in part for part in command):
                     return child
         time.sleep(0.01)
     raise AssertionError("no scorer process was seen")
