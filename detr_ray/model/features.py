@@ -33,9 +33,11 @@ class Backbone(nn.Module):
         strides: pixels of the image a cell of each map, ascending.
         pixels: statistics for the normalisation of images.
         layers: prefix of the parameter names of each layer, from the first to the last; for layer-wise learning rates.
+        ignore_padding: the features of an image do not depend on its padding, nor does the number of its cells.
     """
 
     layers: tuple[tuple[str, ...], ...] = ()
+    ignore_padding = False
     channels: tuple[int, ...]
     strides: tuple[int, ...]
     pixels: PixelStatistics
@@ -52,9 +54,14 @@ class Backbone(nn.Module):
             mask: ``[B, H, W]`` bool, True on padding; None where nothing is padded.
         """
         return tuple(
-            FeatureLevel(features, None if mask is None else shrink_mask(mask, *features.shape[-2:]), stride)
+            FeatureLevel(features, self._shrunk(mask, features, stride), stride)
             for features, stride in zip(self.maps(images, mask), self.strides, strict=True)
         )
+
+    def _shrunk(self, mask: Tensor | None, features: Tensor, stride: int) -> Tensor | None:
+        if mask is None or not self.ignore_padding:
+            return None if mask is None else shrink_mask(mask, *features.shape[-2:])
+        return mask[:, ::stride, ::stride]
 
 
 def shrink_mask(mask: Tensor, height: int, width: int) -> Tensor:

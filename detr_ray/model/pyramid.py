@@ -170,6 +170,17 @@ def input_projections(
     return projections
 
 
+def _halved(padding: Tensor | None, mask: Tensor, source: Tensor, project: nn.Module) -> Tensor:
+    """Padding ``[B, h', w']`` of a map of half the resolution of ``source``, whose padding is given.
+
+    As published it is read off the images' ``mask``, at places that are those of the cells only where the padded sides
+    are divisible by the stride: an image may have a cell more in a batch than alone.
+    """
+    if isinstance(project, InputProjection) and project.ignore_padding and padding is not None:
+        return padding[:, ::2, ::2]
+    return shrink_mask(mask, -(-source.shape[-2] // 2), -(-source.shape[-1] // 2))
+
+
 def build_pyramid(
     levels: Sequence[FeatureLevel],
     mask: Tensor | None,
@@ -195,8 +206,9 @@ def build_pyramid(
         else:
             if number > len(levels):
                 source = features
-            height, width = (-(-cells // 2) for cells in source.shape[-2:])
-            source_padding, padding = padding, None if mask is None else shrink_mask(mask, height, width)
+            source_padding = padding
+            if mask is not None:
+                padding = _halved(source_padding, mask, source, project)
             features = project(source, source_padding, padding).to(precision)
         cells.append(features.flatten(2).transpose(1, 2))
         positions.append(position_encoding(features, padding).flatten(1, 2).to(precision) + level_embed[number])

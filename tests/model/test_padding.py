@@ -24,7 +24,7 @@ MODELS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("ignored", [True, False], ids=["ignored", "as published"])
 @pytest.mark.parametrize("name", MODELS)
 def test_padding_plays_a_part_as_published_alone(name: str, ignored: bool) -> None:
-    """Sides that no stride divides, so that borders of cells and images differ."""
+    """With sides that no stride divides, of the image and of the batch: borders of cells and images differ."""
     torch.manual_seed(0)
     model = build_model(
         config_from_dict({"model": {**SMALL, **MODELS[name], "ignore_padding": ignored}}, "test").model, 5
@@ -34,7 +34,7 @@ def test_padding_plays_a_part_as_published_alone(name: str, ignored: bool) -> No
             norm.bias.data.uniform_(0, 0.5)
     model.eval()
     image = torch.randn(1, 3, 75, 90)
-    padded, mask = torch.zeros(1, 3, 160, 128), torch.ones(1, 160, 128, dtype=torch.bool)
+    padded, mask = torch.zeros(1, 3, 152, 121), torch.ones(1, 152, 121, dtype=torch.bool)
     padded[:, :, :75, :90], mask[:, :75, :90] = image, False
     with torch.no_grad():
         alone, found = model(image, None), model(padded, mask)

@@ -114,7 +114,7 @@ def assert_same(answer: dict[str, Any], expected: Any) -> None:
     assert (answer["height"], answer["width"]) == expected.size
     assert answer["names"] == expected.names and answer["category_ids"] == expected.category_ids.tolist()
     np.testing.assert_allclose(answer["scores"], expected.scores, atol=1e-5)
-    np.testing.assert_allclose(answer["boxes_xyxy_px"], expected.boxes_xyxy_px, atol=1e-3)
+    np.testing.assert_allclose(np.reshape(answer["boxes_xyxy_px"], (-1, 4)), expected.boxes_xyxy_px, atol=1e-3)
 
 
 def test_answers_are_those_of_predict_for_many_clients_at_once(service: Service) -> None:

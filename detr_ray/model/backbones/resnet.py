@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d
 
-from detr_ray.model.features import Backbone, shrink_mask
+from detr_ray.model.features import Backbone
 from detr_ray.structures import IMAGENET_PIXELS
 
 if TYPE_CHECKING:
@@ -68,8 +68,14 @@ def resnets_with(names: Collection[str]) -> tuple[list[str], int]:
 
 
 def _zeroed(x: Tensor, mask: Tensor | None) -> Tensor:
-    """``[B, C, h, w]`` with 0 in the padding, as if nothing were there; ``mask`` is at the images' resolution."""
-    return x if mask is None else x.masked_fill(shrink_mask(mask, *x.shape[-2:])[:, None], 0)
+    """``[B, C, h, w]`` with 0 where ``mask``, ``[B, h, w]``, is True: on padding, as if nothing were there."""
+    return x if mask is None else x.masked_fill(mask[:, None], 0)
+
+
+def _shrunk(mask: Tensor | None, layer: nn.Conv2d) -> Tensor | None:
+    """The mask of what a layer gives, from that of what it gets."""
+    rows, columns = layer.stride
+    return None if mask is None else mask[:, ::rows, ::columns]
 
 
 def _convolve(
@@ -91,7 +97,7 @@ def _convolve(
         norm: frozen or trained batch norm over its output.
         shortcut: of the output's shape and type, added before the ReLU; None for none.
         relu: whether negative values become zero.
-        mask: ``[B, H, W]`` of the images, True on padding that the convolution must not see; None for none.
+        mask: ``[B, h, w]``, True on padding that the convolution must not see; None for none.
     """
     out: Tensor
     if conv.kernel_size != (1, 1):
@@ -155,11 +161,12 @@ class ResidualBlock(nn.Module):
         self.downsample = block.downsample
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """``[B, C_in, h, w]`` -> ``[B, C_out, h / stride, w / stride]``; padding in ``mask`` is not looked at."""
+        """``[B, C_in, h, w]`` -> ``[B, C_out, h / stride, w / stride]``; ``[B, h, w]`` padding is not looked at."""
         shortcut = x
         if self.downsample is not None:
             shortcut = _convolve(x, self.downsample[0], self.downsample[1], relu=False)
         out = _convolve(x, self.conv1, self.bn1, mask=mask)
+        mask = _shrunk(mask, self.conv1)
         if not self.has_bottleneck:
             return _convolve(out, self.conv2, self.bn2, shortcut, mask=mask)
         out = _convolve(out, self.conv2, self.bn2, mask=mask)
@@ -189,11 +196,15 @@ class ResNetBody(nn.Module):
         Padding in ``mask``, ``[B, H, W]``, is not looked at; None: it is part of the image, as in the original.
         """
         x = _convolve(images, self.conv1, self.bn1, mask=mask)
+        mask = _shrunk(mask, self.conv1)
         x = F.max_pool2d(_zeroed(x, mask), kernel_size=3, stride=2, padding=1)
+        mask = None if mask is None else mask[:, ::2, ::2]
         maps = []
         for stage in range(1, self.stages[-1] + 1):
             for block in self.get_submodule(f"layer{stage}").children():
+                assert isinstance(block, ResidualBlock)
                 x = block(x, mask)
+                mask = _shrunk(_shrunk(mask, block.conv1), block.conv2)
             if stage in self.stages:
                 maps.append(x)
         return tuple(maps)
@@ -262,7 +273,13 @@ class ResNetBackbone(Backbone):
     @classmethod
     def from_config(cls, cfg_model: ModelConfig, strides: Sequence[int]) -> Self:
         """The network of a config's ``model`` section, with random weights, that gives maps of these strides."""
-        return cls(cfg_model.backbone, cfg_model.backbone_norm, strides, cfg_model.dilation, getattr(cfg_model, "ignore_padding", False))
+        return cls(
+            cfg_model.backbone,
+            cfg_model.backbone_norm,
+            strides,
+            cfg_model.dilation,
+            getattr(cfg_model, "ignore_padding", False),
+        )
 
     def maps(self, images: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
         """The kept stages' features."""
