@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from detr_ray.data.errors import DataError, few, shown
 from detr_ray.data.formats import open_images
 from detr_ray.data.formats.assembly import Gathered, Reading, assemble
-from detr_ray.data.formats.folder import SPLIT_NAMES, Folder
+from detr_ray.data.formats.folder import SPLIT_NAMES, Folder, SplitTables
 from detr_ray.data.formats.image_names import ImageFinder
 from detr_ray.data.formats.values import at_line, check_class_names, read_class_file, to_number
 from detr_ray.data.index import DatasetIndex
@@ -50,21 +50,8 @@ class Row:
 
 
 @dataclass(frozen=True)
-class CsvFolder:
-    """A data set in tables.
-
-    Attributes:
-        folder: its folder.
-        tables: split -> name of its table.
-    """
-
-    folder: Folder
-    tables: Mapping[str, str]
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """Which of ``train``, ``val`` and ``all`` there are."""
-        return tuple(self.tables)
+class CsvFolder(SplitTables):
+    """A data set in tables of paths, boxes and classes."""
 
     def first_image(self, split: str) -> str | None:
         """Name of an image below the folder; None if there is none."""

@@ -9,8 +9,9 @@ from __future__ import annotations
 import codecs
 import os
 import posixpath
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from detr_ray.addresses import LocationError, is_remote, is_uri, join, resolve
@@ -195,3 +196,21 @@ def decode_text(location: str, raw: bytes) -> str:
 
 def _is_visible(name: str) -> bool:
     return not name.startswith(".") and name != "__MACOSX"
+
+
+@dataclass(frozen=True)
+class SplitTables:
+    """A data set in tables that each hold a split.
+
+    Attributes:
+        folder: its folder.
+        tables: split -> name of its table.
+    """
+
+    folder: Folder
+    tables: Mapping[str, str]
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Which of ``train``, ``val`` and ``all`` there are."""
+        return tuple(self.tables)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from detr_ray.data.errors import DataError, few, shown
 from detr_ray.data.formats.assembly import Gathered, Reading, assemble, refuse_pixels
-from detr_ray.data.formats.folder import SPLIT_NAMES, Folder, stem
+from detr_ray.data.formats.folder import SPLIT_NAMES, Folder, SplitTables, stem
 from detr_ray.data.formats.values import at_line, check_class_names, to_number
 from detr_ray.data.index import DatasetIndex
 from detr_ray.printable import printable
@@ -38,21 +38,8 @@ _DESCRIPTIONS = re.compile(r"class-descriptions.*\.csv$")
 
 
 @dataclass(frozen=True)
-class OpenImagesFolder:
-    """A data set in tables of Open Images.
-
-    Attributes:
-        folder: its folder.
-        tables: split -> name of its table.
-    """
-
-    folder: Folder
-    tables: Mapping[str, str]
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """Which of ``train``, ``val`` and ``all`` there are."""
-        return tuple(self.tables)
+class OpenImagesFolder(SplitTables):
+    """A data set in tables of Open Images."""
 
     def first_image(self, split: str) -> str | None:
         """Name of an image below the folder; None if there is none."""

@@ -9,6 +9,7 @@ Knows images and strides; knows nothing of padding, positions, attention or file
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Self
 
@@ -72,10 +73,9 @@ def _zeroed(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x.masked_fill(mask[:, None], 0)
 
 
-def _shrunk(mask: Tensor | None, layer: nn.Conv2d) -> Tensor | None:
-    """The mask of what a layer gives, from that of what it gets."""
-    rows, columns = layer.stride
-    return None if mask is None else mask[:, ::rows, ::columns]
+def _shrunk(mask: Tensor | None, stride: int) -> Tensor | None:
+    """The mask of what a layer of this stride gives, from that of what it gets."""
+    return None if mask is None else mask[:, ::stride, ::stride]
 
 
 def _convolve(
@@ -158,7 +158,7 @@ class ResidualBlock(nn.Module):
         self.has_bottleneck = isinstance(block, resnet.Bottleneck)
         if self.has_bottleneck:
             self.conv3, self.bn3 = block.conv3, block.bn3
-        self.downsample = block.downsample
+        self.downsample, self.stride = block.downsample, block.stride
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """``[B, C_in, h, w]`` -> ``[B, C_out, h / stride, w / stride]``; ``[B, h, w]`` padding is not looked at."""
@@ -166,11 +166,26 @@ class ResidualBlock(nn.Module):
         if self.downsample is not None:
             shortcut = _convolve(x, self.downsample[0], self.downsample[1], relu=False)
         out = _convolve(x, self.conv1, self.bn1, mask=mask)
-        mask = _shrunk(mask, self.conv1)
         if not self.has_bottleneck:
-            return _convolve(out, self.conv2, self.bn2, shortcut, mask=mask)
+            return _convolve(out, self.conv2, self.bn2, shortcut, mask=_shrunk(mask, self.stride))
         out = _convolve(out, self.conv2, self.bn2, mask=mask)
         return _convolve(out, self.conv3, self.bn3, shortcut)
+
+
+class Stage(nn.Sequential):
+    """Residual blocks one after the other; the first one may halve the resolution."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """As each of its blocks."""
+        for block in self:
+            assert isinstance(block, ResidualBlock)
+            x, mask = block(x, mask), _shrunk(mask, block.stride)
+        return x
+
+    @property
+    def stride(self) -> int:
+        """Of all blocks together."""
+        return math.prod(block.stride for block in self if isinstance(block, ResidualBlock))
 
 
 class ResNetBody(nn.Module):
@@ -188,7 +203,7 @@ class ResNetBody(nn.Module):
         self.stages = tuple(stages)
         for stage in range(1, self.stages[-1] + 1):
             blocks = network.get_submodule(f"layer{stage}").children()
-            self.add_module(f"layer{stage}", nn.Sequential(*map(ResidualBlock, blocks)))
+            self.add_module(f"layer{stage}", Stage(*map(ResidualBlock, blocks)))
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
         """Images ``[B, 3, H, W]`` -> features ``[B, C, h, w]`` of each of ``stages``.
@@ -196,16 +211,15 @@ class ResNetBody(nn.Module):
         Padding in ``mask``, ``[B, H, W]``, is not looked at; None: it is part of the image, as in the original.
         """
         x = _convolve(images, self.conv1, self.bn1, mask=mask)
-        mask = _shrunk(mask, self.conv1)
+        mask = _shrunk(mask, 2)
         x = F.max_pool2d(_zeroed(x, mask), kernel_size=3, stride=2, padding=1)
-        mask = None if mask is None else mask[:, ::2, ::2]
+        mask = _shrunk(mask, 2)
         maps = []
-        for stage in range(1, self.stages[-1] + 1):
-            for block in self.get_submodule(f"layer{stage}").children():
-                assert isinstance(block, ResidualBlock)
-                x = block(x, mask)
-                mask = _shrunk(_shrunk(mask, block.conv1), block.conv2)
-            if stage in self.stages:
+        for number in range(1, self.stages[-1] + 1):
+            stage = self.get_submodule(f"layer{number}")
+            assert isinstance(stage, Stage)
+            x, mask = stage(x, mask), _shrunk(mask, stage.stride)
+            if number in self.stages:
                 maps.append(x)
         return tuple(maps)
 
