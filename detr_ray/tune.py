@@ -34,9 +34,20 @@ def _check(config: Config) -> None:
         )
 
 
+def _check_seeds(seeds: int) -> None:
+    """Refuses numbers of seeds that cannot be compared, and says at once if they are too few to tell anything."""
+    from detr_ray.search.confirmation import MOST_SEEDS, reservation
+
+    if seeds < 0 or seeds == 1:
+        raise ConfigError(f"--confirm: must be 2 or more seeds, not {seeds}: one has no spread")
+    if seeds > MOST_SEEDS:
+        raise ConfigError(f"--confirm: must be at most {MOST_SEEDS} seeds, not {seeds}")
+    if seeds and (problem := reservation(seeds)):
+        say(f"WARNING: --confirm {seeds} cannot tell a difference from noise: {problem}")
+
+
 def _tune(config: Config, arguments: argparse.Namespace) -> int:
-    if arguments.confirm < 0 or arguments.confirm == 1:
-        raise ConfigError(f"--confirm: must be 2 or more seeds, not {arguments.confirm}: one has no spread")
+    _check_seeds(arguments.confirm)
     from detr_ray.runtime.search.results import summary
     from detr_ray.runtime.search.search import run_search
 

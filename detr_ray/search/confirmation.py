@@ -16,7 +16,10 @@ from typing import Literal
 SIGNIFICANT = 0.05
 
 MOST_SPLITS = 2_000_000
-"""Largest number of divisions that are counted; more would need days of training."""
+"""Largest number of divisions that are counted."""
+
+MOST_SEEDS = 11
+"""Largest number of seeds for each of the two configurations: with more there are more than `MOST_SPLITS`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +74,7 @@ class Confirmation:
     def verdict(self) -> str:
         """One sentence, or two: whether the difference can be told from noise."""
         if self.smallest_p_value >= SIGNIFICANT:
-            return (
-                "The difference cannot be told from noise: with so few seeds p is at least "
-                f"{self.smallest_p_value:.2g}, whatever the results. Reaching {SIGNIFICANT} takes at least "
-                f"{fewest_seeds()} seeds each (--confirm {fewest_seeds()})."
-            )
+            return f"The difference cannot be told from noise: {_too_few(self.smallest_p_value)}"
         if self.p_value >= SIGNIFICANT:
             return f"The difference cannot be told from noise (p is not below {SIGNIFICANT})."
         which = "better" if self.is_better else "worse"
@@ -115,6 +114,12 @@ def compare(best: Sequence[float], default: Sequence[float], mode: Literal["max"
     )
 
 
+def reservation(seeds: int) -> str:
+    """Why so few seeds for each configuration cannot tell a difference from noise; empty if they can."""
+    least = _smallest_p_value(seeds, seeds)
+    return "" if least < SIGNIFICANT else _too_few(least)
+
+
 def fewest_seeds() -> int:
     """The smallest number of seeds for each configuration with which p can be below `SIGNIFICANT`."""
     seeds = 1
@@ -126,6 +131,13 @@ def fewest_seeds() -> int:
 def _smallest_p_value(first: int, second: int) -> float:
     """The p of two samples that do not overlap. For equal sizes, the two samples exchanged differ as much."""
     return (2 if first == second else 1) / math.comb(first + second, first)
+
+
+def _too_few(smallest_p_value: float) -> str:
+    return (
+        f"with so few seeds p is at least {smallest_p_value:.2g}, whatever the results. Reaching {SIGNIFICANT} takes "
+        f"at least {fewest_seeds()} seeds each (--confirm {fewest_seeds()})."
+    )
 
 
 def _spread(sample: Sequence[float]) -> str:

@@ -12,7 +12,7 @@ import dataclasses
 import math
 import random
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,9 @@ FEWEST_GAINS = 4
 """With fewer gains, a model is useless, and settings are changed at random."""
 
 CANDIDATES = 500
+MOST_TRIED = 50
+"""So many of the most promising candidates are tried, if the configuration or a constraint refuses some."""
+
 OPTIMISM = 1.0
 """Standard deviations that are added to the expected gain."""
 
@@ -48,6 +51,7 @@ def guided_change(
     parameters: Mapping[str, Distribution],
     gains: Sequence[Gain],
     epoch: int,
+    is_possible: Callable[[Mapping[str, Any]], bool] = lambda values: True,
 ) -> dict[str, Any] | None:
     """The most promising settings from an epoch on.
 
@@ -57,9 +61,10 @@ def guided_change(
         parameters: the parameters to change: ``uniform`` and ``loguniform`` ones.
         gains: the known gains.
         epoch: from which on the settings hold.
+        is_possible: whether a trial can have these settings.
 
     Returns:
-        Name -> value; None if there are too few gains.
+        Name -> value; None if there are too few gains, or none of the most promising settings is possible.
     """
     known = [gain for gain in gains if math.isfinite(gain.gain)]
     if len(known) < FEWEST_GAINS:
@@ -80,8 +85,9 @@ def guided_change(
     mean, deviation = model.predict(
         np.array([[*_places(one, parameters), epoch / last] for one in drawn]), return_std=True
     )
-    best = int(np.argmax(mean + OPTIMISM * deviation))
-    return {**values, **drawn[best]}
+    promising = np.argsort(-(mean + OPTIMISM * deviation), kind="stable")[:MOST_TRIED]
+    candidates = ({**values, **drawn[place]} for place in promising)
+    return next((candidate for candidate in candidates if is_possible(candidate)), None)
 
 
 def _places(values: Mapping[str, Any], parameters: Mapping[str, Distribution]) -> list[float]:

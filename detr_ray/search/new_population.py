@@ -10,6 +10,9 @@ from detr_ray.search.population import Population, Values
 from detr_ray.search.reading import POPULATIONS
 from detr_ray.search.space import SearchSpace
 
+CHANGES_TRIED = 20
+"""After this many changes that the configuration or a constraint refuses, a moved trial keeps the donor's values."""
+
 
 def new_population(config: Config, space: SearchSpace) -> Population | None:
     """The population; None for other schedulers.
@@ -22,13 +25,18 @@ def new_population(config: Config, space: SearchSpace) -> Population | None:
     if settings.scheduler not in POPULATIONS:
         return None
 
+    def is_possible(values: Values) -> bool:
+        return not space.refusal(config, values)
+
     def change(values: Values, chance: random.Random) -> Values:
-        guided = None
         if settings.scheduler == "pb2":
             changing = {name: space.parameters[name] for name in space.mutated}
             following = population.decided_epoch + 2 * settings.perturb_every_epochs
-            guided = guided_change(values, chance, changing, population.gains, following)
-        return guided or space.perturb(values, chance, settings)
+            guided = guided_change(values, chance, changing, population.gains, following, is_possible)
+            if guided is not None:
+                return guided
+        changes = (space.perturb(values, chance, settings) for _ in range(CHANGES_TRIED))
+        return next((changed for changed in changes if is_possible(changed)), values)
 
     population = Population(
         settings.trials,

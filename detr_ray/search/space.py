@@ -178,6 +178,19 @@ class SearchSpace:
         keys = {**self.resolve(drawn), **{f"run.{name}": value for name, value in (run or {}).items()}}
         return with_values(base, keys)
 
+    def refusal(self, base: Config, drawn: Mapping[str, Any]) -> str:
+        """Why no trial can have these values, all reasons on one line; empty if one can.
+
+        Args:
+            base: the configuration of the search.
+            drawn: name -> value of all parameters.
+        """
+        try:
+            self.trial_config(base, drawn)
+        except ConfigError as error:
+            return "; ".join(error.errors)
+        return ""
+
     def broken_constraints(self, drawn: Mapping[str, Any]) -> list[str]:
         """One line for each constraint that does not hold.
 

@@ -89,17 +89,19 @@ def train_command(files: Sequence[str], overrides: Sequence[str], values: Mappin
         overrides: the ``key=value`` arguments of the search, as they were given; those of ``tune`` are left out.
         values: dotted key -> value of the trial (`SearchSpace.resolve`).
     """
-    # Overrides are merged into schedules key by key, so all keys are given to replace the one in the files.
-    whole = {
-        key: Schedule.model_validate(value).model_dump(mode="json") if isinstance(value, Mapping) else value
-        for key, value in values.items()
-    }
+    whole = {key: _whole(value) for key, value in values.items()}
     kept = [item for item in overrides if not item.removeprefix("--").startswith(("tune.", "tune="))]
     parts = ["python", "-m", "detr_ray.train"]
     for file in files:
         parts += ["--config", file]
     parts += [*kept, *(f"{key}={format_inline(value)}" for key, value in whole.items())]
     return shlex.join(parts)
+
+
+def _whole(value: Any) -> Any:
+    """A schedule with all of its keys, because overrides are merged into that of the files key by key."""
+    is_schedule = isinstance(value, Mapping) and "points" in value
+    return Schedule.model_validate(value).model_dump(mode="json") if is_schedule else value
 
 
 def short_names(names: Sequence[str]) -> list[str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from scipy import stats
 
-from detr_ray.search.confirmation import compare, fewest_seeds
+from detr_ray.search.confirmation import MOST_SEEDS, MOST_SPLITS, compare, fewest_seeds, reservation
 
 
 def test_three_seeds_can_never_be_enough_and_it_is_said() -> None:
@@ -15,6 +17,16 @@ def test_three_seeds_can_never_be_enough_and_it_is_said() -> None:
     assert not found.is_better
     assert "p is at least 0.1" in found.verdict and "at least 4 seeds each (--confirm 4)" in found.verdict
     assert fewest_seeds() == 4
+
+
+def test_numbers_of_seeds_that_say_nothing_are_known_before() -> None:
+    assert [bool(reservation(seeds)) for seeds in (2, 3, 4, MOST_SEEDS)] == [True, True, False, False]
+    assert reservation(
+        3
+    ) == "with so few seeds p is at least 0.1, whatever the results. Reaching 0.05 takes at least " + (
+        "4 seeds each (--confirm 4)."
+    )
+    assert math.comb(2 * MOST_SEEDS, MOST_SEEDS) <= MOST_SPLITS < math.comb(2 * MOST_SEEDS + 2, MOST_SEEDS + 1)
 
 
 def test_four_seeds_that_do_not_overlap_are() -> None:

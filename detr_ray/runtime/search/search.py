@@ -273,7 +273,7 @@ class _Search:
             self._book,
             self._proposer(),
             settings.trials,
-            self._refusal,
+            lambda values: self._space.refusal(self._config, values),
             capacity.has_room,
             lambda: bool(watch.stopping),
             self._start,
@@ -309,13 +309,6 @@ class _Search:
         if self._settings.searcher == "tpe":
             return OptunaTpe(self._space, self._settings, list(self._directory.trials))
         return Listed(self._space, self._settings)
-
-    def _refusal(self, values: Mapping[str, Any]) -> str:
-        try:
-            self._space.trial_config(self._config, values)
-        except ConfigError as error:
-            return "; ".join(error.errors)
-        return ""
 
     def _start(self, trial: Trial) -> Start:
         if self._population is not None:

@@ -56,6 +56,7 @@ def refused(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         ([RATE, "--resume", "tune.name=nowhere"], ["tune.name: there is no search 'nowhere'"]),
         ([RATE, "--confirm", "1"], ["--confirm: must be 2 or more seeds, not 1"]),
         ([RATE, "--confirm", "-3"], ["--confirm: must be 2 or more seeds, not -3"]),
+        ([RATE, "--confirm", "12"], ["--confirm: must be at most 11 seeds, not 12"]),
     ],
 )
 def test_bad_input_is_refused_in_one_line(refused: Run, tmp_path: Path, arguments: list[str], said: list[str]) -> None:

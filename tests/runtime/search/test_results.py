@@ -11,7 +11,7 @@ import pytest
 import yaml
 from search.spaces import searching
 
-from detr_ray.config import load_config
+from detr_ray.config import Schedule, load_config
 from detr_ray.runtime.search.results import SearchResult, best_values, lived_by, summary
 from detr_ray.search import SearchSpace, Trial
 from detr_ray.search.population import Population, Report, Values
@@ -112,6 +112,14 @@ def test_summary_of_a_finished_search() -> None:
     assert overrides[0] == "train.epochs=4" and not [item for item in overrides if item.startswith("tune")]
     config = load_config(None, ["data.root=/data", *overrides])
     assert (config.optim.lr, config.optim.lr_backbone, config.loss.giou) == (1.0, 0.5, 2.0)
+
+
+def test_the_command_of_the_best_has_mappings_that_are_no_schedules() -> None:
+    values = {"optim.lr_factors": {"model.encoder": 0.5}, "loss.giou": {"points": [[0, 2], [9, 3.0]]}}
+    text = summary(result(best_values=values), [], [])
+    *_, factors, giou = shlex.split(line_of(text, "train it"))
+    config = load_config(None, ["data.root=/data", factors, giou])
+    assert config.optim.lr_factors == {"model.encoder": 0.5} and isinstance(config.loss.giou, Schedule)
 
 
 def test_summary_of_a_stopped_search_says_how_to_go_on() -> None:

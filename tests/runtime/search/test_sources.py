@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from search.spaces import searching
 
-from detr_ray.config import Config, ConfigError
+from detr_ray.config import Config
 from detr_ray.runtime.search.sources import MOST_REFUSED, Listed, OptunaTpe, Proposer, Source
 from detr_ray.runtime.search.trial_actor import Start
 from detr_ray.search import SearchSpace, Trial
@@ -32,23 +32,16 @@ class Place:
 
     def __init__(self, folder: Path, config: Config, proposer: Proposer | None = None, trials: Sequence[Trial] = ()):
         self.space = SearchSpace.from_config(config)
-        self.config = config
         self.room, self.ending = 100, False
         self.said: list[str] = []
         self.exhausted = 0
         self.book = Book(str(folder), config.tune.mode, config.tune.max_trial_failures, trials)
         self.source = Source(
-            self.book, proposer or Listed(self.space, config.tune), config.tune.trials, self._refusal,
+            self.book, proposer or Listed(self.space, config.tune), config.tune.trials,
+            lambda values: self.space.refusal(config, values),
             lambda running: running < self.room, lambda: self.ending,
             lambda trial: Start(trial.name, trial.values, known_step=trial.step), self.said.append, self._end,
         )  # fmt: skip
-
-    def _refusal(self, values: Mapping[str, Any]) -> str:
-        try:
-            self.space.trial_config(self.config, values)
-        except ConfigError as error:
-            return "; ".join(error.errors)
-        return ""
 
     def _end(self) -> None:
         self.exhausted += 1
