@@ -36,13 +36,15 @@ def _check(config: Config) -> None:
 
 def _check_seeds(seeds: int) -> None:
     """Refuses numbers of seeds that cannot be compared, and says at once if they are too few to tell anything."""
+    if seeds == 0:
+        return
     from detr_ray.search.confirmation import MOST_SEEDS, reservation
 
     if seeds < 0 or seeds == 1:
         raise ConfigError(f"--confirm: must be 2 or more seeds, not {seeds}: one has no spread")
     if seeds > MOST_SEEDS:
         raise ConfigError(f"--confirm: must be at most {MOST_SEEDS} seeds, not {seeds}")
-    if seeds and (problem := reservation(seeds)):
+    if problem := reservation(seeds):
         say(f"WARNING: --confirm {seeds} cannot tell a difference from noise: {problem}")
 
 
