@@ -174,20 +174,29 @@ class Population:
                 if epoch < self.decided_epoch or not self.is_round(epoch):
                     yield report
 
-    def ancestry(self, trial: str) -> list[tuple[int, Values]]:
+    def ancestry(self, trial: str, generation: int | None = None) -> list[tuple[int, Values]]:
         """The settings with which a trial's weights were trained: (first step, settings), in order.
 
         Args:
             trial: any of the population.
+            generation: the number of its moves before; None for all of them.
         """
-        return self._ancestry(trial, self.members[trial].generation)
-
-    def _ancestry(self, trial: str, generation: int) -> list[tuple[int, Values]]:
+        generation = self.members[trial].generation if generation is None else generation
         if generation == 0:
             moved = [move for move in self.moves if move.receiver == trial]
             return [(0, moved[0].old if moved else self.members[trial].values)]
-        move = next(one for one in self.moves if (one.receiver, one.generation) == (trial, generation))
-        return [*self._ancestry(move.donor, move.donor_generation), (move.step, move.new)]
+        move = self._move_of(trial, generation)
+        return [*self.ancestry(move.donor, move.donor_generation), (move.step, move.new)]
+
+    def run_of(self, trial: str, step: int) -> tuple[str, int]:
+        """The run that took a step of a trial's training, its own or an ancestor's: (trial, number of moves before)."""
+        generation = self.members[trial].generation
+        while generation and step <= (move := self._move_of(trial, generation)).step:
+            trial, generation = move.donor, move.donor_generation
+        return trial, generation
+
+    def _move_of(self, receiver: str, generation: int) -> Move:
+        return next(move for move in self.moves if (move.receiver, move.generation) == (receiver, generation))
 
     def _decide(self) -> list[Move]:
         moves: list[Move] = []

@@ -124,9 +124,8 @@ def _row(trial: Trial, names: Sequence[str]) -> list[str]:
     if trial.best_epoch is not None and trial.best_epoch != trial.epoch:
         best += f" (epoch {trial.best_epoch:g})"
     value = "" if trial.value is None else f"{trial.value:.4f}"
-    name = trial.name if not trial.generation else f"{trial.name}-g{trial.generation}"
     values = [_shown(trial.values[key]) if key in trial.values else "" for key in names]
-    return [name, trial.state, f"{trial.epoch:.4g}", value, best, *values]
+    return [trial.run_name, trial.state, f"{trial.epoch:.4g}", value, best, *values]
 
 
 def _shown(value: Any) -> str:

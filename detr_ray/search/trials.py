@@ -66,6 +66,11 @@ class Trial:
         """Whether it has ended for good, also if the search is resumed."""
         return self.state in ("finished", "stopped early", "failed", "refused")
 
+    @property
+    def run_name(self) -> str:
+        """Name of its present run."""
+        return run_name(self.name, self.generation)
+
     def measured(self, epoch: float, step: int, value: float, mode: Literal["max", "min"]) -> Trial:
         """The trial after a validation.
 
@@ -86,6 +91,11 @@ class Trial:
 def trial_name(number: int) -> str:
     """Name of the trial that is created as number ``number``, from 0."""
     return f"t{number:03d}"
+
+
+def run_name(trial: str, generation: int) -> str:
+    """Name of a trial's run after so many moves."""
+    return f"{trial}-g{generation}" if generation else trial
 
 
 def best_trial(trials: Iterable[Trial], mode: Literal["max", "min"]) -> Trial | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import time
@@ -19,12 +20,13 @@ from detr_ray.engine.run_report.search_page import search_report
 from detr_ray.locations import read_bytes
 from detr_ray.retries import reason_of
 from detr_ray.runtime.search.directory import SearchDirectory
-from detr_ray.runtime.search.trial_actor import run_name
+from detr_ray.runtime.search.results import measured_best
 from detr_ray.search.book import Book
 from detr_ray.search.importance import importance
+from detr_ray.search.population import Population
 from detr_ray.search.space import SearchSpace
 from detr_ray.search.tables import final_table, importance_table
-from detr_ray.search.trials import TRIALS_FILE, Trial
+from detr_ray.search.trials import TRIALS_FILE, Trial, run_name
 from detr_ray.tracking import Status
 from detr_ray.tracking.search_children import ChildState, RunState
 from detr_ray.tracking.search_run import SearchRun
@@ -51,6 +53,7 @@ class SearchRecords:
         book: its trials.
         tracking_uri: MLflow store; None for a search that is not tracked.
         say: shows the user a line.
+        population: the population of the search, if there is one.
     """
 
     def __init__(
@@ -61,12 +64,14 @@ class SearchRecords:
         book: Book,
         tracking_uri: str | None,
         say: Say,
+        population: Population | None = None,
     ) -> None:
         self.metric = config.tune.metric
         self.mode: Mode = config.tune.mode
         self.parameters = list(space.parameters)
         self._reports = config.tracking.report
         self._space, self._directory, self._book, self._say = space, directory, book, say
+        self._population = population
         self._run: SearchRun | None = None
         self._run_uids: dict[str, str] = {}
         self._reconciled_at = 0.0
@@ -97,6 +102,15 @@ class SearchRecords:
     def path_of(self, name: str) -> str:
         """The folder of a trial's run."""
         return join(self._directory.path, name)
+
+    @property
+    def best(self) -> Trial | None:
+        """The best trial, with the run that has the best weights; see `measured_best`. None: nothing was measured."""
+        best = self._book.best
+        if best is None:
+            return None
+        best = measured_best(best, self._population)
+        return dataclasses.replace(best, run_path=self.path_of(best.run_name))
 
     def release(self, checkpoint: str) -> None:
         """Releases a checkpoint that no other trial will start from; after a storage error, at the end."""
@@ -167,14 +181,14 @@ class SearchRecords:
         self._run.close(status, self._children())
 
     def _children(self) -> list[ChildState]:
-        best = self._book.best
+        best = self.best
         found = []
         for trial in self._book.trials:
             if trial.state != "waiting" or trial.attempts:
-                found += self._children_of(trial, is_best=best is not None and best.name == trial.name)
+                found += self._children_of(trial, None if best is None else best.run_name)
         return found
 
-    def _children_of(self, trial: Trial, *, is_best: bool) -> list[ChildState]:
+    def _children_of(self, trial: Trial, best: str | None) -> list[ChildState]:
         """The runs of a trial. In a population, each move starts another run; all but the last ended with a move."""
         children = []
         for generation in range(trial.generation + 1):
@@ -191,7 +205,7 @@ class SearchRecords:
             children.append(
                 ChildState(
                     trial.name, state, uid, trial.problem if last else "moved to another trial's weights",
-                    dict(trial.values) if last else {}, is_best and last, generation, name,
+                    dict(trial.values) if last else {}, name == best, generation, name,
                 )
             )  # fmt: skip
         return children

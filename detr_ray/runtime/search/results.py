@@ -39,7 +39,7 @@ class SearchResult:
         trials: all of them.
         parameters: the searched parameters.
         seconds: of this process.
-        best: the best trial; None if nothing was measured.
+        best: the best trial, see `measured_best`; None if nothing was measured.
         best_values: key of the configuration -> value of the best trial. A key that changed during its training has the
             schedule of its values.
         tracking_uri: MLflow store of its records; None where it is not tracked.
@@ -60,6 +60,27 @@ class SearchResult:
     exploits: str = ""
 
 
+def measured_best(trial: Trial, population: Population | None) -> Trial:
+    """The trial with the run that measured the best value of a trial.
+
+    A moved trial has its donor's measurements up to the move. If the best is one of them, the weights are the donor's,
+    of its run at that time, also if it was moved itself since then.
+
+    Args:
+        trial: one with a measurement.
+        population: the population, if there was one.
+
+    Returns:
+        The trial with the name, the number of moves and the values of that run.
+    """
+    if population is None or trial.name not in population.members:
+        return trial
+    step = next(step for _, step, value in trial.history if value == trial.best)
+    name, generation = population.run_of(trial.name, step)
+    _, values = population.ancestry(name, generation)[-1]
+    return dataclasses.replace(trial, name=name, generation=generation, values=values)
+
+
 def lived_by(trial: Trial, space: SearchSpace, population: Population | None) -> str:
     """The schedule of a trial's values in a population, including its ancestors', as YAML; empty without a population.
 
@@ -72,10 +93,10 @@ def lived_by(trial: Trial, space: SearchSpace, population: Population | None) ->
         return ""
     epoch, step, _ = trial.history[-1]
     ancestry = []
-    for first, values in population.ancestry(trial.name):
+    for first, values in population.ancestry(trial.name, trial.generation):
         resolved = space.resolve(values)
         ancestry.append((first, {key: resolved[key] for key in space.mutated_keys}))
-    return lived_schedule(ancestry, round(step / epoch), f"What {trial.name} trained with, ancestors included.")
+    return lived_schedule(ancestry, round(step / epoch), f"What {trial.run_name} trained with, ancestors included.")
 
 
 def best_values(trial: Trial, space: SearchSpace, population: Population | None) -> dict[str, Any]:
@@ -108,7 +129,7 @@ def summary(result: SearchResult, files: Sequence[str], overrides: Sequence[str]
         lines.append(f"no trial gave a value of {result.metric}")
     else:
         lines += [
-            f"best              {result.best.name}: {result.metric} {result.best.best:.4f}",
+            f"best              {result.best.run_name}: {result.metric} {result.best.best:.4f}",
             f"train it          {train_command(files, overrides, result.best_values)}",
         ]
     if result.exploits and result.best is not None:

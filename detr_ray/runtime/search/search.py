@@ -155,7 +155,7 @@ class _Search:
             self._population.restore(directory.population)
         self._uri = run_tracking_uri(config)
         self._records = SearchRecords(
-            config, space, directory, self._book, self._uri if config.tracking.enabled else None, say
+            config, space, directory, self._book, self._uri if config.tracking.enabled else None, say, self._population
         )
         self._moves = None
         if self._population is not None:
@@ -193,7 +193,7 @@ class _Search:
             self._control.end()
             if watch is not None:
                 watch.end_all()
-            best = self._book.best
+            best = self._records.best
             values = None if best is None else best_values(best, self._space, self._population)
             self._records.end(status, {} if best is None else self._files(best, values or {}))
         return SearchResult(

@@ -31,6 +31,7 @@ from detr_ray.engine.reporting.progress import FitResult
 from detr_ray.runtime.launch import Runs
 from detr_ray.runtime.search.control import Line, Order
 from detr_ray.search.space import SearchSpace
+from detr_ray.search.trials import run_name
 
 logger = logging.getLogger(__name__)
 
@@ -82,11 +83,6 @@ class Setup:
         if self.tracking_uri is None:
             return config
         return config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": self.tracking_uri})})
-
-
-def run_name(trial: str, generation: int) -> str:
-    """Name of a trial's run after so many moves."""
-    return f"{trial}-g{generation}" if generation else trial
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,11 +12,11 @@ from detr_ray.callbacks import Say
 from detr_ray.runtime.search.control import Control, Order, Progress
 from detr_ray.runtime.search.directory import SearchDirectory
 from detr_ray.runtime.search.records import SearchRecords
-from detr_ray.runtime.search.trial_actor import run_name
 from detr_ray.runtime.search.unsaved import Unsaved
 from detr_ray.search.book import Book
 from detr_ray.search.population import Move, Population, Report
 from detr_ray.search.tables import aligned, trial_table
+from detr_ray.search.trials import run_name
 
 TABLE_EVERY_S = 30.0
 """Least time between two tables of progress."""
@@ -157,7 +157,7 @@ class SearchWatch(Unsaved, tune.Callback):  # type: ignore[misc]
             self._carry_out(self._population.end(name, failed=failed))
 
     def _note_path(self, name: str) -> None:
-        self._book.set_path(name, self._records.path_of(run_name(name, self._book[name].generation)))
+        self._book.set_path(name, self._records.path_of(self._book[name].run_name))
 
 
 class Moves:

@@ -12,7 +12,7 @@ import yaml
 from search.spaces import searching
 
 from detr_ray.config import Schedule, load_config
-from detr_ray.runtime.search.results import SearchResult, best_values, lived_by, summary
+from detr_ray.runtime.search.results import SearchResult, best_values, lived_by, measured_best, summary
 from detr_ray.search import SearchSpace, Trial
 from detr_ray.search.population import Population, Report, Values
 from detr_ray.search.space import with_values
@@ -25,8 +25,8 @@ SPACE: dict[str, Any] = {
 CONFIG = searching(SPACE, "tune.scheduler=pbt", "train.epochs=4", "tune.mutate=[optim.lr]")
 
 
-def trained(name: str, values: Values, epochs: int = 4, state: Any = "finished") -> Trial:
-    trial = Trial(name, values, state)
+def trained(name: str, values: Values, epochs: int = 4, state: Any = "finished", generation: int = 0) -> Trial:
+    trial = Trial(name, values, state, generation=generation)
     for epoch in range(1, epochs + 1):
         trial = trial.measured(epoch, epoch * 5, epoch / 8, "max")
     return trial
@@ -57,7 +57,7 @@ def test_without_a_population_the_best_values_are_those_of_the_trial() -> None:
 def test_the_best_of_a_population_has_the_schedule_that_its_weights_lived_through(epochs: int) -> None:
     """What changed is a schedule, also through expressions; the receiver's other values are the donor's."""
     space, population = SearchSpace.from_config(CONFIG), moved()
-    best = trained("t001", population.members["t001"].values, epochs)
+    best = trained("t001", population.members["t001"].values, epochs, generation=1)
     schedule = {"points": [[0.0, 1.0], [1.0, 0.5]], "interpolation": "constant"}
     half = {"points": [[0.0, 0.5], [1.0, 0.25]], "interpolation": "constant"}
     values = best_values(best, space, population)
@@ -73,8 +73,20 @@ def test_the_schedule_changes_at_the_step_of_the_move() -> None:
     space = SearchSpace.from_config(CONFIG)
     population = moved()
     population.moves[0] = dataclasses.replace(population.moves[0], step=4)
-    best = Trial("t001", population.members["t001"].values, "finished").measured(4, 12, 0.5, "max")
+    values = population.members["t001"].values
+    best = Trial("t001", values, "finished", generation=1).measured(4, 12, 0.5, "max")
     assert best_values(best, space, population)["optim.lr"]["points"] == [[0.0, 1.0], [4 / 3, 0.5]]
+
+
+def test_the_best_weights_of_a_moved_trial_may_be_those_of_its_donor() -> None:
+    population = moved()
+    inherited = Trial("t001", {"optim.lr": 0.5}, "failed", generation=1).measured(1, 5, 0.5, "max")
+    for trial in (inherited, inherited.measured(2, 10, 0.25, "max")):
+        best = measured_best(trial, population)
+        assert (best.run_name, best.values) == ("t000", {"optim.lr": 1.0, "loss.giou": 2.0}) and best.best == 0.5
+    own = inherited.measured(2, 10, 0.75, "max")
+    assert measured_best(own, population).run_name == "t001-g1"
+    assert measured_best(own, None) == own
 
 
 TRIALS = (
