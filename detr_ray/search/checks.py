@@ -92,6 +92,12 @@ def _settings(config: Config) -> Iterator[str]:
             yield f"train.early_stopping: must be null with tune.scheduler={tune.scheduler}, which compares all trials"
         if tune.trials < 2:
             yield f"tune.trials: must be at least 2 with tune.scheduler={tune.scheduler}: trials copy each other"
+        if tune.max_concurrent is not None and tune.max_concurrent < tune.trials:
+            yield (
+                f"tune.max_concurrent: must not be less than tune.trials ({tune.trials}) with tune.scheduler="
+                f"{tune.scheduler}, whose trials train at the same time; leave it out, or ask for fewer trials "
+                f"(got {tune.max_concurrent})"
+            )
     elif tune.grace_epochs > epochs:
         yield f"tune.grace_epochs: must not exceed train.epochs ({epochs}) (got {tune.grace_epochs})"
     if any(name in config.tune.space for name in ("train.epochs",)):

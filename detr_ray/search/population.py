@@ -3,7 +3,7 @@
 (Jaderberg et al., 2017, "Population Based Training of Neural Networks".) There is a round after every `every_epochs`
 epochs. It is decided once all trials have been evaluated at its epoch, and depends only on these evaluations and the
 seed, not on the speed of trials. Trials do not wait for a round: they train on, and only a moved trial loses its steps
-after the round.
+after the round. A trial that has passed an epoch without an evaluation (its scores could not be computed) is the worst.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Report:
         epoch: of the weights.
         step: optimizer steps that they had taken.
         value: the metric.
-        checkpoint: folder of the checkpoint with these weights.
+        checkpoint: folder of the checkpoint with these weights; empty where an evaluation is missing.
     """
 
     epoch: int
@@ -52,6 +52,7 @@ class Move:
         donor_value: that of the donor.
         old: settings of the receiver before.
         new: its new settings, made from the donor's.
+        seconds: from the order to the first step after it; None where that is not known.
     """
 
     epoch: int
@@ -65,6 +66,7 @@ class Move:
     donor_value: float
     old: Values
     new: Values
+    seconds: float | None = None
 
 
 @dataclasses.dataclass
@@ -76,12 +78,18 @@ class Member:
         generation: how often it was moved.
         reports: its evaluations by epoch, including those of its ancestors.
         state: whether it trains, has ended, or has failed and no longer takes part.
+        at_end: whether it has taken its last step and only waits for rounds.
     """
 
     values: Values
     generation: int = 0
     reports: dict[int, Report] = dataclasses.field(default_factory=dict)
     state: Literal["training", "ended", "failed"] = "training"
+    at_end: bool = False
+
+    def has_passed(self, epoch: int) -> bool:
+        """Whether no evaluation of an epoch is to be waited for."""
+        return self.at_end or self.state == "ended" or max(self.reports, default=0) >= epoch
 
 
 Change = Callable[[Values, random.Random], Values]
@@ -154,6 +162,19 @@ class Population:
         member.reports[report.epoch] = report
         return self._decide()
 
+    def wait(self, trial: str, generation: int) -> list[Move]:
+        """Notes that a trial has taken its last step, and that all of its evaluations were reported.
+
+        Args:
+            trial: which trial.
+            generation: the number of its moves when it took the step; see `report`.
+        """
+        member = self.members[trial]
+        if generation != member.generation:
+            return []
+        member.at_end = True
+        return self._decide()
+
     def end(self, trial: str, *, failed: bool) -> list[Move]:
         """Notes that a trial has ended: rounds no longer wait for it, and a failed one no longer takes part."""
         self.members[trial].state = "failed" if failed else "ended"
@@ -171,7 +192,7 @@ class Population:
         """
         for member in self.members.values():
             for epoch, report in member.reports.items():
-                if epoch < self.decided_epoch or not self.is_round(epoch):
+                if report.checkpoint and (epoch < self.decided_epoch or not self.is_round(epoch)):
                     yield report
 
     def ancestry(self, trial: str, generation: int | None = None) -> list[tuple[int, Values]]:
@@ -203,8 +224,10 @@ class Population:
         while (epoch := self.decided_epoch + self._every_epochs) <= self.last_round:
             taking_part = {name: member for name, member in self.members.items() if member.state != "failed"}
             waits = len(self.members) < self._size
-            if waits or not taking_part or any(epoch not in member.reports for member in taking_part.values()):
+            if waits or not taking_part or not all(member.has_passed(epoch) for member in taking_part.values()):
                 break
+            for member in taking_part.values():
+                member.reports.setdefault(epoch, Report(epoch, 0, math.nan, ""))
             moves += self._round(epoch, taking_part)
             self.decided_epoch = epoch
         return moves
@@ -243,7 +266,7 @@ class Population:
 
     def _apply(self, move: Move) -> None:
         member, donor = self.members[move.receiver], self.members[move.donor]
-        member.values, member.generation = move.new, move.generation
+        member.values, member.generation, member.at_end = move.new, move.generation, False
         # Its evaluations after the round are dropped.
         member.reports = {epoch: report for epoch, report in member.reports.items() if epoch < move.epoch}
         member.reports[move.epoch] = donor.reports[move.epoch]

@@ -70,6 +70,7 @@ def test_faults_of_the_space(space: dict[str, Any], message: str) -> None:
         (["tune.scheduler=pbt", "tune.perturb_every_epochs=8"], "perturb_every_epochs: must be less than train.epochs"),
         (["tune.scheduler=pbt", "eval.every_epochs=2"], "tune.perturb_every_epochs: must be a multiple of eval."),
         (["tune.scheduler=pbt", "tune.trials=1"], "tune.trials: must be at least 2"),
+        (["tune.scheduler=pbt", "tune.max_concurrent=7"], "tune.max_concurrent: must not be less than tune.trials (8)"),
         (["tune.scheduler=pbt", "tune.mutate=[optim.ls]"], "no parameter 'optim.ls'; did you mean 'optim.lr'?"),
         (["tune.scheduler=pbt", "tune.mutate=[]"], "tune.mutate: names nothing"),
         (["tune.scheduler=pbt", "train.early_stopping={}"], "train.early_stopping: must be null with tune.sch"),

@@ -167,6 +167,32 @@ def test_one_that_has_ended_is_not_moved_but_others_are_moved_to_it() -> None:
     assert who(made.report("t003", 0, report("t003", 2, 0.3))) == [("t002", "t000")]
 
 
+def test_an_epoch_that_was_passed_without_an_evaluation_counts_as_the_worst() -> None:
+    """Its scores could not be computed. Without this, the others would wait for it for ever."""
+    made = population(3, quantile=0.5)
+    members(made, 3)
+    made.report("t000", 0, report("t000", 1, 0.3))
+    made.report("t001", 0, report("t001", 1, 0.4))
+    assert made.decided_epoch == 0, "t002 may still report it"
+    (move,) = made.report("t002", 0, report("t002", 2, 0.9))
+    assert (move.receiver, move.donor, move.epoch) == ("t002", "t001", 1)
+    assert all(one.checkpoint for one in made.to_release()), "a missing one has no checkpoint"
+    restored = population(3, quantile=0.5)
+    restored.restore(json.loads(json.dumps(made.state())))
+    assert restored.members["t000"] == made.members["t000"] and restored.members["t002"].generation == 1
+
+
+def test_a_trial_at_its_end_is_not_waited_for() -> None:
+    made = population(2, quantile=0.5, epochs=3)
+    members(made, 2)
+    tell(made, 1, [0.3, 0.3])
+    made.report("t000", 0, report("t000", 2, 0.3))
+    assert made.wait("t001", 7) == [] and made.decided_epoch == 1, "of a generation that is no more"
+    (move,) = made.wait("t001", 0)
+    assert (move.receiver, move.donor, move.epoch) == ("t001", "t000", 2) and made.decided_epoch == 2
+    assert not made.members["t001"].at_end, "it trains again"
+
+
 def test_equal_values_move_nobody() -> None:
     made = population()
     members(made)

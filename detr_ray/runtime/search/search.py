@@ -193,6 +193,8 @@ class _Search:
             self._control.end()
             if watch is not None:
                 watch.end_all()
+            if self._moves is not None:
+                self._moves.save()
             best = self._records.best
             values = None if best is None else best_values(best, self._space, self._population)
             self._records.end(status, {} if best is None else self._files(best, values or {}))
@@ -257,22 +259,21 @@ class _Search:
                 budget=self._budget(capacity),
                 last_round=0 if self._population is None else self._population.last_round,
             )
+            source = self._source(capacity, watch)
             if self._population is not None and self._moves is not None:
-                watch.follow(self._population, self._moves)
+                watch.follow(self._population, self._moves, config.train.start_timeout_s, source.no_more)
                 self._moves.note_earlier()
                 self._moves([])
             with tempfile.TemporaryDirectory(prefix="detr_ray-tune-", ignore_cleanup_errors=True) as folder:
-                self._tuner(setup, capacity, watch, folder).fit()
+                self._tuner(setup, source, watch, folder).fit()
         finally:
             capacity.end()
 
-    def _tuner(self, setup: Setup, capacity: Capacity, watch: SearchWatch, folder: str) -> tune.Tuner:
-        settings = self._settings
-        earlier = [trial for trial in self._directory.trials if trial.history]
-        source = Source(
+    def _source(self, capacity: Capacity, watch: SearchWatch) -> Source:
+        return Source(
             self._book,
             self._proposer(),
-            settings.trials,
+            self._settings.trials,
             lambda values: self._space.refusal(self._config, values),
             capacity.has_room,
             lambda: bool(watch.stopping),
@@ -280,6 +281,10 @@ class _Search:
             self._say,
             self._close_population,
         )
+
+    def _tuner(self, setup: Setup, source: Source, watch: SearchWatch, folder: str) -> tune.Tuner:
+        settings = self._settings
+        earlier = [trial for trial in self._directory.trials if trial.history]
         trainable = tune.with_resources(
             tune.with_parameters(TrialActor, setup=setup),
             # The trial actor computes nothing, but Tune needs a resource: one byte of memory is free on every node.

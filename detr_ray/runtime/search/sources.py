@@ -157,6 +157,12 @@ class Source(Unsaved, Searcher):  # type: ignore[misc]
         self._exhausted = False
         self._told: set[str] = {trial.name for trial in book.trials if trial.is_over}
 
+    def no_more(self) -> None:
+        """Draws no further trials."""
+        if not self._exhausted:
+            self._exhausted = True
+            self._on_exhausted()
+
     def set_search_properties(self, *arguments: Any, **named: Any) -> bool:
         """Ignores the arguments: metric and space are known."""
         return True
@@ -204,8 +210,7 @@ class Source(Unsaved, Searcher):  # type: ignore[misc]
             if refused >= MOST_REFUSED:
                 self._say(f"WARNING: {refused} draws in a row were refused; no more trials are begun")
                 break
-        self._exhausted = True
-        self._on_exhausted()
+        self.no_more()
         return None
 
     def _tell_proposer(self) -> None:

@@ -239,7 +239,10 @@ class Training:
             result = self._runs.run(job, self._hooks())
             order = self._order() or self._wait_for_rounds(result)
             if order is None:
-                return {} if result.status != "stopped" else {"stopped": True}
+                # One that waited for a round may still be moved when the search is resumed.
+                is_over = result.status != "stopped" and self._line.decided_epoch >= self._setup.last_round
+                return {} if is_over else {"stopped": True}
+            self._last = None
             self._generation, values, fork_from, known_step = order.generation, order.values, order.checkpoint, -1
             self._ordered = order.generation, time.monotonic(), _step_of(order.checkpoint)
 
@@ -260,6 +263,8 @@ class Training:
 
     def _wait_for_rounds(self, result: FitResult) -> Order | None:
         """At the end of a run: waits until no round can move it any more. Returns the order if one does."""
+        if result.status != "stopped" and self._line.decided_epoch < self._setup.last_round:
+            self._events.put({"generation": self._generation, "done": False, "waits": True})
         while result.status != "stopped" and self._line.decided_epoch < self._setup.last_round:
             if self._given_up or self._line.stopping:
                 return None

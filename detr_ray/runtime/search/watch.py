@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -49,13 +51,30 @@ class SearchWatch(Unsaved, tune.Callback):  # type: ignore[misc]
         self._done: dict[str, Mapping[str, Any]] = {}
         self._population: Population | None = None
         self._carry_out: Moves | None = None
+        self._patience_s = math.inf
+        self._no_more: Callable[[], None] = lambda: None
+        self._stuck_since: float | None = None
         self._changed = False
         self._shown_at = time.monotonic()
         self.stopping = ""
 
-    def follow(self, population: Population, carry_out: Moves) -> None:
-        """Passes results and ends of trials to a population, and carries out its moves."""
+    def follow(
+        self,
+        population: Population,
+        carry_out: Moves,
+        patience_s: float = math.inf,
+        no_more: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Passes results and ends of trials to a population, and carries out its moves.
+
+        Args:
+            population: the population.
+            carry_out: carries out moves.
+            patience_s: how long trials that have taken their last step wait for one that has no room in the cluster.
+            no_more: called when they have waited that long: no further trial may be added.
+        """
         self._population, self._carry_out = population, carry_out
+        self._patience_s, self._no_more = patience_s, no_more
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Notes that a trial runs."""
@@ -72,6 +91,8 @@ class SearchWatch(Unsaved, tune.Callback):  # type: ignore[misc]
         name = trial.config["trial"]
         if "problem" in result:  # the trial's own end; a scheduler marks results done, too
             self._done[trial.trial_id] = result
+        if "waits" in result and self._population is not None and self._carry_out is not None:
+            self._carry_out(self._population.wait(name, result["generation"]))
         known = self._book[name]
         if "value" not in result or result["generation"] != known.generation:
             return
@@ -112,9 +133,32 @@ class SearchWatch(Unsaved, tune.Callback):  # type: ignore[misc]
             self._say(f"{why}: stopping {self._book.counts['running']} trials, each with a checkpoint")
             self._control.stop()
         self._control.exchange()
+        self._end_waiting()
         self._on_progress(self._trials_done())
         if self._changed and time.monotonic() - self._shown_at > TABLE_EVERY_S:
             self.show_table()
+
+    def _end_waiting(self) -> None:
+        """Gives up trials that have had no room for long, while all others only wait for them at their ends."""
+        population, running = self._population, [one.name for one in self._book.trials if one.state == "running"]
+        if population is None or self.stopping or population.decided_epoch >= population.last_round:
+            return
+        if not running or not all(population.members[name].at_end for name in running):
+            self._stuck_since = None
+            return
+        if self._stuck_since is None:
+            self._stuck_since = time.monotonic()
+            self._say(
+                f"{', '.join(running)} wait at their ends for trials that have no room in the cluster now; these are "
+                f"given up after {self._patience_s:g} s (train.start_timeout_s)"
+            )
+        if time.monotonic() - self._stuck_since < self._patience_s:
+            return
+        problem = f"there was no room for it in the cluster for {self._patience_s:g} s"
+        for trial in self._book.trials:
+            if trial.state == "waiting":
+                self._fail(trial.name, problem, again=False)
+        self._no_more()
 
     def _trials_done(self) -> float:
         at_work = self._control.progress
@@ -188,7 +232,7 @@ class Moves:
 
     def __call__(self, moves: list[Move]) -> None:
         """Gives orders after they are saved, so that a resumed search can repeat them."""
-        self._directory.write_population(self._population.state())
+        self.save()
         for move in moves:
             self._note(move)
             self._say(
@@ -206,6 +250,17 @@ class Moves:
             if move.epoch < self._population.decided_epoch and old not in self._tidied:
                 self._tidied.add(old)
                 self._records.tidy(old, 1)
+
+    def save(self) -> None:
+        """Writes the state of the population, with the seconds that moves took."""
+        at_work = self._control.progress
+        self._population.moves = [
+            dataclasses.replace(move, seconds=at_work.get(move.receiver, Progress()).moved.get(move.generation))
+            if move.seconds is None
+            else move
+            for move in self._population.moves
+        ]
+        self._directory.write_population(self._population.state())
 
     def note_earlier(self) -> None:
         """Notes what an earlier process decided but did not note: moves, and ends of trials."""
@@ -235,14 +290,13 @@ class Moves:
         """All moves as a table, with the seconds from the order to the first step after it."""
         rows = [["epoch", "trial", "from", "step", "seconds", "values"]]
         for move in self._population.moves:
-            seconds = self._control.progress.get(move.receiver, Progress()).moved.get(move.generation)
             rows.append(
                 [
                     str(move.epoch),
                     run_name(move.receiver, move.generation),
                     run_name(move.donor, move.donor_generation),
                     str(move.step),
-                    "" if seconds is None else f"{seconds:.1f}",
+                    "" if move.seconds is None else f"{move.seconds:.1f}",
                     changes_text(move.old, move.new),
                 ]
             )

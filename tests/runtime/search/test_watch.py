@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +14,7 @@ from detr_ray.config import load_config
 from detr_ray.engine.hooks import JobHooks
 from detr_ray.runtime.search import confirm
 from detr_ray.runtime.search.control import Progress
-from detr_ray.runtime.search.watch import SearchWatch
+from detr_ray.runtime.search.watch import Moves, SearchWatch
 from detr_ray.search.book import Book
 from detr_ray.search.population import Move, Population, Report
 
@@ -122,6 +124,69 @@ def test_a_population_is_told_what_the_book_knew_before(tmp_path: Path) -> None:
     assert [(move.receiver, move.donor) for move in carried_out] == [("t000", "t001")]
     place.result("t001", 1, 0.5, generation=7)
     assert place.book.num_results == 2
+
+
+def population_of(place: Place, epochs: int = 3) -> Population:
+    """A population of the place's trials."""
+    made = Population(2, lambda values, chance: values, every_epochs=1, epochs=epochs, quantile=0.5, mode="max", seed=0)
+    for name in place.trials:
+        made.add(name, {"lr": 1.0})
+    return made
+
+
+def at_end(place: Place, name: str) -> None:
+    """A trial says that it has taken its last step."""
+    place.watch.on_trial_result(0, [], place.trials[name], {"generation": 0, "done": False, "waits": True})
+
+
+def test_a_trial_at_its_end_waits_for_no_evaluation(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    carried_out: list[Move] = []
+    moves: Any = carried_out.extend
+    place.watch.follow(population_of(place, epochs=2), moves)
+    place.result("t000", 1, 0.25)
+    at_end(place, "t001")
+    assert [(move.receiver, move.donor) for move in carried_out] == [("t001", "t000")]
+    assert place.book["t001"].history == ()
+
+
+def test_a_trial_without_room_is_given_up_when_all_others_only_wait_for_it(tmp_path: Path) -> None:
+    """Its node was lost for good, for example."""
+    place, ended = Place(tmp_path), []
+    made = population_of(place)
+    moves: Any = lambda moves: None  # noqa: E731
+    place.watch.follow(made, moves, 0.05, lambda: ended.append("no more"))
+    for epoch in (1, 2):
+        place.result("t000", epoch, 0.25)
+    place.watch.on_trial_error(0, [], place.trials["t001"])
+    time.sleep(0.06)
+    place.watch.on_step_end(0, [])
+    assert place.book["t001"].state == "waiting" and not ended, "t000 still trains"
+    at_end(place, "t000")
+    place.watch.on_step_end(0, [])
+    assert place.book["t001"].state == "waiting" and "t000 wait at their ends" in place.said[-1]
+    time.sleep(0.06)
+    place.watch.on_step_end(0, [])
+    assert place.book["t001"].state == "failed" and "no room" in place.book["t001"].problem
+    assert ended == ["no more"] and made.decided_epoch == made.last_round == 2
+
+
+def test_moves_keep_their_seconds_for_a_resumed_search(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    made, written = population_of(place), list[Any]()
+    directory: Any = SimpleNamespace(write_population=written.append)
+    records: Any = SimpleNamespace(path_of=lambda name: name)
+    moves = Moves(made, place.book, place.control, directory, records, place.said.append)
+    made.report("t000", 0, Report(1, 5, 0.25, "a"))
+    made.report("t001", 0, Report(1, 5, 0.5, "b"))
+    place.control.progress = {"t000": Progress(0.5, {1: 2.5})}
+    moves.save()
+    restored = population_of(place)
+    restored.restore(json.loads(json.dumps(written[-1])))
+    place.control.progress = {}
+    again = Moves(restored, place.book, place.control, directory, records, place.said.append)
+    again.save()
+    assert again.exploits().splitlines()[1].split()[:5] == ["1", "t000-g1", "t001", "5", "2.5"]
 
 
 def test_confirming_tells_how_many_trainings_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
