@@ -54,6 +54,7 @@ class SearchWatch(Unsaved, tune.Callback):  # type: ignore[misc]
         self._patience_s = math.inf
         self._no_more: Callable[[], None] = lambda: None
         self._stuck_since: float | None = None
+        self._said_stuck = False
         self._changed = False
         self._shown_at = time.monotonic()
         self.stopping = ""
@@ -144,15 +145,17 @@ class SearchWatch(Unsaved, tune.Callback):  # type: ignore[misc]
         if population is None or self.stopping or population.decided_epoch >= population.last_round:
             return
         if not running or not all(population.members[name].at_end for name in running):
-            self._stuck_since = None
+            self._stuck_since, self._said_stuck = None, False
             return
-        if self._stuck_since is None:
-            self._stuck_since = time.monotonic()
+        self._stuck_since = self._stuck_since or time.monotonic()
+        stuck_s = time.monotonic() - self._stuck_since
+        if not self._said_stuck and stuck_s >= min(TABLE_EVERY_S, self._patience_s):  # a restart takes a moment, too
+            self._said_stuck = True
             self._say(
-                f"{', '.join(running)} wait at their ends for trials that have no room in the cluster now; these are "
-                f"given up after {self._patience_s:g} s (train.start_timeout_s)"
+                f"{', '.join(running)} wait at their ends for trials that have no room in the cluster; these are given "
+                f"up after {self._patience_s:g} s (train.start_timeout_s)"
             )
-        if time.monotonic() - self._stuck_since < self._patience_s:
+        if stuck_s < self._patience_s:
             return
         problem = f"there was no room for it in the cluster for {self._patience_s:g} s"
         for trial in self._book.trials:
