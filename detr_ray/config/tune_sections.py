@@ -37,7 +37,8 @@ class TuneConfig(Section):
     from a copy of a good one, with changed values. `pb2`: the same, with new values from a model of what was good
     (needs the package scikit-learn)."""
     metric: Text = "val/AP"
-    """The metric of the validation by which trials are compared."""
+    """The metric of the validation by which trials are compared. The best checkpoint of each
+    trial is the one with the highest AP all the same, as in every training."""
     mode: Literal["max", "min"] = "max"
     """Whether a larger or a smaller metric is better."""
     grace_epochs: Count = 1
@@ -47,8 +48,8 @@ class TuneConfig(Section):
     perturb_every_epochs: Count = 1
     """With `pbt` and `pb2`: epochs between two comparisons of the trials."""
     mutate: tuple[Text, ...] | None = None
-    """With `pbt` and `pb2`: the parameters that change during training. Only learning rates and loss weights can; the
-    other parameters keep their first values. null: all parameters of the space."""
+    """With `pbt` and `pb2`: the parameters that change during training. Only learning rates and loss weights can; a
+    moved trial takes the other parameters from the trial from which it goes on. null: all parameters of the space."""
     perturb_factors: tuple[Positive, Positive] = (0.8, 1.25)
     """With `pbt`: a number changes by one of these two factors."""
     resample_probability: Share = 0.25

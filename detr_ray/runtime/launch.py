@@ -97,11 +97,14 @@ class Runs:
     Args:
         budget: largest resources that a run may take of the cluster.
         say: shows the user a line of progress.
+        says_how_to_resume: whether it says how to continue each run by its name. Programs that do this for several runs
+            at once set it to False.
     """
 
-    def __init__(self, budget: Budget, say: Say) -> None:
+    def __init__(self, budget: Budget, say: Say, *, says_how_to_resume: bool = True) -> None:
         self._budget = budget
         self._say = say
+        self._says_how_to_resume = says_how_to_resume
         self._session = contextlib.ExitStack()
         self._workers: Workers | None = None
 
@@ -122,7 +125,8 @@ class Runs:
         """
         job = dataclasses.replace(job, parent_run=hooks.parent_run, hold_evaluated=hooks.hold_evaluated)
         self._say(run_summary(job))
-        self._say(f"to go on with it after an interruption: the same command with run.name={job.run.name}")
+        if self._says_how_to_resume:
+            self._say(f"to go on with it after an interruption: the same command with run.name={job.run.name}")
         try:
             with job.run.locked(self._say):
                 if job.config.train.launcher == "local":
@@ -133,7 +137,8 @@ class Runs:
             latest = job.run.checkpoints.latest()
             return FitResult(job.run.name, job.run.path, "stopped", 0 if latest is None else latest.step)
         except KeyboardInterrupt:
-            self._say(f"stopped; the same command with run.name={job.run.name} goes on from the last checkpoint")
+            if self._says_how_to_resume:
+                self._say(f"stopped; the same command with run.name={job.run.name} goes on from the last checkpoint")
             raise
 
     def _workers_for(self, job: TrainJob) -> Workers:

@@ -14,6 +14,8 @@ from detr_ray.engine.checkpoints.run_directory import RunDirectory, absolute_sto
 from detr_ray.tracking import tracking_uri
 from detr_ray.tracking.reachability import UnreachableError, UnusableError, try_store
 
+STORE_VARIABLE = "MLFLOW_TRACKING_URI"
+
 TRY_STORE_S = 3.0
 """How long a tracking server may take to answer before training starts without it."""
 
@@ -52,6 +54,18 @@ def run_tracking_uri(config: Config) -> str:
     return tracking_uri(config.tracking.uri, local_storage(config))
 
 
+def recorded_in(config: Config, uri: str) -> Config:
+    """The configuration with an MLflow store in place of the default one in its own ``run.storage``.
+
+    Args:
+        config: the configuration. A store that it or the environment names stays.
+        uri: address of the store.
+    """
+    if config.tracking.uri or _from_environment():
+        return config
+    return config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": uri})})
+
+
 def tracking_folder(config: Config, run: RunDirectory) -> Path:
     """Folder for records that are not in the store yet: in the run's folder, or on this machine's disk."""
     return (run.local_path or local_storage(config) / f"{run.name}-{run.run_id[:8]}") / "tracking"
@@ -68,11 +82,11 @@ def check_tracking(config: Config, say: Say) -> None:
     try:
         try_store(run_tracking_uri(config), TRY_STORE_S)
     except UnusableError as error:
-        key = "tracking.uri" if config.tracking.uri else "MLFLOW_TRACKING_URI" if _from_environment() else "run.storage"
+        key = "tracking.uri" if config.tracking.uri else STORE_VARIABLE if _from_environment() else "run.storage"
         raise ConfigError(f"{key}: {error}, or train without records: tracking.enabled=false") from error
     except UnreachableError as error:
         say(f"WARNING: {error}; training goes on, and its records are sent once they can be")
 
 
 def _from_environment() -> bool:
-    return bool(os.environ.get("MLFLOW_TRACKING_URI"))
+    return bool(os.environ.get(STORE_VARIABLE))

@@ -192,7 +192,7 @@ class Validation:
             self._tracker.log_metrics(scored.metrics, scored.step)
             self._tracker.log_text(scored.scores.all_tables(), f"evaluation/epoch_{epoch:07.2f}.txt")
         self._keep(scored)
-        self._checkpoints.note(scored.step, {k: v for k, v in scored.metrics.items() if k.count("/") == 1})
+        self._checkpoints.note(scored.step, {name: scored.metrics[name] for name in scored.metrics if _is_kept(name)})
         best = self._checkpoints.best
         is_best = best is not None and best.step == scored.step
         self._context.say(evaluation_line(scored.metrics, epoch, is_best))
@@ -252,3 +252,8 @@ class Validation:
         model = copy.deepcopy(self._current)
         model.load_state_dict(self._context.broadcast(state))
         return model
+
+
+def _is_kept(metric: str) -> bool:
+    """Whether a checkpoint keeps a number of its evaluation: all that a search may compare (`tune.metric`)."""
+    return metric.count("/") == 1 or metric.startswith("val/AP/")

@@ -6,8 +6,10 @@ from collections.abc import Callable
 
 from detr_ray.callbacks import Say
 from detr_ray.config import Config
+from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.hooks import Budget, JobHooks
 from detr_ray.engine.job import prepare_job
+from detr_ray.engine.reporting.tracking_store import recorded_in
 from detr_ray.runtime.host_process import host_process_as_before
 from detr_ray.runtime.launch import Runs
 from detr_ray.runtime.search.results import SearchResult
@@ -32,7 +34,8 @@ def confirm(
 ) -> Confirmation:
     """Compares the best configuration of a search with the unchanged one.
 
-    Each training is a run in the search's folder; finished ones are not trained again.
+    Each training is a run in the search's folder, recorded where the search is, as a child of its MLflow run. Finished
+    ones are not trained again.
 
     Args:
         config: of the search.
@@ -43,24 +46,35 @@ def confirm(
 
     Raises:
         Stopped: the user stopped it.
+        RunFailed: a training cannot go on, or its last evaluation has no such metric.
     """
     assert result.best_values is not None, "a search without a result has nothing to confirm"
     kinds = {"best": with_values(config, result.best_values), "default": with_values(config, {})}
     measured: dict[str, list[float]] = {"best": [], "default": []}
-    with Runs(Budget(), say) as runs:
+    with Runs(Budget(), say, says_how_to_resume=False) as runs:
         for number in range(seeds):
             for kind, chosen in kinds.items():
                 seed = config.run.seed + FIRST_SEED + number
                 name = f"confirm-{kind}-{seed}"
                 run = {"run.name": name, "run.storage": result.path, "run.seed": seed}
-                job = prepare_job(with_values(chosen, run), say)
-                done = runs.run(job, _hooks(on_progress, sum(map(len, measured.values())), job.total_steps))
+                job = prepare_job(_recorded(with_values(chosen, run), result), say)
+                before = sum(map(len, measured.values()))
+                done = runs.run(job, _hooks(on_progress, before, job.total_steps, result.parent_run))
                 if done.status == "stopped":
                     raise Stopped(name)
+                if config.tune.metric not in done.metrics:
+                    raise RunFailed(
+                        f"{name}: its last evaluation has no {config.tune.metric}, so there is nothing to compare"
+                    )
                 measured[kind].append(done.metrics[config.tune.metric])
                 say(f"{name}: {config.tune.metric} {measured[kind][-1]:.4f}")
     return compare(measured["best"], measured["default"], config.tune.mode)
 
 
-def _hooks(on_progress: Callable[[float], None], before: int, total_steps: int) -> JobHooks:
-    return JobHooks(on_step=lambda step: on_progress(before + step / total_steps))
+def _recorded(config: Config, result: SearchResult) -> Config:
+    """The configuration with the MLflow store of the search."""
+    return config if result.tracking_uri is None else recorded_in(config, result.tracking_uri)
+
+
+def _hooks(on_progress: Callable[[float], None], before: int, total_steps: int, parent_run: str | None) -> JobHooks:
+    return JobHooks(on_step=lambda step: on_progress(before + step / total_steps), parent_run=parent_run)

@@ -44,6 +44,7 @@ class SearchResult:
             schedule of its values.
         tracking_uri: MLflow store of its records; None where it is not tracked.
         exploits: the moves of a population as a table; empty without one.
+        parent_run: id of the search's MLflow run; None where there is none.
     """
 
     name: str
@@ -58,6 +59,7 @@ class SearchResult:
     best_values: Mapping[str, Any] | None = None
     tracking_uri: str | None = None
     exploits: str = ""
+    parent_run: str | None = None
 
 
 def measured_best(trial: Trial, population: Population | None) -> Trial:

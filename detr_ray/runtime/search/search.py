@@ -18,7 +18,7 @@ from detr_ray.config import Config, ConfigError
 from detr_ray.data.index import DatasetIndex
 from detr_ray.engine.hooks import Budget
 from detr_ray.engine.opened_data import OpenedData, open_data
-from detr_ray.engine.reporting.tracking_store import check_tracking, run_tracking_uri
+from detr_ray.engine.reporting.tracking_store import STORE_VARIABLE, check_tracking, run_tracking_uri
 from detr_ray.runtime.host_process import StopSignals, host_process_as_before, stop_signals
 from detr_ray.runtime.search.capacity import Capacity
 from detr_ray.runtime.search.control import Control
@@ -157,6 +157,7 @@ class _Search:
         self._records = SearchRecords(
             config, space, directory, self._book, self._uri if config.tracking.enabled else None, say, self._population
         )
+        self._parent_run: str | None = None
         self._moves = None
         if self._population is not None:
             self._moves = Moves(self._population, self._book, self._control, directory, self._records, say)
@@ -211,6 +212,7 @@ class _Search:
             values,
             self._uri if self._config.tracking.enabled else None,
             "" if self._moves is None else self._moves.exploits(),
+            self._parent_run,
         )
 
     def _files(self, best: Trial, values: Mapping[str, Any]) -> dict[str, str]:
@@ -247,6 +249,7 @@ class _Search:
         capacity = Capacity(config, Budget(), self._at_once(), settings.trials)
         try:
             self._refuse_scattered_population(capacity)
+            self._parent_run = self._records.parent_run()
             setup = Setup(
                 base=config,
                 space=self._space,
@@ -254,8 +257,9 @@ class _Search:
                 metric=settings.metric,
                 opened=self._opened,
                 control=self._control.actor,
-                parent_run=self._records.parent_run(),
-                tracking_uri=None if config.tracking.uri or "MLFLOW_TRACKING_URI" in os.environ else self._uri,
+                parent_run=self._parent_run,
+                tracking_uri=self._uri,
+                environment_uri=os.environ.get(STORE_VARIABLE) or None,
                 budget=self._budget(capacity),
                 last_round=0 if self._population is None else self._population.last_round,
             )

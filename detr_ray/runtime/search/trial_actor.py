@@ -28,6 +28,7 @@ from detr_ray.engine.hooks import Budget, Evaluated, JobHooks
 from detr_ray.engine.job import TrainJob, prepare_job
 from detr_ray.engine.opened_data import OpenedData
 from detr_ray.engine.reporting.progress import FitResult
+from detr_ray.engine.reporting.tracking_store import STORE_VARIABLE, recorded_in
 from detr_ray.runtime.launch import Runs
 from detr_ray.runtime.search.control import Line, Order
 from detr_ray.search.space import SearchSpace
@@ -51,8 +52,8 @@ class Setup:
         opened: the data of all trials; None where settings of the data are searched.
         control: see `control`.
         parent_run: id of the search's MLflow run; None where there is none (yet).
-        tracking_uri: MLflow store of all records, if neither the configuration nor the environment names one. By
-            default each run would use one in the search's folder.
+        tracking_uri: MLflow store of all records.
+        environment_uri: the part of the driver's environment that names a store; None if it does not.
         budget: largest resources of a trial.
         last_round: epoch of the last round of a population; 0 without one.
     """
@@ -64,7 +65,8 @@ class Setup:
     opened: OpenedData | None
     control: ActorHandle
     parent_run: str | None
-    tracking_uri: str | None
+    tracking_uri: str
+    environment_uri: str | None
     budget: Budget
     last_round: int = 0
 
@@ -79,10 +81,7 @@ class Setup:
         """
         name = run_name(trial, generation)
         run = {"name": name, "storage": self.folder, "fork_from": fork_from}
-        config = self.space.trial_config(self.base, values, run)
-        if self.tracking_uri is None:
-            return config
-        return config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": self.tracking_uri})})
+        return recorded_in(self.space.trial_config(self.base, values, run), self.tracking_uri)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,9 +119,10 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]
         """Notes the trial, which begins with the first step, because Tune may use another actor for it."""
         assert setup is not None, "given by tune.with_parameters"
         _leave_tunes_folder()
+        _set_store(setup.environment_uri)
         self._setup = setup
         self._say = _Log(setup.folder)
-        self._runs = Runs(setup.budget, self._say)
+        self._runs = Runs(setup.budget, self._say, says_how_to_resume=False)
         self._start = Start.of_config(config)
         self._training: Training | None = None
 
@@ -157,6 +157,14 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]
 def _leave_tunes_folder() -> None:
     """Changes back to the working directory to which relative paths of the configuration refer."""
     os.chdir(os.environ["TUNE_ORIG_WORKING_DIR"])
+
+
+def _set_store(uri: str | None) -> None:
+    """Sets what the environment says about the MLflow store: on the driver's machine it may say something else."""
+    if uri is None:
+        os.environ.pop(STORE_VARIABLE, None)
+    else:
+        os.environ[STORE_VARIABLE] = uri
 
 
 class _Log:
