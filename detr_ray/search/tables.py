@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from detr_ray.config import Schedule
 from detr_ray.config.yaml_format import format_inline
 from detr_ray.printable import shortened
 from detr_ray.search.importance import Importance
+from detr_ray.search.lived_schedule import whole_value
 from detr_ray.search.trials import STATES, Trial
 
 MOST_ROWS = 20
@@ -89,19 +89,13 @@ def train_command(files: Sequence[str], overrides: Sequence[str], values: Mappin
         overrides: the ``key=value`` arguments of the search, as they were given; those of ``tune`` are left out.
         values: dotted key -> value of the trial (`SearchSpace.resolve`).
     """
-    whole = {key: _whole(value) for key, value in values.items()}
+    whole = {key: whole_value(value) for key, value in values.items()}
     kept = [item for item in overrides if not item.removeprefix("--").startswith(("tune.", "tune="))]
     parts = ["python", "-m", "detr_ray.train"]
     for file in files:
         parts += ["--config", file]
     parts += [*kept, *(f"{key}={format_inline(value)}" for key, value in whole.items())]
     return shlex.join(parts)
-
-
-def _whole(value: Any) -> Any:
-    """A schedule with all of its keys, because overrides are merged into that of the files key by key."""
-    is_schedule = isinstance(value, Mapping) and "points" in value
-    return Schedule.model_validate(value).model_dump(mode="json") if is_schedule else value
 
 
 def short_names(names: Sequence[str]) -> list[str]:

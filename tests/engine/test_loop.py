@@ -77,6 +77,9 @@ def test_metrics_have_their_public_names(dataset: Path, tmp_path: Path) -> None:
         "val/AP/rectangle",
     }  # fmt: skip
     assert [name for name in names if not tracker.history(name)] == []
+    latest = CheckpointStore(f"{tmp_path}/a/checkpoints").latest()
+    assert latest is not None and latest.metrics is not None
+    assert {"val/AP", "val/AP/rectangle"} <= latest.metrics.keys(), "a search may compare either"
 
 
 def test_the_loss_goes_down(dataset: Path, tmp_path: Path) -> None:

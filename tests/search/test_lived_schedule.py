@@ -10,15 +10,19 @@ from observing import observe, small_config, without_validation
 from recorded import final_weights
 from tiny import make_dataset
 
-from detr_ray.config import ConfigError, load_config
+from detr_ray.config import ConfigError, Schedule, load_config
 from detr_ray.config.yaml_format import format_inline, parse_yaml
-from detr_ray.search.lived_schedule import lived_schedule
+from detr_ray.search.lived_schedule import Lived, lived_values, schedule_file
 
 VALUES = (
     (0, {"optim.lr": 1e-3, "optim.lr_backbone": 3e-4, "loss.giou": 2, "loss.bbox": 5.0}),
     (3, {"optim.lr": 1e-3 * 1.25, "optim.lr_backbone": 3e-4, "loss.giou": 2.5}),
     (7, {"optim.lr": 1e-3 * 1.25 * 0.8, "loss.giou": 2.5, "loss.bbox": 5.0}),
 )
+
+
+def lived_schedule(lived: Lived, steps_per_epoch: int, header: str = "") -> str:
+    return schedule_file(lived_values(lived, steps_per_epoch), header)
 
 
 def write(folder: Path, text: str) -> Path:
@@ -44,6 +48,16 @@ def test_a_value_that_stayed_is_a_number_and_the_header_a_comment(tmp_path: Path
     assert config.loss.bbox == 5.0 and config.optim.lr_backbone == 3e-4
     assert not isinstance(config.loss.giou, float)
     assert config.loss.giou.points == ((0, 2), (0.75, 2.5)) and config.loss.giou.interpolation == "constant"
+
+
+def test_the_file_replaces_what_the_base_says(tmp_path: Path) -> None:
+    """A schedule of the base is replaced as a whole, also by one whose interpolation is the default."""
+    base = tmp_path / "base.yaml"
+    base.write_text("loss: {giou: {points: [[0, 1], [9, 2]], interpolation: cosine}}\noptim: {lr_factors: {a: 0.5}}\n")
+    values = {"loss.giou": {"points": [[0, 2], [9, 3]]}, "data.augment.crop": 0.25, "optim.lr_factors": {"b": 0.1}}
+    config = load_config([base, write(tmp_path, schedule_file(values))])
+    assert config.loss.giou == Schedule(points=((0, 2), (9, 3)))
+    assert config.data.augment.crop == 0.25 and config.optim.lr_factors == {"b": 0.1}
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 
 import ray
 
-from detr_ray.config import Config
+from detr_ray.config import Config, ConfigError
 from detr_ray.engine.hooks import Budget
 from detr_ray.runtime.ray_internals import autoscaler_adds_nodes
 from detr_ray.runtime.resources import WorkerRequest, plan_workers, usable_nodes
@@ -26,6 +26,9 @@ LOOK_EVERY_S = 5.0
 def trials_at_once(request: WorkerRequest, nodes: Iterable[Mapping[str, float]]) -> int:
     """The number of concurrent trials on these nodes.
 
+    An elastic trial counts with its most workers: it may grow to them, and no other would have room then. If there is
+    room only for fewer, one trial runs at a time.
+
     Args:
         request: the workers of one trial.
         nodes: resources of each node.
@@ -34,8 +37,11 @@ def trials_at_once(request: WorkerRequest, nodes: Iterable[Mapping[str, float]])
     bundle = request.resources_per_worker
     workers = sum(int(min(node.get(name, 0) // amount for name, amount in bundle.items())) for node in nodes)
     cpus = sum(node.get("CPU", 0) for node in nodes)
-    cpus_a_trial = request.min_workers * bundle.get("CPU", 0) + 1
-    return int(min(workers // request.min_workers, cpus // cpus_a_trial))
+
+    def room(each: int) -> int:
+        return int(min(workers // each, cpus // (each * bundle.get("CPU", 0) + 1)))
+
+    return max(room(request.max_workers), min(1, room(request.min_workers)))
 
 
 class Capacity:
@@ -45,7 +51,7 @@ class Capacity:
         config: of a trial.
         budget: of a trial.
         most: largest number of concurrent trials; None for no limit.
-        wanted: number of remaining trials.
+        wanted: number of trials.
 
     Raises:
         ConfigError: a trial has no room in this cluster.
@@ -57,7 +63,7 @@ class Capacity:
         self._wanted = wanted if most is None else min(most, wanted)
         self._room = 0
         self._looked = -LOOK_EVERY_S
-        self._asked_for_nodes = False
+        self._asked_for = 0  # trials for which nodes are requested
 
     @property
     def room(self) -> int:
@@ -75,7 +81,7 @@ class Capacity:
     @property
     def needs(self) -> str:
         """The resources of a trial, as text."""
-        return self._request.needs(self._request.min_workers)
+        return self._request.needs(self._request.max_workers)
 
     def has_room(self, running: int) -> bool:
         """Whether another trial can run beside the running ones."""
@@ -84,19 +90,42 @@ class Capacity:
         self._ask_for_nodes()
         return False
 
+    def want(self, trials: int) -> None:
+        """Notes how many trials are left. With them, what is requested of an autoscaler becomes less: idle nodes go.
+
+        Args:
+            trials: those that run, and those that will.
+        """
+        self._wanted = trials if self._most is None else min(self._most, trials)
+        if self._asked_for > self._wanted:
+            self._request_nodes(self._wanted)
+
+    def refuse_scattered(self, trials: int) -> None:
+        """Refuses trials that are to run at the same time and have no room, unless an autoscaler may add nodes.
+
+        Raises:
+            ConfigError: they have none.
+        """
+        if self.room < trials and not self.grows:
+            raise ConfigError(
+                f"tune.trials: the trials of a population train at the same time, and {self.room} of {trials} have "
+                f"room here (each takes {self.needs}); ask for fewer"
+            )
+
     def _ask_for_nodes(self) -> None:
-        """Requests resources for all concurrent trials from an autoscaler."""
-        if self._asked_for_nodes or self._room >= self._wanted or not autoscaler_adds_nodes():
-            return
+        """Requests resources for all concurrent trials from an autoscaler, once."""
+        if not self._asked_for and self._room < self._wanted and autoscaler_adds_nodes():
+            self._request_nodes(self._wanted)
+
+    def _request_nodes(self, trials: int) -> None:
         from ray.autoscaler.sdk import request_resources
 
-        trial = [dict(self._request.resources_per_worker) for _ in range(self._request.min_workers)] + [{"CPU": 1}]
-        request_resources(bundles=trial * self._wanted)
-        self._asked_for_nodes = True
+        bundle = self._request.resources_per_worker
+        trial = [*(dict(bundle) for _ in range(self._request.max_workers)), {"CPU": 1}]
+        request_resources(bundles=trial * trials)
+        self._asked_for = trials
 
     def end(self) -> None:
         """Withdraws the request to the autoscaler."""
-        if self._asked_for_nodes and ray.is_initialized():
-            from ray.autoscaler.sdk import request_resources
-
-            request_resources(bundles=[])
+        if self._asked_for and ray.is_initialized():
+            self._request_nodes(0)

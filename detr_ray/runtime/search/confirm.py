@@ -62,12 +62,11 @@ def confirm(
                 done = runs.run(job, _hooks(on_progress, before, job.total_steps, result.parent_run))
                 if done.status == "stopped":
                     raise Stopped(name)
-                if config.tune.metric not in done.metrics:
-                    raise RunFailed(
-                        f"{name}: its last evaluation has no {config.tune.metric}, so there is nothing to compare"
-                    )
-                measured[kind].append(done.metrics[config.tune.metric])
-                say(f"{name}: {config.tune.metric} {measured[kind][-1]:.4f}")
+                value = done.metrics.get(config.tune.metric)
+                if value is None:
+                    raise RunFailed(f"{name}: its last evaluation gave no {config.tune.metric} that could be compared")
+                measured[kind].append(value)
+                say(f"{name}: {config.tune.metric} {value:.4f}")
     return compare(measured["best"], measured["default"], config.tune.mode)
 
 

@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from detr_ray.addresses import join
-from detr_ray.config.yaml_format import parse_yaml
 from detr_ray.engine.reporting.progress import duration
 from detr_ray.search.distributions import Distribution
 from detr_ray.search.importance import importance
-from detr_ray.search.lived_schedule import lived_schedule
+from detr_ray.search.lived_schedule import lived_values
 from detr_ray.search.population import Population
 from detr_ray.search.space import SearchSpace
 from detr_ray.search.tables import final_table, importance_table, train_command
@@ -83,30 +82,23 @@ def measured_best(trial: Trial, population: Population | None) -> Trial:
     return dataclasses.replace(trial, name=name, generation=generation, values=values)
 
 
-def lived_by(trial: Trial, space: SearchSpace, population: Population | None) -> str:
-    """The schedule of a trial's values in a population, including its ancestors', as YAML; empty without a population.
+def best_values(trial: Trial, space: SearchSpace, population: Population | None) -> dict[str, Any]:
+    """Key of the configuration -> value of a trial; see `SearchResult`.
 
     Args:
         trial: one with a measurement.
         space: the space.
         population: the population, if there was one.
     """
-    if population is None or trial.name not in population.members:
-        return ""
-    epoch, step, _ = trial.history[-1]
-    ancestry = []
-    for first, values in population.ancestry(trial.name, trial.generation):
-        resolved = space.resolve(values)
-        ancestry.append((first, {key: resolved[key] for key in space.mutated_keys}))
-    return lived_schedule(ancestry, round(step / epoch), f"What {trial.run_name} trained with, ancestors included.")
-
-
-def best_values(trial: Trial, space: SearchSpace, population: Population | None) -> dict[str, Any]:
-    """Key of the configuration -> value of a trial; see `SearchResult`."""
     values = space.resolve(trial.values)
-    for section, keys in (parse_yaml(lived_by(trial, space, population)) or {}).items():
-        values |= {f"{section}.{name}": value for name, value in keys.items()}
-    return values
+    if population is None or trial.name not in population.members:
+        return values
+    epoch, step, _ = trial.history[-1]
+    lived = []
+    for first, drawn in population.ancestry(trial.name, trial.generation):
+        resolved = space.resolve(drawn)
+        lived.append((first, {key: resolved[key] for key in space.mutated_keys}))
+    return values | lived_values(lived, round(step / epoch))
 
 
 def summary(result: SearchResult, files: Sequence[str], overrides: Sequence[str]) -> str:

@@ -24,7 +24,7 @@ from detr_ray.runtime.search.capacity import Capacity
 from detr_ray.runtime.search.control import Control
 from detr_ray.runtime.search.directory import SearchDirectory, open_search
 from detr_ray.runtime.search.records import SearchRecords
-from detr_ray.runtime.search.results import BEST_CONFIG, EXPLOITS, SCHEDULE, Ending, SearchResult, best_values, lived_by
+from detr_ray.runtime.search.results import BEST_CONFIG, EXPLOITS, SCHEDULE, Ending, SearchResult, best_values
 from detr_ray.runtime.search.schedulers import build_scheduler
 from detr_ray.runtime.search.session import most_workers, search_session, trials_on_this_machine
 from detr_ray.runtime.search.sources import Listed, OptunaTpe, Proposer, Source
@@ -33,6 +33,7 @@ from detr_ray.runtime.search.unsaved import Unsaved
 from detr_ray.runtime.search.watch import Moves, SearchWatch
 from detr_ray.runtime.session import cluster_address
 from detr_ray.search.book import Book
+from detr_ray.search.lived_schedule import schedule_file
 from detr_ray.search.new_population import new_population
 from detr_ray.search.space import SearchSpace, with_values
 from detr_ray.search.trials import Trial
@@ -219,7 +220,7 @@ class _Search:
         """Files with the configuration of the best trial, and the schedule of its values in a population."""
         files = {BEST_CONFIG: with_values(self._config, values).to_yaml()}
         if self._moves is not None:
-            schedule = lived_by(best, self._space, self._population)
+            schedule = schedule_file(values, f"What {best.run_name} trained with, ancestors included.")
             files |= {SCHEDULE: schedule, EXPLOITS: f"{self._moves.exploits()}\n"}
         return files
 
@@ -248,7 +249,8 @@ class _Search:
         config, settings = self._config, self._settings
         capacity = Capacity(config, Budget(), self._at_once(), settings.trials)
         try:
-            self._refuse_scattered_population(capacity)
+            if self._population is not None:
+                capacity.refuse_scattered(settings.trials)
             self._parent_run = self._records.parent_run()
             setup = Setup(
                 base=config,
@@ -284,6 +286,7 @@ class _Search:
             self._start,
             self._say,
             self._close_population,
+            capacity.want,
         )
 
     def _tuner(self, setup: Setup, source: Source, watch: SearchWatch, folder: str) -> tune.Tuner:
@@ -337,13 +340,6 @@ class _Search:
         if cluster_address() is not None or self._population is not None:
             return self._settings.max_concurrent
         return trials_on_this_machine(self._config, most_workers(self._config))
-
-    def _refuse_scattered_population(self, capacity: Capacity) -> None:
-        if self._population is not None and capacity.room < self._settings.trials and not capacity.grows:
-            raise ConfigError(
-                f"tune.trials: the trials of a population train at the same time, and {capacity.room} of "
-                f"{self._settings.trials} have room here (each takes {capacity.needs}); ask for fewer"
-            )
 
     def _budget(self, capacity: Capacity) -> Budget:
         """The resources of each trial: workers as configured, one CPU for data tasks, and its share of the cores."""

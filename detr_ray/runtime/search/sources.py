@@ -136,6 +136,7 @@ class Source(Unsaved, Searcher):  # type: ignore[misc]
         start: returns where a trial begins.
         say: shows the user a line.
         exhausted: called once when there will be no more new trials.
+        wanted: told how many trials are left: those that run, and those that will.
     """
 
     def __init__(
@@ -149,11 +150,12 @@ class Source(Unsaved, Searcher):  # type: ignore[misc]
         start: Callable[[Trial], Start],
         say: Say,
         exhausted: Callable[[], None] = lambda: None,
+        wanted: Callable[[int], None] = lambda trials: None,
     ) -> None:
         super().__init__(metric="value", mode="max")
         self._book, self._proposer, self._most = book, proposer, most
         self._refusal, self._has_room, self._ending, self._start, self._say = refusal, has_room, ending, start, say
-        self._on_exhausted = exhausted
+        self._on_exhausted, self._wanted = exhausted, wanted
         self._exhausted = False
         self._told: set[str] = {trial.name for trial in book.trials if trial.is_over}
 
@@ -170,6 +172,7 @@ class Source(Unsaved, Searcher):  # type: ignore[misc]
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next trial; None if there is no room, or no trial that could begin now."""
         self._tell_proposer()
+        self._wanted(self._left())
         running = self._book.counts["running"]
         if self._ending():
             return str(Searcher.FINISHED)
@@ -192,6 +195,11 @@ class Source(Unsaved, Searcher):  # type: ignore[misc]
 
     def restore(self, checkpoint_path: str) -> None:
         """Does nothing."""
+
+    def _left(self) -> int:
+        counts = self._book.counts
+        begun = counts["running"] + counts["waiting"]
+        return begun if self._exhausted else begun + self._most - (counts.total() - counts["refused"])
 
     def _propose(self) -> Trial | None:
         refused = 0

@@ -22,19 +22,24 @@ from ray.actor import ActorHandle
 
 from detr_ray.addresses import join, local_path
 from detr_ray.callbacks import Say
-from detr_ray.config import Config
+from detr_ray.config import Config, ConfigError
+from detr_ray.data.errors import DataError
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.hooks import Budget, Evaluated, JobHooks
 from detr_ray.engine.job import TrainJob, prepare_job
 from detr_ray.engine.opened_data import OpenedData
 from detr_ray.engine.reporting.progress import FitResult
 from detr_ray.engine.reporting.tracking_store import STORE_VARIABLE, recorded_in
+from detr_ray.model.state_dicts import WeightsError
 from detr_ray.runtime.launch import Runs
 from detr_ray.runtime.search.control import Line, Order
 from detr_ray.search.space import SearchSpace
 from detr_ray.search.trials import run_name
 
 logger = logging.getLogger(__name__)
+
+REFUSALS = (ConfigError, DataError, WeightsError)
+"""What `prepare_job` refuses."""
 
 LOOK_S = 0.2
 ENDED_WITHIN_S = 60.0
@@ -231,6 +236,8 @@ class Training:
             self._put_done(**self._train())
         except RunFailed as error:
             self._put_done(problem=str(error), again=not error.agreed)
+        except REFUSALS as error:  # they would come again
+            self._put_done(problem=str(error))
         except BaseException as error:  # reported to the driver, which decides
             logger.exception("trial %s", self._start.trial)
             self._put_done(problem=f"{type(error).__name__}: {error}", again=True)

@@ -12,8 +12,9 @@ import yaml
 from search.spaces import searching
 
 from detr_ray.config import Schedule, load_config
-from detr_ray.runtime.search.results import SearchResult, best_values, lived_by, measured_best, summary
+from detr_ray.runtime.search.results import SearchResult, best_values, measured_best, summary
 from detr_ray.search import SearchSpace, Trial
+from detr_ray.search.lived_schedule import schedule_file
 from detr_ray.search.population import Population, Report, Values
 from detr_ray.search.space import with_values
 
@@ -50,7 +51,6 @@ def test_without_a_population_the_best_values_are_those_of_the_trial() -> None:
     space = SearchSpace.from_config(CONFIG)
     trial = trained("t000", {"optim.lr": 1.0, "loss.giou": 2.0})
     assert best_values(trial, space, None) == {"optim.lr": 1.0, "optim.lr_backbone": 0.5, "loss.giou": 2.0}
-    assert lived_by(trial, space, None) == ""
 
 
 @pytest.mark.parametrize("epochs", [2, 4])
@@ -62,7 +62,9 @@ def test_the_best_of_a_population_has_the_schedule_that_its_weights_lived_throug
     half = {"points": [[0.0, 0.5], [1.0, 0.25]], "interpolation": "constant"}
     values = best_values(best, space, population)
     assert values == {"optim.lr": schedule, "optim.lr_backbone": half, "loss.giou": 2.0}
-    assert yaml.safe_load(lived_by(best, space, population)) == {"optim": {"lr": schedule, "lr_backbone": half}}
+    assert yaml.safe_load(schedule_file(values)) == {
+        "optim": {"lr": schedule, "lr_backbone": half}, "loss": {"giou": 2.0},
+    }  # fmt: skip
     with_values(CONFIG, values)
     unmoved = best_values(trained("t000", {"optim.lr": 1.0, "loss.giou": 2.0}), space, population)
     assert unmoved == {"optim.lr": 1.0, "optim.lr_backbone": 0.5, "loss.giou": 2.0}

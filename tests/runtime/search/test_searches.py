@@ -21,7 +21,7 @@ from detr_ray.config import load_config
 from detr_ray.engine.hooks import Budget, JobHooks
 from detr_ray.engine.job import prepare_job
 from detr_ray.runtime.launch import run_job
-from detr_ray.search.lived_schedule import lived_schedule
+from detr_ray.search.lived_schedule import lived_values, schedule_file
 from detr_ray.search.population import Population
 from detr_ray.search.trials import Trial, best_trial, read_trials
 from detr_ray.tracking import tracking_uri
@@ -152,7 +152,7 @@ def test_a_population_moves_trials_and_what_one_lived_through_can_be_replayed(
     lived = population.ancestry(trial.name)
     assert len(lived) > 1
     schedule = tmp_path / "schedule.yaml"
-    schedule.write_text(lived_schedule(lived, STEPS_AN_EPOCH))
+    schedule.write_text(schedule_file(lived_values(lived, STEPS_AN_EPOCH)))
     overrides = [item for item in search.arguments if not item.startswith("tune.")]
     replay = load_config([schedule], [*overrides, f"train.epochs={epochs}", "run.name=replay"])
     result = run_job(prepare_job(replay, print), JobHooks(budget=Budget(threads=1)))

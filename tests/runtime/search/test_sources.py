@@ -28,19 +28,21 @@ class Place:
         ending: whether the search ends.
         said: lines for the user.
         exhausted: how often it said that no more trials come.
+        left: how many trials it said are left.
     """
 
     def __init__(self, folder: Path, config: Config, proposer: Proposer | None = None, trials: Sequence[Trial] = ()):
         self.space = SearchSpace.from_config(config)
         self.room, self.ending = 100, False
         self.said: list[str] = []
-        self.exhausted = 0
+        self.exhausted, self.left = 0, list[int]()
         self.book = Book(str(folder), config.tune.mode, config.tune.max_trial_failures, trials)
         self.source = Source(
             self.book, proposer or Listed(self.space, config.tune), config.tune.trials,
             lambda values: self.space.refusal(config, values),
             lambda running: running < self.room, lambda: self.ending,
             lambda trial: Start(trial.name, trial.values, known_step=trial.step), self.said.append, self._end,
+            self.left.append,
         )  # fmt: skip
 
     def _end(self) -> None:
@@ -67,6 +69,17 @@ def test_as_many_run_as_have_room(tmp_path: Path) -> None:
     place.room = 9
     assert place.next() is None and place.exhausted == 1, "all four were begun"
     place.book.end("t003", "failed")
+    assert place.next() == "FINISHED"
+    assert place.left == [4, 4, 4, 4, 3, 3, 1, 1, 1, 0]
+
+
+def test_no_more_trials_begin_once_it_is_said(tmp_path: Path) -> None:
+    place = Place(tmp_path, searching(RATE, "tune.trials=4"))
+    place.next()
+    for _ in range(2):
+        place.source.no_more()
+    assert place.next() is None and place.exhausted == 1 and place.left[-1] == 1
+    place.book.end("t000", "finished")
     assert place.next() == "FINISHED"
 
 

@@ -1,20 +1,30 @@
-"""What a trial tells Ray Tune about its runs; the runs and the driver are stand-ins, and nothing is trained."""
+"""What a trial tells Ray Tune about its runs, with a stand-in for the driver, and mostly for the runs, too."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from tiny import make_dataset, tiny_config
 
+from detr_ray.config import ConfigError, load_config
 from detr_ray.engine.checkpoints.info import CheckpointInfo
+from detr_ray.engine.checkpoints.store import CheckpointStore
+from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.hooks import Budget, Evaluated, JobHooks
+from detr_ray.engine.opened_data import open_data
+from detr_ray.engine.reporting.tracking_store import recorded_in
+from detr_ray.runtime.launch import Runs
 from detr_ray.runtime.search import trial_actor
 from detr_ray.runtime.search.control import Order
-from detr_ray.runtime.search.trial_actor import Setup, Start, Training
+from detr_ray.runtime.search.trial_actor import Setup, Start, Training, TrialActor
+from detr_ray.search import SearchSpace
 
 STEPS_AN_EPOCH, EPOCHS = 5, 3
 
@@ -71,8 +81,12 @@ class Place:
         monkeypatch.setattr(trial_actor, "prepare_job", lambda config, say, opened: self._job(config))
         control: Any = None
         space: Any = SimpleNamespace(trial_config=lambda base, values, run: (run["name"], dict(values)))
+        monkeypatch.setattr(trial_actor, "recorded_in", lambda config, uri: config)
         base: Any = None
-        self.setup = Setup(base, space, "/runs/search", "val/AP", None, control, None, None, Budget(), last_round)
+        store = "sqlite:////runs/mlflow.db"
+        self.setup = Setup(
+            base, space, "/runs/search", "val/AP", None, control, None, store, None, Budget(), last_round
+        )
         self.log: Any = SimpleNamespace(trial="", warn=None)
 
     def _job(self, config: Any) -> SimpleNamespace:
@@ -132,6 +146,27 @@ def test_a_moved_trial_begins_its_next_run_at_the_checkpoint(monkeypatch: pytest
     assert last["generation"] == 1 and "value" not in last, "an evaluation of the run before is none of this one"
 
 
+@pytest.mark.parametrize(
+    ("error", "problem", "again"),
+    [
+        (ConfigError("train.global_batch_size: 9 is more than 8 images"), "train.global_batch_size: 9 is more", False),
+        (RunFailed("the loss is not finite", agreed=True), "the loss is not finite", False),
+        (RunFailed("a worker was lost"), "a worker was lost", True),
+        (OSError("no space"), "OSError: no space", True),
+    ],
+)
+def test_what_would_come_again_is_not_tried_again(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, problem: str, again: bool
+) -> None:
+    def refuse(config: Any, say: Any, opened: Any) -> None:
+        raise error
+
+    place = Place(monkeypatch)
+    monkeypatch.setattr(trial_actor, "prepare_job", refuse)
+    (last,) = place.begin()
+    assert last["problem"].startswith(problem) and last["again"] is again
+
+
 def test_evaluations_of_an_earlier_process_are_told_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     place = Place(monkeypatch, last_round=0)
     place.runs.evaluated = []
@@ -142,3 +177,84 @@ def test_evaluations_of_an_earlier_process_are_told_again(monkeypatch: pytest.Mo
     results = list(place.begin(known_step=5))
     assert [(result["epoch"], result["value"]) for result in results] == [(2, 0.2), (2, 0.2)]
     assert [result["done"] for result in results] == [False, True]
+
+
+class Log:
+    """Takes the lines of a trial."""
+
+    def __init__(self) -> None:
+        self.trial, self.warn, self.lines = "", print, list[str]()
+
+    def __call__(self, line: str) -> None:
+        self.lines.append(line)
+
+
+def weights_at_end(run: Path) -> dict[str, torch.Tensor]:
+    latest = CheckpointStore(f"{run}/checkpoints").latest()
+    assert latest is not None and latest.step == 4
+    return CheckpointStore(f"{run}/checkpoints").load(latest, "model.pt")["model"]
+
+
+def test_trials_of_one_configuration_are_equal_and_a_moved_one_continues_the_other(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """To the bit, after real trainings: so a move clones weights, moments and the place in the stream."""
+    data = make_dataset(tmp_path / "data", num_train=16, num_val=2)
+    base = tiny_config(data, tmp_path, "tune.space={optim.lr: {loguniform: [1e-4, 1e-2]}}", "tune.scheduler=pbt")
+    driver = Driver()
+    driver.decided_epoch = 1
+    monkeypatch.setattr(trial_actor, "Line", lambda control, trial: driver)
+    control: Any = None
+    folder = tmp_path / "search"
+    setup = Setup(
+        base, SearchSpace.from_config(base), str(folder), "val/AP", open_data(base.data, print), control, None,
+        f"sqlite:///{tmp_path}/mlflow.db", None, Budget(), last_round=1,
+    )  # fmt: skip
+
+    def train(name: str, rate: float) -> list[dict[str, Any]]:
+        log: Any = Log()
+        training = Training(setup, Start(name, {"optim.lr": rate}), Runs(Budget(), log), log)
+        results = [training.next_result()]
+        while not results[-1]["done"]:
+            results.append(training.next_result())
+        assert results[-1]["problem"] == ""
+        return results
+
+    first, _ = train("t000", 1e-3)
+    train("t001", 1e-3)
+    driver.order = Order(1, {"optim.lr": 1e-3}, first["checkpoint"])
+    moved = train("t002", 5e-3)
+    assert [(result["generation"], result["step"]) for result in moved] == [(1, 4)]
+    donor, alike, receiver = (weights_at_end(folder / name) for name in ("t000", "t001", "t002-g1"))
+    for other in (alike, receiver):
+        assert all(torch.equal(weight, other[name]) for name, weight in donor.items())
+    begin = torch.load(Path(first["checkpoint"], "model.pt"), weights_only=True)["model"]
+    assert any(not torch.equal(weight, donor[name]) for name, weight in begin.items()), "it was trained in between"
+
+
+def test_a_trial_has_the_store_of_the_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The environment of another machine may name another MLflow store."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TUNE_ORIG_WORKING_DIR", str(tmp_path))
+    setup = Place(monkeypatch).setup
+    for on_driver in ("http://tracking:5000", None):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere:5000")
+        actor = TrialActor.__new__(TrialActor)
+        actor.setup(Start("t000", {}).to_config(), dataclasses.replace(setup, environment_uri=on_driver))
+        assert os.environ.get("MLFLOW_TRACKING_URI") == on_driver
+
+
+@pytest.mark.parametrize(
+    ("named", "environment", "expected"),
+    [
+        (None, "", "sqlite:////s.db"),
+        ("sqlite:////own.db", "", "sqlite:////own.db"),
+        (None, "http://tracking:5000", None),
+    ],
+)
+def test_a_trial_records_where_the_search_does(
+    monkeypatch: pytest.MonkeyPatch, named: str | None, environment: str, expected: str | None
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", environment)
+    config = load_config(None, [] if named is None else [f"tracking.uri={named}"])
+    assert recorded_in(config, "sqlite:////s.db").tracking.uri == expected

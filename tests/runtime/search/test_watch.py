@@ -10,9 +10,6 @@ from typing import Any
 
 import pytest
 
-from detr_ray.config import load_config
-from detr_ray.engine.hooks import JobHooks
-from detr_ray.runtime.search import confirm
 from detr_ray.runtime.search.control import Progress
 from detr_ray.runtime.search.watch import Moves, SearchWatch
 from detr_ray.search.book import Book
@@ -188,26 +185,3 @@ def test_moves_keep_their_seconds_for_a_resumed_search(tmp_path: Path) -> None:
     again = Moves(restored, place.book, place.control, directory, records, place.said.append)
     again.save()
     assert again.exploits().splitlines()[1].split()[:5] == ["1", "t000-g1", "t001", "5", "2.5"]
-
-
-def test_confirming_tells_how_many_trainings_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    class HalfWay:
-        """Runs that tell of half of their steps, and end."""
-
-        def __init__(self, *_: object) -> None: ...
-
-        def __enter__(self) -> HalfWay:
-            return self
-
-        def __exit__(self, *_: object) -> None: ...
-
-        def run(self, job: Any, hooks: JobHooks) -> SimpleNamespace:
-            hooks.on_step(job.total_steps // 2)
-            return SimpleNamespace(status="finished", metrics={"val/AP": 0.5})
-
-    monkeypatch.setattr(confirm, "Runs", HalfWay)
-    monkeypatch.setattr(confirm, "prepare_job", lambda config, say: SimpleNamespace(total_steps=8))
-    result: Any = SimpleNamespace(best_values={"optim.lr": 1e-3}, path="/runs/search")
-    done: list[float] = []
-    confirm.confirm(load_config(None, ["data.root=/data"]), result, 2, lambda line: None, done.append)
-    assert done == [0.5, 1.5, 2.5, 3.5]

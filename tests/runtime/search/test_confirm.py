@@ -1,0 +1,99 @@
+"""Trains the best configuration of a search and the unchanged one again (`--confirm`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tiny import make_dataset, tiny_config
+
+from detr_ray.config import load_config
+from detr_ray.engine.errors import RunFailed
+from detr_ray.engine.hooks import JobHooks
+from detr_ray.engine.job import TrainJob
+from detr_ray.engine.reporting.progress import FitResult
+from detr_ray.runtime.launch import Runs
+from detr_ray.runtime.search import confirm
+
+
+class HalfWay:
+    """Runs that tell of half of their steps, and end.
+
+    Attributes:
+        metrics: of each evaluation.
+    """
+
+    metrics = {"val/AP": 0.5}
+
+    def __init__(self, *_: object, **__: object) -> None: ...
+
+    def __enter__(self) -> HalfWay:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def run(self, job: Any, hooks: JobHooks) -> SimpleNamespace:
+        hooks.on_step(job.total_steps // 2)
+        return SimpleNamespace(status="finished", metrics=self.metrics)
+
+
+@pytest.fixture
+def half_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(confirm, "Runs", HalfWay)
+    monkeypatch.setattr(confirm, "prepare_job", lambda config, say: SimpleNamespace(total_steps=8))
+
+
+def result_in(folder: str, **more: Any) -> Any:
+    return SimpleNamespace(best_values={"optim.lr": 1e-3}, path=folder, tracking_uri=None, parent_run=None, **more)
+
+
+@pytest.mark.usefixtures("half_way")
+def test_it_tells_how_many_trainings_are_done() -> None:
+    done: list[float] = []
+    config = load_config(None, ["data.root=/data"])
+    confirm.confirm(config, result_in("/runs/search"), 2, lambda line: None, done.append)
+    assert done == [0.5, 1.5, 2.5, 3.5]
+
+
+@pytest.mark.usefixtures("half_way")
+def test_an_evaluation_without_the_metric_is_named() -> None:
+    config = load_config(None, ["data.root=/data", "tune.metric=val/AP/cat"])
+    with pytest.raises(RunFailed, match="confirm-best-1042: its last evaluation gave no val/AP/cat"):
+        confirm.confirm(config, result_in("/runs/search"), 2, lambda line: None)
+
+
+def test_it_trains_both_with_a_new_seed_and_records_them_beside_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    data = make_dataset(tmp_path / "data", num_train=8, num_val=2)
+    config = tiny_config(data, tmp_path, "train.epochs=1", "tune.metric=val/AR100", "run.seed=7")
+    result = result_in(str(tmp_path / "search"))
+    result.tracking_uri, result.parent_run = f"sqlite:///{tmp_path}/mlflow.db", "the search"
+    jobs: list[tuple[TrainJob, JobHooks]] = []
+    ends: list[FitResult] = []
+
+    class Watched(Runs):
+        def run(self, job: TrainJob, hooks: JobHooks, **more: bool) -> Any:
+            jobs.append((job, hooks))
+            ends.append(super().run(job, hooks, **more))
+            return ends[-1]
+
+    monkeypatch.setattr(confirm, "Runs", Watched)
+    said: list[str] = []
+    found = confirm.confirm(config, result, 1, said.append)
+    assert [(job.run.name, job.config.run.seed, job.config.optim.lr) for job, _ in jobs] == [
+        ("confirm-best-1007", 1007, 1e-3), ("confirm-default-1007", 1007, config.optim.lr),
+    ]  # fmt: skip
+    for job, hooks in jobs:
+        assert (job.tracking_uri, hooks.parent_run) == (result.tracking_uri, "the search")
+        assert Path(job.run.path).parent == tmp_path / "search"
+    assert not [line for line in said if "the same command" in line], "it would begin another search"
+    assert found.smallest_p_value == 1.0
+    values = [value for line in said if line.startswith("confirm-") for value in (float(line.split()[-1]),)]
+    assert values == [pytest.approx(found.best[0], abs=1e-4), pytest.approx(found.default[0], abs=1e-4)]
+    again = confirm.confirm(config, result, 1, said.append)
+    assert again == found
+    assert [end.status for end in ends] == ["finished"] * 2 + ["nothing to do"] * 2, "not trained again"
