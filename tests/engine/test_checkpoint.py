@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from detr_ray.engine.checkpoints.store import CheckpointStore
+from detr_ray.engine.checkpoints.store import CheckpointStore, release
 from detr_ray.engine.errors import CheckpointError
 
 
@@ -159,6 +159,20 @@ def test_what_is_to_be_evaluated_is_kept_until_that_is_noted(tmp_path: Path) -> 
     assert found[2].metrics is None and found[2].evaluation_problem == "the scorer process was ended"
     store.prune(keep_last=1)
     assert [info.step for info in store.checkpoints()] == [1, 4], "the best and the last"
+
+
+def test_a_held_checkpoint_is_kept_until_it_is_released(tmp_path: Path) -> None:
+    """Another run may be about to begin at it. Any process may release it."""
+    store = CheckpointStore(str(tmp_path))
+    for step in (1, 2, 3):
+        store.save(step, {"model.pt": {"x": torch.ones(1)}}, {}, held=step == 1)
+    store.prune(1)
+    assert [(info.step, info.held) for info in store.checkpoints()] == [(1, True), (3, False)]
+    held = store.checkpoints()[0]
+    release(held.path)
+    other = CheckpointStore(str(tmp_path))
+    other.prune(1)
+    assert [info.step for info in other.checkpoints()] == [3]
 
 
 def test_a_manifest_of_an_earlier_release_is_read(tmp_path: Path) -> None:

@@ -112,6 +112,7 @@ MODULES = (
     "detr_ray/search/templates.py",
     "detr_ray/search/checks.py",
     "detr_ray/search/lived_schedule.py",
+    "detr_ray/search/new_population.py",
     "detr_ray/search/trials.py",
     "detr_ray/search/tables.py",
     "detr_ray/runtime/launch.py",

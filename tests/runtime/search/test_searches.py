@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import matplotlib.image
+import psutil
 import pytest
 import torch
 import yaml
@@ -21,6 +23,7 @@ from detr_ray.config import load_config
 from detr_ray.engine.hooks import Budget, JobHooks
 from detr_ray.engine.job import prepare_job
 from detr_ray.runtime.launch import run_job
+from detr_ray.runtime.search.results import measured_best
 from detr_ray.search.lived_schedule import lived_values, schedule_file
 from detr_ray.search.population import Population
 from detr_ray.search.trials import Trial, best_trial, read_trials
@@ -117,6 +120,14 @@ def children(storage: Path) -> dict[str, Any]:
     return {run.info.run_name: run for run in runs}
 
 
+def artifact(storage: Path, run_name: str, name: str) -> bytes:
+    """A file that is recorded with an MLflow run."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri(None, storage))
+    return Path(client.download_artifacts(children(storage)[run_name].info.run_id, name)).read_bytes()
+
+
 @pytest.mark.parametrize("launcher", ["local", "ray"])
 def test_a_population_moves_trials_and_what_one_lived_through_can_be_replayed(
     launcher: str, dataset: Path, tmp_path: Path
@@ -134,10 +145,18 @@ def test_a_population_moves_trials_and_what_one_lived_through_can_be_replayed(
     )
     code, text = search.run()
     assert code == 0, text
-    best = best_trial(search.trials(), "max")
-    (version,) = ModelRegistry(tracking_uri(None, tmp_path), "detr").versions()
-    assert best is not None and version.tags["run.path"] == best.run_path and version.is_champion, text
     state = json.loads((search.folder / "population.json").read_text())
+    population = Population(
+        3, lambda values, chance: values, every_epochs=1, epochs=epochs, quantile=0.25, mode="max", seed=0
+    )
+    population.restore(state)
+    best = best_trial(search.trials(), "max")
+    assert best is not None
+    best = measured_best(best, population)
+    (version,) = ModelRegistry(tracking_uri(None, tmp_path), "detr").versions()
+    assert version.tags["run.path"] == str(search.folder / best.run_name) and version.is_champion, text
+    tagged = [name for name, run in children(tmp_path).items() if run.data.tags.get("search.best") == "true"]
+    assert tagged == [best.run_name] and f"best              {best.run_name}: " in text
     assert state["decided_epoch"] == epochs - 1 and state["moves"], text
     move = state["moves"][-1]
     trial = next(one for one in search.trials() if one.name == move["receiver"])
@@ -145,10 +164,6 @@ def test_a_population_moves_trials_and_what_one_lived_through_can_be_replayed(
     assert [step for _, step, _ in trial.history] == [STEPS_AN_EPOCH * (epoch + 1) for epoch in range(epochs)]
 
     # Its weights are those of its ancestors: one training with their values, one after another, ends with equal bits.
-    population = Population(
-        3, lambda values, chance: values, every_epochs=1, epochs=epochs, quantile=0.25, mode="max", seed=0
-    )
-    population.restore(state)
     lived = population.ancestry(trial.name)
     assert len(lived) > 1
     schedule = tmp_path / "schedule.yaml"
@@ -172,6 +187,9 @@ def test_a_population_moves_trials_and_what_one_lived_through_can_be_replayed(
     assert written.keys() == {"optim", "loss"} and written["loss"].keys() == {"giou", "ce"}
     assert not list(search.folder.rglob("held")), "nothing is held any more"
     assert move["receiver"] in (search.folder / "exploits.txt").read_text()
+    for name in ("parallel_coordinates.png", "history.png"):
+        assert (search.folder / name).read_bytes() == artifact(tmp_path, "search", name)
+        assert matplotlib.image.imread(search.folder / name).std() > 0, "something is drawn"
 
 
 def test_a_search_goes_on_after_its_driver_was_killed_and_failures_do_not_end_it(dataset: Path, tmp_path: Path) -> None:
@@ -237,10 +255,14 @@ def test_an_interrupted_search_stops_in_seconds_and_says_how_to_go_on(dataset: P
     process = search.start()
     wait_for(lambda: bool(search.trials()) and len(search.trials()[0].history) >= 1, process)
     began = time.monotonic()
+    own = psutil.Process(process.pid).children(recursive=True)
+    assert len(own) > 3, "Ray's processes and the trial's"
     process.send_signal(signal.SIGINT)
     text, _ = process.communicate(timeout=120)
     assert process.returncode == 130, text
     assert time.monotonic() - began < 60
+    _, left = psutil.wait_procs(own, timeout=30)
+    assert left == [], "nothing is left running"
     assert "--resume tune.name=search" in text and "best              t000" in text
     assert search.trials()[0].state == "stopped"
     assert children(tmp_path)["t000"].info.status == "KILLED"
