@@ -176,8 +176,12 @@ class Population:
         return self._decide()
 
     def end(self, trial: str, *, failed: bool) -> list[Move]:
-        """Notes that a trial has ended: rounds no longer wait for it, and a failed one no longer takes part."""
-        self.members[trial].state = "failed" if failed else "ended"
+        """Notes that a trial has ended: rounds no longer wait for it, and a failed one no longer takes part.
+
+        Nothing changes if it was never added, because it had no room from the beginning.
+        """
+        if trial in self.members:
+            self.members[trial].state = "failed" if failed else "ended"
         return self._decide()
 
     def close(self) -> list[Move]:

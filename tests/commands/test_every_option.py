@@ -333,6 +333,8 @@ def tune_confirm(place: Place) -> None:
     assert seeds == []
     _, seeds, out = tuned(place, "--confirm", 4)
     assert seeds == [4] and "0.2500" in out.removeprefix(without)
+    _, seeds, out = tuned(place, "--confirm", 3)
+    assert seeds == [3] and out.startswith("WARNING: --confirm 3 cannot tell a difference from noise")
 
 
 # check

@@ -78,6 +78,7 @@ def test_a_population_that_stays_smaller_is_closed() -> None:
     made = population(8)
     members(made, 3)
     assert tell(made, 1, [0.3, 0.1, 0.2]) == []
+    assert made.end("t003", failed=True) == [], "it never began"
     assert who(made.close()) == [("t001", "t000")] and made.decided_epoch == 1
     assert who(tell(made, 2, [0.1, 0.2, 0.3])) == [("t000", "t002")]
 
