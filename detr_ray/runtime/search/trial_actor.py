@@ -236,8 +236,6 @@ class Training:
             self._put_done(**self._train())
         except RunFailed as error:
             self._put_done(problem=str(error), again=not error.agreed)
-        except REFUSALS as error:  # they would come again
-            self._put_done(problem=str(error))
         except BaseException as error:  # reported to the driver, which decides
             logger.exception("trial %s", self._start.trial)
             self._put_done(problem=f"{type(error).__name__}: {error}", again=True)
@@ -247,8 +245,7 @@ class Training:
         values, fork_from = self._start.values, self._start.fork_from
         known_step = self._start.known_step
         while True:
-            config = self._setup.config_of(self._start.trial, self._generation, values, fork_from)
-            job = prepare_job(config, self._log, self._setup.opened)
+            job = self._prepared(values, fork_from)
             self._total_steps, self._steps_per_epoch = job.total_steps, job.steps_per_epoch
             self._tell_earlier(job, known_step)
             result = self._runs.run(job, self._hooks())
@@ -260,6 +257,18 @@ class Training:
             self._last = None
             self._generation, values, fork_from, known_step = order.generation, order.values, order.checkpoint, -1
             self._ordered = order.generation, time.monotonic(), _step_of(order.checkpoint)
+
+    def _prepared(self, values: Mapping[str, Any], fork_from: str | None) -> TrainJob:
+        """The job of the next run.
+
+        Raises:
+            RunFailed: it is refused. The same would be refused again, unless the storage was the reason.
+        """
+        try:
+            config = self._setup.config_of(self._start.trial, self._generation, values, fork_from)
+            return prepare_job(config, self._log, self._setup.opened)
+        except REFUSALS as error:
+            raise RunFailed(str(error), agreed=not isinstance(error.__cause__, OSError)) from error
 
     def _hooks(self) -> JobHooks:
         return JobHooks(

@@ -146,6 +146,11 @@ def test_a_moved_trial_begins_its_next_run_at_the_checkpoint(monkeypatch: pytest
     assert last["generation"] == 1 and "value" not in last, "an evaluation of the run before is none of this one"
 
 
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "problem", "again"),
     [
@@ -153,6 +158,7 @@ def test_a_moved_trial_begins_its_next_run_at_the_checkpoint(monkeypatch: pytest
         (RunFailed("the loss is not finite", agreed=True), "the loss is not finite", False),
         (RunFailed("a worker was lost"), "a worker was lost", True),
         (OSError("no space"), "OSError: no space", True),
+        (caused(ConfigError("run.storage: cannot be listed"), OSError("slow down")), "run.storage: cannot be", True),
     ],
 )
 def test_what_would_come_again_is_not_tried_again(
