@@ -40,7 +40,7 @@ class ExportSource:
     def of(cls, loaded: LoadedModel) -> ExportSource:
         """A loaded model, for export."""
         return cls(
-            model=loaded.model,
+            model=loaded.new_network(),
             class_loss=loaded.class_loss,
             label_map=loaded.label_map,
             architecture=loaded.config.model.architecture,

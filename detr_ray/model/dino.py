@@ -264,7 +264,9 @@ class Dino(DetectionModel):
             )
 
     def _decode(self, references_cxcywh: Tensor, denoising: DenoisingQueries, memory: Pyramid) -> tuple[Tensor, Tensor]:
-        """Logits and boxes of every decoder layer, ``[layers, B, P + Q, ...]``, of denoising queries first.
+        """Logits and boxes of the decoder layers, ``[layers, B, P + Q, ...]``, of denoising queries first.
+
+        Without ``aux_loss`` only those of the last layer.
 
         Boxes are relative to references with a gradient, so they train the layer before as well. References are updated
         by the heads' output before the decoder's norm, predictions are made after it.
@@ -284,8 +286,9 @@ class Dino(DetectionModel):
             objects = layer(objects, positions, in_each_map, memory, allowed)
             with torch.autocast(objects.device.type, enabled=False):
                 objects = objects.to(start.dtype)
-                found = decoder.norm(objects)
-                logits.append(class_head(found))
-                boxes.append(moved(start, box_head(found), EPS))
+                if self.aux_loss or layer is decoder.layers[-1]:
+                    found = decoder.norm(objects)
+                    logits.append(class_head(found))
+                    boxes.append(moved(start, box_head(found), EPS))
                 start = moved(references, box_head(objects), EPS)
         return torch.stack(logits), torch.stack(boxes)

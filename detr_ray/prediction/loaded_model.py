@@ -17,12 +17,13 @@ from detr_ray.config import Config
 from detr_ray.data.evaluation_plan import plan_evaluation
 from detr_ray.data.label_map import COCO_NUM_CLASSES, LabelMap
 from detr_ray.data.sample import Instances, Picture, SamplePlan
-from detr_ray.detector import build_detector, build_skeleton
+from detr_ray.detector import Detector, build_detector, build_skeleton
 from detr_ray.detector.artifact import SavedModel
 from detr_ray.detector.inference import detect
 from detr_ray.detector.package import ImageSizes, ModelFacts
 from detr_ray.loss import ClassLoss
 from detr_ray.model import DetectionModel
+from detr_ray.model.exportable import reduce_to_inference
 from detr_ray.model.state_dicts import OWN_FORMAT
 from detr_ray.model.weights import PUBLISHED_ROWS, WeightsError, whole_state
 from detr_ray.prediction.found import Prediction
@@ -37,7 +38,8 @@ class LoadedModel:
     """A detector with its weights, its labels and its image sizes.
 
     Attributes:
-        model: the network, in evaluation mode.
+        model: the network as it predicts, reduced to inference (`reduce_to_inference`). `saved` has its weights under
+            their names in training, and `new_network` gives a network with them.
         class_loss: reads its logits.
         label_map: its classes.
         config: the configuration of its training; for weights of other programs, the one that was given.
@@ -65,21 +67,36 @@ class LoadedModel:
             label_map = _numbered_labels(skeleton.weight_names.classes_in(weights.tensors))
             skeleton = build_skeleton(own.model, label_map.num_classes)
         state = whole_state(skeleton, weights, saved.source)
-        with torch.random.fork_rng(devices=[]):  # does not change the program's random numbers
-            detector = build_detector(own.model, own.loss, label_map.num_classes)
+        self.label_map = label_map
+        self.config = own
+        detector = self._detector()
         self.model: DetectionModel = detector.model
         self.model.load_state_dict(state)
-        self.model.eval().requires_grad_(False)
+        # The model's own tensors: of those that are not folded, there is no second copy.
+        self._state = self.model.state_dict()
+        reduce_to_inference(self.model)
         if own.train.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
         self.class_loss: ClassLoss = detector.criterion.class_loss
-        self.label_map = label_map
-        self.config = own
         self.sizes = ImageSizes.of(own)
         self.facts = facts
         self.source = saved.source
         self._step, self._is_averaged = saved.step, saved.is_averaged
         self._category_ids = label_map.category_ids_of(np.arange(label_map.num_classes))
+
+    def _detector(self) -> Detector:
+        """A detector of this architecture, with random weights."""
+        with torch.random.fork_rng(devices=[]):  # does not change the program's random numbers
+            return build_detector(self.config.model, self.config.loss, self.label_map.num_classes)
+
+    def new_network(self) -> DetectionModel:
+        """A network of its own with these weights, as it was trained: with norms, and the outputs of all layers.
+
+        It is on the CPU, in evaluation mode.
+        """
+        network = self._detector().model
+        network.load_state_dict(self._state)
+        return network.eval()
 
     def with_config(self, config: Config) -> LoadedModel:
         """The same network with other settings of images, batches and precision.
@@ -95,8 +112,7 @@ class LoadedModel:
     @property
     def saved(self) -> SavedModel:
         """The model as a `SavedModel` on the CPU, with labels and configuration, for packages and other processes."""
-        state = {name: value.detach().cpu() for name, value in self.model.state_dict().items()}
-        content = {"format": OWN_FORMAT, "model": state, "ema": None}
+        content = {"format": OWN_FORMAT, "model": dict(self._state), "ema": None}
         return SavedModel(self.source, self.label_map, self.config, self._is_averaged, self._step, content)
 
     @property

@@ -1,4 +1,4 @@
-"""The copy of a model that exporters get predicts what the model predicts."""
+"""Models without what only training needs predict what they predicted before."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from detr_ray.config import load_config
 from detr_ray.model import DetectionModel, build_model
-from detr_ray.model.exportable import exportable
+from detr_ray.model.exportable import exportable, reduce_to_inference
 
 SMALL = (
     "model={backbone: resnet18, backbone_weights: none, backbone_stride: 16, hidden_dim: 32, num_heads: 2}",
@@ -51,8 +51,21 @@ def test_it_predicts_the_same(variant: str) -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_folding_changes_no_bit_of_detr() -> None:
-    model = small_model()
-    images = torch.randn(1, 3, 64, 96)
-    with torch.no_grad():
-        assert torch.equal(exportable(model)(images)["pred_boxes"], model(images)["pred_boxes"])
+@pytest.mark.parametrize("layout", ["plain", "channels last in bf16"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_reducing_a_model_to_inference_changes_no_bit(variant: str, layout: str) -> None:
+    # torch multiplies matrices in another way where weights may get a gradient.
+    model = small_model(*VARIANTS[variant]).requires_grad_(False)
+    images, mask = torch.randn(2, 3, 64, 96), torch.zeros(2, 64, 96, dtype=torch.bool)
+    mask[1, :, 70:] = True
+    if layout != "plain":
+        model = model.to(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=layout != "plain"):
+        expected = model(images, mask)
+        reduce_to_inference(model)
+        got = model(images, mask)
+    assert "aux_outputs" in expected and "aux_outputs" not in got
+    assert torch.equal(got["pred_logits"], expected["pred_logits"])
+    assert torch.equal(got["pred_boxes"], expected["pred_boxes"])
+    assert not any(isinstance(module, FrozenBatchNorm2d) for module in model.modules())

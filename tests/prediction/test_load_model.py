@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from torchvision.ops import FrozenBatchNorm2d
 
 import detr_ray
 from detr_ray.config import ConfigError, load_config
@@ -99,8 +100,9 @@ def test_a_model_remembers_labels_sizes_and_averaged_weights(
         assert (one.sizes.trained_short_sides, one.sizes.trained_long_side) == ((48, 64), 96)
         assert one.label_map.to_dict() == stored["label_map"] and one.saved.is_averaged
         assert not one.model.training and one.config.eval.max_detections == 7
-        for name, value in one.model.state_dict().items():
-            assert torch.equal(value, stored["ema"][name]), name
+        for kept in (one.saved.checkpoint["model"], one.new_network().state_dict()):
+            assert kept.keys() == stored["ema"].keys()
+            assert all(torch.equal(value, stored["ema"][name]) for name, value in kept.items())
     assert again.facts.evaluation == model.facts.evaluation
     assert again.facts.code_version == detr_ray.__version__
 
@@ -121,6 +123,13 @@ def test_published_weights_are_loaded_with_the_configuration_that_is_given(shape
     model = detr_ray.load_model(str(tmp_path / "published.pth"), config)
     assert torch.equal(torch.random.get_rng_state(), before)
     found = model.predict(images_of(shapes)[0], device="cpu")
+    # It predicts with folded norms; the weights that it gives away are those that were read.
+    assert not any(isinstance(module, FrozenBatchNorm2d) for module in model.model.modules())
+    for kept in (model.saved.checkpoint["model"], model.new_network().state_dict()):
+        assert kept.keys() == state.keys() and all(torch.equal(kept[name], state[name]) for name in state)
+    other = model.with_config(config)
+    other.model = model.new_network()
+    assert other.predict(images_of(shapes)[0], device="cpu").to_dict() == found.to_dict()
     known = dict(model.label_map.categories)
     assert model.sizes.long_side == 64 and 0 < len(found) <= 5
     assert known[1] == "person" and [known[i] for i in found.category_ids.tolist()] == found.names

@@ -31,6 +31,7 @@ from detr_ray.engine.stream.batches import BatchSource
 from detr_ray.engine.stream.planned_data import PlannedData, refuse_positions_out_of_reach
 from detr_ray.engine.validation.evaluator import build_evaluator
 from detr_ray.evaluation import CocoMetrics, DetectionTable
+from detr_ray.model.exportable import reduce_to_inference
 from detr_ray.model.weights import PUBLISHED_ROWS, WeightsError, shorten_names, whole_state
 
 DECISIVE = (
@@ -240,6 +241,8 @@ def run_evaluation(job: EvaluationJob, context: WorkerContext, batches: BatchSou
     if context.rank == 0:
         warn_of_slow_precision(job.data.config.train.precision, context)
     detector = job.build_detector()
+    # On the CPU, as for prediction: a GPU may round otherwise.
+    reduce_to_inference(detector.model)
     model = detector.model.to(context.device)
     if job.data.config.train.channels_last:
         model = model.to(memory_format=torch.channels_last)
