@@ -11,6 +11,7 @@ head, ``L`` maps, ``P`` points that a head reads in each map.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -30,10 +31,11 @@ Locations are (x, y) in 0..1 of a map; the centre of its first cell is half a ce
 interpolated; outside of a map they are zero.
 """
 
-_GATHERED = 1 << 14
-"""Rows that the backward pass of `sample_bag` gathers at a time on a CPU: 2 MB at 32 channels, which stay in the cache.
-"""
-_GATHERED_ON_GPU = 1 << 21
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+"""The one that `_products` makes has been checked against loops, and users cannot do anything about it."""
+
+_GATHERED = 1 << 21
+"""Rows that the backward pass of `sample_bag` gathers at a time where there is no sparse product (GPUs)."""
 
 
 def sample_grid(value: Tensor, sizes: MapSizes, locations: Tensor, weights: Tensor) -> Tensor:
@@ -92,10 +94,10 @@ class _Layout(NamedTuple):
     """Numbers about the bordered maps, on a device.
 
     Attributes:
-        extent: ``[L, 1, 2]`` width and height in cells.
-        stride: ``[L, 1]`` int32, cells from a row to the next.
-        start: ``[L, 1]`` int32, place of each map's cell (0, 0).
-        corners: ``[L, 1, 4]`` int32, what has to be added to the upper left cell's place to reach the four cells.
+        extent: ``[L, P, 2]`` width and height in cells; repeated for the points, which is faster to compute with.
+        stride: ``[L, P]`` int32, cells from a row to the next.
+        start: ``[L, P]`` int32, place of each map's cell (0, 0).
+        corners: ``[L, P, 4]`` int32, what has to be added to the upper left cell's place to reach the four cells.
     """
 
     extent: Tensor
@@ -111,34 +113,42 @@ def _layout(sizes: MapSizes, locations: Tensor) -> _Layout:
     """
     is_kept = type(locations) is Tensor and not torch.compiler.is_compiling()
     make = _new_layout if is_kept else _new_layout.__wrapped__
-    return make(tuple(sizes), locations.device, locations.dtype)
+    return make(tuple(sizes), locations.shape[-2], locations.device, locations.dtype)
 
 
 @lru_cache(maxsize=256)
 @torch.inference_mode(False)  # tensors of that mode could not be used in training later
-def _new_layout(sizes: tuple[tuple[int, int], ...], device: torch.device, dtype: torch.dtype) -> _Layout:
+def _new_layout(sizes: tuple[tuple[int, int], ...], points: int, device: torch.device, dtype: torch.dtype) -> _Layout:
     starts, first = [], 0
     for height, width in sizes:
         starts.append(first + width + 2)
-        first += (height + 2) * (width + 1) + 1
-    corners = [[[0, 1, width + 1, width + 2]] for _, width in sizes]
+        first += _bordered_cells(height, width)
+    corners = [[[0, 1, width + 1, width + 2]] * points for _, width in sizes]
     return _Layout(
-        extent=torch.tensor([[[width, height]] for height, width in sizes], dtype=dtype, device=device),
-        stride=torch.tensor([[width + 1] for _, width in sizes], dtype=torch.int32, device=device),
-        start=torch.tensor([[start] for start in starts], dtype=torch.int32, device=device),
+        extent=torch.tensor([[[width, height]] * points for height, width in sizes], dtype=dtype, device=device),
+        stride=torch.tensor([[width + 1] * points for _, width in sizes], dtype=torch.int32, device=device),
+        start=torch.tensor([[start] * points for start in starts], dtype=torch.int32, device=device),
         corners=torch.tensor(corners, dtype=torch.int32, device=device),
     )
+
+
+def _bordered_cells(height: int, width: int) -> int:
+    """Cells of a map with its borders."""
+    return (height + 2) * (width + 1) + 1
 
 
 class _Cells(NamedTuple):
     """The four cells around each point.
 
     Attributes:
-        rows: ``[B * Q * M, L * P * 4]`` int32, rows of the flattened bordered cells ``[B * S' * M, D]``.
+        first: ``[B * Q * M, L * P]`` int32, rows of the upper left cells in the flattened bordered cells
+            ``[B * S' * M, D]``.
+        rows: ``[B * Q * M, L * P * 4]`` int32, rows of all four.
         fractions: ``[B, Q, M, L, P, 2]``, where the point lies between the upper left cell (0) and the others (1).
         is_near: bool of the same shape, whether the point is within one cell of the map along that axis.
     """
 
+    first: Tensor
     rows: Tensor
     fractions: Tensor
     is_near: Tensor
@@ -148,15 +158,20 @@ def _cells_around(locations: Tensor, num_cells: int, layout: _Layout) -> _Cells:
     """Finds the cells; ``num_cells`` is the number of bordered cells of an image."""
     batch, _, heads = locations.shape[:3]
     device = locations.device
-    places = locations * layout.extent - 0.5
+    # In place where it can be: these tensors are large, and new memory for each takes longer than the arithmetic.
+    places = (locations * layout.extent).sub_(0.5)
     # Points beyond the border are moved onto it: both give zero.
-    near = places.maximum(places.new_full((), -1.0)).minimum(layout.extent)
-    corner = near.floor().minimum(layout.extent - 1)
+    near = places.clamp(min=-1.0)
+    torch.minimum(near, layout.extent, out=near)
+    is_near = near == places
+    corner = torch.minimum(torch.floor(near, out=places), layout.extent - 1, out=places)
     x, y = corner.to(torch.int32).unbind(-1)
-    first = torch.arange(batch, dtype=torch.int32, device=device).view(-1, 1, 1, 1, 1) * num_cells + layout.start
-    upper_left = (y * layout.stride + x + first)[..., None] + layout.corners
-    rows = upper_left * heads + torch.arange(heads, dtype=torch.int32, device=device).view(-1, 1, 1, 1)
-    return _Cells(rows.flatten(3).flatten(0, 2), near - corner, near == places)
+    images = torch.arange(batch, dtype=torch.int32, device=device).view(-1, 1, 1, 1, 1)
+    head = torch.arange(heads, dtype=torch.int32, device=device).view(-1, 1, 1)
+    upper_left = (y * (layout.stride * heads)).add_(x, alpha=heads)
+    upper_left += (images * num_cells + layout.start) * heads + head
+    rows = upper_left[..., None] + layout.corners * heads
+    return _Cells(upper_left.flatten(3).flatten(0, 2), rows.flatten(3).flatten(0, 2), near.sub_(corner), is_near)
 
 
 def _bilinear(fractions: Tensor) -> Tensor:
@@ -175,7 +190,7 @@ class _WeightedCells(torch.autograd.Function):
         ctx.sizes = sizes
         batch, num_cells, heads, channels = bordered.shape
         cells = _cells_around(locations, num_cells, _layout(sizes, locations))
-        shares = (_bilinear(cells.fractions) * weights[..., None]).view(cells.rows.shape)
+        shares = _bilinear(cells.fractions).mul_(weights[..., None]).view(cells.rows.shape)
         read = F.embedding_bag(
             cells.rows, bordered.reshape(-1, channels), mode="sum", per_sample_weights=shares.to(bordered.dtype)
         )
@@ -193,17 +208,17 @@ class _WeightedCells(torch.autograd.Function):
 
         of_bordered = None
         if ctx.needs_input_grad[0]:
-            shares = (bilinear * weights[..., None]).view(cells.rows.shape)
-            of_bordered = _scattered(cells.rows, shares.to(by_bag.dtype), by_bag, bordered[..., 0].numel())
-            of_bordered = of_bordered.view(bordered.shape)
+            shares = (bilinear * weights[..., None]).view(-1, 4)
+            of_bordered = _scattered(cells.first, shares.to(by_bag.dtype), by_bag, bordered.shape, ctx.sizes)
 
         of_shares = _products(bordered.view(-1, channels), cells.rows, by_bag).to(weights.dtype).view(bilinear.shape)
-        of_weights = (of_shares * bilinear).sum(-1)
+        of_weights = bilinear.mul_(of_shares).sum(-1)
         x, y = cells.fractions.unbind(-1)
         upper_left, upper_right, lower_left, lower_right = of_shares.unbind(-1)
         upper, lower = upper_right - upper_left, lower_right - lower_left
-        of_x = upper + y * (lower - upper)
-        of_y = lower_left - upper_left + x * (lower - upper)
+        of_both = lower - upper
+        of_x = upper.addcmul_(y, of_both)
+        of_y = (lower_left - upper_left).addcmul_(x, of_both)
         of_places = torch.stack((of_x, of_y), dim=-1).mul_(weights[..., None])
         return of_bordered, of_places.mul_(cells.is_near).mul_(layout.extent), of_weights, None
 
@@ -211,27 +226,56 @@ class _WeightedCells(torch.autograd.Function):
 def _products(table: Tensor, rows: Tensor, vectors: Tensor) -> Tensor:
     """Inner products of ``vectors [N, D]`` with the rows ``[N, K]`` of ``table [R, D]``, as ``[N, K]``.
 
-    In pieces: all gathered rows together would be as large as what the forward pass avoids.
+    On CPUs this is the product of two matrices at some places, which torch computes without gathering the rows (in
+    fp32 or fp64). Elsewhere the rows are gathered in pieces: all together would be as large as what the forward pass
+    avoids.
     """
+    number, of_each = rows.shape
+    if table.device.type == "cpu":
+        exact = torch.promote_types(table.dtype, torch.float32)
+        starts = torch.arange(0, rows.numel() + 1, of_each, dtype=rows.dtype)
+        places = _sparse_rows(starts, rows.flatten(), table.new_zeros(rows.numel(), dtype=exact), (number, len(table)))
+        found = torch.sparse.sampled_addmm(places, vectors.to(exact), table.to(exact).t(), beta=0.0)
+        return found.values().view(rows.shape)
     products = vectors.new_empty(rows.shape)
-    step = max(1, (_GATHERED_ON_GPU if table.is_cuda else _GATHERED) // rows.shape[1])
+    step = max(1, _GATHERED // of_each)
     for some, vector, out in zip(rows.split(step), vectors.split(step), products.split(step), strict=True):
         gathered = table.index_select(0, some.flatten()).view(*some.shape, -1)
         torch.sum(gathered.mul_(vector[:, None]), dim=-1, out=out)
     return products
 
 
-def _scattered(rows: Tensor, shares: Tensor, vectors: Tensor, num_rows: int) -> Tensor:
-    """Adds ``shares [N, K]`` times ``vectors [N, D]`` to the rows ``[N, K]`` of a table of zeros ``[num_rows, D]``.
+def _sparse_rows(starts: Tensor, columns: Tensor, values: Tensor, size: tuple[int, int]) -> Tensor:
+    """A sparse matrix, row by row; the same column may stand in a row more than once."""
+    return torch.sparse_csr_tensor(starts, columns, values, size, check_invariants=False)
 
-    The entries are sorted by row, so that each row is one weighted sum: deterministic, and on CPUs twice as fast as
-    adding them one after the other.
+
+def _scattered(first: Tensor, shares: Tensor, vectors: Tensor, shape: Sequence[int], sizes: MapSizes) -> Tensor:
+    """Adds ``shares [N * K, 4]`` times ``vectors [N, D]`` to the four cells whose upper left ones are ``first [N, K]``.
+
+    The points are sorted by their upper left cell. Then what each cell gets from points for which it is the upper
+    left one is a weighted sum, and so for the other three corners, whose sums are then moved to where they belong.
+    Deterministic, and on CPUs several times faster than adding one after the other.
+
+    Returns:
+        A table of zeros of this shape, ``[B, S', M, D]``, with what was added.
     """
-    ordered, order = rows.flatten().sort(stable=True)
-    ends = torch.searchsorted(ordered, torch.arange(num_rows, dtype=ordered.dtype, device=rows.device))
-    return F.embedding_bag(
-        order // rows.shape[1], vectors, ends, mode="sum", per_sample_weights=shares.flatten()[order]
+    batch, _, heads, channels = shape
+    ordered, order = first.flatten().sort(stable=True)
+    starts = torch.searchsorted(ordered, torch.arange(math.prod(shape[:3]), dtype=ordered.dtype, device=first.device))
+    bags = order // first.shape[1]
+    by_corner = shares.index_select(0, order).t().contiguous()
+    upper_left, *others = (
+        F.embedding_bag(bags, vectors, starts, mode="sum", per_sample_weights=corner).view(batch, -1, heads, channels)
+        for corner in by_corner
     )
+    begin = 0
+    for height, width in sizes:
+        end = begin + _bordered_cells(height, width)
+        for part, shift in zip(others, (1, width + 1, width + 2), strict=True):
+            upper_left[:, begin + shift : end] += part[:, begin : end - shift]
+        begin = end
+    return upper_left
 
 
 class DeformableAttention(nn.Module):
