@@ -57,7 +57,7 @@ def open_split(
     found = _found(root, places, split, follow_links, data_format)
     if isinstance(found, DatasetIndex):
         return found
-    _refuse_undivided(found, str(root), split)
+    _refuse_missing(found, str(root), split)
     return found.read(split, Reading() if reading is None else reading)
 
 
@@ -77,9 +77,10 @@ def open_undivided(
     found = _found(root, places, "train", follow_links, data_format)
     if isinstance(found, DatasetIndex):
         return found
+    undivided = _undivided(found, str(root))
     if "val" in found.splits:
         raise DataError(f"{root} has validation images of its own: set data.split=null")
-    return found.read(_undivided(found), Reading() if reading is None else reading)
+    return found.read(undivided, Reading() if reading is None else reading)
 
 
 def _found(
@@ -121,7 +122,7 @@ def first_image(
         return images, name_below(images, name), f"data.{split}.images"
     assert root is not None, "a split has a place"
     found = find_data_set(root, data_format, follow_links)
-    place = found.first_image(split if split in found.splits else _undivided(found))
+    place = found.first_image(split if split in found.splits else _undivided(found, root))
     if place is None:
         raise DataError(f"{root}: no image of {split} is found")
     return resolve(root), place, f"data.root ({split})"
@@ -136,17 +137,25 @@ def _check_addresses(root: str | None, places: SplitPlaces | None, split: str) -
         raise DataError(f"{split}: {error}") from error
 
 
-def _undivided(found: DataSet) -> str:
+def _undivided(found: DataSet, root: str) -> str:
+    """The part with all images of a data set that has no validation images of its own."""
+    if tuple(found.splits) == ("val",):
+        raise DataError(
+            f"{root} has no training images, but only some that are called validation images: put training images "
+            "beside them, or call these train and hold out a tenth of them by data.split={val: 0.1}"
+        )
     return "all" if "all" in found.splits else "train"
 
 
-def _refuse_undivided(found: DataSet, root: str, split: str) -> None:
-    """Refuses a data set without this split, unless a file is missing, which reading reports."""
-    if "all" in found.splits or (split == "val" and "train" in found.splits and "val" not in found.splits):
-        raise DataError(
-            f"{root} has no validation images of its own: hold out a tenth of the images by data.split={{val: 0.1}}, "
-            "or divide them into train and val"
-        )
+def _refuse_missing(found: DataSet, root: str, split: str) -> None:
+    """Refuses a data set without this split; of an empty folder, reading tells what is missing."""
+    if not found.splits or split in found.splits:
+        return
+    _undivided(found, root)
+    raise DataError(
+        f"{root} has no validation images of its own: hold out a tenth of the images by data.split={{val: 0.1}}, "
+        "or divide them into train and val"
+    )
 
 
 def _read(annotations: str | None, images: str | None, shards: str | None, follow_links: bool) -> DatasetIndex:

@@ -103,9 +103,18 @@ def convert(
 
 
 def _with_plain_names(index: DatasetIndex) -> DatasetIndex:
-    """The index with names that lie below the folder of images: absolute ones are shortened."""
-    names = [name_below(index.images_root or "/", name) for name in index.file_names.to_pylist()]
-    return replace(index, file_names=pa.array(names, pa.string()))
+    """The index with names that lie below the folder of images: absolute ones are shortened.
+
+    Images of a merged data set get a folder for each of its sources (``1``, ``2``, ...), since the sources may have
+    images of equal names.
+    """
+    names, sources = index.file_names.to_pylist(), index.sources
+    if sources is None:
+        plain = [name_below(index.images_root or "/", name) for name in names]
+    else:
+        roots = sources.folders or ("/",) * len(sources.names)
+        plain = [f"{k + 1}/{name_below(roots[k], name)}" for name, k in zip(names, sources.of.tolist(), strict=True)]
+    return replace(index, file_names=pa.array(plain, pa.string()))
 
 
 def _copy_images(

@@ -17,7 +17,7 @@ from detr_ray.data.errors import DataError, few, shown
 from detr_ray.data.formats import open_images
 from detr_ray.data.formats.assembly import Gathered, Reading, assemble
 from detr_ray.data.formats.folder import SPLIT_NAMES, Folder, SplitTables
-from detr_ray.data.formats.image_names import ImageFinder
+from detr_ray.data.formats.image_names import ImageFinder, count_unused
 from detr_ray.data.formats.values import at_line, check_class_names, read_class_file, to_number
 from detr_ray.data.index import DatasetIndex
 from detr_ray.printable import printable
@@ -84,10 +84,18 @@ class CsvFolder(SplitTables):
             if kind not in ids:
                 raise DataError(f"{where}: class {shown(kind)} is not in {self._class_source()}: add it there")
             gathered.add_box(image_of[name], ids[kind], box)
+        others = [name for other in self.tables if other != split for name in self._images(other)]
+        unused = count_unused(self.folder.images(), names.found, others)
+        gathered.count("images_not_annotated", unused)
         return assemble(
             gathered, categories=categories, images_root=self.folder.location(names.base), source=location,
             follow_links=self.folder.follow_links, reading=reading,
         )  # fmt: skip
+
+    def _images(self, split: str) -> frozenset[str]:
+        """The images that a table names and that are there, below the data set's folder."""
+        rows = read_rows(self.folder.location(self.tables[split]), self.folder.text(self.tables[split]))
+        return _Names(self.folder, self._bases(split), (row.values["path"] for row in rows)).found
 
     def _bases(self, split: str) -> list[str]:
         """Folders that the paths of a table may be relative to."""
@@ -122,11 +130,13 @@ class _Names:
 
     Attributes:
         base: the folder that the names are relative to, below the data set's.
+        found: the images that are there, below the data set's folder.
     """
 
     def __init__(self, folder: Folder, bases: Sequence[str], paths: Iterable[str]) -> None:
         finder = ImageFinder(folder, bases)
         found = {path: finder.find_below(path) for path in dict.fromkeys(paths)}
+        self.found = frozenset(posixpath.join(*place) for place in found.values() if place is not None)
         used = {place[0] for place in found.values() if place is not None}
         self.base = used.pop() if len(used) == 1 else ""
         self._names = {
@@ -157,8 +167,11 @@ def find(folder: Folder) -> CsvFolder | None:
 
 
 def _is_table(folder: Folder, table: str) -> bool:
-    lines = folder.text(table).split("\n", 1)
-    cells = _cells(lines[0], _delimiter(lines[0]))
+    try:
+        first = folder.text(table).split("\n", 1)[0]
+    except DataError:  # not text: no table of boxes
+        return False
+    cells = _cells(first, _delimiter(first))
     return _by_header(cells) is not None or (len(cells) == len(_ORDER) and cells[0].strip() != "")
 
 

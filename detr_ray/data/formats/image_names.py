@@ -1,13 +1,20 @@
-"""Finds the images that an annotation file names, also where it was written on another machine."""
+"""Finds the images that an annotation file names or belongs to, and counts those that nothing annotates."""
 
 from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import PurePosixPath
 
-from detr_ray.data.formats.folder import Folder
+from detr_ray.data.errors import DataError, few
+from detr_ray.data.formats.folder import Folder, stem
+from detr_ray.printable import printable
 
+ANNOTATION_FOLDERS = ("Annotations", "annotations", "xmls", "xml", "labels")
+"""Names of folders of annotation files."""
+
+_IMAGE_FOLDERS = ("JPEGImages", "images", "Images", "imgs", "data")
 _DRIVE = re.compile(r"^[A-Za-z]:/")
 
 
@@ -52,3 +59,77 @@ class ImageFinder:
         while plain.startswith("../"):
             plain = plain[3:]
         return plain
+
+
+class ImageMatcher:
+    """Finds the image that a file of annotations belongs to: that of the same name in the same or a parallel folder.
+
+    Names of folders that only say that they hold images, or annotations, are not compared: ``Annotations/b/1.xml``
+    belongs to ``JPEGImages/b/1.jpg``. One of the two may lie in further folders: if there is no such image,
+    ``JPEGImages/1.jpg`` is taken, and never ``JPEGImages/c/1.jpg``.
+
+    Args:
+        folder: the data set's.
+        files: all annotation files below it.
+
+    Attributes:
+        images: those that are looked at: in a folder of images, or beside an annotation file; all images, where there
+            are none in such places.
+    """
+
+    def __init__(self, folder: Folder, files: Iterable[str]) -> None:
+        beside = {posixpath.dirname(file) for file in files}
+        images = folder.images()
+        usual = [name for name in images if posixpath.dirname(name) in beside or _kind(name) < len(_IMAGE_FOLDERS)]
+        self.images = usual or images
+        self._by_name: dict[str, list[str]] = {}
+        for name in self.images:
+            self._by_name.setdefault(posixpath.basename(stem(name)), []).append(name)
+
+    def find(self, file: str) -> str | None:
+        """The image of a file; None if there is none.
+
+        Raises:
+            DataError: several images fit equally.
+        """
+        parts = _compared(file)
+        fits: dict[tuple[int, int], list[str]] = {}
+        for name in self._by_name.get(parts[-1], []):
+            others = _compared(name)
+            shared = min(len(parts), len(others))
+            if parts[-shared:] == others[-shared:]:
+                fits.setdefault((abs(len(parts) - len(others)), _kind(name)), []).append(name)
+        found = fits[min(fits)] if fits else []
+        if len(found) > 1:
+            raise DataError(f"{printable(file)}: may be of {few(found)}: rename or remove one of them")
+        return found[0] if found else None
+
+
+def _compared(name: str) -> list[str]:
+    """The parts of a name that a file has in common with its image."""
+    *above, last = stem(name).split("/")
+    return [*(part for part in above if part not in ANNOTATION_FOLDERS and part not in _IMAGE_FOLDERS), last]
+
+
+def _kind(name: str) -> int:
+    """In which kind of folder of images one lies; the number of kinds if in none."""
+    above = PurePosixPath(name).parts[:-1]
+    return min((_IMAGE_FOLDERS.index(part) for part in above if part in _IMAGE_FOLDERS), default=len(_IMAGE_FOLDERS))
+
+
+def count_unused(images: Iterable[str], used: Collection[str], used_elsewhere: Iterable[str]) -> int:
+    """How many images of a split's folder nothing annotates; 0 if the folder has images of other splits too.
+
+    Args:
+        images: paths below the data set's folder.
+        used: those that the split's annotations are of.
+        used_elsewhere: those that the annotations of other splits are of.
+    """
+    own = posixpath.commonpath({posixpath.dirname(name) for name in used}) if used else ""
+    if any(_is_below(name, own) for name in used_elsewhere):
+        return 0
+    return sum(_is_below(name, own) and name not in used for name in images)
+
+
+def _is_below(name: str, folder: str) -> bool:
+    return not folder or name.startswith(f"{folder}/")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections.abc import Sequence
 
-from detr_ray.data.errors import DataError, shown
+from detr_ray.data.errors import DataError, few, shown
 from detr_ray.data.formats.folder import Folder
 from detr_ray.printable import printable
 
@@ -72,13 +73,29 @@ def check_class_names(names: Sequence[str], listed_in: str) -> tuple[str, ...]:
     return found
 
 
-def read_class_file(folder: Folder) -> tuple[tuple[str, ...], str] | None:
-    """The classes that a file with one name a line lists, and the file's location; None where there is none."""
-    for name in CLASS_FILES:
-        if name in folder.names():
-            lines = [line.strip() for line in folder.text(name).rstrip().splitlines()]
-            return check_class_names(lines, folder.location(name)), folder.location(name)
-    return None
+def read_class_file(folder: Folder, below: Sequence[str] = ("",)) -> tuple[tuple[str, ...], str] | None:
+    """The classes that a file with one name a line lists, and the file's location; None where there is none.
+
+    Args:
+        folder: the data set's.
+        below: folders in which the file may lie.
+
+    Raises:
+        DataError: a class without a name, or files that list different classes.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for place in below:
+        name = next((name for name in CLASS_FILES if folder.has(posixpath.join(place, name))), None)
+        if name is not None:
+            location = folder.location(posixpath.join(place, name))
+            lines = [line.strip() for line in folder.text(posixpath.join(place, name)).rstrip().splitlines()]
+            found[location] = check_class_names(lines, location)
+    if len(set(found.values())) > 1:
+        raise DataError(
+            f"{printable(folder.root)}: {few(list(found))} list different classes, or in another order: keep the one that "
+            "the numbers in the label files are of"
+        )
+    return next(((names, location) for location, names in found.items()), None)
 
 
 def categories_of(names: Sequence[str]) -> tuple[tuple[int, str], ...]:

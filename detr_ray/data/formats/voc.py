@@ -11,10 +11,12 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
-from detr_ray.data.errors import DataError, few, shown
+from detr_ray.data.errors import DataError, shown
 from detr_ray.data.formats.assembly import Gathered, Reading, assemble
 from detr_ray.data.formats.folder import SPLIT_NAMES, Folder, stem
+from detr_ray.data.formats.image_names import ANNOTATION_FOLDERS, ImageMatcher, count_unused
 from detr_ray.data.formats.values import at_line, read_class_file
 from detr_ray.data.formats.voc_file import VocImage, read_annotation
 from detr_ray.data.index import DatasetIndex
@@ -24,8 +26,6 @@ NAME = "voc"
 NEEDS = "Pascal VOC: an XML file for each image, with ImageSets/Main or folders train and val"
 
 _LISTS = "ImageSets/Main"
-_ANNOTATION_FOLDERS = ("Annotations", "annotations", "xmls", "xml", "labels")
-_IMAGE_FOLDERS = ("JPEGImages", "images", "Images", "imgs")
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class VocFolder:
 
     def first_image(self, split: str) -> str | None:
         """Name of an image below the folder; None if there is none."""
-        images = _Images(self.folder, self.files[split])
-        return next(filter(None, (images.beside(name) for name in self.files[split])), None)
+        matcher = self._matcher()
+        return next(filter(None, map(matcher.find, self.files[split])), None)
 
     def read(self, split: str, reading: Reading) -> DatasetIndex:
         """Reads a split into an index.
@@ -65,12 +65,17 @@ class VocFolder:
         if not names:
             raise DataError(f"{source}: no object in any of {sum(map(len, self.files.values()))} XML files")
         ids = {name: number for number, name in reversed(list(enumerate(names)))}
-        images = _Images(self.folder, self.files[split])
+        contents = list(self._parse(self.files[split], reading))
+        matcher = self._matcher()
+        images = [_image_of(content, matcher) for content in contents]
+        found = set(filter(None, images))
+        if not found:
+            raise DataError(self._advice(contents[0], len(contents), source))
+        root = _root(self.files[split], images)
         gathered = Gathered()
         owners: dict[str, str] = {}
-        for content in self._parse(self.files[split], reading):
-            image = images.of(content.file, content.stated_name)
-            name = posixpath.relpath(image, images.root) if images.root else image
+        for content, image in zip(contents, images, strict=True):
+            name = posixpath.relpath(image, root or ".") if image is not None else _wanted(content)
             if name in owners:
                 raise DataError(
                     f"{self._shown(content.file)}: is of the image {printable(name)}, as {self._shown(owners[name])} "
@@ -84,11 +89,29 @@ class VocFolder:
                     raise DataError(f"{where}: class {shown(entry.name)} is not in classes.txt: add it there")
                 gathered.add_box(place, ids[entry.name], entry.corners, entry.is_difficult)
                 gathered.count("boxes_difficult", entry.is_difficult)
-        gathered.count("images_not_annotated", self.missing.get(split, 0) + images.count_others(owners))
+        gathered.count("images_not_annotated", self._count_others(split, matcher, found))
         return assemble(
-            gathered, categories=tuple(enumerate(names)), images_root=self.folder.location(images.root), source=source,
+            gathered, categories=tuple(enumerate(names)), images_root=self.folder.location(root), source=source,
             follow_links=self.folder.follow_links, reading=reading,
         )  # fmt: skip
+
+    def _matcher(self) -> ImageMatcher:
+        return ImageMatcher(self.folder, chain.from_iterable(self.files.values()))
+
+    def _count_others(self, split: str, matcher: ImageMatcher, found: Collection[str]) -> int:
+        """Images without annotations. Where lists say which images a split has, those that lack their XML file."""
+        if self.missing:
+            return self.missing.get(split, 0)
+        others = chain.from_iterable(files for other, files in self.files.items() if other != split)
+        return count_unused(matcher.images, found, filter(None, map(matcher.find, others)))
+
+    def _advice(self, content: VocImage, count: int, source: str) -> str:
+        """What to say where no image is found."""
+        return (
+            f"{source}: none of its {count} XML files has its image in {printable(self.folder.root)}: that of "
+            f"{printable(content.file)} is {printable(_wanted(content))}. Put the images into JPEGImages beside "
+            "Annotations, with the same folders in it, or beside their XML files"
+        )
 
     def _class_names(self, reading: Reading) -> list[str]:
         parsed = (image for files in self.files.values() for image in self._parse(files, reading))
@@ -106,50 +129,27 @@ class VocFolder:
         return printable(self.folder.location(name))
 
 
-class _Images:
-    """The images that XML files are of."""
+def _image_of(content: VocImage, matcher: ImageMatcher) -> str | None:
+    """The image of an XML file: that with its name, else that which it states; None if it is missing."""
+    stated = posixpath.join(posixpath.dirname(content.file), _wanted(content))
+    return matcher.find(content.file) or matcher.find(stated)
 
-    def __init__(self, folder: Folder, files: Sequence[str]) -> None:
-        above = {posixpath.dirname(file) for file in files}
-        self.root = self._root(folder, above)
-        self._names = frozenset(folder.images(self.root))
-        self._by_stem: dict[str, list[str]] = {}
-        for name in sorted(self._names):
-            self._by_stem.setdefault(stem(posixpath.relpath(name, self.root or ".")), []).append(name)
-        self._above = next(iter(above)) if len(above) == 1 else ""
 
-    @staticmethod
-    def _root(folder: Folder, above: set[str]) -> str:
-        """The folder of images: one with a usual name beside that of the XML files, or the same."""
-        if len(above) != 1:
-            return ""
-        (place,) = above
-        beside = posixpath.dirname(place)
-        candidates = [posixpath.join(base, name) for base in (place, beside) for name in _IMAGE_FOLDERS]
-        return next((name for name in candidates if folder.has(name)), place if folder.images(place) else beside)
+def _wanted(content: VocImage) -> str:
+    """The name that a file states for its image, without folders, or else the file's own."""
+    return content.stated_name.replace("\\", "/").rpartition("/")[2] or f"{posixpath.basename(stem(content.file))}.jpg"
 
-    def beside(self, file: str) -> str | None:
-        """The image with the name of an XML file."""
-        found = self._by_stem.get(stem(posixpath.relpath(file, self._above or ".")), [])
-        if len(found) > 1:
-            raise DataError(f"{printable(file)}: may be of {few(found)}: rename or remove one of them")
-        return found[0] if found else None
 
-    def of(self, file: str, stated: str) -> str:
-        """The image of an XML file: that with its name, else that which it states, else one that is missing."""
-        found = self.beside(file)
-        if found is not None:
-            return found
-        last = stated.replace("\\", "/").rpartition("/")[2]
-        place = posixpath.join(self.root, last or f"{posixpath.basename(stem(file))}.jpg")
-        named = self._by_stem.get(stem(last), [])
-        return named[0] if place not in self._names and len(named) == 1 else place
-
-    def count_others(self, used: Mapping[str, str]) -> int:
-        """Images that no XML file is of, where the folder is the split's own."""
-        if self.root in _IMAGE_FOLDERS:  # it holds the images of all splits
-            return 0
-        return len(self._names) - sum(posixpath.join(self.root, name) in self._names for name in used)
+def _root(files: Sequence[str], images: Sequence[str | None]) -> str:
+    """The folder that names of images are relative to: that in which they lie, or that in which their folders lie."""
+    is_one = len(set(map(posixpath.dirname, files))) == 1
+    return posixpath.commonpath(
+        {
+            "" if not is_one and posixpath.dirname(image) == posixpath.dirname(file) else posixpath.dirname(image)
+            for file, image in zip(files, images, strict=True)
+            if image is not None
+        }
+    )
 
 
 def find(folder: Folder) -> VocFolder | None:
@@ -164,14 +164,14 @@ def find(folder: Folder) -> VocFolder | None:
         return _of_lists(folder, lists or {"all": "trainval"})
     files = {}
     for split, names in SPLIT_NAMES.items():
-        for place in [place for name in names for place in (name, f"Annotations/{name}", f"annotations/{name}")]:
+        for place in [posixpath.join(above, name) for name in names for above in ("", *ANNOTATION_FOLDERS)]:
             found = _xml_files(folder, place)
             if found:
                 files[split] = found
                 break
     if not files:
-        folders = [name for name in _ANNOTATION_FOLDERS if folder.has(name)]
-        found = _xml_files(folder, folders[0]) if folders else [n for n in folder.names() if n.endswith(".xml")]
+        by_folder = (_xml_files(folder, name) for name in ANNOTATION_FOLDERS)
+        found = next(filter(None, by_folder), [name for name in folder.names() if name.endswith(".xml")])
         if found:
             files["all"] = found
     return VocFolder(folder, files) if files else None

@@ -3,7 +3,8 @@
 A row is ``class x y width height``, the middle and the size of a box as fractions of the image's sides, or ``class x1
 y1 x2 y2 ...``, the outline of an object, of which the box around it is taken. Labels lie where the image lies, with
 ``labels`` for ``images`` in the path, or beside the image. Without a ``data.yaml``, ``classes.txt`` names the classes
-and the folders are found by their names. The category id of a class is its number, from 0.
+and the folders are found by their names; or ``obj.names`` the classes, and ``train.txt`` and ``valid.txt`` the images,
+as darknet has them. The category id of a class is its number, from 0.
 """
 
 from __future__ import annotations
@@ -17,7 +18,14 @@ from detr_ray.data.errors import DataError, few
 from detr_ray.data.formats.assembly import Gathered, Reading, assemble, refuse_pixels
 from detr_ray.data.formats.folder import SPLIT_NAMES, Folder, is_image, stem
 from detr_ray.data.formats.image_names import ImageFinder
-from detr_ray.data.formats.values import at_line, categories_of, read_class_file, to_class_number, to_number
+from detr_ray.data.formats.values import (
+    CLASS_FILES,
+    at_line,
+    categories_of,
+    read_class_file,
+    to_class_number,
+    to_number,
+)
 from detr_ray.data.formats.yolo_file import find_data_file, read_data_file
 from detr_ray.data.formats.yolo_ids import IDS_NAME, IdTable, read_ids
 from detr_ray.data.index import DatasetIndex
@@ -188,13 +196,27 @@ def find(folder: Folder) -> YoloFolder | None:
         about = read_data_file(folder, name)
         sources = about.sources or _sources_by_name(folder)
         return YoloFolder(folder, about.names, folder.location(name), sources, about.has_keypoints)
-    classes = read_class_file(folder)  # first: without one, there is no need to list what may be large
+    classes = read_class_file(folder, _class_places())  # first: without one, there is no need to list what may be large
     if classes is None:
         return None
-    sources = _sources_by_name(folder)
-    if not any(_has_labels(folder, source) for listed in sources.values() for source in listed):
+    lists = _lists_by_name(folder) if "obj.names" in folder.names() else {}
+    sources = lists or _sources_by_name(folder)
+    if not lists and not any(_has_labels(folder, source) for listed in sources.values() for source in listed):
         return None
     return YoloFolder(folder, *classes, sources)
+
+
+def _class_places() -> list[str]:
+    """Folders that labelling tools write their list of classes into."""
+    names = [name for of_split in SPLIT_NAMES.values() for name in of_split]
+    return ["", "labels", *(place for name in names for place in (f"labels/{name}", f"{name}/labels", name))]
+
+
+def _lists_by_name(folder: Folder) -> dict[str, list[str]]:
+    """Text files that list the images of a split, as darknet has them beside its list of classes."""
+    found = {split: [f"{name}.txt" for name in names] for split, names in SPLIT_NAMES.items()}
+    lists = {split: [name for name in folder.names() if name.lower() in names][:1] for split, names in found.items()}
+    return {split: names for split, names in lists.items() if names}
 
 
 def _sources_by_name(folder: Folder) -> dict[str, list[str]]:
@@ -227,4 +249,9 @@ def label_names(image: str) -> list[str]:
 def _listed_labels(folder: Folder, labels: Mapping[str, str]) -> list[str]:
     """All label files in the folders that hold those of the images."""
     folders = {posixpath.dirname(name) for name in labels.values() if "labels" in name.split("/")[:-1]}
-    return [posixpath.join(above, name) for above in folders for name in folder.names(above) if name.endswith(".txt")]
+    return [
+        posixpath.join(above, name)
+        for above in folders
+        for name in folder.names(above)
+        if name.endswith(".txt") and name not in CLASS_FILES
+    ]

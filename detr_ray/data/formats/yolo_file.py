@@ -5,6 +5,7 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import yaml
@@ -69,13 +70,33 @@ def read_data_file(folder: Folder, name: str) -> DataFile:
             f"{printable(location)}: nc is {shown(count, quoted=False)}, but 'names' lists {len(names)}: correct one"
         )
     base = _base(folder, content.get("path"))
-    sources = {}
+    sources: dict[str, dict[str, str]] = {}
     for split, keys in SPLIT_NAMES.items():
         key = next((key for key in keys if content.get(key) not in (None, "", "null", "~")), None)
         if key is not None:
             given = content[key] if isinstance(content[key], list) else [content[key]]
-            sources[split] = [_source(folder, base, place, f"{printable(location)}: {key}") for place in given]
-    return DataFile(names, sources, "kpt_shape" in content)
+            sources[split] = {place: _source(folder, base, place, f"{printable(location)}: {key}") for place in given}
+    _refuse_same(folder, sources, location)
+    return DataFile(names, {split: list(found.values()) for split, found in sources.items()}, "kpt_shape" in content)
+
+
+def _refuse_same(folder: Folder, sources: Mapping[str, Mapping[str, str]], location: str) -> None:
+    """Refuses different paths for training and validation that are only found as one folder, by dropping their first
+    folders: the model would be trained on the validation images.
+    """
+    for train, val in product(sources.get("train", {}).items(), sources.get("val", {}).items()):
+        is_dropped = any(not f"/{found}".endswith(f"/{_below(folder, given)}") for given, found in (train, val))
+        if train[0] != val[0] and is_dropped and _is_same_or_below(train[1], val[1]):
+            raise DataError(
+                f"{printable(location)}: train is {shown(train[0])} and val is {shown(val[0])}, of which there is only "
+                f"{printable(folder.location(min(train[1], val[1])))}, which would be both: write where the images of "
+                "each lie, relative to data.root"
+            )
+
+
+def _is_same_or_below(first: str, second: str) -> bool:
+    shorter, longer = sorted((first, second), key=len)
+    return not shorter or f"{longer}/".startswith(f"{shorter}/")
 
 
 def _read(folder: Folder, name: str, needed: bool) -> dict[str, Any]:

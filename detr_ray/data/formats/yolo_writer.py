@@ -104,8 +104,9 @@ def _refuse_names(names: list[str], split: str) -> None:
     for name in names:
         if not is_image(name):
             raise DataError(f"{split}: {printable(name)}: YOLO finds images by suffixes such as .jpg: rename the image")
-        other = stems.setdefault(stem(name), name)
-        if other != name:
+        if stem(name) in stems:
             raise DataError(
-                f"{split}: {printable(other)} and {printable(name)} would have one label file: rename one of the images"
+                f"{split}: {printable(stems[stem(name)])} and {printable(name)} would have one label file: rename one "
+                "of the images; if both are one file that is listed twice, take one entry out"
             )
+        stems[stem(name)] = name
