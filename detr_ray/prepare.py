@@ -62,6 +62,8 @@ def _prepare(config: Config, arguments: argparse.Namespace) -> int:
             _pack(indexes, folder, arguments.shard_megabytes)
         else:
             _convert(indexes, folder, arguments.to)
+        if any(source.weight != 1 for source in config.data.sources):
+            say("the weights of data.sources are not written: an epoch takes each image once")
         say(f"\nto train from the {'shards' if converted is None else 'folder'}:")
         say(f"  {train_command(config, arguments.config, folder, is_root=converted is not None)}")
     return 0
@@ -168,6 +170,8 @@ def train_command(config: Config, config_files: Sequence[str], folder: str, is_r
     places = {name: getattr(data, name) for name in ("root", "format", "split", "generate", "train", "val")}
     # A split has one source, so all other sources are set to null.
     overrides = [f"data.{name}=null" for name, value in places.items() if value is not None]
+    if data.sources:
+        overrides.append("data.sources=[]")
     if is_root:
         overrides = [override for override in overrides if not override.startswith("data.root=")]
         overrides.append(f"data.root={folder}")

@@ -54,11 +54,12 @@ def open_split(
     Raises:
         DataError: it does not exist, or is not valid; or an address contains credentials.
     """
-    found = _found(root, places, split, follow_links, data_format)
+    reading = reading or Reading()
+    found = _found(root, places, split, follow_links, data_format, reading)
     if isinstance(found, DatasetIndex):
         return found
     _refuse_missing(found, str(root), split)
-    return found.read(split, Reading() if reading is None else reading)
+    return found.read(split, reading)
 
 
 def open_undivided(
@@ -74,24 +75,30 @@ def open_undivided(
     Raises:
         DataError: it has some; or as for a split.
     """
-    found = _found(root, places, "train", follow_links, data_format)
+    reading = reading or Reading()
+    found = _found(root, places, "train", follow_links, data_format, reading)
     if isinstance(found, DatasetIndex):
         return found
     undivided = _undivided(found, str(root))
     if "val" in found.splits:
         raise DataError(f"{root} has validation images of its own: set data.split=null")
-    return found.read(undivided, Reading() if reading is None else reading)
+    return found.read(undivided, reading)
 
 
 def _found(
-    root: str | None, places: SplitPlaces | None, split: str, follow_links: bool, data_format: str | None
+    root: str | None,
+    places: SplitPlaces | None,
+    split: str,
+    follow_links: bool,
+    data_format: str | None,
+    reading: Reading,
 ) -> DatasetIndex | DataSet:
     """The index of the data at ``places``, otherwise the data set in a folder."""
     _check_addresses(root, places, split)
     if data_format is not None and places is not None:
         raise DataError(f"data.format={data_format} is the format of what lies in data.root, which is not given")
     if places is not None:
-        return _read(places.annotations, places.images, places.shards, follow_links)
+        return _read(places.annotations, places.images, places.shards, follow_links, reading)
     if root is None:
         raise DataError(f"no {split} data is given: set data.root or data.{split}")
     return find_data_set(root, data_format, follow_links)
@@ -158,14 +165,16 @@ def _refuse_missing(found: DataSet, root: str, split: str) -> None:
     )
 
 
-def _read(annotations: str | None, images: str | None, shards: str | None, follow_links: bool) -> DatasetIndex:
+def _read(
+    annotations: str | None, images: str | None, shards: str | None, follow_links: bool, reading: Reading
+) -> DatasetIndex:
     """Reads a split: one case for each kind of places."""
     match annotations, images, shards:
         case _, _, str():
             return read_shard_index(shards)
         case str(), str(), None:
             _refuse_other_formats(annotations)
-            return read_coco_index(annotations, images, follow_links)
+            return read_coco_index(annotations, images, follow_links, reading)
     raise AssertionError("validated with the configuration")
 
 

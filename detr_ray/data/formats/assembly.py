@@ -6,7 +6,7 @@ images and of their rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -120,7 +120,10 @@ def assemble(
     place_of = np.empty(len(order), np.int64)
     place_of[order] = np.arange(len(order))
     names = pa.array([gathered.names[i] for i in order], pa.string())
-    sizes, is_kept = _sizes(gathered, order, StoredNames(names, images_root, follow_links), source, reading)
+    stated = [gathered.sizes[i] for i in order]
+    sizes, unread = complete_sizes(stated, StoredNames(names, images_root, follow_links), source, reading)
+    is_kept = np.asarray((sizes > 0).all(axis=1) & (sizes <= MOST_PIXELS_A_SIDE).all(axis=1))
+    gathered.count("images_without_size", unread)
 
     image_of = place_of[np.array(gathered.image_of, np.int64)]
     rows = np.argsort(image_of, kind="stable")
@@ -149,27 +152,37 @@ def assemble(
     )
 
 
-def _sizes(
-    gathered: Gathered, order: list[int], stored: StoredNames, source: str, reading: Reading
-) -> tuple[np.ndarray, np.ndarray]:
-    """``[I, 2]`` height and width of the images in their order, and which of them have one."""
-    stated = [gathered.sizes[i] for i in order]
+def complete_sizes(
+    stated: Sequence[tuple[int, int] | None], stored: StoredNames, source: str, reading: Reading
+) -> tuple[np.ndarray, int]:
+    """Sizes of images, read from their headers where they are not stated.
+
+    Args:
+        stated: (height, width) of each; None where its header is to be read.
+        stored: where they lie.
+        source: what to call the data set in messages.
+        reading: what happens with images whose size cannot be read.
+
+    Returns:
+        ``[I, 2]`` int64, height and width; 0 where the size cannot be read, of which the second value is the number.
+
+    Raises:
+        DataError: the size of one cannot be read, unless such are skipped.
+    """
     sizes = np.array([size or (0, 0) for size in stated], np.int64).reshape(-1, 2)
     missing = [place for place, size in enumerate(stated) if size is None]
-    if missing:
-        read, faults = read_sizes(ImageReader(stored), missing, reading.progress("read the sizes of"))
-        sizes[missing] = read
-        is_too_many = reading.most_skipped is not None and len(faults) > reading.most_skipped
-        if faults and (not reading.skip_unreadable or is_too_many or len(faults) == len(order)):
-            skip = "data.on_bad_image=skip leaves them out, as many as data.max_bad_images says"
-            raise DataError(
-                f"{source}: the size of {len(faults)} of {len(order)} images cannot be read "
-                f"({few(list(faults.values()), 3)}). Replace these files or take them out; "
-                f"{'or raise data.max_bad_images' if reading.skip_unreadable and is_too_many else skip}"
-            )
-        if faults:
-            gathered.count("images_without_size", len(faults))
-    return sizes, np.asarray((sizes > 0).all(axis=1) & (sizes <= MOST_PIXELS_A_SIDE).all(axis=1))
+    if not missing:
+        return sizes, 0
+    sizes[missing], faults = read_sizes(ImageReader(stored), missing, reading.progress("read the sizes of"))
+    is_too_many = reading.most_skipped is not None and len(faults) > reading.most_skipped
+    if faults and (not reading.skip_unreadable or is_too_many or len(faults) == len(stated)):
+        skip = "data.on_bad_image=skip leaves them out, as many as data.max_bad_images says"
+        raise DataError(
+            f"{source}: the size of {len(faults)} of {len(stated)} images cannot be read "
+            f"({few(list(faults.values()), 3)}). Replace these files or take them out; "
+            f"{'or raise data.max_bad_images' if reading.skip_unreadable and is_too_many else skip}"
+        )
+    return sizes, len(faults)
 
 
 def refuse_pixels(gathered: Gathered, what: str, advice: str) -> None:

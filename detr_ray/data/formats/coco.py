@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
 
 import numpy as np
+import pyarrow as pa
 
 from detr_ray.addresses import LocationError, is_remote
 from detr_ray.data.errors import DataError, few
+from detr_ray.data.formats.assembly import Reading, complete_sizes
 from detr_ray.data.formats.json_records import Record, Records, parse_json, read_categories
+from detr_ray.data.images import StoredNames
 from detr_ray.data.index import MOST_PIXELS_A_SIDE, DatasetIndex
 from detr_ray.locations import read_bytes
 from detr_ray.retries import reason_of
 
 
-def read_coco_index(location: str, images_root: str, follow_links: bool = False) -> DatasetIndex:
+def read_coco_index(
+    location: str, images_root: str, follow_links: bool = False, reading: Reading | None = None
+) -> DatasetIndex:
     """Reads and checks a COCO instance annotation file. Boxes that are not finite are left out.
 
     Args:
         location: path or URI of the JSON.
-        images_root: folder or URI that the file names are relative to; not looked into here.
+        images_root: folder or URI that the file names are relative to; looked into only for images whose size the file
+            does not state.
         follow_links: whether links in that folder may lead out of it.
+        reading: what happens with images whose size cannot be read; None: they are an error.
 
     Raises:
-        DataError: the file is missing, not JSON, not COCO, or contradicts itself; says where and what to do.
+        DataError: the file is missing, not JSON, not COCO, or contradicts itself; says where and what to do. Or the
+            size of an image cannot be read, unless such are skipped.
     """
     content = _parse(location)
     images = Records(location, "image", content["images"])
@@ -45,9 +54,13 @@ def read_coco_index(location: str, images_root: str, follow_links: bool = False)
         annotations, category_ids, np.array([i for i, _ in categories], np.int64), "category_id", "categories"
     )
 
+    stored = StoredNames(pa.array(file_names, pa.string()), images_root, follow_links)
+    sizes, problems["images_without_size"] = _sizes(images, stored, reading or Reading())
+    has_size = ((sizes > 0) & (sizes <= MOST_PIXELS_A_SIDE)).all(axis=1)
     finite = np.isfinite(boxes).all(axis=1)
     problems["boxes_not_finite"] = int((~finite).sum())
-    boxes, areas = boxes[finite], areas[finite]
+    is_kept = finite & np.isin(image_of, image_ids[has_size])
+    boxes, areas = boxes[is_kept], areas[is_kept]
     missing = ~(np.isfinite(areas) & (areas >= 0))
     problems["areas_missing"] = int(missing.sum())
     areas[missing] = boxes[missing, 2].clip(min=0) * boxes[missing, 3].clip(min=0)
@@ -55,16 +68,16 @@ def read_coco_index(location: str, images_root: str, follow_links: bool = False)
     problems["category_names_repeated"] = len(names) - len(set(names))
 
     return DatasetIndex.of_annotations(
-        image_ids=image_ids,
-        heights=_read_sides(images, "height"),
-        widths=_read_sides(images, "width"),
-        file_names=file_names,
-        annotated_ids=image_of[finite],
+        image_ids=image_ids[has_size],
+        heights=sizes[has_size, 0],
+        widths=sizes[has_size, 1],
+        file_names=list(compress(file_names, has_size)),
+        annotated_ids=image_of[is_kept],
         boxes_xywh_px=boxes,
-        category_ids=category_ids[finite],
+        category_ids=category_ids[is_kept],
         areas=areas,
-        is_crowd=is_crowd[finite],
-        annotation_ids=annotation_ids[finite],
+        is_crowd=is_crowd[is_kept],
+        annotation_ids=annotation_ids[is_kept],
         categories=categories,
         source=location,
         images_root=images_root,
@@ -85,11 +98,14 @@ def read_coco_images(location: str, images_root: str, follow_links: bool = False
         DataError: see `read_coco_index`.
     """
     images = Records(location, "image", _parse(location, ("images",))["images"])
+    file_names = images.texts("file_name")
+    stored = StoredNames(pa.array(file_names, pa.string()), images_root, follow_links)
+    sizes, _ = _sizes(images, stored, Reading())
     return DatasetIndex.of_images(
         image_ids=images.ids(),
-        heights=_read_sides(images, "height"),
-        widths=_read_sides(images, "width"),
-        file_names=images.texts("file_name"),
+        heights=sizes[:, 0],
+        widths=sizes[:, 1],
+        file_names=file_names,
         source=location,
         images_root=images_root,
         follow_links=follow_links,
@@ -127,16 +143,27 @@ def _without_outline(record: Record) -> Record:
     return record
 
 
-def _read_sides(images: Records, key: str) -> np.ndarray:
-    advice = "Batches are planned from these sizes: write the images' real height and width into the file"
-    sides = images.integers(key, advice)
-    if (sides < 1).any():
-        images.blame(f"has a {key!r} below 1 pixel", lambda record: record[key] >= 1, advice, key)
+def _sizes(images: Records, stored: StoredNames, reading: Reading) -> tuple[np.ndarray, int]:
+    """``[I, 2]`` height and width, and the number of images that have none; see `complete_sizes`."""
+    sides = (_stated_sides(images, key) for key in ("height", "width"))
+    stated = [(height, width) if height and width else None for height, width in zip(*sides, strict=True)]
+    return complete_sizes(stated, stored, images.location, reading)
+
+
+def _stated_sides(images: Records, key: str) -> list[int]:
+    """A side of each image; 0 where the file has none, null or 0, as some tools write."""
+    advice = "Batches are planned from these sizes: write the images' real height and width, or null, into the file"
+    given = [record | {key: 0} if record.get(key) is None else record for record in images.records]
+    records = Records(images.location, images.noun, given)
+    sides = records.integers(key, advice)
+    if (sides < 0).any():
+        records.blame(f"has a {key!r} below 0", lambda record: record[key] >= 0, advice, key)
     if (sides > MOST_PIXELS_A_SIDE).any():
-        images.blame(
+        records.blame(
             f"has a {key!r} above {MOST_PIXELS_A_SIDE} pixels", lambda r: r[key] <= MOST_PIXELS_A_SIDE, advice, key
         )
-    return sides
+    found: list[int] = sides.tolist()
+    return found
 
 
 def _annotation_ids(annotations: Records) -> tuple[np.ndarray, int]:

@@ -61,7 +61,7 @@ class CocoFolder:
     def read(self, split: str, reading: Reading) -> DatasetIndex:
         """Reads a split; see `read_coco_index`."""
         annotations, images = map(self.folder.location, self._places(split))
-        return read_coco_index(annotations, images, self.folder.follow_links)
+        return read_coco_index(annotations, images, self.folder.follow_links, reading)
 
     def _places(self, split: str) -> tuple[str, str]:
         return self.places.get(split) or usual_places(split)

@@ -92,8 +92,8 @@ def read_class_file(folder: Folder, below: Sequence[str] = ("",)) -> tuple[tuple
             found[location] = check_class_names(lines, location)
     if len(set(found.values())) > 1:
         raise DataError(
-            f"{printable(folder.root)}: {few(list(found))} list different classes, or in another order: keep the one that "
-            "the numbers in the label files are of"
+            f"{printable(folder.root)}: {few(list(found))} list different classes, or in another order: keep the one "
+            "that the numbers in the label files are of"
         )
     return next(((names, location) for location, names in found.items()), None)
 
