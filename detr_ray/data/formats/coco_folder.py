@@ -1,5 +1,9 @@
 """A folder in COCO's layout: ``annotations/instances_train2017.json`` and ``train2017/``, and the same for ``val``; or,
 as some tools export it, ``train/_annotations.coco.json`` beside its images.
+
+Other tools use other names: ``annotations/instances_train.json`` or ``instances_default.json`` (CVAT, Datumaro),
+``result.json`` with ``images/`` (Label Studio), ``labels.json`` with ``data/`` (FiftyOne). Such files are told apart by
+the split in their name or in that of their folder; a file alone is a set that is not divided.
 """
 
 from __future__ import annotations
@@ -7,26 +11,34 @@ from __future__ import annotations
 import json
 import posixpath
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pyarrow import fs
 
 from detr_ray.addresses import LocationError
-from detr_ray.data.errors import DataError
+from detr_ray.data.errors import DataError, few
 from detr_ray.data.formats.assembly import Reading
 from detr_ray.data.formats.coco import read_coco_index
 from detr_ray.data.formats.folder import SPLIT_NAMES, Folder
 from detr_ray.data.image_places import name_below
 from detr_ray.data.index import DatasetIndex
 from detr_ray.locations import at
+from detr_ray.printable import printable
 from detr_ray.retries import Patience, reason_of
 
 NAME = "coco"
-NEEDS = "COCO: annotations/instances_train2017.json and train2017/ (the same for val), or train/_annotations.coco.json"
+NEEDS = (
+    "COCO: annotations/instances_train2017.json and train2017/ (the same for val), or train/_annotations.coco.json, or "
+    "a JSON file of each split or of all, in the folder or in annotations/, with images in images/ or data/"
+)
 
+_OF_SPLITS = {"test", *(name for names in SPLIT_NAMES.values() for name in names)}
 _EXPORTED = "_annotations.coco.json"
 _BEGINNING = 1 << 20
+_LOOKS_LIKE_COCO = re.compile(
+    rb'(\xef\xbb\xbf)?\s*\{\s*"(info|licenses|images|annotations|categories|type|videos)"\s*:', re.DOTALL
+)
 _FILE_NAME = re.compile(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")')
 
 
@@ -49,7 +61,7 @@ class CocoFolder:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """Which of ``train`` and ``val`` there are."""
+        """Which of ``train``, ``val`` and ``all`` there are."""
         return tuple(self.places)
 
     def first_image(self, split: str) -> str | None:
@@ -78,6 +90,61 @@ def find(folder: Folder) -> CocoFolder | None:
     return CocoFolder(folder, places) if places else None
 
 
+def find_exported(folder: Folder) -> CocoFolder | None:
+    """The data set that lies in a folder as other tools export it; None if it does not look like it.
+
+    Raises:
+        DataError: several files may be the annotations of a split.
+    """
+    everywhere = [*_json_files(folder, "annotations"), *_json_files(folder, "")]
+    places = {}
+    for split, names in SPLIT_NAMES.items():
+        found = [file for file in everywhere if _words(file) & set(names)]
+        found += [file for name in names for file in _json_files(folder, name)]
+        if found:
+            places[split] = _with_images(folder, found, names)
+    others = [file for file in everywhere if not _words(file) & _OF_SPLITS]
+    if not places and others:
+        places["all"] = _with_images(folder, others, ("default",))
+    return CocoFolder(folder, places) if places else None
+
+
+def _json_files(folder: Folder, below: str) -> list[str]:
+    """The files directly in a folder below that begin as COCO's do."""
+    if not folder.has(below):
+        return []
+    names = (posixpath.join(below, name) for name in folder.names(below) if name.endswith(".json"))
+    return [name for name in names if _LOOKS_LIKE_COCO.match(_beginning(folder.location(name)))]
+
+
+def _words(file: str) -> set[str]:
+    """The words in a file's name: instances and train in ``annotations/instances_train.json``."""
+    return set(re.split(r"[^a-z]+", posixpath.basename(file).lower()))
+
+
+def _with_images(folder: Folder, files: list[str], names: Sequence[str]) -> tuple[str, str]:
+    """Of the files that may be a split's annotations that one, and the folder of its images.
+
+    Args:
+        folder: the data set's.
+        files: at least one.
+        names: what folders of the split are called.
+    """
+    files = [file for file in files if "instances" in _words(file)] or files  # beside keypoints and captions
+    if len(files) > 1:
+        raise DataError(
+            f"{printable(folder.root)}: {few(files)} may all be annotations in COCO's format: keep one of them, or set "
+            "data.train.annotations and data.train.images (and those of data.val)"
+        )
+    (file,) = files
+    base = posixpath.dirname(file).removesuffix("annotations")
+    inner = [*(f"images/{name}" for name in names), *names, "images", "data", ""]
+    candidates = [place for place in (posixpath.join(base, name).rstrip("/") for name in inner) if folder.has(place)]
+    image = first_file_name(folder.location(file))
+    holding = (place for place in candidates if image is not None and folder.has(posixpath.join(place, image)))
+    return file, next(holding, candidates[0])
+
+
 def first_file_name(annotations: str) -> str | None:
     """The first file name in an annotation file; None if its beginning names none.
 
@@ -85,17 +152,20 @@ def first_file_name(annotations: str) -> str | None:
         DataError: the file cannot be read.
         ValueError: the name is not text.
     """
-
-    def read(file_system: fs.FileSystem, path: str) -> bytes:
-        with file_system.open_input_stream(path) as file:
-            return file.read(_BEGINNING)
-
-    try:
-        found = _FILE_NAME.search(at(annotations, read, Patience(attempts=1)))
-    except (OSError, LocationError) as error:
-        raise DataError(f"{annotations}: {reason_of(error)}") from error
+    found = _FILE_NAME.search(_beginning(annotations))
     if found is None:
         return None
     name: str = json.loads(found[1])
     name.encode()
     return name
+
+
+def _beginning(location: str) -> bytes:
+    def read(file_system: fs.FileSystem, path: str) -> bytes:
+        with file_system.open_input_stream(path) as file:
+            return file.read(_BEGINNING)
+
+    try:
+        return at(location, read, Patience(attempts=1))
+    except (OSError, LocationError) as error:
+        raise DataError(f"{location}: {reason_of(error)}") from error

@@ -64,6 +64,9 @@ def find_data_set(root: str, name: str | None, follow_links: bool) -> DataSet:
         if usual is not None:  # before other folders are listed, which takes long in a bucket
             return usual
         found = {known.NAME: data for known in _FORMATS if (data := known.find(folder)) is not None}
+        exported = None if found else coco_folder.find_exported(folder)
+        if exported is not None:
+            return exported
         names = folder.names()
     except (OSError, LocationError):
         names, found = [], {}
@@ -89,6 +92,8 @@ def _of_format(folder: Folder, name: str) -> DataSet:
         raise DataError(f"data.format: {name!r} is not known; one of {', '.join(NAMES)}")
     try:
         found = known.find(folder)
+        if found is None and known is coco_folder:
+            found = coco_folder.find_exported(folder)
     except OSError as error:
         raise DataError(f"{printable(folder.root)}: cannot be listed: {error}") from error
     if found is None and known is not coco_folder:

@@ -38,7 +38,7 @@ TIMEOUT_S = 5.0
 # Status codes of servers that refuse HEAD requests; the file may exist all the same.
 _NO_ANSWER = (401, 403, 405, 501)
 
-_SMALL_SIDE_PX = 160
+_SMALL_SIDE_PX = 240
 _MOST_LEFT_OUT = 0.1
 _MOST_ENLARGED = 2.0
 _MOST_PLANNED = 200_000
@@ -287,6 +287,7 @@ def _check_length(config: Config, num_images: int, passes: int, short_side_px: f
         report.add(
             "warning", TRAINING,
             f"training from scratch sees {passes} images ({num_images}, {passes / num_images:.0f} times each); with "
-            f"images of this size {architecture} needs about {enough} before it finds much",
-            "start from trained weights (model.init_from), or train for more epochs on more images",
+            f"images of this size {architecture} usually needs about {enough} before it finds much",
+            "start from trained weights (model.init_from), or train for more epochs on more images; simple objects may "
+            "need less",
         )  # fmt: skip
