@@ -118,7 +118,7 @@ def test_a_sound_set_passes_and_nothing_is_left_behind(check, tmp_path):
 # Formats
 
 
-@pytest.mark.parametrize("name", ["yolo", "voc", "csv"])
+@pytest.mark.parametrize("name", ["yolo", "voc", "csv", "open images"])
 def test_other_formats_are_checked_like_coco(check, tmp_path, name):
     root = FORMATS[name](tmp_path / "set")
     outcome = check(root, "train.global_batch_size=2")
@@ -129,7 +129,11 @@ def test_other_formats_are_checked_like_coco(check, tmp_path, name):
     files, faults = sample_files(load_config(None, [f"data.root={root}"]))
     assert list(files) == ["data.root (train)", "data.root (val)"] and not faults
     assert all(Path(file).is_file() and str(root) in file for file in files.values())
-    file = sorted(root.rglob({"yolo": "labels/train/*.txt", "voc": "*.xml", "csv": "train.csv"}[name]))[0]
+    file = sorted(
+        root.rglob(
+            {"yolo": "labels/train/*.txt", "voc": "*.xml", "csv": "train.csv", "open images": "*train*.csv"}[name]
+        )
+    )[0]
     file.write_bytes(b"\xff\xfe\xff")
     outcome = check(root)
     assert outcome.code == 1 and file.name in " ".join(outcome.messages("error", "data"))
@@ -366,6 +370,19 @@ def test_what_an_epoch_takes_is_counted(check, tmp_path):
     message = next(line for line in outcome.messages("ok", "training") if "data.balance" in line)
     assert "samples of 12 images (data.balance); 0.0% of them have no box" in message
     assert not any("data.balance" in line for line in check(root).messages("ok", "training"))
+    weights = check(root, "data.balance={class_weights: {dgo: 3}}").only("error", "training")
+    assert "data.balance.class_weights: there is no class 'dgo'; did you mean 'dog'?" in weights
+
+
+def test_what_an_epoch_takes_of_each_source_is_counted(check, tmp_path):
+    first, second = (sound_folder(tmp_path / name, num_train=count) for name, count in (("a", 12), ("b", 4)))
+    val = f"data.val={{annotations: {first}/annotations/instances_val2017.json, images: {first}/val2017}}"
+    outcome = check(None, f"data.sources=[{{root: {first}}}, {{root: {second}, weight: 3}}]", val)
+    (found,) = (f for f in outcome.report["findings"] if "2 data sets (data.sources)" in f["message"])
+    assert [name.rpartition(".json: ")[2] for name in found["names"]] == [
+        "12 images: 12 samples (50%)", "4 images: 12 samples (50%)",
+    ]  # fmt: skip
+    assert not any("data.sources" in line for line in check(first).messages("ok", "training"))
 
 
 def test_names_of_parameters_are_those_of_the_model(check, tmp_path):
@@ -387,12 +404,12 @@ def test_training_that_cannot_lead_anywhere_is_a_warning(check, tmp_path):
     root = sound_folder(tmp_path / "set")
     assert "sees 120 images (12, 10 times each)" in check(root, "train.epochs=10").only("warning", "training")
     assert "sees 1200 images" in check(root, "train.max_steps=300").only("warning", "training")
-    large = check(root, "data.augment.scales=[200]", "data.augment.max_size=400", "train.epochs=3000")
+    large = check(root, "data.augment.scales=[256]", "data.augment.max_size=512", "train.epochs=3000")
     enlarged, short = large.messages("warning", "training")
-    assert "enlarges its images 4.2 times" in enlarged
-    assert "detr needs about 1000000" in short
+    assert "enlarges its images 5.3 times" in enlarged
+    assert "detr usually needs about 1000000" in short
     other = check(root, "train.epochs=10", "model.architecture=dino", "model.num_feature_levels=2")
-    assert "dino needs about 10000 before" in other.only("warning", "training")
+    assert "dino usually needs about 4000 before" in other.only("warning", "training")
 
 
 def test_validating_on_the_training_set_and_not_at_all_are_warnings(check, tmp_path):

@@ -240,6 +240,22 @@ def test_data_in_other_formats_and_the_printed_command(prepare, tmp_path, name):
     assert code == 2 and str(root) in errors
 
 
+def test_the_printed_command_takes_sources_away(prepare, tmp_path):
+    """Without their weights, which is said."""
+    roots = [sound_folder(tmp_path / name, num_train=6, num_val=2) for name in ("a", "b")]
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        f"data: {{sources: [{{root: {roots[0]}}}, {{root: {roots[1]}, weight: 2}}], split: {{val: 0.3}}}}\n"
+    )
+    for name in ("coco", "shards"):
+        code, lines, errors = prepare("--config", file, "--to", name, "--out", tmp_path / name)
+        assert (code, errors) == (0, "")
+        assert "the weights of data.sources are not written: an epoch takes each image once" in lines
+        data = printed_config(lines).data
+        assert data.sources == () and data.split is None
+        assert sum(len(open_split(data.root, data.places(split), split)) for split in ("train", "val")) == 12
+
+
 def test_a_divided_set_is_written_as_two_and_the_command_divides_no_more(prepare, tmp_path):
     root = sound_folder(tmp_path / "set")
     keys = [

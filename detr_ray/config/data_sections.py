@@ -148,6 +148,10 @@ class BalanceConfig(Section):
     """Images of rare classes are repeated (LVIS's repeat factor sampling): a class that is on a share f of the images
     below this threshold has the factor `sqrt(repeat_threshold / f)`, and an image is taken as often as the largest
     factor of its classes says. 0: each image once. Common: 0.001 for hundreds of classes, up to 0.5 for a few."""
+    class_weights: dict[Text, Positive] = Field(default={})
+    """How often an epoch takes the images of a class, such as `{rust: 4, screw: 0.5}`, beyond what `repeat_threshold`
+    says. An image with several classes is taken as often as the most frequent of them; classes that are not listed
+    have 1."""
     background: Annotated[Share, Field(lt=1)] | None = None
     """Share of an epoch's samples that have no box; images without objects are taken less often, or repeated. null:
     each once."""

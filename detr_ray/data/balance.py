@@ -5,11 +5,13 @@ Works on whole columns; knows nothing of plans, pixels or labels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from detr_ray.data.errors import DataError
+from detr_ray.data.errors import DataError, few, shown
 from detr_ray.data.index import DatasetIndex
 from detr_ray.data.statistics import learnt_boxes
 
@@ -22,24 +24,28 @@ class Balance:
         repeat_threshold: images of a class that is on a smaller share of the images are repeated (`repeat_factors`);
             0: none are.
         background: share of an epoch's samples that have no box; None: as in the data set.
-        source_weights: of a merged data set: how often an epoch takes the images of each source, before the other two
+        class_weights: by the name of a class: how often an epoch takes its images, times the class's repeat factor; an
+            image is taken as its most frequent class says.
+        source_weights: of a merged data set: how often an epoch takes the images of each source, before the other
             settings are applied; empty: once.
     """
 
     repeat_threshold: float = 0.0
     background: float | None = None
+    class_weights: Mapping[str, float] = field(default_factory=dict)
     source_weights: tuple[float, ...] = ()
 
     def repeats(self, index: DatasetIndex) -> np.ndarray | None:
         """How often an epoch takes each image on average, ``[I]`` float64; None: each once.
 
         Raises:
-            DataError: ``background`` asks for images with boxes, or without, and there are none.
+            DataError: ``background`` asks for images with boxes, or without, and there are none; or ``class_weights``
+                names a class that there is not.
         """
         is_weighted = any(weight != 1 for weight in self.source_weights)
-        if not self.repeat_threshold and self.background is None and not is_weighted:
+        if not self.repeat_threshold and self.background is None and not is_weighted and not self.class_weights:
             return None
-        repeats = repeat_factors(index, self.repeat_threshold)
+        repeats = repeat_factors(index, self.repeat_threshold, self._weights_by_id(index))
         if is_weighted and index.sources is not None:
             repeats *= np.array(self.source_weights)[index.sources.of]
         if self.background is None:
@@ -57,19 +63,34 @@ class Balance:
             repeats[is_background] *= wanted / float(repeats[is_background].sum())
         return repeats
 
+    def _weights_by_id(self, index: DatasetIndex) -> dict[int, float]:
+        """Category id -> weight of the class."""
+        names = [name for _, name in index.categories]
+        unknown = next((name for name in self.class_weights if name not in names), None)
+        if unknown is not None:
+            near = difflib.get_close_matches(unknown, names, n=1)
+            raise DataError(
+                f"{index.source}: data.balance.class_weights: there is no class {shown(unknown)}"
+                + (f"; did you mean {shown(near[0])}?" if near else f"; the classes are {few(names, 8)}")
+            )
+        return {category_id: self.class_weights.get(name, 1.0) for category_id, name in index.categories}
 
-def repeat_factors(index: DatasetIndex, threshold: float) -> np.ndarray:
+
+def repeat_factors(
+    index: DatasetIndex, threshold: float, class_weights: Mapping[int, float] | None = None
+) -> np.ndarray:
     """Repeat factors of images (Gupta, Dollár and Girshick 2019: LVIS).
 
-    A class that is on the share ``f`` of the images has the factor ``max(1, sqrt(threshold / f))``, an image the
-    largest factor of its classes, and 1 where it has none.
+    A class that is on the share ``f`` of the images has the factor ``max(1, sqrt(threshold / f))`` times its weight, an
+    image the largest factor of its classes, and 1 where it has none.
 
     Args:
         index: the training set.
         threshold: share of the images, 0..1.
+        class_weights: category id -> weight of the class; None: 1.
 
     Returns:
-        ``[I]`` float64, at least 1.
+        ``[I]`` float64, above 0.
     """
     image_of, category_ids = learnt_boxes(index)
     factors = np.ones(len(index))
@@ -77,18 +98,21 @@ def repeat_factors(index: DatasetIndex, threshold: float) -> np.ndarray:
         classes, class_of = np.unique(category_ids, return_inverse=True)
         pairs = np.unique(np.stack([class_of, image_of]), axis=1)
         shares = np.bincount(pairs[0], minlength=len(classes)) / len(index)
-        np.maximum.at(factors, pairs[1], np.sqrt(threshold / shares)[pairs[0]])
+        weights = np.array([(class_weights or {}).get(category_id, 1.0) for category_id in classes.tolist()])
+        of_classes = np.maximum(1, np.sqrt(threshold / shares)) * weights
+        factors[pairs[1]] = 0
+        np.maximum.at(factors, pairs[1], of_classes[pairs[0]])
     return factors
 
 
 @dataclass(frozen=True, slots=True)
 class Takings:
-    """How many images and samples have a class.
+    """How many images and samples have a class, or are of a source.
 
     Attributes:
-        name: of the class.
-        images: number of images with the class.
-        samples: number of an epoch's samples with the class, on average.
+        name: of the class or source.
+        images: number of such images.
+        samples: number of such samples in an epoch, on average.
     """
 
     name: str
@@ -97,7 +121,7 @@ class Takings:
 
     @property
     def factor(self) -> float:
-        """How often an image with the class is taken, on average."""
+        """How often such an image is taken, on average."""
         return self.samples / self.images
 
 
@@ -115,3 +139,18 @@ def takings(index: DatasetIndex, repeats: np.ndarray) -> list[Takings]:
         if len(rows):
             found.append(Takings(name, len(rows), float(repeats[rows].sum())))
     return sorted(found, key=lambda taken: (-taken.factor, taken.name))
+
+
+def takings_of_sources(index: DatasetIndex, repeats: np.ndarray) -> list[Takings]:
+    """`Takings` of each data set that a merged one is made of, in their order; none where it is one.
+
+    Args:
+        index: the training set.
+        repeats: ``[I]``, see `Balance.repeats`.
+    """
+    if index.sources is None:
+        return []
+    of, names = index.sources.of, index.sources.names
+    images, samples = (np.bincount(of, weights, len(names)) for weights in (None, repeats))
+    rows = zip(names, images.tolist(), samples.tolist(), strict=True)
+    return [Takings(name, count, samples) for name, count, samples in rows]

@@ -259,7 +259,7 @@ def sources(place: Place) -> None:
     assert len(observe(place.config(*keys)).updates) == 6
 
 
-@shows("data.balance.repeat_threshold", "data.balance.background")
+@shows("data.balance.repeat_threshold", "data.balance.background", "data.balance.class_weights")
 def balance(place: Place) -> None:
     """More samples of images with rare classes, and the share without boxes, in a longer epoch that trains."""
     root = make_dataset(place.folder / "some_empty", num_train=16, num_val=2, max_objects=1, empty_fraction=0.4)
@@ -276,6 +276,9 @@ def balance(place: Place) -> None:
     plain, repeated, fewer = taken(), taken("data.balance.repeat_threshold=1"), taken("data.balance.background=0.1")
     assert (plain == 1).all() and is_empty.mean() > 0.2
     assert repeated.sum() > 16 and (repeated[is_rare] >= 2).all() and (repeated[is_empty] <= 1).all()
+    rarest = dict(train.categories)[int(classes[counts.argmin()])]
+    weighted = taken(f"data.balance.class_weights={{{rarest}: 3}}")
+    assert (weighted[is_rare] == 3).all() and (weighted[~is_rare] <= 1).all()
     assert fewer[is_empty].sum() <= 2 and (fewer[~is_empty] <= 1).all()
     seen = place.train(f"data.root={root}", "data.balance={repeat_threshold: 1}")
     assert len(seen.updates) == repeated.sum() // 4

@@ -59,12 +59,27 @@ def test_background_has_its_share() -> None:
         assert repeats[82:].sum() / repeats.sum() == pytest.approx(share)
         assert repeats[:82] == pytest.approx(repeat_factors(index, threshold)[:82])
     sources = Sources(("a", "b"), ("a", "b"), np.array([0, 1] * 50, np.int32))
-    weighted = Balance(0.0, 0.25, (1.0, 3.0)).repeats(replace(index, images_root=None, sources=sources))
+    weighted = Balance(0.0, 0.25, source_weights=(1.0, 3.0)).repeats(replace(index, images_root=None, sources=sources))
     assert weighted is not None and weighted[82:].sum() / weighted.sum() == pytest.approx(0.25)
     assert weighted[1::2] == pytest.approx(3 * weighted[::2]), "images without a box are of a source, too"
     without = make_index([[0], [1]])
     with pytest.raises(DataError, match=r"drawn: data\.balance\.background=0\.1 is a share of samples without boxes"):
         Balance(0.0, 0.1).repeats(without)
+
+
+def test_classes_have_weights() -> None:
+    """An image is taken as its most frequent class says, with the class's repeat factor."""
+    index = make_index(CLASSES, crowds={0: 2})
+    found = Balance(class_weights={"common": 0.5, "rare": 6.0}).repeats(index)
+    assert found is not None
+    assert found == pytest.approx([0.5] * 70 + [1.0] * 10 + [6.0] * 2 + [1.0] * 18)
+    found = Balance(0.4, class_weights={"seldom": 3.0}).repeats(index)
+    assert found is not None
+    assert found == pytest.approx([1.0] * 70 + [6.0] * 10 + [math.sqrt(20)] * 2 + [1.0] * 18)
+    with pytest.raises(DataError, match=r"drawn: .*class_weights: there is no class 'rara'; did you mean 'rare'\?"):
+        Balance(class_weights={"rara": 2.0}).repeats(index)
+    with pytest.raises(DataError, match=r"there is no class 'x'; the classes are common, seldom, rare, never"):
+        Balance(class_weights={"x": 2.0}).repeats(index)
 
 
 def test_what_an_epoch_takes_of_each_class() -> None:

@@ -20,6 +20,7 @@ from detr_ray.data.formats.coco import read_coco_index
 from detr_ray.data.formats.conversion import SHARDS, WRITTEN, convert
 from detr_ray.data.images import ImageReader
 from detr_ray.data.index import DatasetIndex
+from detr_ray.data.merging import merge
 from detr_ray.data.packing import write_shards
 
 BOXES = {
@@ -88,6 +89,25 @@ def test_every_format_can_become_another(tmp_path, name):
         else:
             convert(indexes, str(tmp_path / target), target)
         assert_same(tmp_path / target, indexes)
+
+
+@pytest.mark.parametrize("name", ["coco", "yolo"])
+def test_images_of_equal_names_stay_those_of_their_boxes(tmp_path, name):
+    """Two data sets whose images are called the same, as one."""
+    parts = []
+    for number in range(2):
+        files = {"id": 1, "file_name": "a.jpg", "height": SIZE[0], "width": SIZE[1]}
+        box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [4 + number, 4, 9, 9], "area": 81, "iscrowd": 0}
+        path = tmp_path / f"{number}.json"
+        path.write_text(json.dumps({"images": [files], "annotations": [box], "categories": [{"id": 1, "name": "x"}]}))
+        (tmp_path / f"{number}").mkdir()
+        (tmp_path / f"{number}" / "a.jpg").write_bytes(encoded(seed=number))
+        parts.append(read_coco_index(str(path), str(tmp_path / f"{number}")))
+    convert({"train": merge(parts)}, str(tmp_path / "out"), name)
+    back = open_split(str(tmp_path / "out"), None, "train")
+    assert back.file_names.to_pylist() == ["1/a.jpg", "2/a.jpg"]
+    assert back.boxes_xywh_px[:, 0].tolist() == [4, 5]
+    assert [ImageReader(back).read(i) for i in range(2)] == [encoded(seed=number) for number in range(2)]
 
 
 def test_other_programs_find_yolo_as_they_want_it(tmp_path):

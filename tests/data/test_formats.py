@@ -67,7 +67,7 @@ def test_each_format_gives_the_same_index(tmp_path, coco, name):
 def test_each_format_trains_the_same(tmp_path, coco):
     """The whole way: what is recognised, planned and trained, to the bit of the last weight and box."""
     weights, fingerprints = {}, {}
-    roots = {"coco": coco} | {name: FORMATS[name](tmp_path / name) for name in ("yolo", "voc", "csv")}
+    roots = {"coco": coco} | {name: FORMATS[name](tmp_path / name) for name in ("yolo", "voc", "csv", "open images")}
     for name, root in roots.items():
         keys = ("run.name=a", "train.global_batch_size=4", "train.epochs=1", "train.record_stream=true")
         result = fit_here(tiny_config(root, tmp_path / f"{name}-runs", *keys))
@@ -75,7 +75,7 @@ def test_each_format_trains_the_same(tmp_path, coco):
         stream = tmp_path / f"{name}-runs" / "a" / "stream" / "rank-00000.jsonl"
         fingerprints[name] = (stream.read_text(), {k: v for k, v in result.metrics.items() if k.startswith("val/A")})
     assert fingerprints["coco"][1]
-    for name in ("yolo", "voc", "csv"):
+    for name in roots:
         assert fingerprints[name] == fingerprints["coco"]
         assert all(torch.equal(value, weights["coco"][key]) for key, value in weights[name].items())
 

@@ -16,7 +16,7 @@ from torchvision.models import get_model_weights
 
 from detr_ray.architectures import FROM_SCRATCH
 from detr_ray.config import Config, ConfigError
-from detr_ray.data.balance import takings
+from detr_ray.data.balance import takings, takings_of_sources
 from detr_ray.data.errors import DataError
 from detr_ray.data.index import DatasetIndex
 from detr_ray.data.label_map import LabelMap
@@ -146,6 +146,7 @@ def check_plan(config: Config, opened: dict[str, DatasetIndex], label_map: Label
     except DataError as error:
         report.add("error", TRAINING, str(error))
         return
+    _check_sources(data, report)
     _check_balance(data, report)
     steps = math.ceil(config.train.epochs * steps_per_epoch)
     if config.train.max_steps is not None:
@@ -181,6 +182,19 @@ def check_plan(config: Config, opened: dict[str, DatasetIndex], label_map: Label
     _check_length(config, len(train), steps * batch, float(np.median(sizes[:, 1:].min(axis=1))), report)
 
 
+def _check_sources(data: PlannedData, report: Report) -> None:
+    """Says how many of an epoch's samples are of each of several data sets."""
+    train = data.train
+    assert train is not None
+    repeats = np.ones(len(train)) if data.repeats is None else data.repeats
+    sources = takings_of_sources(train, repeats)
+    if sources:
+        names = [
+            f"{t.name}: {t.images} images: {t.samples:.0f} samples ({t.samples / repeats.sum():.0%})" for t in sources
+        ]
+        report.add("ok", TRAINING, f"an epoch takes from {len(sources)} data sets (data.sources):", names=names)
+
+
 def _check_balance(data: PlannedData, report: Report) -> None:
     """Says what an epoch takes where images are repeated."""
     repeats, train = data.repeats, data.train
@@ -199,7 +213,7 @@ def _check_balance(data: PlannedData, report: Report) -> None:
     if most > _MOST_REPEATED:
         report.add(
             "warning", TRAINING, f"images are taken up to {most:.0f} times in an epoch: they may be learnt by heart",
-            "lower data.balance.repeat_threshold or background",
+            "lower data.balance.repeat_threshold, class_weights or background",
         )  # fmt: skip
 
 
