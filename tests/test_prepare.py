@@ -242,11 +242,10 @@ def test_data_in_other_formats_and_the_printed_command(prepare, tmp_path, name):
 
 def test_the_printed_command_takes_sources_away(prepare, tmp_path):
     """Without their weights, which is said."""
-    roots = [sound_folder(tmp_path / name, num_train=6, num_val=2) for name in ("a", "b")]
+    roots = [sound_folder(tmp_path / name, num_train=6) for name in ("a", "b")]
+    sources = [f"annotations: {root}/annotations/instances_train2017.json, images: {root}/train2017" for root in roots]
     file = tmp_path / "config.yaml"
-    file.write_text(
-        f"data: {{sources: [{{root: {roots[0]}}}, {{root: {roots[1]}, weight: 2}}], split: {{val: 0.3}}}}\n"
-    )
+    file.write_text(f"data: {{sources: [{{{sources[0]}}}, {{{sources[1]}, weight: 2}}], split: {{val: 0.3}}}}\n")
     for name in ("coco", "shards"):
         code, lines, errors = prepare("--config", file, "--to", name, "--out", tmp_path / name)
         assert (code, errors) == (0, "")

@@ -277,8 +277,8 @@ def balance(place: Place) -> None:
     assert (plain == 1).all() and is_empty.mean() > 0.2
     assert repeated.sum() > 16 and (repeated[is_rare] >= 2).all() and (repeated[is_empty] <= 1).all()
     rarest = dict(train.categories)[int(classes[counts.argmin()])]
-    weighted = taken(f"data.balance.class_weights={{{rarest}: 3}}")
-    assert (weighted[is_rare] == 3).all() and (weighted[~is_rare] <= 1).all()
+    weighted = taken(f"data.balance.class_weights={{{rarest}: 5}}")
+    assert (weighted[is_rare] == 5).all() and (weighted[~is_rare] == 1).all()
     assert fewer[is_empty].sum() <= 2 and (fewer[~is_empty] <= 1).all()
     seen = place.train(f"data.root={root}", "data.balance={repeat_threshold: 1}")
     assert len(seen.updates) == repeated.sum() // 4

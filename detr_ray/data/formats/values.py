@@ -84,7 +84,7 @@ def read_class_file(folder: Folder, below: Sequence[str] = ("",)) -> tuple[tuple
         DataError: a class without a name, or files that list different classes.
     """
     found: dict[str, tuple[str, ...]] = {}
-    for place in below:
+    for place in filter(folder.has, below):
         name = next((name for name in CLASS_FILES if folder.has(posixpath.join(place, name))), None)
         if name is not None:
             location = folder.location(posixpath.join(place, name))
