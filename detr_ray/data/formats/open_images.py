@@ -136,11 +136,11 @@ def find(folder: Folder) -> OpenImagesFolder | None:
 
 
 def is_table(folder: Folder, name: str) -> bool:
-    """Whether a file is a table of Open Images, by its header."""
+    """Whether a file is a table of Open Images, by its header; if it is not text, which reading reports, by its name."""
     try:
         return set(_NEEDED) <= set(_header(folder.text(name)))
-    except DataError:  # not text: the reader of its own format reports that
-        return False
+    except DataError:
+        return name.endswith(("annotations-bbox.csv", _EXPORTED_TABLE))
 
 
 def _folders(split: str) -> list[str]:
