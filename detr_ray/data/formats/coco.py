@@ -56,7 +56,7 @@ def read_coco_index(
 
     stored = StoredNames(pa.array(file_names, pa.string()), images_root, follow_links)
     sizes, problems["images_without_size"] = _sizes(images, stored, reading or Reading())
-    has_size = ((sizes > 0) & (sizes <= MOST_PIXELS_A_SIDE)).all(axis=1)
+    has_size = np.asarray(((sizes > 0) & (sizes <= MOST_PIXELS_A_SIDE)).all(axis=1))
     finite = np.isfinite(boxes).all(axis=1)
     problems["boxes_not_finite"] = int((~finite).sum())
     is_kept = finite & np.isin(image_of, image_ids[has_size])

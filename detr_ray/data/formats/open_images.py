@@ -136,7 +136,7 @@ def find(folder: Folder) -> OpenImagesFolder | None:
 
 
 def is_table(folder: Folder, name: str) -> bool:
-    """Whether a file is a table of Open Images, by its header; if it is not text, which reading reports, by its name."""
+    """Whether a file is a table of Open Images: by its header, or by its name if it is not text, as reading it says."""
     try:
         return set(_NEEDED) <= set(_header(folder.text(name)))
     except DataError:
