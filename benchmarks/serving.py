@@ -45,7 +45,7 @@ def run() -> list[Row]:
         from detr_ray.runtime.serving.service import service
     except ImportError as error:
         raise SkippedBenchmark(f"{error}: pip install 'detr_ray[serve]'") from error
-    from detr_ray.runtime.serving.settings import Batching, ServiceSettings
+    from detr_ray.runtime.serving.settings import Batching, ServiceSettings, usable_cores
 
     rows = []
     for name, (file, overrides) in MODELS.items():
@@ -54,7 +54,7 @@ def run() -> list[Row]:
             path = Path(folder, "model.pt")
             _write_model(path, file, overrides)
             for most in (1, 8):
-                settings = ServiceSettings(port=_free_port(), cpus=os.cpu_count() or 1, batching=Batching(most, 0.01))
+                settings = ServiceSettings(port=_free_port(), cpus=usable_cores(), batching=Batching(most, 0.01))
                 with service(functools.partial(load_model, str(path)), settings):
                     _load(settings.port, 2, 3.0)
                     for clients in (1, 8):

@@ -89,16 +89,15 @@ def _predict(config: Config, arguments: argparse.Namespace) -> int:
     from detr_ray.engine.prediction_job import Wanted, prepare_prediction
     from detr_ray.model_sources import load_model
     from detr_ray.prediction.results import ResultFolder
+    from detr_ray.prediction.thresholds import ThresholdError
 
     check_address(arguments.out)
     wanted = Wanted(arguments.images, arguments.root, arguments.threshold, arguments.top_k, arguments.part_images)
     try:
         model = load_model(source, config, arguments.scores, say)
         job = prepare_prediction(model, config, wanted, say)
-    except ValueError as error:
-        if str(error).startswith("threshold: "):
-            raise ConfigError(f"--{error}") from error
-        raise
+    except ThresholdError as error:
+        raise ConfigError(f"--{error}") from error
     folder = ResultFolder(arguments.out, job)
     parts = folder.open()
     done = len(job.parts) - len(parts)

@@ -67,7 +67,14 @@ def _serve(config: Config, arguments: argparse.Namespace) -> int:
 
     from detr_ray.prediction.requests import Limits
     from detr_ray.runtime.serving.loading import loader
-    from detr_ray.runtime.serving.settings import Batching, ServiceSettings, refuse_taken_port
+    from detr_ray.runtime.serving.settings import (
+        Batching,
+        ServiceSettings,
+        refuse_more_cores,
+        refuse_taken_port,
+        usable_cores,
+    )
+    from detr_ray.runtime.session import cluster_address
 
     settings = ServiceSettings(
         host=arguments.host,
@@ -79,6 +86,8 @@ def _serve(config: Config, arguments: argparse.Namespace) -> int:
         limits=Limits(arguments.max_request_mb << 20, arguments.max_megapixels * 1_000_000),
     )
     refuse_taken_port(settings.host, settings.port)
+    if cluster_address() is None:
+        refuse_more_cores(settings, usable_cores())
     # Loaded here, too, so that a model that cannot be had is refused in seconds.
     load = loader(arguments.source, config)
     model = load()

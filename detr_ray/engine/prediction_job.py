@@ -54,7 +54,7 @@ def prepare_prediction(model: LoadedModel, given: Config, wanted: Wanted, say: S
     Raises:
         ConfigError: given and stored values contradict each other, or the images are too large for the model.
         DataError: there are no images.
-        ValueError: the threshold is not valid.
+        ThresholdError: the threshold is not valid.
     """
     settings, lines = evaluation_config(given, model.config, model.source, with_data=False)
     for line in lines:

@@ -9,44 +9,51 @@ from collections.abc import Sequence
 from typing import Any
 
 from detr_ray.data.image_headers import ImageError
-from detr_ray.prediction.loaded_model import LoadedModel
+from detr_ray.prediction.loaded_model import Device, LoadedModel
 from detr_ray.prediction.requests import ImageRequest, RequestError
+from detr_ray.prediction.thresholds import ThresholdError
 
 
-def answers(model: LoadedModel, asked: Sequence[ImageRequest], batch_size: int) -> list[dict[str, Any] | RequestError]:
+def answers(
+    model: LoadedModel, asked: Sequence[ImageRequest], batch_size: int, device: Device = None
+) -> list[dict[str, Any] | RequestError]:
     """Answers requests.
 
     Args:
         model: finds the objects.
         asked: one entry an image.
         batch_size: most images of one forward pass.
+        device: as `LoadedModel.predict` takes it.
 
     Returns:
         For each request, in order: `Prediction.to_dict` with the image named after its field, or the error of the
         request.
+
+    Raises:
+        WeightsError: the model gives predictions that are not finite.
     """
     groups: dict[Any, list[int]] = {}
     for number, one in enumerate(asked):
         groups.setdefault((one.threshold, one.top_k), []).append(number)
     found: dict[int, dict[str, Any] | RequestError] = {}
     for members in groups.values():
-        answered = _answer_alike(model, [asked[number] for number in members], batch_size)
+        answered = _answer_alike(model, [asked[number] for number in members], batch_size, device)
         found |= zip(members, answered, strict=True)
     return [found[number] for number in range(len(asked))]
 
 
 def _answer_alike(
-    model: LoadedModel, asked: list[ImageRequest], batch_size: int
+    model: LoadedModel, asked: list[ImageRequest], batch_size: int, device: Device
 ) -> list[dict[str, Any] | RequestError]:
     """Answers requests with the same threshold and number of objects."""
     first = asked[0]
     try:
-        found = model.predict([one.image for one in asked], first.threshold, first.top_k, batch_size)
+        found = model.predict([one.image for one in asked], first.threshold, first.top_k, batch_size, device)
     except ImageError as error:
         if len(asked) > 1:  # the decoder stops at the first bad image
-            return [_answer_alike(model, [one], 1)[0] for one in asked]
+            return [_answer_alike(model, [one], 1, device)[0] for one in asked]
         reason = str(error).removeprefix("image 0: ")
         return [RequestError(f"{first.field}: {reason}")]
-    except ValueError as error:  # the best thresholds are unknown; the message says so
+    except ThresholdError as error:  # the best ones are unknown
         return [RequestError(str(error)) for _ in asked]
     return [{**one.to_dict(), "image": request.field} for one, request in zip(found, asked, strict=True)]

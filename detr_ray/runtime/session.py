@@ -104,12 +104,12 @@ def ray_session(
     """Uses a running Ray, or starts one on this machine and ends it afterwards.
 
     A cluster is joined where ``RAY_ADDRESS`` names one (``ray job submit`` sets it) or this process already uses one.
-    A Ray started here gets enough logical CPUs for the workers and at least one data task each, also if the machine has
-    fewer cores; processes then share cores, like threads of one program.
+    A Ray started here gets enough logical CPUs for the workers and their data tasks, at least one, also if the machine
+    has fewer cores; processes then share cores, like threads of one program.
 
     Args:
         num_workers: number of training workers that will be requested.
-        data_tasks: number of concurrent data tasks of one worker.
+        data_tasks: number of concurrent data tasks of one worker; 0 for none.
         use_gpu: whether workers use GPUs; None when it is not decided yet.
         worker_resource: custom resource that each worker takes one of.
         cpus: the least number of logical CPUs of a Ray that is started here.
@@ -152,7 +152,7 @@ def _start_ray(num_workers: int, data_tasks: int, worker_resource: str | None, c
     """Starts a Ray on this machine, and lets processes for data tasks import what they need."""
     cores = os.cpu_count() or 1
     defaults = {name: os.environ.get(name, default) for name, default in _OWN_DEFAULTS.items()}
-    tasks_at_once = max(1, min(data_tasks * num_workers, cores))
+    tasks_at_once = min(data_tasks * num_workers, cores)
     ray.init(
         "local",  # not one that was started on this machine for another program
         num_cpus=max(cores, num_workers + tasks_at_once, cpus),

@@ -16,6 +16,7 @@ from detr_ray.data.label_map import LabelMap
 from detr_ray.exporting import Agreement, ExportFormat, ExportSource
 from detr_ray.prediction.requests import Limits
 from detr_ray.runtime.serving import loading
+from detr_ray.runtime.serving import settings as settings_of_services
 from detr_ray.runtime.serving.settings import Batching, ServiceSettings
 
 # export
@@ -99,6 +100,7 @@ def serve_address(place: Place) -> None:
 
 @shows("serve", "--replicas", "--max-replicas", "--cpus-per-replica")
 def serve_replicas(place: Place) -> None:
+    place.patch.setattr(settings_of_services, "usable_cores", lambda: 6)
     settings = served(place)
     assert (settings.replicas, settings.max_replicas, settings.cpus) == (1, 1, 1)
     settings = served(place, "--replicas", 2, "--cpus-per-replica", 3)
@@ -106,6 +108,11 @@ def serve_replicas(place: Place) -> None:
     assert served(place, "--max-replicas", 4).max_replicas == 4
     code, _, err = place.call("serve", place.run, "--replicas", 3, "--max-replicas", 2)
     assert code == 2 and "--max-replicas: 2 is less than --replicas (3)" in err
+    for given, needed in ((("--replicas", 7), "7 x 1"), (("--max-replicas", 2, "--cpus-per-replica", 4), "2 x 4")):
+        code, _, err = place.call("serve", place.run, *given)
+        assert code == 2 and f"{needed} cores are more than the 6 of this machine" in err
+    place.patch.setenv("RAY_ADDRESS", "127.0.0.1:6379")  # the cluster is asked when it is joined
+    assert served(place, "--replicas", 7).replicas == 7
 
 
 @shows("serve", "--max-batch", "--batch-wait-ms")

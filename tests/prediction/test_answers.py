@@ -5,23 +5,33 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 
 from detr_ray.data.image_headers import ImageError
 from detr_ray.prediction import Prediction
 from detr_ray.prediction.answers import answers
+from detr_ray.model.state_dicts import WeightsError
 from detr_ray.prediction.requests import ImageRequest, RequestError
+from detr_ray.prediction.thresholds import ThresholdError
 
 
 class Model:
-    """Finds as many objects as an image has bytes; cannot decode ``b""``, and knows no best thresholds."""
+    """Finds as many objects as an image has bytes; cannot decode ``b""``, and knows no best thresholds.
+
+    Its predictions on ``b"nan"`` are not finite.
+    """
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
 
-    def predict(self, images: list[bytes], threshold: Any, top_k: int | None, batch_size: int) -> list[Prediction]:
-        self.calls.append((images, threshold, top_k, batch_size))
+    def predict(
+        self, images: list[bytes], threshold: Any, top_k: int | None, batch_size: int, device: Any
+    ) -> list[Prediction]:
+        self.calls.append((images, threshold, top_k, batch_size, device))
         if threshold == "best_f1":
-            raise ValueError("threshold: 'best_f1' is not known of this")
+            raise ThresholdError("threshold: 'best_f1' is not known of this")
+        if b"nan" in images:
+            raise WeightsError("a.pt gives predictions that are not finite")
         for number, image in enumerate(images):
             if not image:
                 raise ImageError(f"image {number}: damaged image")
@@ -40,11 +50,13 @@ def asked(image: bytes, threshold: Any = None, top_k: int | None = None, field: 
 
 def test_each_gets_its_own_answer_in_order() -> None:
     model = Model()
-    found = answers(model, [asked(b"a"), asked(b"bb", 0.5), asked(b"ccc", field="image[1]"), asked(b"dd", 0.5, 1)], 8)
+    found = answers(model, [asked(b"a"), asked(b"bb", 0.5), asked(b"ccc", field="image[1]"), asked(b"dd", 0.5, 1)], 8, "cpu")
     assert [len(one["scores"]) for one in found] == [1, 2, 3, 1]
     assert [one["scores"][0] for one in found] == [0.0, 0.5, 0.0, 0.5]
     assert [one["image"] for one in found] == ["image", "image", "image[1]", "image"]
-    assert model.calls == [([b"a", b"ccc"], None, None, 8), ([b"bb"], 0.5, None, 8), ([b"dd"], 0.5, 1, 8)]
+    assert model.calls == [
+        ([b"a", b"ccc"], None, None, 8, "cpu"), ([b"bb"], 0.5, None, 8, "cpu"), ([b"dd"], 0.5, 1, 8, "cpu"),
+    ]  # fmt: skip
 
 
 def test_a_bad_image_does_not_spoil_the_others() -> None:
@@ -58,3 +70,8 @@ def test_thresholds_that_are_not_known_are_the_clients_fault() -> None:
     found = answers(Model(), [asked(b"a", "best_f1"), asked(b"a")], 8)
     assert str(found[0]) == "threshold: 'best_f1' is not known of this" and found[0].status == 400
     assert found[1]["scores"] == [0.0]
+
+
+def test_a_model_that_fails_is_not_the_clients_fault() -> None:
+    with pytest.raises(WeightsError, match="not finite"):
+        answers(Model(), [asked(b"nan"), asked(b"a")], 8)

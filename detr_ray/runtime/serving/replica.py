@@ -14,6 +14,7 @@ from ray import serve
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
+from detr_ray.model.state_dicts import WeightsError
 from detr_ray.prediction import LoadedModel
 from detr_ray.prediction.answers import answers
 from detr_ray.prediction.requests import UNSUPPORTED, ImageRequest, Limits, RequestError, from_image, from_json
@@ -34,11 +35,12 @@ class Replica:
         load: returns the model; called in the replica's process.
         limits: limits of a request.
         batching: how images become batches.
+        device: where the model works. Ray hides no GPU from a replica that has none, so it cannot be found out.
     """
 
-    def __init__(self, load: Callable[[], LoadedModel], limits: Limits, batching: Batching) -> None:
+    def __init__(self, load: Callable[[], LoadedModel], limits: Limits, batching: Batching, device: str) -> None:
         self._model = load()
-        self._model.to(None)
+        self._device = self._model.to(device)
         self._limits = limits
         self._most = batching.most
         self._detect.set_max_batch_size(batching.most)
@@ -61,6 +63,8 @@ class Replica:
             return await handler(request)
         except RequestError as error:
             return _refusal(str(error), error.status)
+        except WeightsError as error:  # predictions are not finite
+            return _refusal(str(error), 500)
         except ClientDisconnect:
             return _refusal("the client went away", 400)
 
@@ -105,7 +109,7 @@ class Replica:
     @serve.batch  # type: ignore[untyped-decorator]
     async def _detect(self, asked: list[ImageRequest]) -> list[dict[str, Any] | RequestError]:
         """Answers images of one or several requests; in a thread, so that health checks are answered meanwhile."""
-        return await asyncio.to_thread(answers, self._model, asked, self._most)
+        return await asyncio.to_thread(answers, self._model, asked, self._most, self._device)
 
 
 def _refusal(message: str, status: int) -> Response:

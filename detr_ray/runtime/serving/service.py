@@ -33,21 +33,27 @@ _QUEUED_BATCHES = 32
 
 
 @contextmanager
-def service(load: Callable[[], LoadedModel], settings: ServiceSettings) -> Iterator[None]:
+def service(
+    load: Callable[[], LoadedModel], settings: ServiceSettings, say: Say = lambda line: None
+) -> Iterator[None]:
     """Runs a service as a context; requests are answered from its beginning on.
 
     Args:
         load: returns the model; called in each replica, on its node.
         settings: how it runs.
+        say: shows the user a line.
 
     Raises:
         ConfigError: the port is taken, or the cluster cannot be joined.
         RunFailed: the replicas cannot be started.
     """
     refuse_taken_port(settings.host, settings.port)
-    with host_process_as_before(), ray_session(settings.max_replicas * settings.cpus, 1, None):
+    with host_process_as_before(), ray_session(settings.max_replicas * settings.cpus, 0, None):
         _refuse_other_services()
-        use_gpu = ray.cluster_resources().get("GPU", 0) >= settings.max_replicas
+        gpus = ray.cluster_resources().get("GPU", 0)
+        use_gpu = gpus >= settings.max_replicas
+        if gpus and not use_gpu:
+            say(f"WARNING: {gpus:g} GPUs are fewer than {settings.max_replicas} replicas, which work on CPUs instead")
         http = {"host": settings.host, "port": settings.port, "request_timeout_s": REQUEST_TIMEOUT_S}
         try:
             _start(application(load, settings, use_gpu), http)
@@ -94,7 +100,7 @@ def application(load: Callable[[], LoadedModel], settings: ServiceSettings, use_
     Args:
         load: returns the model; called in each replica.
         settings: how it runs; address and port are those of Ray Serve.
-        use_gpu: whether each replica takes a GPU.
+        use_gpu: whether each replica takes a GPU; otherwise they work on CPUs.
     """
     most = settings.batching.most
     is_fixed = settings.replicas == settings.max_replicas
@@ -113,7 +119,7 @@ def application(load: Callable[[], LoadedModel], settings: ServiceSettings, use_
         max_ongoing_requests=2 * most,
         max_queued_requests=_QUEUED_BATCHES * most,
     )
-    return deployment.bind(load, settings.limits, settings.batching)
+    return deployment.bind(load, settings.limits, settings.batching, "cuda" if use_gpu else "cpu")
 
 
 def run_service(load: Callable[[], LoadedModel], settings: ServiceSettings, say: Say) -> None:
@@ -123,7 +129,7 @@ def run_service(load: Callable[[], LoadedModel], settings: ServiceSettings, say:
     def stop(*_: object) -> None:
         stopped.set()
 
-    with service(load, settings):
+    with service(load, settings, say):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, stop)  # `service` restores the handlers
         say(f"serving at {settings.address}; Ctrl-C stops it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from dataclasses import dataclass, field
 
@@ -49,6 +50,29 @@ class ServiceSettings:
         """The service's own address."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.port}/"
+
+
+def usable_cores() -> int:
+    """The cores of this machine that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def refuse_more_cores(settings: ServiceSettings, cores: int) -> None:
+    """Checks that a machine has the cores of all replicas. Ray would start them all the same, to share what there is.
+
+    Args:
+        settings: how the service runs.
+        cores: of the machine.
+
+    Raises:
+        ConfigError: it has fewer.
+    """
+    needed = settings.max_replicas * settings.cpus
+    if needed > cores:
+        raise ConfigError(
+            f"--replicas, --max-replicas, --cpus-per-replica: {settings.max_replicas} x {settings.cpus} cores are more "
+            f"than the {cores} of this machine; ask for fewer, or name a cluster in RAY_ADDRESS"
+        )
 
 
 def refuse_taken_port(host: str, port: int) -> None:
