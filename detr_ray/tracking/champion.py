@@ -3,7 +3,7 @@
 Decisions about one registered model are made one after another, in the order of the versions' unique numbers. A version
 is created with the tag that it is being decided, and its process waits until no earlier version has this tag. So if two
 trainings end at the same time, the later version is compared with the champion after the earlier decision. A process
-that dies leaves no lock: while it waits and measures, a process changes a tag of its version every few seconds, and a
+that dies leaves no lock: until its decision is written, a process changes a tag of its version every few seconds, and a
 version whose tag has not changed for a minute is skipped. Clocks of different machines are not compared.
 """
 
@@ -101,13 +101,13 @@ def decide(
         present = registry.version(version.version)
         if present.tags.get(DECISION) != _DECIDING:
             raise RegistryError(
-                f"{version} was {present.tags.get(DECISION)} while it was compared with the champion: register its "
-                "checkpoint again, or promote it"
+                f"{version} was decided about while it was compared with the champion ({present.tags.get(DECISION)}): "
+                "register its checkpoint again, or promote it"
             )
-    if decision.is_champion:
-        registry.move_champion(version, decision.reason)
-    else:
-        registry.tag(version, {DECISION: _KEPT, REASON: decision.reason})
+        if decision.is_champion:
+            registry.move_champion(version, decision.reason)
+        else:
+            registry.tag(version, {DECISION: _KEPT, REASON: decision.reason})
     return decision
 
 
@@ -131,7 +131,7 @@ def _better(
         return Decision(True, f"AP {own:.4f}, and there was no champion")
     theirs, how = champion.ap_on(measured_on), ""
     if theirs is None:
-        say(f"the champion, {champion}, was measured on other data or at other sizes: measuring it anew")
+        say(f"the champion, {champion}, was measured on other data or with other settings: measuring it anew")
         try:
             theirs = measure(champion)
         except CannotBeMeasured as error:

@@ -145,6 +145,27 @@ def test_a_process_that_died_is_passed_over(registry: ModelRegistry) -> None:
     ]
 
 
+def test_one_whose_decision_is_written_slowly_is_waited_for(registry: ModelRegistry) -> None:
+    first, second = entry(registry, 0.25), entry(registry, 0.5)
+    begun = threading.Event()
+
+    class Slow(ModelRegistry):
+        def move_champion(self, version: ModelVersion, reason: str) -> None:
+            begun.set()
+            time.sleep(1.5 * QUICK.passed_over_s)
+            super().move_champion(version, reason)
+
+    thread = threading.Thread(target=lambda: decided(Slow(registry.uri, "detr"), first))
+    thread.start()
+    assert begun.wait(20)
+    lines: list[str] = []
+    found = decide(ModelRegistry(registry.uri, "detr"), second, 0.0, not_needed, lines.append, QUICK)
+    thread.join(20)
+    assert len(lines) == 1, "it was not passed over"
+    assert found.is_champion and "against 0.2500 of the champion, version 1" in found.reason
+    assert champion(registry) == 2
+
+
 def test_one_that_was_passed_over_does_not_come_back(registry: ModelRegistry) -> None:
     """Its process was held up for long, and others have decided meanwhile."""
     registry.promote(entry(registry, 0.1, ELSEWHERE).version)
@@ -154,7 +175,9 @@ def test_one_that_was_passed_over_does_not_come_back(registry: ModelRegistry) ->
         registry.tag(late, {"champion.decision": "passed over"})
         return 0.25
 
-    with pytest.raises(RegistryError, match="version 2 of detr was passed over while it was compared"):
+    with pytest.raises(
+        RegistryError, match=r"version 2 of detr was decided about while it was compared .* \(passed over\)"
+    ):
         decided(registry, late, measure=measure)
     assert champion(registry) == 1
 
