@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import http.client
 import io
-import os
 import socket
 import statistics
 import tempfile

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from detr_ray.data.image_headers import ImageError
+from detr_ray.model.state_dicts import WeightsError
 from detr_ray.prediction import Prediction
 from detr_ray.prediction.answers import answers
-from detr_ray.model.state_dicts import WeightsError
 from detr_ray.prediction.requests import ImageRequest, RequestError
 from detr_ray.prediction.thresholds import ThresholdError
 
@@ -50,7 +50,9 @@ def asked(image: bytes, threshold: Any = None, top_k: int | None = None, field: 
 
 def test_each_gets_its_own_answer_in_order() -> None:
     model = Model()
-    found = answers(model, [asked(b"a"), asked(b"bb", 0.5), asked(b"ccc", field="image[1]"), asked(b"dd", 0.5, 1)], 8, "cpu")
+    found = answers(
+        model, [asked(b"a"), asked(b"bb", 0.5), asked(b"ccc", field="image[1]"), asked(b"dd", 0.5, 1)], 8, "cpu"
+    )
     assert [len(one["scores"]) for one in found] == [1, 2, 3, 1]
     assert [one["scores"][0] for one in found] == [0.0, 0.5, 0.0, 0.5]
     assert [one["image"] for one in found] == ["image", "image", "image[1]", "image"]

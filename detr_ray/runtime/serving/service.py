@@ -33,9 +33,7 @@ _QUEUED_BATCHES = 32
 
 
 @contextmanager
-def service(
-    load: Callable[[], LoadedModel], settings: ServiceSettings, say: Say = lambda line: None
-) -> Iterator[None]:
+def service(load: Callable[[], LoadedModel], settings: ServiceSettings, say: Say = lambda line: None) -> Iterator[None]:
     """Runs a service as a context; requests are answered from its beginning on.
 
     Args:
