@@ -11,7 +11,7 @@ from typing import Any
 from detr_ray.addresses import MLFLOW_SCHEMES, join
 from detr_ray.callbacks import Say
 from detr_ray.config import Config
-from detr_ray.detector.artifact import SCORES_FILE
+from detr_ray.detector.artifact import SCORES_FILE, SavedModel
 from detr_ray.detector.package import ModelFacts, package_of, read_model, read_package
 from detr_ray.engine.checkpoints.found_model import FoundModel, find_model
 from detr_ray.engine.reporting.tracking_store import run_tracking_uri
@@ -63,18 +63,24 @@ def load_model(
         WeightsError: it cannot be fetched, is damaged, was changed, or is of another architecture.
         RegistryError: MLflow does not have this version, or its files.
     """
-    if source.startswith(MLFLOW_SCHEMES):
-        with located(source, config) as place:
-            try:
-                model = load_model(place, config, scores, say)
-            except WeightsError as error:
-                raise WeightsError(f"{source}: {error}") from error
-        model.source = source  # the file may have been a temporary copy
-        return model
-    found = find_model(source, "model")
+    if not source.startswith(MLFLOW_SCHEMES):
+        return _loaded(source, None, config, scores, say)
+    with located(source, config) as place:
+        try:
+            model = _loaded(place, source, config, scores, say)
+        except WeightsError as error:
+            raise WeightsError(f"{source}: {error}") from error
+    model.source = source  # the file may have been a temporary copy
+    return model
+
+
+def _loaded(place: str, address: str | None, config: Config | None, scores: str | None, say: Say) -> LoadedModel:
+    """The model in a place, which is a copy of what is at an address of MLflow; None for what is no copy."""
+    found = find_model(place, "model")
     folder = package_of(found.file)
     if folder is None:
-        saved, facts = read_model(found.file, say, found.sha256), _facts(found)
+        saved = read_model(found.file, say, found.sha256)
+        facts = _facts(found, saved, address)
     else:
         package = read_package(folder, say)
         saved, facts = package.saved, package.facts
@@ -86,16 +92,21 @@ def load_model(
     return LoadedModel(saved, facts, config)
 
 
-def _facts(found: FoundModel) -> ModelFacts:
-    """Facts about a model file from its checkpoint."""
+def _facts(found: FoundModel, saved: SavedModel, address: str | None) -> ModelFacts:
+    """Facts about a model file, from itself and from its checkpoint."""
+    own = {} if saved.config is None else saved.checkpoint
+    version = str(own.get("code_version", ""))  # earlier releases did not write it
+    origin = {"code_commit": str(own["code_commit"])} if own.get("code_commit") else {}
     info = found.checkpoint
     if info is None:
-        return ModelFacts()
+        return ModelFacts(version, origin=origin)
     evaluation: dict[str, Any] = {}
     if info.metrics is not None:
         evaluation = {"metrics": dict(info.metrics), "measured_on": dict(info.measured_on)}
     scores = _read_scores(join(info.path, SCORES_FILE))
-    return ModelFacts(evaluation=evaluation, scores=scores, origin={"checkpoint": info.path})
+    # Among the artifacts of an MLflow run, the manifest says which run it is.
+    run = info.details.get("origin", {})
+    return ModelFacts(version, evaluation, scores, {"checkpoint": address or info.path, **run, **origin})
 
 
 def _read_scores(location: str) -> dict[str, Any] | None:

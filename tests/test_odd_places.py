@@ -70,7 +70,7 @@ def test_a_run_and_its_data_in_a_folder_of_an_odd_name(
     text = Path(download_artifacts(run_id=run.info.run_id, artifact_path="config.yaml", tracking_uri=uri)).read_text()
     assert "storage:" in text
     stored = {file.path for file in client.list_artifacts(run.info.run_id, "checkpoints/best")}
-    assert stored == {"checkpoints/best/model.pt"}
+    assert stored == {f"checkpoints/best/{name}" for name in ("manifest.json", "model.pt", "scores.json")}
 
 
 def test_a_home_folder_is_found_in_all_places(

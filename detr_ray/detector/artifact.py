@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from detr_ray import __version__
 from detr_ray.callbacks import Say
 from detr_ray.config import Config, config_from_dict
 from detr_ray.data.label_map import LabelMap
@@ -27,7 +28,12 @@ SCORES_FILE = "scores.json"
 
 
 def saved_model(
-    model: nn.Module, averaged: nn.Module | None, label_map: LabelMap, config: Config, step: int
+    model: nn.Module,
+    averaged: nn.Module | None,
+    label_map: LabelMap,
+    config: Config,
+    step: int,
+    code_commit: str | None = None,
 ) -> dict[str, Any]:
     """The content of a model file.
 
@@ -37,6 +43,7 @@ def saved_model(
         label_map: what its classes are.
         config: what it was trained with; configurations hold no credentials.
         step: optimizer steps taken.
+        code_commit: git commit of the code that trains it, if it is known.
     """
     content = {
         "format": OWN_FORMAT,
@@ -44,6 +51,8 @@ def saved_model(
         "label_map": label_map.to_dict(),
         "config": config.to_dict(),
         "step": step,
+        "code_version": __version__,
+        "code_commit": code_commit or "",
     }
     return content if averaged is None else content | {"ema": averaged.state_dict()}
 

@@ -70,11 +70,11 @@ class ModelFacts:
     """Facts about a model: where it comes from, and how good it is.
 
     Attributes:
-        code_version: version of this program that wrote the file; empty if unknown.
+        code_version: version of this program that trained the model; empty if unknown.
         evaluation: ``metrics``, the numbers of its evaluation by name (``val/AP``), and ``measured_on``, data and
             settings of the evaluation; empty if it was not evaluated.
         scores: the quality of its scores, see `detr_ray.evaluation.score_quality`; None if it was not measured.
-        origin: where it comes from, as its writer noted it: run, checkpoint, fingerprints of data.
+        origin: where it comes from, as its writer noted it: run, checkpoint, fingerprints of data, commit of the code.
     """
 
     code_version: str = ""
@@ -121,7 +121,7 @@ def write_package(folder: str, saved: SavedModel, facts: ModelFacts = ModelFacts
     Args:
         folder: path or URI; files of these names in it are replaced.
         saved: the model, with its labels and its configuration.
-        facts: facts about it. If the code's version is empty, this program's is written.
+        facts: facts about it.
 
     Raises:
         ValueError: the model has no labels or no configuration. For weights of other programs, set them:
@@ -140,7 +140,7 @@ def write_package(folder: str, saved: SavedModel, facts: ModelFacts = ModelFacts
     record = PackageRecord(
         format="detr_ray model package",
         format_version=FORMAT_VERSION,
-        code_version=facts.code_version or __version__,
+        code_version=facts.code_version,
         step=saved.step,
         is_averaged=saved.is_averaged,
         label_map=saved.label_map.to_dict(),

@@ -135,12 +135,11 @@ def prepare_job(config: Config, say: Say, opened: OpenedData | None = None) -> T
     data = PlannedData(config, train, val, label_map)
     steps = total_steps(config, data.planner.steps_per_epoch)  # refuses data that is too little before there is a run
     refuse_positions_out_of_reach(config, config.model, train, val)
-    fingerprints = {"train": train.fingerprint} | ({} if val is None else {"val": val.fingerprint})
     if fork is not None:
-        fork.refuse_misfit(config, fingerprints, steps)
+        fork.refuse_misfit(config, data.fingerprints, steps)
     check_tracking(config, say)
     run = open_run(
-        config.run.name, config.run.storage, flatten(config), fingerprints, config.to_yaml(), space,
+        config.run.name, config.run.storage, flatten(config), data.fingerprints, config.to_yaml(), space,
         None if fork is None else fork.checkpoint.path, say, record,
     )  # fmt: skip
     weights = None

@@ -26,8 +26,9 @@ from detr_ray.engine.checkpoints.run_directory import RECORD, record_at
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.reporting.tracking_store import run_tracking_uri
 from detr_ray.engine.validation.evaluation_job import evaluation_config, prepare_evaluation
+from detr_ray.evaluation import CocoMetrics
 from detr_ray.model.weights import WeightsError
-from detr_ray.model_sources import load_model
+from detr_ray.model_sources import load_model, located
 from detr_ray.runtime.launch import run_prepared_evaluation
 from detr_ray.tracking import public_uri
 from detr_ray.tracking.champion import CannotBeMeasured, Decision, decide, is_decided, undecided_tags
@@ -152,7 +153,7 @@ def _candidate(config: Config, source: str, say: Say) -> _Candidate:
     loaded = load_model(source, config, say=say)
     facts = loaded.facts
     checkpoint = facts.origin.get("checkpoint")
-    if checkpoint is not None and "run" not in facts.origin:
+    if checkpoint is not None and "run" not in facts.origin and not checkpoint.startswith(MLFLOW_SCHEMES):
         facts = dataclasses.replace(facts, origin={**facts.origin, **_run_of(checkpoint)})
     place = source if is_uri(source) or source.startswith(MLFLOW_SCHEMES) else resolve(source)
     return _Candidate(loaded.saved, facts, checkpoint or place)
@@ -176,8 +177,11 @@ def _evaluated(config: Config, candidate: _Candidate, say: Say) -> _Candidate:
         return candidate
     say("it was not evaluated: measuring it")
     metrics, measured_on = _measured(settings, candidate.saved.source, say)
-    evaluation = {"metrics": metrics, "measured_on": measured_on}
-    return dataclasses.replace(candidate, facts=dataclasses.replace(candidate.facts, evaluation=evaluation))
+    evaluation = {"metrics": metrics.as_metrics(), "measured_on": measured_on}
+    scores = {"measured_on": measured_on, **metrics.scores} if metrics.scores else None
+    return dataclasses.replace(
+        candidate, facts=dataclasses.replace(candidate.facts, evaluation=evaluation, scores=scores)
+    )
 
 
 def _measured_anew(
@@ -191,25 +195,27 @@ def _measured_anew(
     try:
         settings, _ = evaluation_config(config, candidate.saved.config, candidate.saved.source)
         with fetched_version(registry, champion) as folder:
-            metrics, measured_on = _measured(settings, folder, say)
+            numbers, measured_on = _measured(settings, folder, say)
     except _LEFT_OUT as error:
         raise CannotBeMeasured(str(error)) from error
     if measured_on != candidate.measured_on:
         raise CannotBeMeasured(
-            f"the validation data or sizes are others now ({_values(measured_on)}) than those that the new version was "
-            f"measured with ({_values(candidate.measured_on)})"
+            f"the validation data or settings are others now ({_values(measured_on)}) than those that the new version "
+            f"was measured with ({_values(candidate.measured_on)})"
         )
+    metrics = numbers.as_metrics()
     if "val/AP" not in metrics:
         raise CannotBeMeasured("the validation data has no boxes to score against")
     return metrics["val/AP"]
 
 
-def _measured(settings: Config, source: str, say: Say) -> tuple[dict[str, float], dict[str, Any]]:
-    """The metrics of a model, and data and settings of the measurement; all settings count as given."""
+def _measured(settings: Config, source: str, say: Say) -> tuple[CocoMetrics, dict[str, Any]]:
+    """The numbers of a model, and data and settings of the measurement; all settings count as given."""
     values = settings.to_dict()
-    values["eval"] |= {"checkpoint": source}
-    job = prepare_evaluation(config_from_dict(values, source, say), say)
-    return run_prepared_evaluation(job, say).metrics.as_metrics(), job.data.measured_on
+    with located(source, settings) as place:
+        values["eval"] |= {"checkpoint": place}
+        job = prepare_evaluation(config_from_dict(values, source, say), say)
+    return run_prepared_evaluation(job, say).metrics, job.data.measured_on
 
 
 def _known(registry: ModelRegistry, weights_sha256: str, measured_on: Mapping[str, Any]) -> ModelVersion | None:
@@ -232,6 +238,8 @@ def _new_version(candidate: _Candidate, package: Path, weights_sha256: str) -> N
         "architecture": saved.config.model.architecture,
         "classes": str(len(saved.label_map.categories)),
         "run.path": str(origin.get("run", "")),
+        "detr_ray.version": facts.code_version,
+        "code.commit": str(origin.get("code_commit", "")),
     }
     tags |= {f"data.{split}.fingerprint": value for split, value in (origin.get("fingerprints") or {}).items()}
     tags |= {name: repr(value) for name, value in candidate.metrics.items()}

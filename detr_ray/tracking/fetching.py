@@ -34,8 +34,9 @@ _MODEL = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?P<version>\d+)|@(?P<alias>[^
 _RUN = re.compile(r"runs:/(?P<run>[0-9a-f]{32})(?:/(?P<path>[^\\]+?))?/?")
 _ELSEWHERE = re.compile(r"(?!file:)[a-zA-Z][a-zA-Z0-9+.-]+:/")
 """Addresses of other machines; those of a server's own artifacts (``mlflow-artifacts:/``) have one slash."""
-_BEST_OF_RUN = "checkpoints/best/model.pt"
-"""Where a training stores its best checkpoint among the artifacts of its run."""
+_BEST_OF_RUN = "checkpoints/best"
+"""Where a training stores its best checkpoint among the artifacts of its run. In those of earlier releases it is the
+model file alone."""
 
 
 @contextlib.contextmanager
@@ -48,7 +49,7 @@ def fetched(source: str, uri: str | None = None) -> Iterator[str]:
         uri: address of the MLflow store; None: ``MLFLOW_TRACKING_URI``, or else ``runs/mlflow.db``.
 
     Yields:
-        The folder of a package, or a model file.
+        The folder of a package or of a checkpoint, or a model file.
 
     Raises:
         RegistryError: there is no such version or run, or its files are missing or differ from the registered ones.

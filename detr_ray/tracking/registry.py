@@ -95,10 +95,10 @@ class ModelVersion:
         return json.loads(self.tags.get(MEASURED_ON, "{}"))
 
     def ap_on(self, measured_on: Mapping[str, Any]) -> float | None:
-        """Its AP on given validation data at given sizes; None if it was not measured on them.
+        """Its AP on given validation data with given settings; None if it was not measured so.
 
         Args:
-            measured_on: data and sizes. If it is empty, they are unknown, and the AP is not comparable.
+            measured_on: data and settings. If it is empty, they are unknown, and the AP is not comparable.
         """
         if not measured_on:
             return None

@@ -214,3 +214,8 @@ def test_scores_of_earlier_releases_are_compared_with_all(tmp_path: Path) -> Non
     store.prune(keep_last=1)
     best = store.best()
     assert best is not None and best.step == 1
+    info = store.save(3, {"model.pt": {"w": torch.zeros(1)}}, {})
+    store.annotate(info, {"val/AP": 0.45}, measured_on={"eval.size": 800, "train.precision": "fp32"})
+    store.prune(keep_last=1)
+    best = store.best()
+    assert best is not None and best.step == 1, "settings that were not noted before count as equal"

@@ -100,5 +100,9 @@ def test_records_are_synced_before_each_checkpoint_is_written(tmp_path: Path) ->
     tracker = Diary(tmp_path / "runs" / "mine" / "checkpoints")
     fit_here(tiny_config(data, tmp_path / "runs", *keys), tracker)
     assert tracker.synced == [(2, []), (4, ["02"])]
-    assert {file for file, _ in tracker.files} == {str(tracker.checkpoints / "step_00000004" / "model.pt")}
-    assert sorted(folder for _, folder in tracker.files) == ["checkpoints/best", "checkpoints/last"]
+    checkpoint = tracker.checkpoints / "step_00000004"
+    assert sorted(tracker.files) == [
+        (str(checkpoint / "model.pt"), "checkpoints/best"),
+        (str(checkpoint / "model.pt"), "checkpoints/last"),
+        (str(checkpoint / "scores.json"), "checkpoints/best"),
+    ]

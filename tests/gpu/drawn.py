@@ -120,7 +120,8 @@ class MemoryCheckpoints:
             file = io.BytesIO()
             torch.save(content, file)
             written[name] = file.getvalue()
-        info = CheckpointInfo(step, f"memory/step_{step:08d}", None, dict(details), {}, evaluation_due)
+        recorded = {name: {"bytes": len(content), "sha256": ""} for name, content in written.items()}
+        info = CheckpointInfo(step, f"memory/step_{step:08d}", None, dict(details), recorded, evaluation_due)
         self._kept[step] = (info, written)
         return info
 
@@ -166,17 +167,20 @@ class DrawnJob:
 
     steps_per_epoch = 2
     fork = None
+    code_version = None
     hold_evaluated = False
 
     def __init__(self, *overrides: str, validates: bool = False) -> None:
         self.config = settings("train.global_batch_size=3", "train.log_every_steps=1", *overrides)
         self.total_steps = self.config.train.epochs * self.steps_per_epoch
-        self.run = SimpleNamespace(name="drawn", path="memory", local_path=None, checkpoints=MemoryCheckpoints())
+        self.run = SimpleNamespace(
+            name="drawn", path="memory", run_id="drawn", local_path=None, checkpoints=MemoryCheckpoints()
+        )
         names = {"names": [f"class {i}" for i in range(CLASSES)], "category_ids": list(range(1, CLASSES + 1))}
         label_map = LabelMap.from_dict(names)
         val = _ground_truth(label_map) if validates else None
         self.data = SimpleNamespace(
-            config=self.config, train=None, val=val, label_map=label_map, measured_on={"data": "drawn"}
+            config=self.config, train=None, val=val, label_map=label_map, measured_on={"data": "drawn"}, fingerprints={}
         )
 
     def build_detector(self) -> Detector:

@@ -186,7 +186,8 @@ def test_a_champion_of_other_data_is_measured_on_the_new_data(folder: Path, stor
     ap = evaluate(config_in(folder, f"eval.checkpoint={folder}/runs/first", data="other")).metrics.ap
     assert store.version(1).ap_on(found.version.measured_on) == ap
     assert f"against {ap:.4f} of the champion, version 1, measured anew" in found.decision.reason
-    assert "the champion, version 1 of detr, was measured on other data or at other sizes: measuring it anew" in lines
+    line = "the champion, version 1 of detr, was measured on other data or with other settings: measuring it anew"
+    assert line in lines
 
 
 @pytest.mark.slow
@@ -202,7 +203,7 @@ def test_one_that_cannot_be_compared_is_no_champion(folder: Path, store: ModelRe
     annotations.write_text(json.dumps(content))
     found = register(config, seen.result.run_path, silent)
     assert found.decision is not None and not found.decision.is_champion
-    assert "cannot be measured here: the validation data or sizes are others now" in found.decision.reason
+    assert "cannot be measured here: the validation data or settings are others now" in found.decision.reason
     assert store.version(1).is_champion
 
 
@@ -216,6 +217,42 @@ def test_weights_without_numbers_are_measured_first(folder: Path, store: ModelRe
     assert checkpoint.metrics is not None
     assert found.version.metrics["val/AP"] == checkpoint.metrics["val/AP"]
     assert found.version.measured_on == store.version(1).measured_on
+
+
+def test_a_file_in_mlflow_that_was_not_evaluated_is_measured_and_says_what_its_scores_mean(
+    folder: Path, store: ModelRegistry
+) -> None:
+    first = store.version(1)
+    store.client.log_artifact(first.run_id, f"{first.tags['checkpoint']}/model.pt", "alone")
+    config = config_in(folder, "tracking.model_name=alone")
+    source = f"runs:/{first.run_id}/alone/model.pt"
+    version = register(config, source, silent).version
+    assert version.metrics == first.metrics and version.measured_on == first.measured_on
+    assert (version.tags["checkpoint"], version.tags["code.commit"]) == (source, "c0ffee")
+    assert version.tags["detr_ray.version"] == detr_ray.__version__, "without an MLflow run that it is from"
+    kept = [json.loads((package_of(each) / "model.json").read_text()) for each in (version, first)]
+    assert kept[0]["scores"] == kept[1]["scores"] and kept[0]["scores"]["categories"]
+    assert kept[0]["code_version"] == detr_ray.__version__
+
+
+def test_the_best_checkpoint_among_the_artifacts_of_a_run_is_a_checkpoint(
+    folder: Path, store: ModelRegistry, tmp_path: Path
+) -> None:
+    first = store.version(1)
+    source = f"runs:/{first.run_id}/checkpoints/best"
+    model, same = detr_ray.load_model(source), detr_ray.load_model(first.tags["checkpoint"])
+    assert model.facts.evaluation == same.facts.evaluation
+    assert model.facts.scores == same.facts.scores and model.facts.scores is not None
+    assert model.facts.origin["checkpoint"] == source and model.facts.code_version == detr_ray.__version__
+    version = register(config_in(folder, "tracking.model_name=artifact"), source, silent).version
+    assert version.run_id == first.run_id and version.tags["run.path"] == f"{folder}/runs/first"
+    copied = tmp_path / "best"
+    shutil.copytree(str(local_path(store.client.get_run(first.run_id).info.artifact_uri)) + "/checkpoints/best", copied)
+    content = bytearray((copied / "model.pt").read_bytes())
+    content[-1] ^= 1
+    (copied / "model.pt").write_bytes(bytes(content))
+    with pytest.raises(WeightsError, match=r"best/model.pt is not what was written"):
+        detr_ray.load_model(str(copied))
 
 
 def test_a_search_registers_its_best_trial(folder: Path, store: ModelRegistry) -> None:

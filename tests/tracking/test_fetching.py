@@ -157,11 +157,15 @@ def test_of_a_run_the_registered_version_or_else_its_best_checkpoint(registry: M
     tracker = MlflowTracker(tmp_path / "run", uri=registry.uri, experiment="detr", run_name="seven", run_uid="uid-7")
     (tmp_path / "model.pt").write_bytes(b"best")
     tracker.log_file(tmp_path / "model.pt", "checkpoints/best")
+    tracker.log_text("{}", "checkpoints/best/manifest.json")
     tracker.finish("FINISHED")
     run = tracker.run_id
-    for source in (f"runs:/{run}", f"runs:/{run}/checkpoints/best/model.pt"):
-        with fetched(source, registry.uri) as place:
-            assert Path(place).read_bytes() == b"best"
+    with fetched(f"runs:/{run}", registry.uri) as place:
+        assert {path.name: path.read_text() for path in Path(place).iterdir()} == {
+            "manifest.json": "{}", "model.pt": "best",
+        }  # fmt: skip
+    with fetched(f"runs:/{run}/checkpoints/best/model.pt", registry.uri) as place:
+        assert Path(place).read_bytes() == b"best"
     with pytest.raises(RegistryError, match=f"run {run} has no checkpoints/other among its artifacts"):
         enter(fetched(f"runs:/{run}/checkpoints/other", registry.uri))
     made = stored(registry, tmp_path / "made", run_uid="uid-7")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from detr_ray.addresses import join
+from detr_ray.engine.checkpoints.info import measured_alike
 from detr_ray.locations import read_bytes, write_bytes
 
 SCORES = "evaluations.json"
@@ -31,7 +32,7 @@ def read_scores(run_path: str, measured_on: Mapping[str, Any]) -> Scores:
     location = join(run_path, SCORES)
     try:
         content = json.loads(read_bytes(location))
-        if content["measured_on"] != dict(measured_on):
+        if not measured_alike(content["measured_on"], measured_on):
             return {}
         return {int(step): dict(scores) for step, scores in content["scores"].items()}
     except FileNotFoundError:

@@ -10,8 +10,8 @@ from detr_ray.addresses import join, name_of, parent
 from detr_ray.config import ConfigError
 from detr_ray.detector.artifact import MODEL_FILE
 from detr_ray.detector.package import PACKAGE_FILE
-from detr_ray.engine.checkpoints.info import CheckpointInfo
-from detr_ray.engine.checkpoints.store import MANIFEST, CheckpointStore, checkpoint_at
+from detr_ray.engine.checkpoints.info import MANIFEST, CheckpointInfo
+from detr_ray.engine.checkpoints.store import CheckpointStore, checkpoint_at
 from detr_ray.locations import file_info
 from detr_ray.retries import reason_of
 

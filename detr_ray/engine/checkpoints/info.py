@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+MANIFEST = "manifest.json"
+"""The file of a checkpoint's folder with its metadata; a folder without it is no checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +38,8 @@ class CheckpointInfo:
     held: bool = False
 
     def compares_with(self, other: CheckpointInfo) -> bool:
-        """Whether the metrics of both are comparable. Unknown settings (of earlier releases) count as equal."""
-        return not self.measured_on or not other.measured_on or self.measured_on == other.measured_on
+        """Whether the metrics of both are comparable."""
+        return measured_alike(self.measured_on, other.measured_on)
 
     def with_scores(
         self, metrics: Mapping[str, float] | None, problem: str, measured_on: Mapping[str, Any] | None
@@ -48,6 +52,29 @@ class CheckpointInfo:
     def unscored(self) -> bool:
         """Whether these weights still have to be evaluated; a resumed run does it."""
         return self.evaluation_due and self.metrics is None and not self.evaluation_problem
+
+
+def manifest_text(info: CheckpointInfo) -> str:
+    """The content of a checkpoint's manifest."""
+    manifest = {
+        "step": info.step,
+        "metrics": info.metrics,
+        "evaluation_due": info.evaluation_due,
+        "evaluation_problem": info.evaluation_problem,
+        "measured_on": dict(info.measured_on),
+        "details": info.details,
+        "files": info.files,
+    }
+    return json.dumps(manifest, indent=1)
+
+
+def measured_alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two evaluations of a run are comparable, by their data and settings.
+
+    Settings that only one of them has, since the other is of an earlier release, count as equal: they cannot change
+    within a run.
+    """
+    return all(one[name] == other[name] for name in one.keys() & other.keys())
 
 
 def scored(found: Iterable[CheckpointInfo], metric: str) -> list[CheckpointInfo]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import pyarrow as pa
 
 from detr_ray.addresses import join, parent, resolve
-from detr_ray.engine.checkpoints.info import CheckpointInfo, best_of, highest, scored
+from detr_ray.engine.checkpoints.info import MANIFEST, CheckpointInfo, best_of, highest, manifest_text, scored
 from detr_ray.engine.errors import CheckpointError
 from detr_ray.locations import (
     StoredFile,
@@ -41,7 +41,6 @@ logger = logging.getLogger(__name__)
 _BEST_BY = "val/AP"
 """The metric that decides which checkpoint is best; higher is better."""
 
-MANIFEST = "manifest.json"
 _HELD = "held"
 """An empty file in the folder of a checkpoint that is not to be removed."""
 
@@ -228,18 +227,9 @@ class CheckpointStore:
             raise problem
 
     def _write_manifest(self, info: CheckpointInfo) -> None:
-        manifest = {
-            "step": info.step,
-            "metrics": info.metrics,
-            "evaluation_due": info.evaluation_due,
-            "evaluation_problem": info.evaluation_problem,
-            "measured_on": dict(info.measured_on),
-            "details": info.details,
-            "files": info.files,
-        }
         # Times in a bucket are in seconds, so a new manifest of the same size may look unchanged.
         self._manifests.pop(info.path, None)
-        write_bytes(join(info.path, MANIFEST), json.dumps(manifest, indent=1).encode())
+        write_bytes(join(info.path, MANIFEST), manifest_text(info).encode())
 
     def _try_to_remove(self, folder: str) -> OSError | None:
         if folder not in self._refused:

@@ -70,7 +70,8 @@ class TrainingState:
             of_all_workers: further entries of the training file, collected from all workers.
         """
         averaged = None if self.ema is None else self.ema.module
-        model_file = saved_model(self.model, averaged, self._job.data.label_map, self._job.config, self.step)
+        job = self._job
+        model_file = saved_model(self.model, averaged, job.data.label_map, job.config, self.step, job.code_version)
         training = {
             "step": self.step,
             "seed": self._job.config.run.seed,

@@ -46,15 +46,23 @@ class PlannedData:
     label_map: LabelMap
 
     @property
+    def fingerprints(self) -> dict[str, str]:
+        """Split -> fingerprint of its data."""
+        splits = {"train": self.train, "val": self.val}
+        return {split: index.fingerprint for split, index in splits.items() if index is not None}
+
+    @property
     def measured_on(self) -> dict[str, Any]:
         """What scores depend on besides the model, as JSON values: scores are compared only if these are equal."""
         if self.val is None:
             return {}
-        evaluation = self.config.eval
+        config = self.config
         return {
-            "eval.size": evaluation.size,
-            "eval.max_size": evaluation.max_size,
-            "eval.max_detections": evaluation.max_detections,
+            "eval.size": config.eval.size,
+            "eval.max_size": config.eval.max_size,
+            "eval.max_detections": config.eval.max_detections,
+            "train.precision": config.train.precision,
+            "data.reduced_decoding": config.data.reduced_decoding,
             "validation data": self.val.fingerprint[:16],
         }
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from detr_ray.addresses import join
 from detr_ray.detector.artifact import MODEL_FILE, SCORES_FILE
-from detr_ray.engine.checkpoints.info import CheckpointInfo
+from detr_ray.engine.checkpoints.info import MANIFEST, CheckpointInfo, manifest_text
 from detr_ray.engine.checkpoints.run_checkpoints import Inessential, RunCheckpoints
 from detr_ray.engine.checkpoints.training_state import TrainingState
 from detr_ray.engine.context import LeaveReason, WorkerContext
@@ -32,6 +33,9 @@ if TYPE_CHECKING:  # see the loop
     from detr_ray.engine.stream.batches import BatchSource
     from detr_ray.model import DetectionModel
     from detr_ray.tracking import Tracker
+
+BEST_CHECKPOINT = "checkpoints/best"
+"""Folder of a run's artifacts with its best checkpoint."""
 
 
 class Validation:
@@ -198,10 +202,23 @@ class Validation:
         self._context.say(evaluation_line(scored.metrics, epoch, is_best))
         if best is not None and is_best:
             with self._inessential("the best checkpoint cannot be recorded"):
-                self._tracker.log_file(join(best.path, MODEL_FILE), "checkpoints/best")
+                self._record_best(best, has_scores=bool(scored.scores.scores))
             if scored.detections is not None and self._job.config.tracking.report:
                 with self._inessential("what the best weights found cannot be kept for the report"):
                     self._keep_found(scored.step, scored.detections)
+
+    def _record_best(self, best: CheckpointInfo, has_scores: bool) -> None:
+        """Stores the model of the best checkpoint, and what is known of it, as artifacts of the MLflow run.
+
+        The manifest has the hash of the model file and the numbers, and says which run they are from.
+        """
+        run = self._job.run
+        origin = {"run": run.path, "run_id": run.run_id, "fingerprints": self._job.data.fingerprints}
+        model = replace(best, files={MODEL_FILE: best.files[MODEL_FILE]}, details={**best.details, "origin": origin})
+        self._tracker.log_file(join(best.path, MODEL_FILE), BEST_CHECKPOINT)
+        if has_scores:
+            self._tracker.log_file(join(best.path, SCORES_FILE), BEST_CHECKPOINT)
+        self._tracker.log_text(manifest_text(model), f"{BEST_CHECKPOINT}/{MANIFEST}")
 
     def _keep_found(self, step: int, detections: DetectionTable) -> None:
         """Keeps the detections of the best weights, for the report."""
