@@ -53,7 +53,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--max-request-mb", metavar="MB", type=count, default=32, help="longest request that is taken (default 32)"
     )
     parser.add_argument(
-        "--max-megapixels", metavar="N", type=count, default=50, help="largest image that is taken (default 50)"
+        "--max-megapixels",
+        metavar="N",
+        type=count,
+        default=50,
+        help="largest image that is taken (default 50); those of a request together may have four times as many",
     )
 
 

@@ -10,7 +10,7 @@ import base64
 import binascii
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,9 @@ from detr_ray.printable import printable, shortened
 
 FIELDS = ("image", "threshold", "top_k")
 """Keys of a request. ``image`` is one image or a list of images, each the base64 text of an image file."""
+
+_LARGEST_IMAGES = 4
+"""A request may have so many images of the largest size; of smaller ones more."""
 
 BAD_REQUEST, TOO_LARGE, UNSUPPORTED = 400, 413, 415
 
@@ -43,13 +46,19 @@ class Limits:
 
     Attributes:
         request_bytes: largest length of its body.
-        image_pixels: largest number of pixels of each image.
+        image_pixels: largest number of pixels of each image. Those of a request have together at most
+            `request_pixels`, since some kinds of images (16 bits, for example) are decoded before they share a batch.
         images: largest number of images.
     """
 
     request_bytes: int = 32 << 20
     image_pixels: int = 50_000_000
     images: int = 32
+
+    @property
+    def request_pixels(self) -> int:
+        """Largest number of pixels of all images of a request."""
+        return _LARGEST_IMAGES * self.image_pixels
 
     def check_body(self, num_bytes: int) -> None:
         """Refuses a body that is too long.
@@ -60,12 +69,15 @@ class Limits:
         if num_bytes > self.request_bytes:
             raise RequestError(f"the body is longer than the {self.request_bytes:,} bytes that are taken", TOO_LARGE)
 
-    def check_image(self, data: bytes, field: str) -> None:
+    def check_image(self, data: bytes, field: str) -> int:
         """Refuses data that is no image, by its header, and images with too many pixels.
 
         Args:
             data: the content of an image file.
             field: its name in messages.
+
+        Returns:
+            Its number of pixels.
 
         Raises:
             RequestError: the image is refused.
@@ -80,6 +92,7 @@ class Limits:
                 "that are taken: make it smaller",
                 TOO_LARGE,
             )
+        return height * width
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,15 +129,33 @@ def from_json(body: bytes, limits: Limits) -> list[ImageRequest]:
     if "image" not in content:
         raise RequestError("image: is missing; give the base64 text of an image file, or a list of such texts")
     given = content["image"]
-    texts = given if isinstance(given, list) else [given]
+    threshold, top_k = threshold_of(content.get("threshold")), top_k_of(content.get("top_k"))
+    if not isinstance(given, list):
+        return [ImageRequest("image", image_bytes(given, "image", limits), threshold, top_k)]
+    return image_requests(given, threshold, top_k, limits)
+
+
+def image_requests(texts: Sequence[Any], threshold: Threshold, top_k: int | None, limits: Limits) -> list[ImageRequest]:
+    """Requests for several images, ``image[0]`` and so on; see `image_bytes`.
+
+    Raises:
+        RequestError: one of them is refused, or they are too many, or too large together.
+    """
     if not 1 <= len(texts) <= limits.images:
         raise RequestError(f"image: holds {len(texts)} images; from 1 to {limits.images} are taken at once")
-    names = [f"image[{number}]" for number in range(len(texts))] if isinstance(given, list) else ["image"]
-    threshold, top_k = threshold_of(content.get("threshold")), top_k_of(content.get("top_k"))
-    return [
-        ImageRequest(name, image_bytes(text, name, limits), threshold, top_k)
-        for text, name in zip(texts, names, strict=True)
-    ]
+    asked, pixels = [], 0
+    for number, text in enumerate(texts):
+        field = f"image[{number}]"
+        data = _decoded(text, field)
+        pixels += limits.check_image(data, field)
+        if pixels > limits.request_pixels:
+            raise RequestError(
+                f"image: up to {field} they have {pixels:,} pixels together, and {limits.request_pixels:,} are the "
+                "most that are taken at once: send fewer, or make them smaller",
+                TOO_LARGE,
+            )
+        asked.append(ImageRequest(field, data, threshold, top_k))
+    return asked
 
 
 def from_image(body: bytes, query: Mapping[str, str], limits: Limits) -> list[ImageRequest]:
@@ -145,15 +176,19 @@ def image_bytes(text: Any, field: str, limits: Limits) -> bytes:
     Raises:
         RequestError: it is no image, or too large; see `Limits.check_image`.
     """
+    data = _decoded(text, field)
+    limits.check_image(data, field)
+    return data
+
+
+def _decoded(text: Any, field: str) -> bytes:
     if not isinstance(text, str):
         raise RequestError(f"{field}: is {_kind(text)}; give the base64 text of an image file")
     encoded = text.partition(";base64,")[2] if text.startswith("data:") else text
     try:
-        data = base64.b64decode("".join(encoded.split()), validate=True)
+        return base64.b64decode("".join(encoded.split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise RequestError(f"{field}: is no base64 ({error})") from error
-    limits.check_image(data, field)
-    return data
 
 
 def threshold_of(value: Any) -> Threshold:

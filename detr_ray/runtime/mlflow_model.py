@@ -10,7 +10,7 @@ from typing import Any
 
 from detr_ray.model_sources import load_model
 from detr_ray.prediction.answers import answers
-from detr_ray.prediction.requests import ImageRequest, Limits, RequestError, image_bytes, threshold_of, top_k_of
+from detr_ray.prediction.requests import Limits, RequestError, image_requests, threshold_of, top_k_of
 from detr_ray.tracking.served_model import Answer, serve
 
 
@@ -20,14 +20,8 @@ def load(folder: str) -> Answer:
     limits = Limits()
 
     def answer(texts: Sequence[str], params: Mapping[str, Any]) -> list[dict[str, Any]]:
-        if not 1 <= len(texts) <= limits.images:
-            raise RequestError(f"image: holds {len(texts)} images; from 1 to {limits.images} are taken at once")
         threshold, top_k = threshold_of(params.get("threshold")), top_k_of(params.get("top_k"))
-        fields = [f"image[{number}]" for number in range(len(texts))]
-        asked = [
-            ImageRequest(field, image_bytes(text, field, limits), threshold, top_k)
-            for field, text in zip(fields, texts, strict=True)
-        ]
+        asked = image_requests(texts, threshold, top_k, limits)
         found = answers(model, asked, model.config.eval.batch_size)
         for one in found:
             if isinstance(one, RequestError):

@@ -102,6 +102,16 @@ FAULTS: dict[str, tuple[bytes, str, int]] = {
 }
 
 
+def test_the_images_of_a_request_are_limited_together() -> None:
+    limits = Limits(image_pixels=1200)
+    assert len(from_json(body(image=[text(png())] * 4), limits)) == 4
+    with pytest.raises(
+        RequestError, match=r"^image: up to image\[4\] they have 4,815 pixels together, and 4,800"
+    ) as big:
+        from_json(body(image=[text(png())] * 4 + [text(png(3, 5))]), limits)
+    assert big.value.status == 413
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_of_json_name_the_field(fault: str) -> None:
     content, message, status = FAULTS[fault]
