@@ -1,13 +1,15 @@
 """Prediction with Ray Data: tasks make the batches, actors with the model detect objects on them.
 
 A row is the number of one batch of the job. Data tasks on any CPU of the cluster read, decode and resize its images;
-actors, each with a GPU or some CPUs, run the model. Results have the order of the batches.
+actors, each with a GPU or some CPUs, run the model. Results have the order of the batches. A large job is a sequence of
+Ray Data executions, since their bookkeeping grows with the number of tasks.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +30,9 @@ Numbers = Sequence[int]
 
 _BLOCKS_AN_ACTOR = 8
 
+SEGMENT_TASKS = 512
+"""Data tasks of one execution for each of its actors, which start anew with each: so that this takes little time."""
+
 
 def predict_on_cluster(job: PredictionJob, numbers: Numbers, config: Config) -> Iterator[BatchFindings]:
     """Detects objects on batches of a job; Ray must be running.
@@ -43,38 +48,67 @@ def predict_on_cluster(job: PredictionJob, numbers: Numbers, config: Config) -> 
     """
     if not numbers:
         return
-    found = predictions(job, numbers, plan_actors(config, job, len(numbers)))
+    actors = plan_actors(config, job, len(numbers))
+    stored = StoredJob.of(job)
     try:
-        for table in found.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=1):
-            yield from_row(table)
+        while numbers:
+            segment = numbers[: SEGMENT_TASKS * actors.count * _per_task(job, numbers, actors)]
+            numbers = numbers[len(segment) :]
+            found = predictions(stored, segment, actors)
+            for table in found.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=1):
+                yield from_row(table)
     except ray.exceptions.RayError as error:
         raise _for_users(error) from error
 
 
-def predictions(job: PredictionJob, numbers: Numbers, actors: Actors) -> ray.data.Dataset:
+@dataclass(frozen=True)
+class StoredJob:
+    """A job in Ray's object store.
+
+    Attributes:
+        job: the job.
+        whole: reference to it.
+        for_batches: reference to it without its weights.
+    """
+
+    job: PredictionJob
+    whole: ray.ObjectRef
+    for_batches: ray.ObjectRef
+
+    @classmethod
+    def of(cls, job: PredictionJob) -> StoredJob:
+        """Stores a job."""
+        return cls(job, ray.put(job), ray.put(job.without_weights()))
+
+
+def _per_task(job: PredictionJob, numbers: Numbers, actors: Actors) -> int:
+    """Rows of a data task. At the end of the job, large tasks would leave some actors without work."""
+    return min(rows_per_task(job.batches[numbers[0]]), -(-len(numbers) // (_BLOCKS_AN_ACTOR * actors.count)))
+
+
+def predictions(stored: StoredJob, numbers: Numbers, actors: Actors) -> ray.data.Dataset:
     """What is found on batches of a job, as rows that are computed when they are read; see `predict_on_cluster`."""
-    # Few rows a block: at the end of the job, large blocks would leave some actors without work.
-    per_task = min(rows_per_task(job.batches[numbers[0]]), -(-len(numbers) // (_BLOCKS_AN_ACTOR * actors.count)))
-    rows = ray.data.range(len(numbers), override_num_blocks=-(-len(numbers) // per_task))
+    first = stored.job.batches[numbers[0]]
+    rows = ray.data.range(len(numbers), override_num_blocks=-(-len(numbers) // _per_task(stored.job, numbers, actors)))
     batches = rows.map_batches(
-        _MadeBatches(ray.put(job.without_weights()), tuple(numbers)),
+        _MadeBatches(stored.for_batches, tuple(numbers)),
         batch_size=None,
         batch_format="pyarrow",
         zero_copy_batch=True,
+        # Bytes of a batch. Ray Data makes one operator of two that ask for the same: each actor would decode its own
+        # images, one batch after the other with the model.
+        memory=max(3 * sample.size[0] * sample.size[1] for sample in first) * len(first),
     )
     found = batches.map_batches(
         _PredictingActor,
-        fn_constructor_args=(ray.put(job), actors.use_gpu, actors.threads),
+        fn_constructor_args=(stored.whole, actors.use_gpu, actors.threads),
         batch_size=1,
         batch_format="pyarrow",
         zero_copy_batch=True,
         compute=ActorPoolStrategy(size=actors.count, max_tasks_in_flight_per_actor=2),
         num_cpus=actors.num_cpus,
         num_gpus=1 if actors.use_gpu else 0,
-        resources=actors.custom or None,
-        # Over the nodes. It also keeps the actors apart from the tasks: Ray Data makes one operator of two that ask for
-        # the same, and each actor would decode its own images, one batch after the other with the model.
-        scheduling_strategy="SPREAD",
+        resources=dict(actors.custom) or None,
     )
     found.context.enable_progress_bars = False
     found.context.custom_execution_callback_classes = [ScheduleCalmly]

@@ -5,17 +5,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
+import ray
 from tiny import fit_here, make_dataset, tiny_config
 
 from detr_ray import predict as command
 from detr_ray.config import load_config
+from detr_ray.data.formats import open_split
 from detr_ray.engine.prediction_job import Wanted, prepare_prediction
+from detr_ray.evaluation import DetectionTable, GroundTruth, evaluate_detections
 from detr_ray.model_sources import load_model
-from detr_ray.runtime.prediction import predictions
-from detr_ray.runtime.prediction_actors import plan_actors
+from detr_ray.runtime import prediction
+from detr_ray.runtime.launch import evaluate
+from detr_ray.runtime.prediction import StoredJob, predictions
+from detr_ray.runtime.prediction_actors import Actors, plan_actors
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.usefixtures("shared_ray")]
 
@@ -41,7 +48,36 @@ def test_the_cluster_finds_what_this_process_finds(tmp_path: Path, capsys: pytes
     wanted = Wanted([str(images)], None, None, None, 4)
     job = prepare_prediction(load_model(trained.run_path), config, wanted, lambda line: None)
     actors = dataclasses.replace(plan_actors(config, job, len(job.batches)), num_cpus=1)
-    dataset = predictions(job, range(len(job.batches)), actors)
+    dataset = predictions(StoredJob.of(job), range(len(job.batches)), actors)
     assert sum(1 for _ in dataset.iter_batches(batch_size=1)) == len(job.batches)
     assert "_MadeBatches)->MapBatches" not in dataset.stats(), "batches are made beside the model"
     assert "_PredictingActor" in dataset.stats()
+
+
+def test_the_ap_is_that_of_evaluate_to_the_last_digit_in_several_executions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = make_dataset(tmp_path / "shapes", num_train=8, num_val=24, image_size=(40, 90))
+    trained = fit_here(tiny_config(data, tmp_path, "train.max_steps=4", "run.name=a", "optim.lr=1e-3"))
+    expected = evaluate(tiny_config(data, tmp_path, f"eval.checkpoint={trained.run_path}"))
+    made = []
+
+    def counted(stored: StoredJob, numbers: Sequence[int], actors: Actors) -> ray.data.Dataset:
+        made.append(len(numbers))
+        return predictions(stored, numbers, actors)
+
+    monkeypatch.setattr(prediction, "SEGMENT_TASKS", 2)
+    monkeypatch.setattr(prediction, "predictions", counted)
+    arguments = ["--images", f"{data}/annotations/instances_val2017.json", "--root", f"{data}/val2017"]
+    arguments += ["--out", str(tmp_path / "out"), "train.use_gpu=false", "train.num_workers=1", "eval.batch_size=1"]
+    assert command.main([trained.run_path, *arguments]) == 0, capsys.readouterr().err
+    assert len(made) > 1 and sum(made) == 24
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())
+    found = DetectionTable(
+        np.array([row["image_id"] for row in rows], np.int64),
+        np.array([row["category_id"] for row in rows], np.int64),
+        np.array([row["bbox"] for row in rows], np.float32),
+        np.array([row["score"] for row in rows], np.float32),
+    )
+    truth = GroundTruth.from_columns(open_split(str(data), None, "val"))
+    assert evaluate_detections(truth, found).summary == expected.metrics.summary

@@ -18,11 +18,13 @@ from detr_ray import predict as command
 
 
 @pytest.mark.slow
-def test_the_same_command_after_a_kill_does_what_is_missing(tmp_path: Path) -> None:
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("launcher", ["local", pytest.param("ray", marks=pytest.mark.ray)])
+def test_the_same_command_after_a_kill_does_what_is_missing(tmp_path: Path, launcher: str) -> None:
     data = make_dataset(tmp_path / "shapes", num_train=8, num_val=400, image_size=(40, 90))
     trained = fit_here(tiny_config(data, tmp_path, "train.max_steps=1", "run.name=a", "eval.every_epochs=0"))
     arguments = [trained.run_path, "--images", f"{data}/val2017", "--part-images", "8", "--to", "coco,parquet"]
-    arguments += ["train.launcher=local", "train.use_gpu=false", "eval.batch_size=2"]
+    arguments += [f"train.launcher={launcher}", "train.use_gpu=false", "eval.batch_size=2"]
     out = tmp_path / "out"
     process = subprocess.Popen([sys.executable, "-m", "detr_ray.predict", *arguments, "--out", str(out)])
     parts = out / "parts"
