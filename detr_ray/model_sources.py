@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +20,9 @@ from detr_ray.locations import read_bytes
 from detr_ray.model.state_dicts import WeightsError
 from detr_ray.prediction import LoadedModel
 from detr_ray.retries import reason_of
-from detr_ray.tracking.fetching import fetched
+from detr_ray.tracking.fetching import fetched, pinned
+
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -40,9 +43,12 @@ def located(source: str, config: Config | None) -> Iterator[str]:
         yield place
 
 
-def load_model(
-    source: str, config: Config | None = None, scores: str | None = None, say: Say = lambda line: None
-) -> LoadedModel:
+def _log(line: str) -> None:
+    """Shows a line where there is no command to print it: Python prints warnings that no program handles."""
+    logger.warning("%s", line.removeprefix("WARNING: "))
+
+
+def load_model(source: str, config: Config | None = None, scores: str | None = None, say: Say = _log) -> LoadedModel:
     """Loads a model for use.
 
     Args:
@@ -56,7 +62,7 @@ def load_model(
             ``MLFLOW_TRACKING_URI`` names it; the default is ``runs/mlflow.db``.
         scores: path or address of the file that the evaluate command wrote (``--scores``), for ``threshold="best_f1"``.
             Models that were evaluated in training have this file beside them.
-        say: shows the user a line.
+        say: shows the user a line; by default it is logged.
 
     Raises:
         ConfigError: there is no model, or its configuration is not valid in this version.
@@ -65,6 +71,8 @@ def load_model(
     """
     if not source.startswith(MLFLOW_SCHEMES):
         return _loaded(source, None, config, scores, say)
+    # Of an alias the version that it means now: the model says which one it is.
+    source = pinned(source, None if config is None else run_tracking_uri(config))
     with located(source, config) as place:
         try:
             model = _loaded(place, source, config, scores, say)

@@ -133,10 +133,7 @@ def write_package(folder: str, saved: SavedModel, facts: ModelFacts = ModelFacts
     if saved.label_map is None or saved.config is None:
         raise ValueError(f"{saved.source} does not say its labels and its configuration, which a package needs")
     refuse_credentials(saved.config.to_dict())
-    skeleton = build_skeleton(saved.config.model, saved.label_map.num_classes)
-    state = whole_state(skeleton, saved.weights_for(skeleton), saved.source)
-    # Copies: safetensors does not write tensors that share memory.
-    weights = safetensors.torch.save({name: value.detach().contiguous().clone() for name, value in state.items()})
+    weights = packed_weights(saved)
     record = PackageRecord(
         format="detr_ray model package",
         format_version=FORMAT_VERSION,
@@ -155,6 +152,19 @@ def write_package(folder: str, saved: SavedModel, facts: ModelFacts = ModelFacts
     write_bytes(join(folder, WEIGHTS_FILE), weights)
     write_bytes(join(folder, PACKAGE_FILE), (json.dumps(record.model_dump(), indent=1) + "\n").encode())
     return record
+
+
+def packed_weights(saved: SavedModel) -> bytes:
+    """The content of ``weights.safetensors`` for a model with labels and configuration.
+
+    Raises:
+        WeightsError: the weights are not those of the configuration's model.
+    """
+    assert saved.label_map is not None and saved.config is not None
+    skeleton = build_skeleton(saved.config.model, saved.label_map.num_classes)
+    state = whole_state(skeleton, saved.weights_for(skeleton), saved.source)
+    # Copies: safetensors does not write tensors that share memory.
+    return safetensors.torch.save({name: value.detach().contiguous().clone() for name, value in state.items()})
 
 
 def read_package(folder: str, say: Say = lambda line: None) -> ModelPackage:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 
 from detr_ray import __version__
 from detr_ray.data.label_map import LabelMap
+from detr_ray.detector.package import packed_weights
 from detr_ray.loss import ClassLoss
 from detr_ray.model import DetectionModel
 from detr_ray.prediction import LoadedModel
@@ -25,6 +27,8 @@ class ExportSource:
         max_size: longest long side in pixels.
         max_detections: detections kept an image, where a query may stand for several classes.
         name: where the model comes from, for the file and for messages.
+        step: optimizer steps taken; None if unknown.
+        weights_sha256: of the weights as a package has them, by which a registered version is recognised.
     """
 
     model: DetectionModel
@@ -35,6 +39,8 @@ class ExportSource:
     max_size: int
     max_detections: int
     name: str
+    step: int | None
+    weights_sha256: str
 
     @classmethod
     def of(cls, loaded: LoadedModel) -> ExportSource:
@@ -48,6 +54,8 @@ class ExportSource:
             max_size=loaded.sizes.long_side,
             max_detections=loaded.config.eval.max_detections,
             name=loaded.source,
+            step=loaded.saved.step,
+            weights_sha256=hashlib.sha256(packed_weights(loaded.saved)).hexdigest(),
         )
 
     @property
@@ -68,6 +76,8 @@ class ExportSource:
             "max_detections": self.max_detections,
             "architecture": self.architecture,
             "source": self.name,
+            "step": self.step,
+            "weights_sha256": self.weights_sha256,
             "detr_ray": __version__,
         }
         return {key: json.dumps(value) for key, value in values.items()}

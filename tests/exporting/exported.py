@@ -46,5 +46,7 @@ def source(*overrides: str, **changes: Any) -> ExportSource:
         "max_size": 100,
         "max_detections": 10,
         "name": "a test",
+        "step": 5,
+        "weights_sha256": "c0ffee",
     }
     return ExportSource(**{**values, **changes})

@@ -50,7 +50,8 @@ def test_the_file_says_what_it_is(batches: Path) -> None:
     assert said["names"] == list(NAMES) and said["category_ids"] == [7, 9, None]
     assert (said["size"], said["max_size"], said["scores"]) == (64, 100, "softmax")
     assert np.allclose(said["mean"], [0.485, 0.456, 0.406]) and np.allclose(said["std"], [0.229, 0.224, 0.225])
-    assert said["source"] == "a test" and said["architecture"] == "detr" and said["detr_ray"]
+    assert (said["source"], said["step"], said["weights_sha256"]) == ("a test", 5, "c0ffee")
+    assert said["architecture"] == "detr" and said["detr_ray"]
 
 
 @pytest.mark.slow

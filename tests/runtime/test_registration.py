@@ -28,13 +28,14 @@ from detr_ray.cli import refuse_idle_keys
 from detr_ray.config import Config, ConfigError
 from detr_ray.data.formats import open_split
 from detr_ray.engine.checkpoints.store import CheckpointStore
+from detr_ray.exporting import ExportSource
 from detr_ray.model.weights import WeightsError
 from detr_ray.runtime.launch import evaluate, fit
 from detr_ray.runtime.registration import register, register_or_warn
 from detr_ray.runtime.search.results import SearchResult
 from detr_ray.runtime.search.search import register_best
 from detr_ray.search.trials import Trial
-from detr_ray.tracking.registry import NUMBERS, ModelRegistry, ModelVersion, RegistryError
+from detr_ray.tracking.registry import NUMBERS, WEIGHTS_SHA256, ModelRegistry, ModelVersion, RegistryError
 
 Configured = Callable[..., Config]
 
@@ -97,6 +98,13 @@ def test_a_version_says_what_it_is_and_where_it_is_from(folder: Path, store: Mod
     ).to_dict()  # fmt: skip
 
 
+def test_an_exported_file_says_which_version_it_is_of(store: ModelRegistry) -> None:
+    exported = ExportSource.of(detr_ray.load_model("models:/detr@champion"))
+    version = store.version("champion")
+    assert (exported.name, exported.step) == (f"models:/detr/{version.version}", int(version.tags["step"]))
+    assert exported.weights_sha256 == version.tags[WEIGHTS_SHA256]
+
+
 def test_there_is_no_pickle_in_a_version(store: ModelRegistry) -> None:
     for path in package_of(store.version(1)).parents[1].rglob("*"):
         if path.is_file():
@@ -119,7 +127,7 @@ def test_a_configuration_says_in_which_store_a_version_is(folder: Path, monkeypa
     monkeypatch.chdir(folder / "other")
     with pytest.raises(RegistryError, match=r"there is no MLflow store in .*/other/runs/mlflow.db"):
         detr_ray.load_model("models:/detr@champion")
-    assert detr_ray.load_model("models:/detr@champion", config_in(folder)).source == "models:/detr@champion"
+    assert detr_ray.load_model("models:/detr@champion", config_in(folder)).source == "models:/detr/1"
     given = argparse.Namespace(source="models:/detr@champion", config=[], overrides=["tracking.uri=sqlite:///a.db"])
     refuse_idle_keys(given, is_used=False)
     given.overrides.append("model.dilation=true")
