@@ -138,7 +138,6 @@ def _writing_to(folder: ResultFolder) -> Iterator[None]:
 
 
 def _finish(job: PredictionJob, folder: ResultFolder, arguments: argparse.Namespace) -> int:
-    from detr_ray.addresses import join
     from detr_ray.engine.reporting.progress import Pace
     from detr_ray.evaluation import DetectionTable
     from detr_ray.prediction.pictures import draw_pictures
@@ -147,11 +146,10 @@ def _finish(job: PredictionJob, folder: ResultFolder, arguments: argparse.Namesp
     names = dict(job.saved.label_map.categories)
 
     def draw(found: DetectionTable) -> None:
-        place = join(folder.location, "pictures")
-        draw_pictures(place, job.index, found, names, arguments.picture_score, Pace("drew", say))
+        draw_pictures(folder.pictures, job.index, found, names, arguments.picture_score, Pace("drew", say))
 
     with _writing_to(folder):
-        num_found, bad = folder.finish(arguments.to, draw)
+        num_found, bad = folder.finish(arguments.to, arguments.picture_score, draw)
     images = len(job.index) + len(job.unreadable)
     left_out = f"; {len(bad)} could not be read, see bad_images.txt" if bad else ""
     say(f"{num_found} detections on {images - len(bad)} of {images} images{left_out}: {folder.location}")

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from detr_ray.callbacks import Say
-from detr_ray.config import Config
+from detr_ray.config import Config, ConfigError, flatten
 from detr_ray.data.errors import DataError
 from detr_ray.data.formats.bare_images import open_bare_images
 from detr_ray.engine.reporting.progress import Pace
@@ -19,6 +19,7 @@ from detr_ray.prediction.results import ResultFolder
 from detr_ray.prediction.thresholds import Threshold, label_thresholds
 
 _PREFETCH = 2
+_WHERE_TRAINING_BEGINS = ("init_from", "backbone_weights")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +53,12 @@ def prepare_prediction(model: LoadedModel, given: Config, wanted: Wanted, say: S
         say: shows the user a line.
 
     Raises:
-        ConfigError: given and stored values contradict each other, or the images are too large for the model.
+        ConfigError: given and stored values contradict each other, another model is described than this one, or the
+            images are too large for it.
         DataError: there are no images.
         ThresholdError: the threshold is not valid.
     """
+    _refuse_other_model(given, model)
     settings, lines = evaluation_config(given, model.config, model.source, with_data=False)
     for line in lines:
         say(line.replace("scored with", "predicting with", 1))
@@ -77,6 +80,19 @@ def prepare_prediction(model: LoadedModel, given: Config, wanted: Wanted, say: S
         part_images=wanted.part_images,
         unreadable=found.unreadable,
     )
+
+
+def _refuse_other_model(given: Config, model: LoadedModel) -> None:
+    """Refuses values of the section ``model`` that are not the model's: they would change nothing."""
+    if model.config is given:  # weights of another program, which the configuration describes
+        return
+    theirs, source = flatten(model.config), model.source
+    for key, value in flatten(given).items():
+        section, _, name = key.partition(".")
+        if section != "model" or name not in given.model.model_fields_set or name in _WHERE_TRAINING_BEGINS:
+            continue
+        if value != theirs[key]:
+            raise ConfigError(f"{key}={value}: changes nothing: {source} was trained with {key}={theirs[key]}")
 
 
 def predict_here(

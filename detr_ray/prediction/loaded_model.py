@@ -190,9 +190,13 @@ class LoadedModel:
         Raises:
             ValueError: there is no such device.
         """
-        place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
-        if place.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device={device}: torch finds no GPU on this machine")
+        try:
+            place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"device={device!r}: torch has no such device; give 'cpu', 'cuda' or 'cuda:0'") from error
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if place.type == "cuda" and (place.index or 0) >= gpus:
+            raise ValueError(f"device={device}: torch finds {gpus or 'no'} GPU{'s' * (gpus > 1)} on this machine")
         if place != self.device:
             self.model.to(place)
         return self.device

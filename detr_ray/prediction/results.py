@@ -4,7 +4,7 @@
     parts/               one Parquet file for each part, written atomically; existing ones are kept
     results.json         COCO's results            predictions.parquet, predictions.csv      the same as tables
     bad_images.txt       a line for each image that could not be read
-    pictures/            images with their boxes
+    pictures/            images with their boxes; the record has the lowest score that is drawn
 
 The user chooses which of these are written.
 """
@@ -27,7 +27,7 @@ from detr_ray.addresses import join, resolve
 from detr_ray.config import ConfigError
 from detr_ray.data.errors import DataError
 from detr_ray.evaluation import DetectionTable
-from detr_ray.locations import file_info, list_names, make_folder, read_buffer, read_bytes, write_bytes
+from detr_ray.locations import delete_folder, file_info, list_names, make_folder, read_buffer, read_bytes, write_bytes
 from detr_ray.prediction.job import BatchFindings, PredictionJob
 from detr_ray.retries import reason_of
 
@@ -63,6 +63,7 @@ class ResultFolder:
         self._job = job
         assert job.saved.label_map is not None
         self._names = dict(job.saved.label_map.categories)
+        self._picture_score: float | None = None
 
     def open(self) -> list[int]:
         """Creates the folder, or finds the missing parts of an existing one.
@@ -77,6 +78,8 @@ class ResultFolder:
             found = self._read_record()
             if found is None:
                 make_folder(join(self.location, "parts"))
+            else:
+                self._picture_score = found.get("picture_score")
             self._write_record({"complete": False})
             done = {int(match[1]) for name in list_names(self._part("")) if (match := _PART.fullmatch(name))}
         except OSError as error:
@@ -114,8 +117,10 @@ class ResultFolder:
             "format": _FORMAT,
             **more,
             "model": self._job.saved.source,
+            "step": self._job.saved.step,
             "images": len(self._job.index) + len(self._job.unreadable),
             "settings": self._job.settings,
+            "picture_score": self._picture_score,
         }
         write_bytes(join(self.location, RECORD), (json.dumps(record, indent=1) + "\n").encode())
 
@@ -155,12 +160,27 @@ class ResultFolder:
             except pa.ArrowInvalid as error:
                 raise DataError(f"{place} is damaged: {error}. Delete it; the same command makes it anew") from error
 
-    def finish(self, formats: Sequence[str], draw: Callable[[DetectionTable], None]) -> tuple[int, list[str]]:
+    @property
+    def pictures(self) -> str:
+        """The folder of the pictures."""
+        return join(self.location, "pictures")
+
+    def _begin_pictures(self, least_score: float) -> None:
+        """Removes pictures that were drawn with another lowest score."""
+        if self._picture_score != least_score:
+            delete_folder(self.pictures)
+            self._picture_score = least_score
+            self._write_record({"complete": False})
+
+    def finish(
+        self, formats: Sequence[str], picture_score: float, draw: Callable[[DetectionTable], None]
+    ) -> tuple[int, list[str]]:
         """Combines the parts, writes the chosen formats, and notes that the results are complete.
 
         Args:
             formats: of ``coco``, ``parquet``, ``csv`` and ``pictures``.
-            draw: draws the pictures of all images; called if pictures are chosen.
+            picture_score: lowest score of detections that are drawn.
+            draw: draws the pictures of all images that have none; called if pictures are chosen.
 
         Returns:
             Number of detections, and a line for each image that could not be read.
@@ -186,6 +206,7 @@ class ResultFolder:
                 file, content = contents[name]
                 write_bytes(join(self.location, file), content())
         if "pictures" in formats:
+            self._begin_pictures(picture_score)
             draw(found)
         write_bytes(join(self.location, "bad_images.txt"), "".join(f"{line}\n" for line in bad).encode())
         self._write_record({"complete": True, "detections": len(found), "bad_images": len(bad)})

@@ -89,6 +89,8 @@ MODULES = (
     "detr_ray/detector/inference.py",
     "detr_ray/detector/package.py",
     "detr_ray/prediction/loaded_model.py",
+    "detr_ray/engine/prediction_job.py",
+    "detr_ray/model/exportable.py",
     "detr_ray/prediction/given_images.py",
     "detr_ray/prediction/thresholds.py",
     "detr_ray/prediction/job.py",

@@ -107,6 +107,18 @@ def test_a_model_remembers_labels_sizes_and_averaged_weights(
     assert again.facts.code_version == detr_ray.__version__
 
 
+def test_a_key_that_this_version_does_not_know_is_said_to_a_program(
+    package: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = json.loads((package / "model.json").read_text())
+    record["config"]["model"]["novelty"] = 3
+    (package / "model.json").write_text(json.dumps(record))
+    detr_ray.load_model(str(package))
+    assert [(one.levelname, one.getMessage()) for one in caplog.records] == [
+        ("WARNING", f"{package} was trained with model.novelty, which this version does not know (any more)")
+    ]
+
+
 def test_published_weights_are_loaded_with_the_configuration_that_is_given(shapes: Path, tmp_path: Path) -> None:
     items = ["model={backbone: resnet18, backbone_stride: 16, hidden_dim: 32, num_heads: 2, dim_feedforward: 64}"]
     items += [

@@ -180,6 +180,8 @@ def test_images_that_are_none_are_named(image: object, message: str, model: Load
         ({"threshold": float("nan")}, "threshold: must be a number"),
         ({"top_k": 0}, "top_k: must be a whole number of at least 1"),
         ({"batch_size": 1.5}, "batch_size: must be a whole number"),
+        ({"device": "gpu"}, "device='gpu': torch has no such device; give 'cpu', 'cuda'"),
+        ({"device": "cuda:99"}, "device=cuda:99: torch finds "),
     ],
 )
 def test_options_that_there_are_not_are_refused(options: dict, message: str, model: LoadedModel) -> None:

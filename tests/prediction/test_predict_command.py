@@ -167,6 +167,17 @@ def test_bad_images_are_listed_and_the_others_are_done(
         assert np.abs(np.asarray(drawn, int) - np.asarray(plain.convert("RGB"), int)).max() > 50
 
 
+def test_pictures_with_another_score_are_drawn_again(trained: FitResult, shapes: Path, tmp_path: Path, capsys) -> None:
+    image, out = min((shapes / "val2017").iterdir()), tmp_path / "out"
+    times = []
+    for score in (1, 0, 0):
+        arguments = ("--images", image, "--out", out, "--to", "pictures", "--picture-score", score)
+        assert run(capsys, trained.run_path, *arguments)[0] == 0
+        (picture,) = (out / "pictures").iterdir()
+        times.append((picture.read_bytes(), picture.stat().st_mtime_ns))
+    assert times[0][0] != times[1][0] and times[1] == times[2]
+
+
 def test_tables_say_names_and_boxes(trained: FitResult, shapes: Path, coco: list[str], tmp_path: Path, capsys) -> None:
     out = tmp_path / "out"
     rows = predicted(capsys, out, trained.run_path, *coco, "--to", "coco,parquet,csv")
@@ -226,6 +237,10 @@ def test_an_image_that_the_annotations_do_not_turn_is_predicted_as_it_is_stored(
         (["--images", "DATA/val2017", "--out", "OUT", "--threshold", "2"], "must be a number from 0 to 1, or best_f1"),
         (["--images", "DATA/val2017", "--out", "OUT", "--top-k", "0"], "must be a whole number of at least 1"),
         (["--images", "DATA/val2017", "--out", "OUT", "eval.size=500"], "eval.size: must not exceed eval.max_size"),
+        (
+            ["--images", "DATA/val2017", "--out", "OUT", "model.num_queries=5"],
+            "model.num_queries=5: changes nothing: RUN/checkpoints/",
+        ),
         (["--images", "DATA/val2017", "--out", "DATA"], "--out: DATA holds something else (annotations)"),
         (["--images", "DATA/val2017", "--out", "DATA/annotations/instances_val2017.json"], "is a file; name a folder"),
     ],
@@ -234,7 +249,7 @@ def test_what_cannot_be_done_is_refused_first(
     arguments: list[str], message: str, trained: FitResult, shapes: Path, tmp_path: Path, capsys
 ) -> None:
     def filled(text: str) -> str:
-        return text.replace("DATA", str(shapes)).replace("OUT", str(tmp_path / "out"))
+        return text.replace("DATA", str(shapes)).replace("OUT", str(tmp_path / "out")).replace("RUN", trained.run_path)
 
     code, _, err = run(capsys, trained.run_path, *map(filled, arguments))
     assert code == 2 and filled(message) in err and "hidden" not in err
