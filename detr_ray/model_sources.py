@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from detr_ray.addresses import MLFLOW_SCHEMES, join
@@ -102,7 +102,7 @@ def _loaded(place: str, address: str | None, config: Config | None, scores: str 
 
 def _facts(found: FoundModel, saved: SavedModel, address: str | None) -> ModelFacts:
     """Facts about a model file, from itself and from its checkpoint."""
-    own = {} if saved.config is None else saved.checkpoint
+    own: Mapping[str, Any] = {} if saved.config is None else saved.checkpoint
     version = str(own.get("code_version", ""))  # earlier releases did not write it
     origin = {"code_commit": str(own["code_commit"])} if own.get("code_commit") else {}
     info = found.checkpoint
