@@ -18,6 +18,7 @@ SMALL = (
 )
 VARIANTS = {
     "detr": (),
+    "ignoring padding": ("model.ignore_padding=true",),
     "deformable": ("model={architecture: deformable_detr, num_feature_levels: 3}",),
     "dino": ("model={architecture: dino, denoising_queries: 4}",),
     "two stages": ("model={architecture: deformable_detr, two_stage: true, box_refine: true}",),
