@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -10,6 +10,7 @@ from detr_ray.tracking.history import RunHistory, Session
 from detr_ray.tracking.mlflow_client import open_client, run_of_uid
 from detr_ray.tracking.reachability import try_store
 from detr_ray.tracking.store import sqlite_path
+from detr_ray.tracking.tracker import Status
 
 _OF_A_CATEGORY = "val/AP/"
 
@@ -44,7 +45,8 @@ def fetch_history(uri: str, experiment: str, run_uid: str, timeout_s: float = 5.
     points = {name: client.get_metric_history(run_id, name) for name in names}
     began = run.info.start_time
     last = max([began, *(point.timestamp for found in points.values() for point in found)])
-    ended = run.info.end_time is not None
+    # The end of a run that goes on again stays in MLflow beside its status RUNNING.
+    ended = run.info.status in get_args(Status)
     return RunHistory(
         {name: _columns(found) for name, found in points.items()},
         dict(run.data.tags),

@@ -134,6 +134,9 @@ def test_a_resumed_run_goes_on_in_the_same_mlflow_run(open_tracker: OpenTracker,
     second.log_metrics({"train/loss": 0.5}, step=2)
     wait_until(lambda: not second.pending())
     assert the_only_run(store_uri).info.status == "RUNNING"
+    at_work = fetch_history(store_uri, "detr", first.run_uid)
+    (point,) = [p for p in client_of(store_uri).get_metric_history(second.run_id, "train/loss") if p.step == 2]
+    assert at_work is not None and [(s.status, s.ended_ms) for s in at_work.sessions] == [(None, point.timestamp)]
     second.finish("FINISHED")
 
     run = the_only_run(store_uri)
