@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn, TextIO
 
 from detr_ray.config import Config, ConfigError, load_config
@@ -190,7 +191,10 @@ def _parser(
         allow_abbrev=False, usage="%(prog)s [--config FILE]... [options] [key=value]...",
     )  # fmt: skip
     parser.add_argument("-h", "--help", action="store_true", help="show this help, with all keys")
-    parser.add_argument("--config", metavar="FILE", action="append", default=[], help="YAML file; may be repeated")
+    parser.add_argument(
+        "--config", metavar="FILE", action="append", default=[],
+        help="YAML file, on a disk or in a bucket; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     if add_arguments is not None:
         add_arguments(parser)
@@ -205,13 +209,24 @@ def _read(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[Config,
     # Later overrides win, so their order must not change.
     overrides = [item for item in argv if _OVERRIDE.match(item) or (item in rest and "=" in item)]
     try:
-        config = load_config(arguments.config, overrides)
+        config = load_config(arguments.config, overrides, _content_of)
     except ConfigError as error:
         raise ConfigError([*errors, *error.errors]) from None
     if errors:
         raise ConfigError(errors)
     arguments.overrides = overrides
     return config, arguments
+
+
+def _content_of(location: str) -> bytes:
+    """The content of a configuration file at a path or an address."""
+    from detr_ray.addresses import is_uri
+
+    if not is_uri(location):
+        return Path(location).read_bytes()
+    from detr_ray.locations import read_bytes  # and pyarrow, which takes time that most commands need not spend
+
+    return read_bytes(location)
 
 
 def _show(text: str) -> int:

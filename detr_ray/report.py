@@ -11,13 +11,15 @@ from detr_ray.cli import EXIT_FAILED, run_command, say, write_result
 from detr_ray.config import Config, ConfigError
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from detr_ray.data.index import DatasetIndex
     from detr_ray.engine.past_run import PastRun
 
 DESCRIPTION = """Write the report of a run: one HTML file that needs no network.
 
 RUN is the run's folder; with a second RUN, both are compared. Training writes the report of its run by itself
-(tracking.report). Images are pictured where the run's validation data is at hand; data.* keys say where it lies now."""
+(tracking.report). Images are pictured where the run's data is at hand; data.* keys say where it lies now."""
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,43 +35,44 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 def _report(config: Config, arguments: argparse.Namespace) -> int:
     if not 1 <= len(arguments.runs) <= 2:
         raise ConfigError(f"RUN: give the folder of one run or of two, not of {len(arguments.runs)}")
-    from detr_ray.addresses import join
     from detr_ray.engine.past_run import open_past_run
     from detr_ray.engine.preflight.writing import check_outputs
-    from detr_ray.engine.run_report.report import REPORT
 
     runs = [open_past_run(location, say) for location in arguments.runs]
-    alone = len(runs) == 1
-    out = arguments.out or (join(runs[0].directory.path, REPORT) if alone else "comparison.html")
+    if len(runs) == 1:
+        return _of_one(config, runs[0], arguments.out)
+    from detr_ray.engine.run_report.comparison import comparison_report
+
+    out = arguments.out or "comparison.html"
     check_outputs({"--out": out})
-    if alone:
-        from detr_ray.engine.run_report.report import run_report
-
-        content = run_report(runs[0], _validation_set(config, runs[0])).html
-    else:
-        from detr_ray.engine.run_report.comparison import comparison_report
-
-        content = comparison_report(*runs)
-    return 0 if write_result("--out", out, content.encode, "report") else EXIT_FAILED
+    return 0 if write_result("--out", out, comparison_report(*runs).encode, "report") else EXIT_FAILED
 
 
-def _validation_set(config: Config, run: PastRun) -> DatasetIndex | None:
-    """The images that the run was validated on; None if they are not available."""
-    from detr_ray.data.errors import DataError
-    from detr_ray.engine.opened_data import open_evaluation_data
+def _of_one(config: Config, run: PastRun, out: str | None) -> int:
+    """Writes the report of a run, and, beside a report in the run's folder, its pictures."""
+    from detr_ray.addresses import join
+    from detr_ray.engine.checkpoints.run_directory import storage_errors
+    from detr_ray.engine.preflight.writing import check_outputs
+    from detr_ray.engine.run_report.report import REPORT, run_report
 
-    data = config.data if config.data.has_val else run.config.data
-    if not data.has_val:
-        return None
-    try:
-        index = open_evaluation_data(data, lambda line: None)
-    except (DataError, ConfigError) as error:
-        say(f"WARNING: no images in the report: {error}")
-        return None
-    if index.fingerprint != run.record["fingerprints"].get("val"):
-        say(f"WARNING: no images in the report: {index.source} is not what the run was validated on")
-        return None
-    return index
+    path = run.directory.path
+    location = out or join(path, REPORT)
+    check_outputs({"--out": location})
+    report = run_report(run, *_images_of(config, run))
+    if out is None:
+        with storage_errors(path, "RUN"):
+            report.save_pictures(path)
+    return 0 if write_result("--out", location, report.html.encode, "report") else EXIT_FAILED
+
+
+def _images_of(config: Config, run: PastRun) -> tuple[DatasetIndex | None, Figure | None]:
+    """The run's validation set and its first batch; None for what is not available."""
+    from detr_ray.engine.run_report.report import first_batch
+    from detr_ray.engine.run_report.run_data import RunData
+
+    data = RunData(run, config.data, lambda reason: say(f"WARNING: {reason}"))
+    val, planned = data.validation_set(), data.training_data()
+    return val, None if planned is None else first_batch(planned)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,7 +21,15 @@ COMMAND_LINE = "command line"
 FilePath = str | Path
 
 
-def load_config(paths: FilePath | Sequence[FilePath] | None = None, overrides: Sequence[str] = ()) -> Config:
+def _content_of(path: str) -> bytes:
+    return Path(path).read_bytes()
+
+
+def load_config(
+    paths: FilePath | Sequence[FilePath] | None = None,
+    overrides: Sequence[str] = (),
+    read: Callable[[str], bytes] = _content_of,
+) -> Config:
     """Reads a configuration: defaults, then the files in their order, then the overrides; later values win.
 
     Sections are merged key by key; a list is replaced as a whole. A null in place of a section is ignored, except for
@@ -30,6 +38,7 @@ def load_config(paths: FilePath | Sequence[FilePath] | None = None, overrides: S
     Args:
         paths: YAML file or files.
         overrides: ``dotted.key=value``, also with two dashes in front; the value is read as YAML.
+        read: gives the content of a file; ``detr_ray.locations.read_bytes`` reads addresses (``s3://``), too.
 
     Raises:
         ConfigError: unreadable files, unknown keys, values out of range and broken rules, all of them at once; or an
@@ -37,7 +46,7 @@ def load_config(paths: FilePath | Sequence[FilePath] | None = None, overrides: S
     """
     draft = _Draft()
     for path in [paths] if isinstance(paths, str | Path) else paths or ():
-        draft.add_file(Path(path))
+        draft.add_file(str(path), read)
     for item in overrides:
         draft.add_override(item)
     config = draft.build()
@@ -91,13 +100,15 @@ class _Draft:
         # Keys with an error. A rule that uses one of them would only report the same error again.
         self._faulty: set[str] = set()
 
-    def add_file(self, path: Path) -> None:
+    def add_file(self, path: str, read: Callable[[str], bytes]) -> None:
         try:
-            content = parse_yaml(path.read_bytes())
+            content = parse_yaml(read(path))
         except FileNotFoundError:
             self._errors.append(f"{path}: there is no such file")
         except OSError as error:
-            self._errors.append(f"{path}: cannot be read: {error.strerror}")
+            self._errors.append(f"{path}: cannot be read: {error.strerror or error}")
+        except ConfigError as error:  # of an address, which may hold a password and is not repeated
+            self._errors += error.errors
         except ValueError as error:
             self._errors.append(f"{path}: {error}")
         else:
@@ -106,7 +117,7 @@ class _Draft:
             if not isinstance(content, dict):
                 self._errors.append(f"{path}: must hold sections with keys, not {shown(content)}")
                 return
-            self.merge(content, str(path))
+            self.merge(content, path)
 
     def add_override(self, item: str) -> None:
         name, equals, raw = item.removeprefix("--").partition("=")

@@ -40,6 +40,19 @@ def open_data(data: DataConfig, say: Say) -> OpenedData:
     return train, val
 
 
+def open_training_data(data: DataConfig, say: Say) -> DatasetIndex:
+    """Opens the training set alone.
+
+    Raises:
+        ConfigError: none is configured.
+        DataError: it cannot be read, or is not what it should be.
+    """
+    if not data.has_train:
+        raise ConfigError("data.train: no training data is given; set data.root=FOLDER, or data.train.annotations=FILE")
+    generate_data(data, say)
+    return _open_split(data, ConfiguredData(data), "train", say)
+
+
 def open_evaluation_data(data: DataConfig, say: Say) -> DatasetIndex:
     """Opens the validation set alone.
 

@@ -19,7 +19,14 @@ from detr_ray.addresses import join, name_of, resolve
 from detr_ray.callbacks import Say
 from detr_ray.config import Config, ConfigError, config_from_dict
 from detr_ray.engine.checkpoints.info import CheckpointInfo
-from detr_ray.engine.checkpoints.run_directory import RECORD, RunDirectory, record_at, storage_errors
+from detr_ray.engine.checkpoints.run_directory import (
+    CONFIG,
+    FREE_WITH_CHECKPOINT,
+    RECORD,
+    RunDirectory,
+    record_at,
+    storage_errors,
+)
 from detr_ray.engine.reporting.tracking_store import run_tracking_uri, tracking_folder
 from detr_ray.evaluation import DetectionTable, GroundTruth
 from detr_ray.evaluation.scorer_process import read_columns, write_columns
@@ -53,7 +60,7 @@ class PastRun:
     Attributes:
         directory: its folder.
         record: what it was begun with; see `open_run`.
-        config: its configuration.
+        config: its configuration at its last start, with the first weights that it was begun with.
         checkpoints: those that are there, oldest first.
         history: its metrics; None where they are not on this machine.
         best: what its best weights found; None where that was not kept.
@@ -114,7 +121,7 @@ def open_past_run(location: str, say: Say = lambda line: None) -> PastRun:
         if record is None:
             raise ConfigError(f"{location} is no folder of a run: it has no {RECORD}")
         directory = RunDirectory(name_of(path), path, record["run_id"], is_new=False)
-        config = _config_of(path, say)
+        config = _config_of(path, record, say)
         checkpoints = directory.checkpoints.checkpoints()
         best = _read_best_found(path, say)
     history = _history_of(config, directory, bool(record.get("forked_from")), say)
@@ -153,8 +160,12 @@ def _read_best_found(path: str, say: Say) -> BestFound | None:
     return BestFound(step, truth, detections)
 
 
-def _config_of(path: str, say: Say) -> Config:
-    location = join(path, "config.yaml")
+def _config_of(path: str, record: Mapping[str, Any], say: Say) -> Config:
+    """The configuration of a run.
+
+    A start that goes on from a checkpoint need not name the first weights any more, so these are taken from the record.
+    """
+    location = join(path, CONFIG)
     try:
         content = yaml.safe_load(read_bytes(location))
     except FileNotFoundError as error:
@@ -165,6 +176,10 @@ def _config_of(path: str, say: Say) -> Config:
     def warn(key: str) -> None:
         say(f"WARNING: {path} was trained with {key}, which this version does not know (any more)")
 
+    for key in FREE_WITH_CHECKPOINT:
+        section, _, name = key.partition(".")
+        if key in record["config"]:
+            content.setdefault(section, {})[name] = record["config"][key]
     return config_from_dict(content, location, warn)
 
 

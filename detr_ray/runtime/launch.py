@@ -19,11 +19,12 @@ import torch
 from detr_ray.callbacks import Say
 from detr_ray.config import Config, ConfigError
 from detr_ray.engine.context import LocalContext
+from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.hooks import Budget, JobHooks
 from detr_ray.engine.job import TrainJob, prepare_job, run_summary
 from detr_ray.engine.reporting.progress import FitResult
 from detr_ray.engine.reporting.records import open_tracker
-from detr_ray.engine.run_report.at_end import report_at_end
+from detr_ray.engine.run_report.at_end import report_at_end, say_how_to_report
 from detr_ray.engine.stream.batches import LocalBatches
 from detr_ray.runtime.cluster_check import preflight_nodes
 from detr_ray.runtime.host_process import StoppedBeforeWork, host_process_as_before, stop_signals
@@ -129,17 +130,28 @@ class Runs:
             self._say(f"to go on with it after an interruption: the same command with run.name={job.run.name}")
         try:
             with job.run.locked(self._say):
-                if job.config.train.launcher == "local":
-                    return _fit_here(job, hooks, self._budget, self._say)
-                result: FitResult = self._workers_for(job).run(job, hooks, last=last)
-                return result
+                if not job.run.is_new:
+                    job.run.keep_config(job.config.to_yaml())
+                result = self._run_locked(job, hooks, last=last)
         except StoppedBeforeWork:
             latest = job.run.checkpoints.latest()
-            return FitResult(job.run.name, job.run.path, "stopped", 0 if latest is None else latest.step)
+            result = FitResult(job.run.name, job.run.path, "stopped", 0 if latest is None else latest.step)
         except KeyboardInterrupt:
             if self._says_how_to_resume:
                 self._say(f"stopped; the same command with run.name={job.run.name} goes on from the last checkpoint")
             raise
+        except RunFailed:
+            say_how_to_report(job, self._say)
+            raise
+        if result.status == "stopped":
+            say_how_to_report(job, self._say)
+        return result
+
+    def _run_locked(self, job: TrainJob, hooks: JobHooks, *, last: bool) -> FitResult:
+        if job.config.train.launcher == "local":
+            return _fit_here(job, hooks, self._budget, self._say)
+        result: FitResult = self._workers_for(job).run(job, hooks, last=last)
+        return result
 
     def _workers_for(self, job: TrainJob) -> Workers:
         if self._workers is None or not self._workers.fit(job):

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import importlib
+import json
 import re
+import shlex
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,19 +17,22 @@ import pytest
 from observing import Observed, observe, small_config
 from tiny import make_dataset
 
-from detr_ray.config import ConfigError
-from detr_ray.config.data_sections import SourceConfig
+from detr_ray import report
+from detr_ray.config import ConfigError, DataConfig, load_config
+from detr_ray.config.data_sections import GenerateConfig, SourceConfig, SplitConfig
+from detr_ray.engine.job import prepare_job
 from detr_ray.engine.past_run import PastRun, keep_best_found, open_past_run
 from detr_ray.engine.run_report import at_end
 from detr_ray.engine.run_report.comparison import comparison_report
 from detr_ray.engine.run_report.problems import find_problems
-from detr_ray.engine.run_report.report import Reported, run_report
-from detr_ray.engine.run_report.search_page import search_report
+from detr_ray.engine.run_report.report import Reported, first_batch, run_report
+from detr_ray.engine.run_report.run_data import RunData
 from detr_ray.evaluation import DetectionTable, GroundTruth, evaluate_detections
+from detr_ray.runtime.launch import run_job
 from detr_ray.tracking import MemoryTracker
 from detr_ray.tracking.event_log import EventLog
 from detr_ray.tracking.history import RunHistory, Session
-from detr_ray.viz.figure import message_figure
+from detr_ray.viz.figure import figure_bytes
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +101,10 @@ def test_training_ends_with_a_report_that_is_whole_by_itself(trained: Observed, 
     tracker = MemoryTracker()
     assert trained.result is not None
     at_end.report_at_end(trained.job, trained.result, tracker, said.append)
-    report = Path(trained.job.run.path) / "report.html"
-    assert str(report) in said[0] and tracker.files[-1] == (str(report), "")
+    written = Path(trained.job.run.path) / "report.html"
+    assert str(written) in said[0] and tracker.files[-1] == (str(written), "")
 
-    content = report.read_text()
+    content = written.read_text()
     page = Page(content)
     assert all(address.startswith(("data:", "#")) for address in page.addresses), "no request to any network"
     assert {link[1:] for link in page.addresses if link.startswith("#")} <= page.anchors
@@ -115,6 +122,100 @@ def test_training_ends_with_a_report_that_is_whole_by_itself(trained: Observed, 
         "training images 16", "9.9<b>", f"eval.checkpoint={trained.job.run.path}", "costs",
     ):  # fmt: skip
         assert expected in page.text, expected
+
+
+def without_records(past: PastRun) -> PastRun:
+    return dataclasses.replace(past, history=None, best=None)
+
+
+def commands_of(page: Page) -> list[list[str]]:
+    """The arguments of each command on a page."""
+    lines = [line for text in page.texts for line in text.splitlines() if line.startswith("python -m detr_ray.")]
+    return [shlex.split(line)[2:] for line in lines]
+
+
+def bare_page(path: str) -> Page:
+    """The report of a run without what takes time: pictures."""
+    return Page(run_report(without_records(open_past_run(path))).html)
+
+
+def test_the_commands_of_a_report_are_understood(past: PastRun) -> None:
+    commands = [command for command in commands_of(bare_page(past.directory.path)) if "..." not in command]
+    names = [command[0].removeprefix("detr_ray.") for command in commands]
+    assert names == ["train", "evaluate", "show", "show"]
+    for name, (_, *arguments) in zip(names, commands, strict=True):
+        assert importlib.import_module(f"detr_ray.{name}").main([*arguments, "--print-config"]) == 0, arguments
+    _, flag, file, *overrides = commands[0]
+    again = prepare_job(load_config(file, overrides), lambda line: None).run
+    assert (flag, again.path, again.run_id) == ("--config", past.directory.path, past.directory.run_id)
+
+
+def test_a_run_that_goes_on_is_shown_as_it_goes_on(trained: Observed, tmp_path: Path) -> None:
+    """In another place, with keys that may change, and without the file of its first weights, which is not needed."""
+    shutil.copytree(trained.job.run.path, tmp_path / "mine")
+    record = json.loads((tmp_path / "mine" / "run.json").read_text())
+    record["config"]["model.init_from"] = "first.pth"
+    (tmp_path / "mine" / "run.json").write_text(json.dumps(record))
+    moved = f"run.storage={tmp_path}"
+    assert moved in commands_of(bare_page(str(tmp_path / "mine")))[0]
+
+    assert trained.job.config.data.root is not None
+    keys = ("run.name=mine", "train.epochs=2", "optim.lr=1e-3", "eval.size=40", "train.keep_last=7")
+    job = prepare_job(small_config(Path(trained.job.config.data.root), tmp_path, *keys), lambda line: None)
+    with job.run.locked(), pytest.raises(ConfigError, match="is being written by"):
+        run_job(job)
+    assert open_past_run(job.run.path).config.eval.size == 48, "what is refused changes nothing"
+    assert run_job(job).status == "nothing to do"
+    again = open_past_run(job.run.path)
+    assert (again.config.eval.size, again.config.train.keep_last) == (40, 7)
+    assert again.config.model.init_from == "first.pth", "what it was begun with"
+    before = without_records(open_past_run(trained.job.run.path))
+    assert "at the same size" in Page(comparison_report(before, without_records(again))).text, "its scores still are"
+    unscored = dataclasses.replace(without_records(again), checkpoints=[])
+    assert "other image sizes: (48, 96) and (40, 96)" in Page(comparison_report(before, unscored)).text
+    assert moved not in commands_of(bare_page(job.run.path))[0]
+    assert json.loads((tmp_path / "mine" / "run.json").read_text()) == record, "what a start is compared with stays"
+
+
+def test_the_report_command_writes_what_the_end_of_the_training_wrote(trained: Observed, tmp_path: Path) -> None:
+    run = tmp_path / "mine"
+    shutil.copytree(trained.job.run.path, run, ignore=shutil.ignore_patterns("report.html", "pictures"))
+    assert report.main([str(run)]) == 0
+    page = Page((run / "report.html").read_text())
+    contents = [base64.b64decode(address.partition(",")[2]) for address in page.addresses if "base64" in address]
+    files = {path.name: path.read_bytes() for path in (run / "pictures").iterdir()}
+    assert {"batch.jpg", "worst.jpg", "training.svg"} <= files.keys() and sorted(files.values()) == sorted(contents)
+    assert files["batch.jpg"] == figure_bytes(first_batch(trained.job.data), "jpg", dpi=100)
+
+
+def test_images_are_pictured_where_they_are_the_runs(trained: Observed, past: PastRun, tmp_path: Path) -> None:
+    said: list[str] = []
+    here = RunData(past, DataConfig(), said.append)
+    val, planned = here.validation_set(), here.training_data()
+    assert val is not None and planned is not None and val.fingerprint == past.record["fingerprints"]["val"]
+    assert planned.label_map == trained.job.data.label_map
+    assert planned.plan(1, 0).step(0) == trained.job.data.plan(1, 0).step(0) and said == []
+
+    other = make_dataset(tmp_path / "other", num_train=3, num_val=2)
+    elsewhere = RunData(past, DataConfig(root=str(other)), said.append)
+    assert elsewhere.validation_set() is elsewhere.training_data() is None
+    assert all("is not what the run had" in line for line in said) and len(said) == 2
+    only_val = RunData(past, DataConfig(val=trained_val(trained)), said.append)
+    assert only_val.validation_set() is not None and only_val.training_data() is None
+    assert "without the first batch: data.train: no training data is given" in said[2]
+
+    drawn = GenerateConfig(num_train=100_000)
+    gone = past.config.data.model_copy(update={"root": str(tmp_path / "gone"), "generate": drawn})
+    changed = dataclasses.replace(past, config=past.config.model_copy(update={"data": gone}))
+    assert RunData(changed, DataConfig(), said.append).validation_set() is None
+    assert "generated images are not in" in said[3] and not (tmp_path / "gone").exists(), (
+        "nothing is drawn for a report"
+    )
+
+
+def trained_val(trained: Observed) -> SplitConfig:
+    root = trained.job.config.data.root
+    return SplitConfig(annotations=f"{root}/annotations/instances_val2017.json", images=f"{root}/val2017")
 
 
 def test_a_run_with_little_has_a_report_too(trained: Observed, past: PastRun) -> None:
@@ -166,10 +267,6 @@ def test_a_log_that_begins_late_gets_its_beginning_from_the_store(
     assert history.sessions[0].ended_ms == history.sessions[1].began_ms, "no time counts twice"
 
 
-def without_records(past: PastRun) -> PastRun:
-    return dataclasses.replace(past, history=None, best=None)
-
-
 def test_two_runs_side_by_side(past: PastRun) -> None:
     changed = past.config.model_copy(update={"train": past.config.train.model_copy(update={"epochs": 77})})
     other = dataclasses.replace(past, config=changed, directory=dataclasses.replace(past.directory, name="other"))
@@ -178,14 +275,6 @@ def test_two_runs_side_by_side(past: PastRun) -> None:
     elsewhere = {**past.record, "fingerprints": {"train": "a", "val": "b"}}
     moved, bare = dataclasses.replace(other, record=elsewhere, history=None, best=None), without_records(past)
     assert "say little about each other" in Page(comparison_report(bare, moved)).text
-
-
-def test_a_search_has_a_page_too() -> None:
-    figure = message_figure("trials")
-    content = search_report("mine", "t000 <0.5>", "lr 0.9", {"best.yaml": "optim: {}"}, {"history.png": figure})
-    page = Page(content)
-    assert "Search mine" in page.text and "t000 <0.5>" in page.text and "--resume tune.name=mine" in page.text
-    assert all(address.startswith(("data:", "#")) for address in page.addresses)
 
 
 def problems_of(past: PastRun, **metrics: list[float]) -> str:
@@ -243,11 +332,10 @@ def test_what_was_kept_and_is_damaged_is_left_out(past: PastRun, tmp_path: Path)
 def test_only_whole_trainings_of_their_own_get_one_and_a_failure_is_a_warning(trained: Observed) -> None:
     job, tracker, said = trained.job, MemoryTracker(), []
     assert trained.result is not None
-    for other in (
-        (dataclasses.replace(job, parent_run="a search"), trained.result),
-        (job, dataclasses.replace(trained.result, status="stopped")),
-    ):
+    trial = dataclasses.replace(job, parent_run="a search")
+    for other in ((trial, trained.result), (job, dataclasses.replace(trained.result, status="stopped"))):
         at_end.report_at_end(*other, tracker, said.append)
+    at_end.say_how_to_report(trial, said.append)
     assert tracker.files == [] and said == []
 
     record = Path(job.run.path) / "run.json"

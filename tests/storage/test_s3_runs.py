@@ -13,9 +13,11 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+import yaml
 from s3_server import S3Server
 from starts import start_at_once
 
+from detr_ray import train
 from detr_ray.config import ConfigError
 from detr_ray.engine.checkpoints import run_lock
 from detr_ray.engine.checkpoints.run_directory import RunDirectory, open_run
@@ -44,6 +46,19 @@ def test_of_many_starts_of_one_new_run_one_goes_on(storage, s3: S3Server):
     with again.locked():
         assert claims(s3, storage), "held while it is written"
     assert not claims(s3, storage), "and nothing is left of it"
+
+
+def test_a_command_takes_the_configuration_that_lies_in_the_bucket(storage, capsys: pytest.CaptureFixture[str]):
+    """As the report of a run in a bucket prints it, to go on with the run."""
+    begin(storage)
+    assert train.main(["--config", f"{storage}/mine/config.yaml", "--print-config", "optim.weight_decay=0.5"]) == 0
+    optim = yaml.safe_load(capsys.readouterr().out)["optim"]
+    assert (optim["lr"], optim["weight_decay"]) == (1.0, 0.5)
+    absent = f"{storage}/absent.yaml"
+    for address, said in ((absent, f"{absent}: there is no such file"), ("s3://KEY:hidden@a/b.yaml", "credentials")):
+        assert train.main(["--config", address, "--print-config"]) == 2
+        err = capsys.readouterr().err
+        assert said in err and "hidden" not in err and err.count("error:") == 1
 
 
 def claims(s3: S3Server, storage: str) -> list[str]:

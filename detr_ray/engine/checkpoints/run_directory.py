@@ -28,6 +28,8 @@ from detr_ray.locations import make_folder, read_bytes, sync, write_bytes
 from detr_ray.retries import reason_of
 
 RECORD = "run.json"
+CONFIG = "config.yaml"
+"""Name of the file with the configuration of the run's last start, for reports; nothing is decided by it."""
 
 # Keys that may change when a run is resumed: they do not change its results. A name that ends in a dot means all keys
 # below it.
@@ -112,6 +114,20 @@ class RunDirectory:
     def local_path(self) -> Path | None:
         """The folder, if it is on a local disk."""
         return local_path(self.path)
+
+    def keep_config(self, config_yaml: str) -> None:
+        """Writes the configuration that the run goes on with, in place of that of its start before.
+
+        To be called by the run's only writer (`locked`): another command may not change what the run is said to be.
+
+        Args:
+            config_yaml: the whole configuration.
+
+        Raises:
+            ConfigError: the storage cannot be written.
+        """
+        with storage_errors(self.path):
+            write_bytes(join(self.path, CONFIG), config_yaml.encode())
 
     @contextlib.contextmanager
     def locked(self, say: Say = lambda line: None) -> Iterator[None]:
@@ -201,8 +217,9 @@ def open_run(
             }
             stored = _begin(path, name, content, say)
             if stored is None:
-                write_bytes(join(path, "config.yaml"), config_yaml.encode())
-                return RunDirectory(name, path, content["run_id"], is_new=True)
+                begun = RunDirectory(name, path, content["run_id"], is_new=True)
+                begun.keep_config(config_yaml)
+                return begun
         run = RunDirectory.at(name, storage, stored)
         differences = _differences(run, stored, comparable, say)
         if stored["fingerprints"].get("train") != fingerprints.get("train"):

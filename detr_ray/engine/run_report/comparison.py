@@ -38,10 +38,17 @@ def _comparability(first: PastRun, second: PastRun) -> list[str]:
     prints = [run.record["fingerprints"].get("val") for run in (first, second)]
     if prints[0] != prints[1]:
         return ["Their validation sets are not the same, so that their scores say little about each other."]
-    sizes = [(run.config.eval.size, run.config.eval.max_size) for run in (first, second)]
+    sizes = [_validated_at(run) for run in (first, second)]
     if sizes[0] != sizes[1]:
         return [f"They were validated at other image sizes: {sizes[0]} and {sizes[1]}."]
     return ["They were validated on the same images at the same size."]
+
+
+def _validated_at(run: PastRun) -> tuple[int, int]:
+    """The image sizes that the scores of a run's best weights are of; it may have gone on with others since."""
+    best, evaluation = run.best_checkpoint, run.config.eval
+    measured = {} if best is None else best.measured_on
+    return measured.get("eval.size", evaluation.size), measured.get("eval.max_size", evaluation.max_size)
 
 
 def _settings(first: PastRun, second: PastRun) -> list[str]:

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 
 from matplotlib.figure import Figure
 
-from detr_ray.addresses import join
-from detr_ray.config import flatten
+from detr_ray.addresses import join, parent
+from detr_ray.config import Config, flatten
 from detr_ray.data.index import DatasetIndex
+from detr_ray.engine.checkpoints.run_directory import CONFIG, absolute_storage
 from detr_ray.engine.past_run import PastRun
+from detr_ray.engine.pictures.of_data import planned_batch
 from detr_ray.engine.pictures.of_evaluation import (
     Found,
     confusion_picture,
@@ -28,10 +30,12 @@ from detr_ray.engine.pictures.request import PictureRequest
 from detr_ray.engine.reporting.progress import duration
 from detr_ray.engine.run_report import page
 from detr_ray.engine.run_report.problems import find_problems
+from detr_ray.engine.stream.planned_data import PlannedData
 from detr_ray.evaluation import CocoMetrics, evaluate_detections
 from detr_ray.evaluation.coco_metrics import SUMMARY
 from detr_ray.evaluation.error_breakdown import ErrorBreakdown, break_down_errors
 from detr_ray.evaluation.suspicious import find_suspicious
+from detr_ray.locations import write_bytes
 from detr_ray.viz.curves import schedules_figure, step_times_figure, training_figure
 
 REPORT = "report.html"
@@ -51,12 +55,13 @@ _PLACES = (
 )  # fmt: skip
 PICTURED_IMAGES = 6
 """Most images in a picture of images."""
-_ENDS = {
+ENDS: dict[str | None, str] = {
     "FINISHED": "finished",
     "FAILED": "failed",
     "KILLED": "was stopped and can go on",
     None: "is at work, or was cut off",
 }
+"""What became of a run, by the status of its last process."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,36 @@ class RunReport:
     html: str
     pictures: dict[str, bytes]
 
+    def save_pictures(self, path: str) -> list[str]:
+        """Writes the pictures into a run's folder; gives their locations.
+
+        Raises:
+            OSError: one could not be written.
+        """
+        locations = [join(path, PICTURES, name) for name in self.pictures]
+        for location, content in zip(locations, self.pictures.values(), strict=True):
+            write_bytes(location, content)
+        return locations
+
+    def save(self, path: str) -> list[str]:
+        """Writes pictures and page into a run's folder; gives their locations, the page's last.
+
+        Raises:
+            OSError: one could not be written.
+        """
+        locations = [*self.save_pictures(path), join(path, REPORT)]
+        write_bytes(locations[-1], self.html.encode())
+        return locations
+
+
+def first_batch(data: PlannedData) -> Figure:
+    """What a model is trained on first.
+
+    Args:
+        data: with a training set.
+    """
+    return planned_batch(data, PictureRequest(images=PICTURED_IMAGES)).figure
+
 
 def run_report(run: PastRun, index: DatasetIndex | None = None, first_batch: Figure | None = None) -> RunReport:
     """The report of a run.
@@ -139,7 +174,7 @@ def _state(run: PastRun) -> str:
     """One sentence: how it ended, after how many steps, and how long it took."""
     latest = run.checkpoints[-1] if run.checkpoints else None
     sessions = run.history.sessions if run.history is not None else []
-    text = f"It {_ENDS[sessions[-1].status]}" if sessions else "It was not recorded, so that its course is not known"
+    text = f"It {ENDS[sessions[-1].status]}" if sessions else "It was not recorded, so that its course is not known"
     if latest is not None:
         text += f"; {latest.step:,} steps, {latest.details.get('epoch', 0):.2f} of {run.config.train.epochs} epochs"
     if run.history is not None:
@@ -189,10 +224,15 @@ def _what(run: PastRun) -> list[str]:
     return [page.table(rows), page.folded("the whole configuration", run.config.to_yaml())]
 
 
+def data_places(config: Config) -> list[list[str]]:
+    """(key, value) of where a configuration says that its data lies."""
+    flat = flatten(config)
+    return [[key, str(flat[key])] for key in _PLACES if flat[key] not in (None, "[]")]
+
+
 def _data(reported: Reported, first_batch: Figure | None) -> list[str]:
     run, tags = reported.run, {} if reported.run.history is None else reported.run.history.tags
-    flat = flatten(run.config)
-    rows = [[key, str(flat[key])] for key in _PLACES if flat[key] not in (None, "[]")]
+    rows = data_places(run.config)
     for tag, meaning in (("data.train.images", "training images"), ("data.classes", "classes")):
         if tag in tags:
             rows.append([meaning, tags[tag]])
@@ -267,13 +307,14 @@ def _errors(reported: Reported) -> list[str]:
 
 def _next(run: PastRun) -> list[tuple[str, str]]:
     checkpoint = f"eval.checkpoint={shlex.quote(run.directory.path)}"
-    config = shlex.quote(join(run.directory.path, "config.yaml"))
+    config = shlex.quote(join(run.directory.path, CONFIG))
     best = run.best_checkpoint or (run.checkpoints[-1] if run.checkpoints else None)
+    go_on = f"python -m detr_ray.train --config {config} run.name={shlex.quote(run.name)}"
+    storage = parent(run.directory.path)
+    if absolute_storage(run.config.run.storage) != storage:  # it was moved, or begun in another working folder
+        go_on += f" run.storage={shlex.quote(storage)}"
     lines = [
-        (
-            "Go on with this run, if it was interrupted:",
-            f"python -m detr_ray.train --config {config} run.name={shlex.quote(run.name)}",
-        ),
+        ("Go on with this run, if it was interrupted:", go_on),
         ("Score it on other images, or at other sizes:", f"python -m detr_ray.evaluate {checkpoint}"),
         (
             "Look at what it does:",
