@@ -124,16 +124,19 @@ class SearchRun:
         else:
             self._progress = numbers
 
-    def log_text(self, text: str, path: str) -> None:
-        """Stores a text (``trials.txt``, ``trials.json``, ``schedule.yaml``, ``best_config.yaml``) as an artifact.
+    def log_bytes(self, content: bytes, path: str) -> None:
+        """Stores a file (``trials.json``, ``schedule.yaml``, ``history.png``, ``report.html``) as an artifact.
 
-        A later text of the same path replaces it; the same text again costs nothing.
+        A later content of the same path replaces it; the same content again costs nothing.
         """
-        self._store(text.encode(), path)
-
-    def log_picture(self, png: bytes, path: str) -> None:
-        """Stores a picture (``parallel_coordinates.png``, ``history.png``) as an artifact, as `log_text` does."""
-        self._store(png, path)
+        path = artifact_path(path)
+        if self._stored.get(path) == content:
+            return
+        file = self._files / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, content)
+        self._tracker.log_file(file, path.rpartition("/")[0])
+        self._stored[path] = content
 
     def reconcile(self, children: Sequence[ChildState]) -> None:
         """Has MLflow show what became of each run of the search; returns at once.
@@ -181,16 +184,6 @@ class SearchRun:
         states_written = self._writer.stop(deadline)
         self._all_sent = states_written and not self._tracker.pending()
         return self._all_sent
-
-    def _store(self, content: bytes, path: str) -> None:
-        path = artifact_path(path)
-        if self._stored.get(path) == content:
-            return
-        file = self._files / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, content)
-        self._tracker.log_file(file, path.rpartition("/")[0])
-        self._stored[path] = content
 
 
 class _StateWriter:

@@ -173,7 +173,7 @@ def test_everything_arrives_once_in_one_run_whatever_happens_to_the_server(
         ChildState("t000", "failed", "uid-t000", "killed", {"optim.lr": 1e-4}, is_best=True),
         ChildState("t001", "refused", None, "optim.lr is too large", {"optim.lr": 1.0}),
     ]
-    search.log_picture(b"\x89PNG", "history.png")
+    search.log_bytes(b"\x89PNG", "history.png")
     assert search.close("FINISHED", children)
     died = client.get_run(child)
     assert (died.info.status, died.data.tags["mlflow.parentRunId"]) == ("FAILED", parent)

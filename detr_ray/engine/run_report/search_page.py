@@ -1,33 +1,142 @@
-"""The report of a search: its trials, the importance of its parameters, and the best configuration."""
+"""The report of a search: what was searched, its trials, the importance of its parameters, the best configuration."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
+from detr_ray.config import Config
+from detr_ray.config.yaml_format import format_inline
+from detr_ray.engine.opened_data import OpenedData
+from detr_ray.engine.reporting.progress import duration
 from detr_ray.engine.run_report import page
+from detr_ray.engine.run_report.problems import Problem
+from detr_ray.engine.run_report.report import ENDS, data_places
+from detr_ray.printable import shortened
+from detr_ray.search.tables import state_counts
+from detr_ray.search.trials import Trial
+from detr_ray.tracking import Status
 
 _CAPTIONS = {
     "parallel_coordinates.png": "The values of each trial and what came of them",
     "history.png": "The metric of each trial over its epochs, and the best so far",
 }
+_SETTINGS = ("searcher", "scheduler", "metric", "mode", "trials", "max_concurrent", "time_budget_s", "seed")
+_LONGEST_REASON = 160
+
+
+@dataclass(frozen=True)
+class Searched:
+    """A search that has ended.
+
+    Attributes:
+        name: of the search.
+        path: its folder.
+        config: the configuration that its trials' are made from, with the section ``tune``.
+        opened: its data; None where settings of the data are searched.
+        status: how it ended.
+        seconds: that its last process took.
+        trials: all of them, those of earlier processes among them.
+        best: the best trial; None if nothing was measured.
+    """
+
+    name: str
+    path: str
+    config: Config
+    opened: OpenedData | None
+    status: Status
+    seconds: float
+    trials: Sequence[Trial]
+    best: Trial | None
 
 
 def search_report(
-    name: str, trials_table: str, importance: str, files: Mapping[str, str], pictures: Mapping[str, Figure]
+    searched: Searched, trials_table: str, importance: str, files: Mapping[str, str], pictures: Mapping[str, Figure]
 ) -> str:
     """The report of a search as one HTML page.
 
     Args:
-        name: of the search.
+        searched: the search.
         trials_table: all trials, as text.
         importance: how much each parameter mattered, as text.
         files: name -> content of the files that lie beside the page, the best configuration first.
         pictures: file name -> figure.
     """
     drawn = [page.picture(figure, _CAPTIONS.get(file, file)) for file, figure in pictures.items()]
+    sections = [
+        page.Section("wrong", "What looks wrong", [page.problems(_problems(searched))]),
+        page.Section("search", "What was searched", _what(searched)),
+        page.Section("data", "On what", [page.table(_data(searched))]),
+        page.Section("trials", "Trials", [page.text_block(trials_table)]),
+        page.Section("pictures", "Pictures", drawn),
+        page.Section("importance", "What mattered", [page.text_block(importance)]),
+        page.Section("files", "What it leaves", [page.folded(file, text) for file, text in files.items()]),
+        page.Section("next", "How to go on", [page.commands(_next(searched, files))]),
+    ]
+    return page.render(f"Search {searched.name}", [page.paragraph(_state(searched))], sections)
+
+
+def _state(searched: Searched) -> str:
+    """One sentence: how it ended, what the best trial is, and how long it took."""
+    trained = sum(trial.seconds for trial in searched.trials)
+    text = f"It {ENDS[searched.status]} after {duration(searched.seconds)}"
+    text += f"; {len(searched.trials)} trials ({state_counts(searched.trials)}), {duration(trained)} of training in all"
+    if searched.best is not None and searched.best.best is not None:
+        text += f"; the best is {searched.best.name}: {searched.config.tune.metric} {searched.best.best:.4f}"
+    return f"{text}."
+
+
+def _problems(searched: Searched) -> list[Problem]:
+    """What looks wrong, the most serious first."""
+    found: list[Problem] = []
+    count = len(searched.trials)
+    if searched.best is None:
+        found.append(
+            (f"No trial gave a value of {searched.config.tune.metric}", "look at the reasons below the trials")
+        )
+    for state, advice in (
+        ("failed", "the reason of each is below the trials; --resume does not start them again"),
+        ("refused", "narrow tune.space, or add tune.constraints, so that all values that are drawn can be trained"),
+    ):
+        those = [trial for trial in searched.trials if trial.state == state]
+        if those:
+            reason = shortened(" ".join(those[0].problem.split()), _LONGEST_REASON)
+            found.append((f"{len(those)} of {count} trials: {state}, {those[0].name} since {reason}", advice))
+    cut = [trial.name for trial in searched.trials if not trial.is_over]
+    if cut:
+        found.append((f"{len(cut)} of {count} trials did not come to their end", "--resume goes on with them"))
+    return found
+
+
+def _what(searched: Searched) -> list[str]:
+    tune = searched.config.tune.model_dump(mode="json")
+    rows = [[f"tune.{key}", str(tune[key])] for key in _SETTINGS if tune[key] is not None]
+    rows += [["train.epochs", str(searched.config.train.epochs)], ["folder", searched.path]]
+    space = [[key, format_inline(distribution)] for key, distribution in tune["space"].items()]
+    space += [["constraint", constraint] for constraint in tune["constraints"]]
+    return [
+        page.table(rows),
+        page.heading("The space"),
+        page.table(space),
+        page.folded("the whole configuration", searched.config.to_yaml()),
+    ]
+
+
+def _data(searched: Searched) -> list[list[str]]:
+    rows = data_places(searched.config)
+    if searched.opened is None:
+        return [*rows, ["images", "other ones from trial to trial, since settings of the data are searched"]]
+    for split, index in zip(("training", "validation"), searched.opened, strict=True):
+        if index is not None:
+            rows.append([f"{split} images", f"{len(index):,}, with {len(index.category_ids):,} annotated boxes"])
+            rows.append([f"fingerprint, {split}", index.fingerprint[:16]])
+    return rows
+
+
+def _next(searched: Searched, files: Mapping[str, str]) -> list[tuple[str, str]]:
     commands = [
         (f"Train with {file}, which lies beside this page:", f"python -m detr_ray.train --config {file}")
         for file in list(files)[:1]
@@ -35,14 +144,7 @@ def search_report(
     commands.append(
         (
             "Go on with the search, if it was interrupted:",
-            f"python -m detr_ray.tune --config ... --resume tune.name={shlex.quote(name)}",
+            f"python -m detr_ray.tune --config ... --resume tune.name={shlex.quote(searched.name)}",
         )
     )
-    sections = [
-        page.Section("trials", "Trials", [page.text_block(trials_table)]),
-        page.Section("pictures", "Pictures", drawn),
-        page.Section("importance", "What mattered", [page.text_block(importance)]),
-        page.Section("files", "What it leaves", [page.folded(file, text) for file, text in files.items()]),
-        page.Section("next", "How to go on", [page.commands(commands)]),
-    ]
-    return page.render(f"Search {name}", [], sections)
+    return commands

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -14,9 +15,10 @@ from detr_ray.callbacks import Say
 from detr_ray.config import Config
 from detr_ray.engine.checkpoints.run_directory import RECORD, record_at
 from detr_ray.engine.checkpoints.store import CheckpointStore, release
+from detr_ray.engine.opened_data import OpenedData
 from detr_ray.engine.reporting.tracking_store import local_storage
 from detr_ray.engine.run_report.report import REPORT
-from detr_ray.engine.run_report.search_page import search_report
+from detr_ray.engine.run_report.search_page import Searched, search_report
 from detr_ray.locations import read_bytes
 from detr_ray.retries import reason_of
 from detr_ray.runtime.search.directory import SearchDirectory
@@ -48,6 +50,7 @@ class SearchRecords:
 
     Args:
         config: of the search.
+        opened: its data; None where settings of the data are searched.
         space: its space.
         directory: its folder.
         book: its trials.
@@ -59,6 +62,7 @@ class SearchRecords:
     def __init__(
         self,
         config: Config,
+        opened: OpenedData | None,
         space: SearchSpace,
         directory: SearchDirectory,
         book: Book,
@@ -69,7 +73,7 @@ class SearchRecords:
         self.metric = config.tune.metric
         self.mode: Mode = config.tune.mode
         self.parameters = list(space.parameters)
-        self._reports = config.tracking.report
+        self._config, self._opened = config, opened
         self._space, self._directory, self._book, self._say = space, directory, book, say
         self._population = population
         self._run: SearchRun | None = None
@@ -146,39 +150,56 @@ class SearchRecords:
             self._reconciled_at = time.monotonic()
             self._run.reconcile(self._children())
 
-    def end(self, status: Status, texts: dict[str, str]) -> None:
+    def end(self, status: Status, texts: dict[str, str], seconds: float) -> None:
         """Records how the search ended, with its pictures. Waits only some seconds for an unreachable store.
 
         Args:
             status: how it ended.
             texts: name -> content of further files.
+            seconds: that this process took.
         """
-        trials = self._book.trials
-        logs = {name for name, found in self._space.parameters.items() if found.log}
-        pictures = {
-            "parallel_coordinates.png": parallel_coordinates(trials, self.metric, mode=self.mode, log_parameters=logs),
-            "history.png": history(trials, self.metric, mode=self.mode),
-        }
-        table = final_table(trials, self.parameters, self.metric, self.mode) + "\n"
-        texts = {"trials.txt": table, **texts}
-        if self._reports:
-            mattered = importance_table(importance(trials, self._space.parameters))
-            files = {name: text for name, text in texts.items() if name != "trials.txt"}
-            texts[REPORT] = search_report(self._directory.name, table, mattered, files, pictures)
-        for name, text in texts.items():
-            self._directory.write(name, text)
-        drawn = {name: png_bytes(figure) for name, figure in pictures.items()}
-        for name, png in drawn.items():
-            self._directory.write_bytes(name, png)
+        table = final_table(self._book.trials, self.parameters, self.metric, self.mode) + "\n"
+        files = {name: text.encode() for name, text in {"trials.txt": table, **texts}.items()}
+        for name, content in files.items():
+            self._directory.write_bytes(name, content)
+        files |= self._pictured(status, table, texts, seconds)
         if self._run is None:
             return
-        for name, text in texts.items():
-            self._run.log_text(text, name)
-        self._run.log_text(read_bytes(join(self._directory.path, TRIALS_FILE)).decode(), TRIALS_FILE)
-        for name, png in drawn.items():
-            self._run.log_picture(png, name)
+        for name, content in files.items():
+            self._run.log_bytes(content, name)
+        self._run.log_bytes(read_bytes(join(self._directory.path, TRIALS_FILE)), TRIALS_FILE)
         self.progress()
         self._run.close(status, self._children())
+
+    def _pictured(self, status: Status, table: str, texts: Mapping[str, str], seconds: float) -> dict[str, bytes]:
+        """Writes the pictures and the page about the search; gives name -> content of what was written.
+
+        An error here affects only these: the search is over, and its result is kept.
+        """
+        trials, written = self._book.trials, dict[str, bytes]()
+        logs = {name for name, found in self._space.parameters.items() if found.log}
+        try:
+            pictures = {
+                "parallel_coordinates.png": parallel_coordinates(
+                    trials, self.metric, mode=self.mode, log_parameters=logs
+                ),
+                "history.png": history(trials, self.metric, mode=self.mode),
+            }
+            contents = {name: png_bytes(figure) for name, figure in pictures.items()}
+            if self._config.tracking.report:
+                searched = Searched(
+                    self._directory.name, self._directory.path, self._config, self._opened, status, seconds, trials,
+                    self.best,
+                )  # fmt: skip
+                mattered = importance_table(importance(trials, self._space.parameters))
+                contents[REPORT] = search_report(searched, table, mattered, texts, pictures).encode()
+            for name, content in contents.items():
+                self._directory.write_bytes(name, content)
+                written[name] = content
+        except Exception as error:
+            logger.exception("the report of the search could not be written")
+            self._say(f"WARNING: the pictures and the report of the search could not be written: {error}")
+        return written
 
     def _children(self) -> list[ChildState]:
         best = self.best

@@ -156,7 +156,14 @@ class _Search:
             self._population.restore(directory.population)
         self._uri = run_tracking_uri(config)
         self._records = SearchRecords(
-            config, space, directory, self._book, self._uri if config.tracking.enabled else None, say, self._population
+            config,
+            opened,
+            space,
+            directory,
+            self._book,
+            self._uri if config.tracking.enabled else None,
+            say,
+            self._population,
         )
         self._parent_run: str | None = None
         self._moves = None
@@ -199,7 +206,8 @@ class _Search:
                 self._moves.save()
             best = self._records.best
             values = None if best is None else best_values(best, self._space, self._population)
-            self._records.end(status, {} if best is None else self._files(best, values or {}))
+            files = {} if best is None else self._files(best, values or {})
+            self._records.end(status, files, time.monotonic() - started)
         return SearchResult(
             self._directory.name,
             self._directory.path,
