@@ -69,11 +69,10 @@ def _evaluate(config: Config, arguments: argparse.Namespace) -> int:
     check_outputs({option: location for option, location in given.items() if location is not None})
 
     from detr_ray.engine.validation.evaluation_job import prepare_evaluation
-    from detr_ray.model_sources import located
+    from detr_ray.model_sources import with_located_model
 
-    with located(config.checkpoint_to_evaluate(), config) as place:
-        evaluation = config.eval.model_copy(update={"checkpoint": place})
-        job = prepare_evaluation(config.model_copy(update={"eval": evaluation}), say)
+    with with_located_model(config) as at_hand:
+        job = prepare_evaluation(at_hand, say)
 
     from detr_ray.evaluation import describe_scores
     from detr_ray.runtime.launch import run_prepared_evaluation
@@ -124,6 +123,8 @@ def _picture(job: EvaluationJob, result: EvaluationResult, arguments: argparse.N
     file = io.BytesIO()
     pixels = StoredPixels(index)
     grid = detection_grid((pixels.read(row) for row in range(len(found))), annotations, found)
+    for reason in pixels.unreadable.values():
+        say(f"WARNING: black in the picture: {reason}")
     grid.save(file, format=picture_format(arguments.picture))
     return file.getvalue()
 

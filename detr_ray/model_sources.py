@@ -43,6 +43,18 @@ def located(source: str, config: Config | None) -> Iterator[str]:
         yield place
 
 
+@contextlib.contextmanager
+def with_located_model(config: Config) -> Iterator[Config]:
+    """The configuration with the location of its model (``eval.checkpoint``) in place of an address of MLflow.
+
+    Raises:
+        ConfigError: no model is named.
+        RegistryError: MLflow does not have this version, or its files.
+    """
+    with located(config.checkpoint_to_evaluate(), config) as place:
+        yield config.model_copy(update={"eval": config.eval.model_copy(update={"checkpoint": place})})
+
+
 def _log(line: str) -> None:
     """Shows a line where there is no command to print it: Python prints warnings that no program handles."""
     logger.warning("%s", line.removeprefix("WARNING: "))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -39,15 +41,16 @@ def _augmentation(config: Config, request: PictureRequest) -> Drawn:
 def _of_model(name: str) -> Draw:
     def draw(config: Config, request: PictureRequest) -> Drawn:
         from detr_ray.engine.pictures import of_model
+        from detr_ray.model_sources import with_located_model
 
-        config.checkpoint_to_evaluate()
         pictures = {
             "encoder": of_model.encoder_picture,
             "decoder": of_model.decoder_picture,
             "position": of_model.position_picture,
             "queries": of_model.queries_picture,
         }
-        return pictures[name](config, request, say)
+        with with_located_model(config) as at_hand:
+            return pictures[name](at_hand, request, say)
 
     return draw
 
@@ -95,8 +98,10 @@ def _evaluated(config: Config) -> Found:
     """What the model of ``eval.checkpoint`` finds in the validation set."""
     from detr_ray.engine.pictures.of_evaluation import Found
     from detr_ray.engine.validation.evaluation_job import prepare_evaluation
+    from detr_ray.model_sources import with_located_model
 
-    job = prepare_evaluation(config, say)
+    with with_located_model(config) as at_hand:
+        job = prepare_evaluation(at_hand, say)
     from detr_ray.runtime.launch import run_prepared_evaluation
 
     with ProgressBar("image") as bar:
@@ -131,6 +136,9 @@ PICTURES: dict[str, tuple[str, Draw]] = {
     "times": ("where the time of a run's steps went", _of_run("times")),
 }
 """What can be shown: its meaning, and what draws it."""
+
+_PROGRAMS = ("xdg-open", "display", "gm", "eog", "xv")
+"""The programs that Pillow has show a picture on Linux."""
 
 _WIDTH = max(map(len, PICTURES))
 DESCRIPTION = """Draw a picture, and write it into a file (--out) or open it in a window.
@@ -230,9 +238,27 @@ def _open(figure: Figure) -> int:
 
     from detr_ray.viz.figure import png_bytes
 
-    if not ImageShow.show(Image.open(io.BytesIO(png_bytes(figure))), "detr_ray"):
-        raise ConfigError("--out: this machine has no program that shows pictures: give a FILE to write it into")
+    why_not = _why_no_window()
+    if not why_not and not ImageShow.show(Image.open(io.BytesIO(png_bytes(figure))), "detr_ray"):
+        why_not = "this machine has no program that shows pictures"
+    if why_not:
+        raise ConfigError(f"--out: {why_not}: give a FILE to write the picture into")
     return 0
+
+
+def _why_no_window() -> str:
+    """Why no window can be opened; empty where one can.
+
+    Pillow says that a picture was shown where the program could not open a window, and, where IPython is installed,
+    where there is no program at all.
+    """
+    if sys.platform in ("darwin", "win32"):
+        return ""
+    if not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        return "there is no display to open a window on"
+    if not any(shutil.which(program) for program in _PROGRAMS):
+        return f"this machine has no program that shows pictures ({', '.join(_PROGRAMS)})"
+    return ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,6 +12,7 @@ import json
 import re
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -510,7 +511,18 @@ def show_out(place: Place) -> None:
     assert code == 2 and ".png" in err
     opened: list[Image.Image] = []
     place.patch.setattr(ImageShow, "show", lambda image, title: bool(opened.append(image)) or len(opened) > 1)
-    assert place.call("show", "--config", place.file(), "batch", "--images", 1)[0] == 2, "no such program"
+    place.patch.setattr(sys, "platform", "linux")
+    place.patch.delenv("DISPLAY", raising=False)
+    place.patch.delenv("WAYLAND_DISPLAY", raising=False)
+    batch = ("show", "--config", place.file(), "batch", "--images", 1)
+    code, _, err = place.call(*batch)
+    assert code == 2 and "no display" in err
+    place.patch.setenv("WAYLAND_DISPLAY", "wayland-0")
+    place.patch.setattr(shutil, "which", lambda program: None)
+    code, _, err = place.call(*batch)
+    assert code == 2 and "no program that shows pictures (xdg-open" in err and opened == []
+    place.patch.setattr(shutil, "which", lambda program: f"/usr/bin/{program}")
+    assert place.call(*batch)[0] == 2, "no program showed it"
     place.done("show", "batch", "--images", 1)
     assert len(opened) == 2 and opened[1].size[0] > 300
 
@@ -538,9 +550,18 @@ def show_image(place: Place) -> None:
     """By id and by name: the same image; in validation, other than the first."""
     val = open_split(str(place.data), None, "val")
     by_id, by_name = (shown(place, "predictions", "--image", key) for key in (val.image_ids[2], val.file_name(2)))
-    assert by_id == by_name and by_id[1] != shown(place, "predictions", "--images", 1)[1]
+    first = shown(place, "predictions", "--images", 1)
+    assert by_id == by_name and by_id[1] != first[1]
+    registered = (registry_of(place), "eval.checkpoint=models:/detr@champion")
+    again = shown(place, "predictions", "--images", 1, *registered)[0]
+    assert outcomes_in(again) == outcomes_in(first[0]) != []
+    assert shown(place, "queries", "--images", 1, *registered)[0].splitlines()[-1].startswith("picture")
     code, _, err = place.call("show", "--config", place.file(), "predictions", "--image", "absent.jpg")
     assert code == 2 and "absent.jpg" in err and val.file_name(0) in err
+
+
+def outcomes_in(said: str) -> list[str]:
+    return [line for line in said.splitlines() if line.endswith(("matched", "confused", "false", "missed"))]
 
 
 @shows("show", "--score")
@@ -567,6 +588,7 @@ def show_layer(place: Place) -> None:
 
 @shows("show", "--point")
 def show_point(place: Place) -> None:
+    """That the picture has the attention of this point: ``tests/engine/test_pictures.py``."""
     near, far = (shown(place, "encoder", "--point", point)[1] for point in ("2,2", "38,38"))
     assert near != far
     code, _, err = place.call("show", "--config", place.file(), "encoder", "--point", "999,2")

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from observing import observe, small_config
+from observing import Observed, observe, small_config
 from tiny import make_dataset
 
+from detr_ray import show
 from detr_ray.config import Config, ConfigError
-from detr_ray.engine.pictures import of_augmentation, of_data, of_evaluation, of_model
+from detr_ray.data.formats import open_split
+from detr_ray.engine.pictures import of_augmentation, of_data, of_evaluation
 from detr_ray.engine.pictures.request import PictureRequest
-from detr_ray.evaluation import DetectionTable, GroundTruth
-from detr_ray.show import PICTURES
+from detr_ray.evaluation import DetectionTable, GroundTruth, evaluate_detections
+from detr_ray.tracking.event_log import EventLog
 from detr_ray.viz.comparison import COLOURS
 
 MAGENTA = COLOURS["suspected"]
@@ -24,11 +29,22 @@ CROPPED = "data.augment={scales: [48, 64], max_size: 96, crop: 1, crop_scales: [
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Observed:
+    """Two steps, whose metrics are in the log as the tracker of a recorded run writes them."""
     folder = tmp_path_factory.mktemp("pictures")
     make_dataset(folder / "data", num_train=16, num_val=4, image_size=(40, 90))
-    observe(config(folder, "run.name=a", "train.max_steps=1"))
-    return folder
+    seen = observe(config(folder, "run.name=a", "train.max_steps=2"))
+    log = EventLog(Path(seen.job.run.path) / "tracking")
+    log.append("start")
+    for step, metrics in seen.tracker.metrics:
+        log.append("metrics", step=step, metrics=metrics)
+    log.close()
+    return seen
+
+
+@pytest.fixture(scope="module")
+def place(run: Observed) -> Path:
+    return Path(run.job.run.path).parents[1]
 
 
 def config(folder: Path, *keys: str) -> Config:
@@ -144,32 +160,6 @@ def test_a_data_set_at_a_glance_has_its_numbers(place: Path) -> None:
     assert sum(bar.get_width() for bar in bars) == pytest.approx(200), "the classes of each split are 100 %"
 
 
-def test_where_each_query_predicts(place: Path) -> None:
-    settings = config(place, f"eval.checkpoint={place}/runs/a")
-    drawn = of_model.queries_picture(settings, PictureRequest(images=3), print)
-    points = [sum(len(part.get_offsets()) for part in axes.collections) for axes in drawn.figure.axes]
-    assert points == [4, 4, 4] and len(drawn.lines) == 3, "a point for each of the four images"
-
-
-def test_a_model_without_encoder_layers_has_no_such_picture(place: Path, tmp_path: Path) -> None:
-    keys = ("run.name=b", "train.max_steps=1", "model.encoder_layers=0")
-    observe(small_config(place / "data", tmp_path, *keys))
-    bare = config(place, f"eval.checkpoint={tmp_path}/b")
-    with pytest.raises(ConfigError, match="no encoder layer"):
-        of_model.encoder_picture(bare, PictureRequest(), print)
-
-
-def test_attention_of_a_deformable_model_is_its_points(place: Path, tmp_path: Path) -> None:
-    keys = ("run.name=c", "train.max_steps=1", "model.architecture=deformable_detr", "model.num_feature_levels=2")
-    observe(small_config(place / "data", tmp_path, *keys))
-    deformable = config(place, f"eval.checkpoint={tmp_path}/c")
-    request = PictureRequest(points=((20.0, 20.0),), images=1)
-    encoder = of_model.encoder_picture(deformable, request, print).figure.axes[1]
-    decoder = of_model.decoder_picture(deformable, request, print).figure.axes[1]
-    for axes in (encoder, decoder):
-        assert sum(len(part.get_offsets()) for part in axes.collections) == 2 * 2 * 4, "heads, maps, points"
-
-
 def found_of(place: Path) -> of_evaluation.Found:
     """All but the first annotation, found at half a pixel's distance, and one false detection."""
     data = of_data.planned_data(config(place), lambda line: None)
@@ -218,5 +208,99 @@ def test_suspicious_annotations_are_named(place: Path) -> None:
     ]
 
 
-def test_every_picture_has_a_meaning_and_is_drawn() -> None:
-    assert len(PICTURES) >= 17 and all(meaning and callable(draw) for meaning, draw in PICTURES.values())
+# All of them, as the command draws them
+
+
+@pytest.fixture(scope="module")
+def shown(place: Path) -> dict[str, Figure]:
+    """What the command draws, by its name; of an evaluation, from what `found_of` gives."""
+    figures: dict[str, Figure] = {}
+    (place / "config.yaml").write_text(config(place, f"eval.checkpoint={place}/runs/a").to_yaml())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(show, "_evaluated", lambda config: found_of(place))
+        for what in show.PICTURES:
+            patch.setattr(show, "_write", lambda figure, out, what=what: figures.update({what: figure}) or 0)
+            arguments = [what, "--config", str(place / "config.yaml"), "--images", "2", "--out", str(place / "a.png")]
+            assert show.main(arguments) == 0, what
+    return figures
+
+
+def test_every_picture_is_drawn_by_its_name(shown: dict[str, Figure]) -> None:
+    assert list(shown) == list(show.PICTURES) and len(shown) >= 18
+    assert [what for what, figure in shown.items() if not any(axes.has_data() for axes in figure.axes)] == []
+
+
+def lines_of(axes: Axes) -> dict[str, list[float]]:
+    return {str(line.get_label()): np.asarray(line.get_ydata(), float).tolist() for line in axes.lines}
+
+
+def test_the_curves_of_a_run_are_what_it_logged(run: Observed, shown: dict[str, Figure]) -> None:
+    loss, parts, scores, norm = (lines_of(axes) for axes in shown["training"].axes)
+    assert loss == {"loss": run.metric("train/loss")} and len(loss["loss"]) == 2
+    assert parts == {name: run.metric(f"train/loss_{name}") for name in ("ce", "bbox", "giou")}
+    assert scores == {name: run.metric(f"val/{name}") for name in ("AP", "AP50", "AP75")}
+    assert norm == {"gradient norm": run.metric("train/grad_norm")}
+    epochs = [step / run.job.steps_per_epoch for step in (1, 2)]
+    assert np.asarray(shown["training"].axes[0].lines[0].get_xdata()).tolist() == pytest.approx(epochs)
+
+    rates, weights = (lines_of(axes) for axes in shown["schedules"].axes)
+    assert rates["lr"] == run.metric("optim/lr") and rates["lr_backbone"] == run.metric("optim/lr_backbone")
+    assert weights["giou"] == run.metric("loss/weight/giou") == [2.0, 2.0]
+
+    _, mean, rate, shares = shown["times"].axes
+    phases = ("data_wait", "forward", "loss", "backward", "update")
+    seconds = [np.mean(run.metric(f"perf/{phase}_s")) for phase in phases]
+    assert [bar.get_width() for bar in mean.patches] == pytest.approx(seconds) and min(seconds) > 0  # type: ignore[attr-defined]
+    assert lines_of(rate) == {"images/s": run.metric("perf/images_per_s")}
+    assert lines_of(shares)["padding"] == run.metric("perf/padding_frac")
+
+
+def test_scores_in_detail_are_those_of_what_was_found(place: Path, shown: dict[str, Figure]) -> None:
+    """All annotations but one are found, and one detection is false."""
+    found = found_of(place)
+    boxes = len(found.truth.category_ids)
+    summary = evaluate_detections(found.truth, found.detections).summary
+    for axes, name in zip(shown["precision-recall"].axes, ("AP50", "AP75"), strict=True):
+        (mean,) = [line for line in axes.lines if str(line.get_label()).startswith("mean of")]
+        assert np.mean(mean.get_ydata()) == pytest.approx(summary[name])
+
+    confusion = shown["confusion"].axes[0]
+    rows = [label.get_text() for label in confusion.get_yticklabels()]
+    columns = [label.get_text() for label in confusion.get_xticklabels()]
+    counts = {
+        (rows[round(text.get_position()[1])], columns[round(text.get_position()[0])]): int(text.get_text())
+        for text in confusion.texts
+    }
+    missed, false = found.names[int(found.truth.category_ids[0])], found.names[int(found.detections.category_ids[-1])]
+    assert {pair: count for pair, count in counts.items() if pair[0] != pair[1]} == {
+        (missed, "missed"): 1,
+        ("(nothing)", false): 1,
+    }
+    assert sum(counts.values()) == boxes + 1
+    shares = np.asarray(confusion.images[0].get_array())
+    of_its_category = int((found.truth.category_ids == found.truth.category_ids[0]).sum())
+    assert shares[rows.index(missed), columns.index("missed")] == 1 / of_its_category
+
+    heights = [bar.get_height() for bar in shown["sizes"].axes[0].patches]  # type: ignore[attr-defined]
+    names = ("AP", "APs", "APm", "APl", "AR100", "ARs", "ARm", "ARl")
+    assert heights == pytest.approx([summary[name] or 0.0 for name in names])
+
+    whole, alone = ([bar.get_width() for bar in axes.patches] for axes in shown["errors"].axes)  # type: ignore[attr-defined]
+    assert whole[0] == pytest.approx(summary["AP50"]) and sum(whole) == pytest.approx(1)
+    kinds = [label.get_text() for label in shown["errors"].axes[1].get_yticklabels()]
+    assert {kind for kind, gain in zip(kinds, alone, strict=True) if gain > 0} == {"background", "missed"}
+
+
+# Images that cannot be read
+
+
+def test_an_image_that_cannot_be_read_is_named(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "data", tmp_path / "data")
+    index = open_split(str(tmp_path / "data"), None, "val")
+    (tmp_path / "data" / "val2017" / index.file_name(0)).write_bytes(b"no image")
+    found = dataclasses.replace(found_of(place), index=index)
+    drawn = of_evaluation.predictions_picture(found, PictureRequest(images=2))
+    (warning,) = [line for line in drawn.lines if line.startswith("WARNING")]
+    assert f"image {index.image_ids[0]}: " in warning and index.file_name(0) in warning
+    shown = [titles(drawn.figure)[cell] for cell in (0, 2)]
+    assert ["cannot be read" in title for title in shown] == [True, False]

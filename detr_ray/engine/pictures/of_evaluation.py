@@ -51,11 +51,10 @@ def predictions_picture(found: Found, request: PictureRequest) -> Drawn:
     index = _with_images(found)
     rows = range(min(request.images, len(index))) if request.image is None else [row_of_image(index, request.image)]
     outcomes = find_outcomes(found.truth, found.detections, request.score)
-    drawn = _compared(found, rows, outcomes, request.score, {})
+    drawn, warnings = _compared(found, rows, outcomes, request.score, {})
     lines = [f"{count} {name.lower()}" for name, count in _counted(outcomes, found, request.score).items()]
-    return Drawn(
-        comparison_figure(drawn, f"Predictions with a score of {request.score} or more; {found.source}"), lines
-    )
+    title = f"Predictions with a score of {request.score} or more; {found.source}"
+    return Drawn(comparison_figure(drawn, title), lines + warnings)
 
 
 def worst_picture(found: Found, request: PictureRequest) -> Drawn:
@@ -71,7 +70,8 @@ def worst_picture(found: Found, request: PictureRequest) -> Drawn:
         f"these {len(rows)} of {len(index)} images cost {by_image[rows].sum():.3f} of {by_image.sum():.3f} lost"
     )
     title = f"The {len(rows)} images that cost most AP; predictions from {request.score} on; {found.source}"
-    return Drawn(comparison_figure(_compared(found, rows, outcomes, request.score, notes), title), lines)
+    drawn, warnings = _compared(found, rows, outcomes, request.score, notes)
+    return Drawn(comparison_figure(drawn, title), lines + warnings)
 
 
 def suspicious_picture(found: Found, request: PictureRequest) -> Drawn:
@@ -91,10 +91,10 @@ def suspicious_picture(found: Found, request: PictureRequest) -> Drawn:
         if row in notes or len(notes) < request.images:
             notes[row] = ", ".join(filter(None, (notes.get(row), one.kind)))
     outcomes = find_outcomes(found.truth, found.detections, request.score)
-    drawn = _compared(found, list(notes), outcomes, request.score, notes, suspicions)
+    drawn, warnings = _compared(found, list(notes), outcomes, request.score, notes, suspicions)
     title = f"Annotations that look wrong: {len(suspicions)} in {len({one.image_id for one in suspicions})} images"
     lines = [suspicion_line(one, found) for one in suspicions]
-    return Drawn(comparison_figure(drawn, f"{title}; {found.source}"), lines)
+    return Drawn(comparison_figure(drawn, f"{title}; {found.source}"), lines + warnings)
 
 
 def suspicion_line(one: Suspicion, found: Found) -> str:
@@ -186,7 +186,8 @@ def _compared(
     score: float,
     notes: Mapping[int, str],
     suspicions: Sequence[Suspicion] = (),
-) -> list[ComparedImage]:
+) -> tuple[list[ComparedImage], list[str]]:
+    """The images with their boxes, and a warning for each that cannot be read."""
     index, truth, detections = _with_images(found), found.truth, found.detections
     suspected = {one.annotation for one in suspicions}, {one.detection for one in suspicions}
     pixels = StoredPixels(index)
@@ -195,11 +196,12 @@ def _compared(
         boxes = np.arange(truth.first_box[row], truth.first_box[row + 1])
         shown = np.flatnonzero((detections.image_ids == index.image_ids[row]) & (detections.scores >= score))
         texts = [f"{found.names[int(detections.category_ids[i])]} {detections.scores[i]:.2f}" for i in shown.tolist()]
-        title = f"image {index.image_ids[row]}: annotated" + (f"\n{notes[row]}" if row in notes else "")
+        shown_pixels = pixels.read(row)
+        title = f"image {index.image_ids[row]}: " + ("cannot be read" if row in pixels.unreadable else "annotated")
         images.append(
             ComparedImage(
-                title,
-                pixels.read(row),
+                title + (f"\n{notes[row]}" if row in notes else ""),
+                shown_pixels,
                 JudgedBoxes(
                     xywh_to_xyxy(truth.boxes_xywh_px[boxes]),
                     [found.names[int(truth.category_ids[i])] for i in boxes.tolist()],
@@ -212,7 +214,7 @@ def _compared(
                 ),
             )
         )
-    return images
+    return images, [f"WARNING: {reason}" for reason in pixels.unreadable.values()]
 
 
 def _outcome(outcomes: np.ndarray, row: int, suspected: Collection[int | None]) -> str:
