@@ -42,6 +42,9 @@ class SinePositionEncoding(nn.Module):
         offset: added to a cell's number, which counts from 1: -0.5 for its middle.
     """
 
+    HALVES = ("rows", "columns")
+    """What each half of the channels encodes."""
+
     def __init__(self, hidden_dim: int, temperature: float = 10000.0, offset: float = 0.0) -> None:
         super().__init__()
         if hidden_dim % 4:
@@ -94,6 +97,9 @@ class LearnedPositionEncoding(nn.Module):
     Args:
         hidden_dim: length of the vectors; even. The first half encodes the column, the second the row.
     """
+
+    HALVES = ("columns", "rows")
+    """What each half of the channels encodes."""
 
     def __init__(self, hidden_dim: int) -> None:
         super().__init__()

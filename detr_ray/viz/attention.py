@@ -127,10 +127,12 @@ class Embedding:
     Attributes:
         vectors: ``[h, w, dim]``.
         is_padding: ``[h, w]`` bool.
+        halves: what the first half of the channels encodes, and the second.
     """
 
     vectors: np.ndarray
     is_padding: np.ndarray
+    halves: tuple[str, str]
 
 
 def position_figure(embedding: Embedding, title: str) -> Figure:
@@ -146,12 +148,13 @@ def position_figure(embedding: Embedding, title: str) -> Figure:
     step = max(1, half // 12)
     channels = sorted({0, 1, *(channel for channel in (step, 2 * step, 4 * step, 6 * step) if 1 < channel < half)})[:5]
     grid = figure.add_gridspec(4, 5)
-    for row, (first, part) in enumerate(((0, "first half: rows"), (half, "second half: columns"))):
+    most = float(np.abs(embedding.vectors[~embedding.is_padding]).max(initial=1e-9))
+    parts = (0, f"first half: {embedding.halves[0]}"), (half, f"second half: {embedding.halves[1]}")
+    for row, (first, part) in enumerate(parts):
         for place, channel in enumerate(channels):
             axes = figure.add_subplot(grid[row, place])
-            _map(
-                axes, embedding, embedding.vectors[..., first + channel], f"channel {first + channel} ({part})", "RdBu"
-            )
+            values = embedding.vectors[..., first + channel]
+            _map(axes, embedding, values, f"channel {first + channel} ({part})", "RdBu", most)
     axes = figure.add_subplot(grid[2, :])
     for cell in ((0, 0), (height // 2, width // 2), (height - 1, width - 1)):
         axes.plot(embedding.vectors[cell], lw=0.8, label=f"row {cell[0]}, column {cell[1]}")
@@ -164,7 +167,7 @@ def position_figure(embedding: Embedding, title: str) -> Figure:
         vectors = embedding.vectors - embedding.vectors.mean(axis=(0, 1))
         lengths = np.linalg.norm(vectors, axis=-1).clip(min=1e-9)
         alike = vectors @ vectors[y, x] / (lengths * lengths[y, x])
-        _map(axes, embedding, alike, f"likeness to row {y}, column {x}", "viridis")
+        _map(axes, embedding, alike, f"likeness to row {y}, column {x}", "viridis", 1.0)
         axes.plot(x, y, "o", color=_POINT_COLOUR, ms=5, mec="white")
     write_title(figure, title, 11)
     return figure
@@ -176,9 +179,10 @@ def _places(height: int, width: int) -> list[tuple[int, int]]:
     return [low, (low[0], high[1]), (height // 2, width // 2), (high[0], low[1]), high]
 
 
-def _map(axes: Axes, embedding: Embedding, values: np.ndarray, title: str, colours: str) -> None:
+def _map(axes: Axes, embedding: Embedding, values: np.ndarray, title: str, colours: str, most: float) -> None:
+    """Values of the map's cells, in colours from ``-most`` to ``most``; padding has none."""
     shown = np.where(embedding.is_padding, np.nan, values)
-    image = axes.imshow(shown, cmap=colours, vmin=-1, vmax=1)
+    image = axes.imshow(shown, cmap=colours, vmin=-most, vmax=most)
     axes.set_facecolor("#303040")
     axes.set_title(title, fontsize=8)
     axes.tick_params(labelsize=6)

@@ -18,6 +18,7 @@ from detr_ray.engine.stream.batches import LocalBatches
 from detr_ray.engine.validation.evaluation_job import EvaluationJob, prepare_evaluation
 from detr_ray.loss import Scores
 from detr_ray.model.attention_maps import AttentionMap, AttentionRecord, SamplingPoints, record_attention
+from detr_ray.model.position_encoding import LearnedPositionEncoding, SinePositionEncoding
 from detr_ray.structures import Batch, PaddedBatch, to_device
 from detr_ray.viz.attention import Attended, Embedding, attention_figure, position_figure
 from detr_ray.viz.figure import end_of
@@ -117,11 +118,14 @@ def position_picture(config: Config, request: PictureRequest, say: Say) -> Drawn
     batch = to_device(padded, torch.device("cpu"), model.pixels)
     with torch.no_grad():
         level = model.get_submodule("backbone.0")(batch.images, batch.mask)[0]
-        vectors = model.get_submodule("backbone.1")(level.features, level.padding)
+        encoding = model.get_submodule("backbone.1")
+        assert isinstance(encoding, SinePositionEncoding | LearnedPositionEncoding)
+        vectors = encoding(level.features, level.padding)
     padding = torch.zeros(vectors.shape[1:3], dtype=torch.bool) if level.padding is None else level.padding[0]
     height, width, dim = vectors.shape[1:]
     title = f"Position embedding of a map of {width} x {height} cells, {dim} channels; {end_of(job.checkpoint)}"
-    return Drawn(position_figure(Embedding(vectors[0].float().numpy(), padding.numpy()), title))
+    embedding = Embedding(vectors[0].float().numpy(), padding.numpy(), encoding.HALVES)
+    return Drawn(position_figure(embedding, title))
 
 
 def queries_picture(config: Config, request: PictureRequest, say: Say) -> Drawn:
