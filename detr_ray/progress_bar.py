@@ -143,7 +143,7 @@ def _new_bar(stream: TextIO) -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(),
         console=Console(file=stream),
-        refresh_per_second=2,
+        refresh_per_second=1,
         speed_estimate_period=_SPEED_OVER_S,
         transient=True,
     )
