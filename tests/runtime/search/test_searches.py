@@ -157,6 +157,9 @@ def test_a_population_moves_trials_and_what_one_lived_through_can_be_replayed(
     assert version.tags["run.path"] == str(search.folder / best.run_name) and version.is_champion, text
     tagged = [name for name, run in children(tmp_path).items() if run.data.tags.get("search.best") == "true"]
     assert tagged == [best.run_name] and f"best              {best.run_name}: " in text
+    for name in ("parallel_coordinates.png", "history.png"):
+        assert (search.folder / name).read_bytes() == artifact(tmp_path, "search", name)
+        assert matplotlib.image.imread(search.folder / name).std() > 0, "something is drawn"
     assert state["decided_epoch"] == epochs - 1 and state["moves"], text
     move = state["moves"][-1]
     trial = next(one for one in search.trials() if one.name == move["receiver"])
@@ -187,9 +190,6 @@ def test_a_population_moves_trials_and_what_one_lived_through_can_be_replayed(
     assert written.keys() == {"optim", "loss"} and written["loss"].keys() == {"giou", "ce"}
     assert not list(search.folder.rglob("held")), "nothing is held any more"
     assert move["receiver"] in (search.folder / "exploits.txt").read_text()
-    for name in ("parallel_coordinates.png", "history.png"):
-        assert (search.folder / name).read_bytes() == artifact(tmp_path, "search", name)
-        assert matplotlib.image.imread(search.folder / name).std() > 0, "something is drawn"
 
 
 def test_a_search_goes_on_after_its_driver_was_killed_and_failures_do_not_end_it(dataset: Path, tmp_path: Path) -> None:
