@@ -90,6 +90,9 @@ def test_a_set_of_voc_that_is_not_divided(tmp_path, coco, annotations, images):
     index = open_undivided(str(root), None)
     assert index.problems["images_not_annotated"] == 1
     assert_same(index, open_split(str(coco), None, "train"))
+    missing = data_set()["train"][0].name
+    (root / images / missing).unlink()
+    assert f"old {missing}" in open_undivided(str(root), None).file_names.to_pylist(), "its mask is not taken for it"
 
 
 def test_equal_names_in_parallel_folders_are_told_apart(tmp_path):
@@ -106,6 +109,10 @@ def test_equal_names_in_parallel_folders_are_told_apart(tmp_path):
     assert index.images_root == str(tmp_path / "JPEGImages")
     assert [ImageReader(index).read(i) for i in range(2)] == [first.content, second.content]
     assert np.diff(index.first_box).tolist() == [len(first.boxes), len(second.boxes)]
+    for other in ("JPEGImages/f.jpg", "images/cam1/f.jpg"):  # the same path counts for more, and then JPEGImages
+        (tmp_path / other).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / other).write_bytes(encoded())
+    assert open_undivided(str(tmp_path), None).fingerprint == index.fingerprint
     shutil.copy(tmp_path / "JPEGImages/cam1/f.jpg", tmp_path / "JPEGImages/cam1/f.png")
     with pytest.raises(DataError, match=r"Annotations/cam1/f\.xml: may be of .*cam1/f\.jpg, .*cam1/f\.png: rename"):
         open_undivided(str(tmp_path), None)
@@ -208,6 +215,8 @@ def test_paths_that_are_found_as_one_folder_are_refused(tmp_path, coco):
     assert_same(open_split(str(root), None, "train"), open_split(str(coco), None, "train"))
     given("images/train", "images/train")
     assert len(open_split(str(root), None, "val")) == 12, "meant: the file says it twice"
+    given("/content/set/images/train", "/content/set/images/train")
+    assert len(open_split(str(root), None, "val")) == 12
 
 
 def test_a_table_in_another_encoding_is_no_annotation_of_a_set(tmp_path, coco):
