@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,9 @@ def test_each_validation_is_tracked_reported_and_noted_in_its_checkpoint(validat
         place = [4, 8, 12].index(info.step)
         assert info.metrics is not None and info.metrics["val/AP"] == validated.metric("val/AP")[place]
         assert info.metrics["val/AR100"] == validated.metric("val/AR100")[place]
-        assert "val/AP/rectangle" not in info.metrics, "those of categories are in the tracker"
+        assert info.metrics["val/AP/rectangle"] == validated.metric("val/AP/rectangle")[place], (
+            "what a search may compare"
+        )
     names = {path for path in validated.tracker.texts if path.startswith("evaluation/")}
     assert names == {f"evaluation/epoch_{epoch:07.2f}.txt" for epoch in (1, 2, 3)}
     assert all(
@@ -50,6 +53,10 @@ def test_the_best_and_the_last_checkpoint_stay_and_are_tracked(validated: Observ
     files = [(Path(path).parent.name, folder) for path, folder in validated.tracker.files]
     assert [name for name, folder in files if folder == "checkpoints/best"][-1] == f"step_{best:08d}"
     assert files[-1] == ("step_00000012", "checkpoints/last")
+    tracked = json.loads(validated.tracker.texts["checkpoints/best/manifest.json"])
+    (info,) = [info for info in validated.store.checkpoints() if info.step == best]
+    assert tracked["files"] == {"model.pt": info.files["model.pt"]} and tracked["metrics"] == info.metrics
+    assert tracked["details"]["origin"]["run_id"] == validated.job.run.run_id
     assert sum("(best so far)" in line for line in validated.lines) == sum(
         all(score > earlier for earlier in scores[:place]) for place, score in enumerate(scores)
     )
