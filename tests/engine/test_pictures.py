@@ -287,6 +287,9 @@ def test_scores_in_detail_are_those_of_what_was_found(place: Path, shown: dict[s
 
     whole, alone = ([bar.get_width() for bar in axes.patches] for axes in shown["errors"].axes)  # type: ignore[attr-defined]
     assert whole[0] == pytest.approx(summary["AP50"]) and sum(whole) == pytest.approx(1)
+    ends = np.cumsum(whole)
+    starts = [bar.get_x() for bar in shown["errors"].axes[0].patches]  # type: ignore[attr-defined]
+    assert starts == pytest.approx([0, *ends[:-1]]), "one after another"
     kinds = [label.get_text() for label in shown["errors"].axes[1].get_yticklabels()]
     assert {kind for kind, gain in zip(kinds, alone, strict=True) if gain > 0} == {"background", "missed"}
 
