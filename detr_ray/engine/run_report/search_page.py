@@ -97,14 +97,18 @@ def _problems(searched: Searched) -> list[Problem]:
         found.append(
             (f"No trial gave a value of {searched.config.tune.metric}", "look at the reasons below the trials")
         )
-    for state, advice in (
-        ("failed", "the reason of each is below the trials; --resume does not start them again"),
-        ("refused", "narrow tune.space, or add tune.constraints, so that all values that are drawn can be trained"),
+    for state, verb, advice in (
+        ("failed", "failed", "the reason of each is below the trials; --resume does not start them again"),
+        (
+            "refused",
+            "were refused",
+            "narrow tune.space, or add tune.constraints, so that all values that are drawn can be trained",
+        ),
     ):
         those = [trial for trial in searched.trials if trial.state == state]
         if those:
             reason = shortened(" ".join(those[0].problem.split()), _LONGEST_REASON)
-            found.append((f"{len(those)} of {count} trials: {state}, {those[0].name} since {reason}", advice))
+            found.append((f"{len(those)} of {count} trials {verb} ({those[0].name}: {reason})", advice))
     cut = [trial.name for trial in searched.trials if not trial.is_over]
     if cut:
         found.append((f"{len(cut)} of {count} trials did not come to their end", "--resume goes on with them"))

@@ -55,7 +55,7 @@ def test_a_search_leaves_its_trials_its_pictures_and_a_page_about_it(tmp_path: P
     page = search.read("report.html")
     for expected in (
         "<h1>Search mine</h1>", "It finished after 1 min 15 s; 3 trials", "the best is t000: val/AP 0.2500",
-        "1 of 3 trials: failed, t001 since the loss &lt;is&gt; NaN", "1 of 3 trials did not come to their end",
+        "1 of 3 trials failed (t001: the loss &lt;is&gt; NaN)", "1 of 3 trials did not come to their end",
         "optim.lr</td><td>{loguniform: [", "8, with", search.train.fingerprint[:16], "tune.name=mine",
         "python -m detr_ray.train --config best.yaml", "hidden_dim: 32",
     ):  # fmt: skip
