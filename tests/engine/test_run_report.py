@@ -14,12 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from observing import Observed, observe, small_config
+from observing import Observed, observe, small_config, without_validation
 from tiny import make_dataset
 
 from detr_ray import report
 from detr_ray.config import ConfigError, DataConfig, load_config
 from detr_ray.config.data_sections import GenerateConfig, SourceConfig, SplitConfig
+from detr_ray.engine.errors import RunFailed
+from detr_ray.engine.hooks import JobHooks
 from detr_ray.engine.job import prepare_job
 from detr_ray.engine.past_run import PastRun, keep_best_found, open_past_run
 from detr_ray.engine.run_report import at_end
@@ -346,3 +348,19 @@ def test_only_whole_trainings_of_their_own_get_one_and_a_failure_is_a_warning(tr
         record.with_name("away").rename(record)
     assert said[0].startswith("WARNING: the report could not be written") and "detr_ray.report" in said[0]
     assert tracker.files == []
+
+
+def test_a_training_that_is_stopped_or_fails_says_how_to_get_a_report(trained: Observed, tmp_path: Path) -> None:
+    assert trained.job.config.data.root is not None
+    root = Path(trained.job.config.data.root)
+    keys = ("tracking.report=true", *without_validation(root))
+    stopped = prepare_job(small_config(root, tmp_path, *keys, "run.name=stopped"), lambda line: None)
+    fails = prepare_job(small_config(root, tmp_path, *keys, "run.name=fails", "optim.lr=1e18"), lambda line: None)
+    said: list[str] = []
+    assert run_job(stopped, JobHooks(should_stop=lambda: True), said.append).status == "stopped"
+    command = f"`python -m detr_ray.report {tmp_path}/stopped`"
+    assert said[-1] == f"report            {command} writes one of what there is so far"
+    with pytest.raises(RunFailed, match="not finite"):
+        run_job(fails, say=said.append)
+    assert f"`python -m detr_ray.report {tmp_path}/fails`" in said[-1]
+    assert list(tmp_path.glob("*/report.html")) == []
