@@ -253,12 +253,15 @@ def test_an_interrupted_search_stops_in_seconds_and_says_how_to_go_on(dataset: P
         "train.epochs=500",
     )
     process = search.start()
-    wait_for(lambda: bool(search.trials()) and len(search.trials()[0].history) >= 1, process)
-    began = time.monotonic()
-    own = psutil.Process(process.pid).children(recursive=True)
-    assert len(own) > 3, "Ray's processes and the trial's"
-    process.send_signal(signal.SIGINT)
-    text, _ = process.communicate(timeout=120)
+    try:
+        wait_for(lambda: bool(search.trials()) and len(search.trials()[0].history) >= 1, process)
+        began = time.monotonic()
+        own = psutil.Process(process.pid).children(recursive=True)
+        assert len(own) > 3, "Ray's processes and the trial's"
+        process.send_signal(signal.SIGINT)
+        text, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == 130, text
     assert time.monotonic() - began < 60
     _, left = psutil.wait_procs(own, timeout=30)
