@@ -75,7 +75,7 @@ def test_images_of_many_clients_share_batches_and_replicas(run: str, tmp_path: P
     from detr_ray.runtime.serving.settings import Batching
 
     notes = tmp_path / "notes"
-    found = served(run, notes, 0.05, 8, 64, replicas=2, max_replicas=2, batching=Batching(4, 0.05))
+    found = served(run, notes, 0.05, 8, 64, replicas=2, max_replicas=2, batching=Batching(4, 0.5))
     assert found == {200: 64}
     passes = [tuple(map(int, line.split())) for line in notes.read_text().splitlines()]
     assert sum(images for _, images in passes) == 64 and max(images for _, images in passes) <= 4
