@@ -88,16 +88,12 @@ def _per_task(job: PredictionJob, numbers: Numbers, actors: Actors) -> int:
 
 def predictions(stored: StoredJob, numbers: Numbers, actors: Actors) -> ray.data.Dataset:
     """What is found on batches of a job, as rows that are computed when they are read; see `predict_on_cluster`."""
-    first = stored.job.batches[numbers[0]]
     rows = ray.data.range(len(numbers), override_num_blocks=-(-len(numbers) // _per_task(stored.job, numbers, actors)))
     batches = rows.map_batches(
         _MadeBatches(stored.for_batches, tuple(numbers)),
         batch_size=None,
         batch_format="pyarrow",
         zero_copy_batch=True,
-        # Bytes of a batch. Ray Data makes one operator of two that ask for the same: each actor would decode its own
-        # images, one batch after the other with the model.
-        memory=max(3 * sample.size[0] * sample.size[1] for sample in first) * len(first),
     )
     found = batches.map_batches(
         _PredictingActor,
@@ -109,6 +105,9 @@ def predictions(stored: StoredJob, numbers: Numbers, actors: Actors) -> ray.data
         num_cpus=actors.num_cpus,
         num_gpus=1 if actors.use_gpu else 0,
         resources=dict(actors.custom) or None,
+        # Over the nodes. It also keeps the actors apart from the tasks: Ray Data makes one operator of two that ask for
+        # the same, and each actor would decode its own images, one batch after the other with the model.
+        scheduling_strategy="SPREAD",
     )
     found.context.enable_progress_bars = False
     found.context.custom_execution_callback_classes = [ScheduleCalmly]
