@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from detr_ray.cli import EXIT_FAILED, run_command, say, write_result
 from detr_ray.config import Config, ConfigError
+from detr_ray.data.errors import DataError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,8 +72,14 @@ def _images_of(config: Config, run: PastRun) -> tuple[DatasetIndex | None, Figur
     from detr_ray.engine.run_report.run_data import RunData
 
     data = RunData(run, config.data, lambda reason: say(f"WARNING: {reason}"))
-    val, planned = data.validation_set(), data.training_data()
-    return val, None if planned is None else first_batch(planned)
+    val = data.validation_set()
+    try:
+        planned = data.training_data()
+        batch = None if planned is None else first_batch(planned)
+    except (DataError, ConfigError) as error:
+        say(f"WARNING: the report is without the first batch: {error}")
+        batch = None
+    return val, batch
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -134,7 +134,7 @@ def _look_at_images(index: DatasetIndex, split: str, data: DataConfig, say: Say)
     bad = inspect_images(index, only=rows.tolist()).bad
     failed = next((image for image in bad if image.storage_failed), None)
     if failed is not None:
-        raise DataError(f"{failed.file}: {failed.reason}")
+        raise DataError(f"{failed.file}: {failed.reason}") from OSError(failed.reason)
     if not bad:
         return
     cause = common_cause(bad, len(rows))

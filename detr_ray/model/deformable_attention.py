@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -30,9 +30,6 @@ Sampler = Callable[[Tensor, MapSizes, Tensor, Tensor], Tensor]
 Locations are (x, y) in 0..1 of a map; the centre of its first cell is half a cell from 0. Between four cells values are
 interpolated; outside of a map they are zero.
 """
-
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
-"""The one that `_products` makes has been checked against loops, and users cannot do anything about it."""
 
 _GATHERED = 1 << 21
 """Rows that the backward pass of `sample_bag` gathers at a time where there is no sparse product (GPUs)."""
@@ -247,7 +244,16 @@ def _products(table: Tensor, rows: Tensor, vectors: Tensor) -> Tensor:
 
 def _sparse_rows(starts: Tensor, columns: Tensor, values: Tensor, size: tuple[int, int]) -> Tensor:
     """A sparse matrix, row by row; the same column may stand in a row more than once."""
+    _warn_of_beta()
     return torch.sparse_csr_tensor(starts, columns, values, size, check_invariants=False)
+
+
+@cache
+def _warn_of_beta() -> None:
+    """Has torch say here, unheard, that such tensors are in beta, which it says once: users can do nothing about it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor([0, 0], [], [], (1, 1), check_invariants=False)
 
 
 def _scattered(first: Tensor, shares: Tensor, vectors: Tensor, shape: Sequence[int], sizes: MapSizes) -> Tensor:

@@ -109,6 +109,13 @@ class Runs:
         self._session = contextlib.ExitStack()
         self._workers: Workers | None = None
 
+    def _keep_config(self, job: TrainJob) -> None:
+        """Writes what a run goes on with; nothing is decided by that file, so a run goes on without it."""
+        try:
+            job.run.keep_config(job.config.to_yaml())
+        except ConfigError as error:
+            self._say(f"WARNING: the run's folder keeps the configuration of its start before: {error}")
+
     def __enter__(self) -> Runs:
         return self
 
@@ -131,7 +138,7 @@ class Runs:
         try:
             with job.run.locked(self._say):
                 if not job.run.is_new:
-                    job.run.keep_config(job.config.to_yaml())
+                    self._keep_config(job)
                 result = self._run_locked(job, hooks, last=last)
         except StoppedBeforeWork:
             latest = job.run.checkpoints.latest()

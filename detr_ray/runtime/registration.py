@@ -22,6 +22,7 @@ from detr_ray.config.loading import config_from_dict
 from detr_ray.data.errors import DataError
 from detr_ray.detector.artifact import SavedModel
 from detr_ray.detector.package import PACKAGE_FILE, WEIGHTS_FILE, ModelFacts, write_package
+from detr_ray.engine.checkpoints.info import measured_alike
 from detr_ray.engine.checkpoints.run_directory import RECORD, record_at
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.reporting.tracking_store import run_tracking_uri
@@ -198,7 +199,7 @@ def _measured_anew(
             numbers, measured_on = _measured(settings, folder, say)
     except _LEFT_OUT as error:
         raise CannotBeMeasured(str(error)) from error
-    if measured_on != candidate.measured_on:
+    if not measured_alike(measured_on, candidate.measured_on):
         raise CannotBeMeasured(
             f"the validation data or settings are others now ({_values(measured_on)}) than those that the new version "
             f"was measured with ({_values(candidate.measured_on)})"

@@ -193,10 +193,21 @@ def test_classes_that_lie_beside_the_labels(tmp_path, coco, place):
         assert "labels_without_image" not in index.problems
         (root / "classes.txt").unlink(missing_ok=True)
     (root / "labels/val/classes.txt").write_text("\n".join(NAMES[::-1]), encoding="utf-8")
+    (root / "classes.txt").write_text("\n".join(NAMES), encoding="utf-8")  # this one alone counts
+    assert_same(open_split(str(root), None, "train"), open_split(str(coco), None, "train"))
+    (root / "classes.txt").unlink()
     with pytest.raises(
         DataError, match=r"classes\.txt, .*val/classes\.txt list different classes, or in another order"
     ):
         open_split(str(root), None, "train")
+
+
+def test_stray_lists_of_classes_do_not_matter_to_other_formats(tmp_path, coco):
+    root = write_voc(tmp_path / "set")
+    for place in ("labels", "train"):
+        (root / place).mkdir()
+        (root / place / "classes.txt").write_text("" if place == "train" else "other", encoding="utf-8")
+    assert_same(open_split(str(root), None, "train"), open_split(str(coco), None, "train"))
 
 
 def test_paths_that_are_found_as_one_folder_are_refused(tmp_path, coco):

@@ -73,23 +73,33 @@ def check_class_names(names: Sequence[str], listed_in: str) -> tuple[str, ...]:
     return found
 
 
-def read_class_file(folder: Folder, below: Sequence[str] = ("",)) -> tuple[tuple[str, ...], str] | None:
-    """The classes that a file with one name a line lists, and the file's location; None where there is none.
+def class_files(folder: Folder, below: Sequence[str] = ("",)) -> list[str]:
+    """Names of the files that list classes, at most one in each of these folders of a data set."""
+    paths = ([posixpath.join(place, name) for name in CLASS_FILES] for place in filter(folder.has, below))
+    found = (next(filter(folder.has, names), None) for names in paths)
+    return [name for name in found if name is not None]
 
-    Args:
-        folder: the data set's.
-        below: folders in which the file may lie.
+
+def read_class_file(folder: Folder) -> tuple[tuple[str, ...], str] | None:
+    """The classes that a data set's file lists, and the file's location; None where there is none.
+
+    Raises:
+        DataError: a class without a name.
+    """
+    return read_class_files(folder, class_files(folder))
+
+
+def read_class_files(folder: Folder, names: Sequence[str]) -> tuple[tuple[str, ...], str] | None:
+    """The classes that files with one name a line list, and the first file's location; None for no files.
 
     Raises:
         DataError: a class without a name, or files that list different classes.
     """
     found: dict[str, tuple[str, ...]] = {}
-    for place in filter(folder.has, below):
-        name = next((name for name in CLASS_FILES if folder.has(posixpath.join(place, name))), None)
-        if name is not None:
-            location = folder.location(posixpath.join(place, name))
-            lines = [line.strip() for line in folder.text(posixpath.join(place, name)).rstrip().splitlines()]
-            found[location] = check_class_names(lines, location)
+    for name in names:
+        location = folder.location(name)
+        lines = [line.strip() for line in folder.text(name).rstrip().splitlines()]
+        found[location] = check_class_names(lines, location)
     if len(set(found.values())) > 1:
         raise DataError(
             f"{printable(folder.root)}: {few(list(found))} list different classes, or in another order: keep the one "

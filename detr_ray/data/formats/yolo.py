@@ -22,7 +22,8 @@ from detr_ray.data.formats.values import (
     CLASS_FILES,
     at_line,
     categories_of,
-    read_class_file,
+    class_files,
+    read_class_files,
     to_class_number,
     to_number,
 )
@@ -196,20 +197,24 @@ def find(folder: Folder) -> YoloFolder | None:
         about = read_data_file(folder, name)
         sources = about.sources or _sources_by_name(folder)
         return YoloFolder(folder, about.names, folder.location(name), sources, about.has_keypoints)
-    classes = read_class_file(folder, _class_places())  # first: without one, there is no need to list what may be large
-    if classes is None:
+    # First: without one, there is no need to list what may be large. That of the data set counts before those that
+    # labelling tools wrote beside their labels; read is none before the folder is known to have YOLO's labels.
+    listed = class_files(folder) or class_files(folder, _class_places())
+    if not listed:
         return None
     lists = _lists_by_name(folder) if "obj.names" in folder.names() else {}
     sources = lists or _sources_by_name(folder)
     if not lists and not any(_has_labels(folder, source) for listed in sources.values() for source in listed):
         return None
+    classes = read_class_files(folder, listed)
+    assert classes is not None, "files are listed"
     return YoloFolder(folder, *classes, sources)
 
 
 def _class_places() -> list[str]:
     """Folders that labelling tools write their list of classes into."""
     names = [name for of_split in SPLIT_NAMES.values() for name in of_split]
-    return ["", "labels", *(place for name in names for place in (f"labels/{name}", f"{name}/labels", name))]
+    return ["labels", *(place for name in names for place in (f"labels/{name}", f"{name}/labels", name))]
 
 
 def _lists_by_name(folder: Folder) -> dict[str, list[str]]:

@@ -69,10 +69,10 @@ def manifest_text(info: CheckpointInfo) -> str:
 
 
 def measured_alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two evaluations of a run are comparable, by their data and settings.
+    """Whether two evaluations are comparable, by their data and settings.
 
     Settings that only one of them has, since the other is of an earlier release, count as equal: they cannot change
-    within a run.
+    within a run, and an older checkpoint could not be compared with anything otherwise.
     """
     return all(one[name] == other[name] for name in one.keys() & other.keys())
 

@@ -118,7 +118,8 @@ class RunDirectory:
     def keep_config(self, config_yaml: str) -> None:
         """Writes the configuration that the run goes on with, in place of that of its start before.
 
-        To be called by the run's only writer (`locked`): another command may not change what the run is said to be.
+        Of an existing run to be called by its only writer (`locked`): another command may not change what the run is
+        said to be.
 
         Args:
             config_yaml: the whole configuration.

@@ -137,8 +137,8 @@ class CheckpointStore:
             info: the checkpoint.
             metrics: the numbers.
             problem: why there are none.
-            measured_on: data and settings of the evaluation, as JSON values; only evaluations with equal values are
-                compared.
+            measured_on: data and settings of the evaluation, as JSON values, which decide whether it is compared with
+                others (`measured_alike`).
 
         Raises:
             OSError: it could not be noted; the manifest is as it was.

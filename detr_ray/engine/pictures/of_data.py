@@ -118,9 +118,9 @@ def _train(data: PlannedData) -> DatasetIndex:
 
 def _samples_of_step(data: PlannedData, step: int) -> tuple[SamplePlan, ...]:
     batch_size = data.config.train.global_batch_size
-    if batch_size > len(_train(data)):
-        count, source = len(_train(data)), _train(data).source
-        raise ConfigError(f"train.global_batch_size: {batch_size} is more than the {count} images of {source}")
+    if batch_size > data.planner.epoch_samples:
+        count, source = data.planner.epoch_samples, _train(data).source
+        raise ConfigError(f"train.global_batch_size: {batch_size} is more than the {count} samples of {source}")
     workers = data.config.train.worker_range
     return data.plan(1 if workers is None else workers[0], 0).step(step)[0]
 

@@ -13,7 +13,8 @@ from detr_ray.engine.opened_data import generated_root, open_evaluation_data, op
 from detr_ray.engine.past_run import PastRun
 from detr_ray.engine.stream.planned_data import PlannedData
 
-_PLACES = ("root", "format", "train", "val", "sources", "generate", "max_images", "split")
+_PLACES = ("root", "format", "train", "val", "sources", "generate")
+_PARTS = ("max_images", "split")
 _NAMES = {"train": "the first batch", "val": "the validation images"}
 
 
@@ -30,7 +31,8 @@ class RunData:
         self._run, self._warn = run, warn
         data = run.config.data
         if {"root", "train", "val", "sources"} & given.model_fields_set:
-            data = data.model_copy(update={name: getattr(given, name) for name in _PLACES})
+            now = (*_PLACES, *(name for name in _PARTS if name in given.model_fields_set))
+            data = data.model_copy(update={name: getattr(given, name) for name in now})
         self._config = run.config.model_copy(update={"data": data})
 
     def validation_set(self) -> DatasetIndex | None:

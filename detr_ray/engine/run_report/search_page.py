@@ -99,11 +99,7 @@ def _problems(searched: Searched) -> list[Problem]:
         )
     for state, verb, advice in (
         ("failed", "failed", "the reason of each is below the trials; --resume does not start them again"),
-        (
-            "refused",
-            "were refused",
-            "narrow tune.space, or add tune.constraints, so that all values that are drawn can be trained",
-        ),
+        ("refused", "were refused", "they cost nothing; narrow tune.space if they are many"),
     ):
         those = [trial for trial in searched.trials if trial.state == state]
         if those:

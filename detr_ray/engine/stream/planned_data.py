@@ -53,7 +53,7 @@ class PlannedData:
 
     @property
     def measured_on(self) -> dict[str, Any]:
-        """What scores depend on besides the model, as JSON values: scores are compared only if these are equal."""
+        """What scores depend on besides the model, as JSON values: scores are compared by `measured_alike`."""
         if self.val is None:
             return {}
         config = self.config

@@ -109,7 +109,8 @@ class Capacity:
         if self.room < trials and not self.grows:
             raise ConfigError(
                 f"tune.trials: the trials of a population train at the same time, and {self.room} of {trials} have "
-                f"room here (each takes {self.needs}); ask for fewer"
+                f"room here (each takes {self.needs}); ask for fewer, or for fewer train.num_workers (of a range the "
+                "most count)"
             )
 
     def _ask_for_nodes(self) -> None:

@@ -16,6 +16,7 @@ from detr_ray.config import Config, ConfigError, flatten
 from detr_ray.engine.checkpoints.run_directory import (
     RECORD,
     absolute_storage,
+    begun_with,
     record_at,
     storage_errors,
     unique_name,
@@ -144,7 +145,7 @@ def _read(path: str, name: str) -> dict[str, Any] | None:
 
 
 def _differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    before = stored["config"]
+    before = begun_with(stored, now["config"])
     lines = [
         f"{key}: begun with {before.get(key)!r}, now {value!r}"
         for key, value in now["config"].items()

@@ -35,6 +35,7 @@ from detr_ray.runtime.launch import Runs
 from detr_ray.runtime.search.control import Line, Order
 from detr_ray.search.space import SearchSpace
 from detr_ray.search.trials import run_name
+from detr_ray.tracking.reachability import UnreachableError
 
 logger = logging.getLogger(__name__)
 
@@ -268,7 +269,7 @@ class Training:
             config = self._setup.config_of(self._start.trial, self._generation, values, fork_from)
             return prepare_job(config, self._log, self._setup.opened)
         except REFUSALS as error:
-            raise RunFailed(str(error), agreed=not isinstance(error.__cause__, OSError)) from error
+            raise RunFailed(str(error), agreed=not _is_of_storage(error)) from error
 
     def _hooks(self) -> JobHooks:
         return JobHooks(
@@ -331,6 +332,15 @@ class Training:
         if self._ordered is not None and step > self._ordered[2]:
             self._line.moved(self._ordered[0], time.monotonic() - self._ordered[1])
             self._ordered = None
+
+
+def _is_of_storage(error: BaseException | None) -> bool:
+    """Whether a failure of the storage or of the store of records led to this error."""
+    while error is not None:
+        if isinstance(error, (OSError, UnreachableError)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _step_of(checkpoint: str) -> int:

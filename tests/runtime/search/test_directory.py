@@ -63,6 +63,17 @@ def test_one_goes_on_with_its_trials_and_its_population(tmp_path: Path) -> None:
     assert again.population == {"decided_epoch": 3, "moves": [], "members": {}} and again.trials == tuple(trials)
 
 
+def test_one_of_an_earlier_release_goes_on_where_a_key_did_not_exist(tmp_path: Path) -> None:
+    begin(tmp_path)
+    path = tmp_path / "mine" / "search.json"
+    record = json.loads(path.read_text())
+    del record["config"]["data.balance.class_weights"]
+    path.write_text(json.dumps(record))
+    assert open_search(config(tmp_path), DATA, resume=True).name == "mine"
+    changed = config(tmp_path, "data.balance.class_weights={cat: 2}")
+    assert "data.balance.class_weights: begun with" in refused(changed, resume=True)
+
+
 def test_an_existing_name_goes_on_by_resume_alone(tmp_path: Path) -> None:
     made = begin(tmp_path)
     said = refused(config(tmp_path), resume=False)
