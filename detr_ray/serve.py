@@ -70,13 +70,13 @@ def _serve(config: Config, arguments: argparse.Namespace) -> int:
     _check_packages()
 
     from detr_ray.prediction.requests import Limits
+    from detr_ray.runtime.cores import usable_cores
     from detr_ray.runtime.serving.loading import loader
     from detr_ray.runtime.serving.settings import (
         Batching,
         ServiceSettings,
         refuse_more_cores,
         refuse_taken_port,
-        usable_cores,
     )
     from detr_ray.runtime.session import cluster_address
 

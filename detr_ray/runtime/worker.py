@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import os
 import pickle
 import time
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from detr_ray.engine.reporting.progress import FitResult
 from detr_ray.engine.reporting.records import open_tracker
 from detr_ray.engine.run_report.at_end import report_at_end
 from detr_ray.engine.validation.evaluation_job import EvaluationJob, run_evaluation
+from detr_ray.runtime.cores import usable_cores
 from detr_ray.runtime.datasets import RayBatches
 from detr_ray.runtime.heartbeat import ANSWER_WITHIN_S, WorkerHeartbeat
 from detr_ray.runtime.job_status import Task
@@ -55,8 +55,7 @@ class RayContext(DistributedContext):
         self._heartbeat = WorkerHeartbeat(status, attempt, self.rank, self.world_size)
         if device.type == "cpu":
             # Ray sets one thread for each worker; here the workers of a machine share its cores evenly.
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            torch.set_num_threads(threads or max(1, cores // context.get_local_world_size()))
+            torch.set_num_threads(threads or max(1, usable_cores() // context.get_local_world_size()))
 
     def report(self, evaluated: Evaluated) -> None:
         """Reports to Ray Train, a barrier over all workers; rank 0 tells the driver, too."""

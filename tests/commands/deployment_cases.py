@@ -15,8 +15,8 @@ from detr_ray import exporting
 from detr_ray.data.label_map import LabelMap
 from detr_ray.exporting import Agreement, ExportFormat, ExportSource
 from detr_ray.prediction.requests import Limits
+from detr_ray.runtime import cores
 from detr_ray.runtime.serving import loading
-from detr_ray.runtime.serving import settings as settings_of_services
 from detr_ray.runtime.serving.settings import Batching, ServiceSettings
 
 # export
@@ -100,7 +100,7 @@ def serve_address(place: Place) -> None:
 
 @shows("serve", "--replicas", "--max-replicas", "--cpus-per-replica")
 def serve_replicas(place: Place) -> None:
-    place.patch.setattr(settings_of_services, "usable_cores", lambda: 6)
+    place.patch.setattr(cores, "usable_cores", lambda: 6)
     settings = served(place)
     assert (settings.replicas, settings.max_replicas, settings.cpus) == (1, 1, 1)
     settings = served(place, "--replicas", 2, "--cpus-per-replica", 3)

@@ -12,8 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.sax.saxutils import escape
 
+import numpy as np
 import yaml
 from coco_folder import encoded
+
+from detr_ray.data.images import ImageReader
+from detr_ray.data.index import DatasetIndex
 
 NAMES = ("'quoted', with comma", "Straße & <Weg>", "no", "点 1")
 """Class names that YAML, CSV and XML each have trouble with, in alphabetical order."""
@@ -230,3 +234,13 @@ FORMATS: dict[str, Callable[[Path], Path]] = {
     "open images, exported": lambda root: write_open_images(root, exported=True),
     "csv, paths of another machine": lambda root: write_csv(root, prefix="C:\\data\\set\\"),
 }  # fmt: skip
+
+
+def assert_same(found: DatasetIndex, expected: DatasetIndex) -> None:
+    """The same annotations, names and images."""
+    assert found.categories == expected.categories
+    assert found.file_names.to_pylist() == expected.file_names.to_pylist()
+    assert np.array_equal(found.boxes_xywh_px, expected.boxes_xywh_px)
+    assert found.fingerprint == expected.fingerprint
+    images, theirs = ImageReader(found), ImageReader(expected)
+    assert [images.read(i) for i in range(len(found))] == [theirs.read(i) for i in range(len(found))]

@@ -19,6 +19,7 @@ from format_sets import (
     FORMATS,
     NAMES,
     SIZES,
+    assert_same,
     data_set,
     put_images,
     voc_xml,
@@ -33,23 +34,12 @@ from tiny import fit_here, tiny_config
 from detr_ray.data.errors import DataError
 from detr_ray.data.formats import Reading, open_split, open_undivided
 from detr_ray.data.holdout import Holdout
-from detr_ray.data.images import ImageReader
-from detr_ray.data.index import DatasetIndex
 from detr_ray.data.packing import write_shards
 
 
 @pytest.fixture(scope="module")
 def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_coco(tmp_path_factory.mktemp("formats") / "coco")
-
-
-def assert_same(found: DatasetIndex, expected: DatasetIndex) -> None:
-    assert found.categories == expected.categories
-    assert found.file_names.to_pylist() == expected.file_names.to_pylist()
-    assert np.array_equal(found.boxes_xywh_px, expected.boxes_xywh_px)
-    assert found.fingerprint == expected.fingerprint
-    images, theirs = ImageReader(found), ImageReader(expected)
-    assert [images.read(i) for i in range(len(found))] == [theirs.read(i) for i in range(len(found))]
 
 
 @pytest.mark.parametrize("name", FORMATS)

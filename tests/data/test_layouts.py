@@ -17,6 +17,7 @@ from coco_folder import encoded
 from format_sets import (
     FORMATS,
     NAMES,
+    assert_same,
     data_set,
     put_images,
     voc_xml,
@@ -30,19 +31,11 @@ from format_sets import (
 from detr_ray.data.errors import DataError
 from detr_ray.data.formats import Reading, first_image, open_split, open_undivided
 from detr_ray.data.images import ImageReader
-from detr_ray.data.index import DatasetIndex
 
 
 @pytest.fixture(scope="module")
 def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_coco(tmp_path_factory.mktemp("layouts") / "coco")
-
-
-def assert_same(found: DatasetIndex, expected: DatasetIndex) -> None:
-    assert found.file_names.to_pylist() == expected.file_names.to_pylist()
-    assert found.fingerprint == expected.fingerprint
-    images, theirs = ImageReader(found), ImageReader(expected)
-    assert [images.read(i) for i in range(len(found))] == [theirs.read(i) for i in range(len(found))]
 
 
 # Pascal VOC
