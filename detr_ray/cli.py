@@ -32,6 +32,7 @@ _USER_ERRORS = (
     ("detr_ray.tracking.registry", "RegistryError", EXIT_UNUSABLE),
     ("detr_ray.engine.errors", "CheckpointError", EXIT_FAILED),
     ("detr_ray.exporting.errors", "ExportError", EXIT_FAILED),
+    ("detr_ray.runtime.session", "RayNotStarted", EXIT_FAILED),
 )
 
 _OVERRIDE = re.compile(r"(--)?[A-Za-z_]\w*(\.\w+)+=|[A-Za-z_]\w*=\{")

@@ -24,6 +24,11 @@ from detr_ray.runtime.ray_internals import runs_inside_ray
 
 logger = logging.getLogger(__name__)
 
+
+class RayNotStarted(RuntimeError):  # noqa: N818 - it names what happened
+    """Ray's processes did not start on this machine; the same command may start them when the machine is less busy."""
+
+
 TRAIN_ENVIRONMENT = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2"}
 """How often Ray Train's controller checks its workers, and whether nodes end. Set for the controller and the workers,
 unless the user's environment has other values; this process's environment does not change."""
@@ -149,23 +154,36 @@ def _join_ray(address: str) -> None:
 
 
 def _start_ray(num_workers: int, data_tasks: int, worker_resource: str | None, cpus: int) -> None:
-    """Starts a Ray on this machine, and lets processes for data tasks import what they need."""
+    """Starts a Ray on this machine, and lets processes for data tasks import what they need.
+
+    Raises:
+        ConfigError: there is no folder for its files.
+        RayNotStarted: its processes do not start.
+    """
     cores = os.cpu_count() or 1
     defaults = {name: os.environ.get(name, default) for name, default in _OWN_DEFAULTS.items()}
     tasks_at_once = min(data_tasks * num_workers, cores)
-    ray.init(
-        "local",  # not one that was started on this machine for another program
-        num_cpus=max(cores, num_workers + tasks_at_once, cpus),
-        resources={worker_resource: num_workers} if worker_resource else None,
-        include_dashboard=False,
-        log_to_driver=_workers_are_heard(),
-        logging_level=logging.WARNING,
-        configure_logging=True,
-        runtime_env={"env_vars": _OWN_ENVIRONMENT | defaults},
-        # Ray warns about many processes for each core; the trials of a search have them.
-        _system_config=_OWN_SETTINGS | ({"worker_maximum_startup_concurrency": max(cores, cpus)} if cpus else {}),
-        _temp_dir=own_temporary_folder(),
-    )
+    folder = own_temporary_folder()
+    try:
+        ray.init(
+            "local",  # not one that was started on this machine for another program
+            num_cpus=max(cores, num_workers + tasks_at_once, cpus),
+            resources={worker_resource: num_workers} if worker_resource else None,
+            include_dashboard=False,
+            log_to_driver=_workers_are_heard(),
+            logging_level=logging.WARNING,
+            configure_logging=True,
+            runtime_env={"env_vars": _OWN_ENVIRONMENT | defaults},
+            # Ray warns about many processes for each core; the trials of a search have them.
+            _system_config=_OWN_SETTINGS | ({"worker_maximum_startup_concurrency": max(cores, cpus)} if cpus else {}),
+            _temp_dir=folder,
+        )
+    except Exception as error:  # when it has waited too long for its processes, Ray raises no narrower class
+        raise RayNotStarted(
+            f"Ray did not start on this machine: {error}. The load is {os.getloadavg()[0]:.1f} on {cores} cores; if "
+            "other programs take all of it, give the same command again when they have ended. Else see what Ray wrote "
+            f"into {folder or 'its folder for temporary files'} (session_latest/logs)"
+        ) from error
     warm_data_workers(min(tasks_at_once, MOST_WARMED))
 
 

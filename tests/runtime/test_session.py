@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import ray
+from tiny import make_dataset
 
 from detr_ray.runtime.session import TRAIN_ENVIRONMENT, warm_data_workers
 from detr_ray.runtime.trainer import controller_environment
@@ -41,3 +44,28 @@ def test_data_tasks_of_training_workers_run_in_the_processes_that_were_warmed() 
     tasks = ray.get(controller.start_from_another.remote())
     assert all(imported for _, imported in tasks)
     assert {pid for pid, _ in tasks} & warmed
+
+
+WITHOUT_FILES = """
+import resource
+from detr_ray import train
+from detr_ray.runtime import session
+resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+raise SystemExit(train.main(["data.root=DATA", "train.num_workers=1"]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_ray_that_does_not_start_is_an_error_line_that_says_how_busy_the_machine_is(tmp_path: Path) -> None:
+    """Its processes cannot open their files; Ray gives up after 30 seconds."""
+    make_dataset(tmp_path / "data")
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_FILES.replace("DATA", str(tmp_path / "data"))],
+        env=environment, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout + done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "Ray did not start on this machine: " in line and f"on {os.cpu_count()} cores" in line
+    assert "Traceback" not in done.stderr
