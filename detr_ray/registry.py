@@ -50,20 +50,23 @@ def _run(config: Config, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _registry(config: Config) -> ModelRegistry:
+def _registry(config: Config, versions: Sequence[str] = ()) -> ModelRegistry:
+    """The registry of the model that the versions are of, if they are addresses, or else of tracking.model_name."""
     from detr_ray.engine.reporting.tracking_store import run_tracking_uri
-    from detr_ray.tracking.registry import ModelRegistry
+    from detr_ray.tracking.registry import ModelRegistry, model_of
 
-    return ModelRegistry(run_tracking_uri(config), config.tracking.model_name)
+    addressed = [name for name in map(model_of, versions) if name is not None]
+    return ModelRegistry(run_tracking_uri(config), addressed[0] if addressed else config.tracking.model_name)
 
 
 def _list(config: Config, arguments: argparse.Namespace) -> None:
-    versions = _registry(config).versions()
+    registry = _registry(config)
+    versions = registry.versions()
     if arguments.json:
         _print_json([_described(version) for version in versions])
         return
     if not versions:
-        say(f"{config.tracking.model_name!r} has no versions")
+        say(f"there is no version of {registry.name!r}: {registry.what_there_is(versions)}")
         return
     rows = [("version", "aliases", "AP", "registered", "from", "decision")]
     for version in versions:
@@ -82,9 +85,7 @@ def _list(config: Config, arguments: argparse.Namespace) -> None:
 
 
 def _show(config: Config, arguments: argparse.Namespace) -> None:
-    registry = _registry(config)
-    version = registry.version(arguments.what[0])
-    _print_version(version, arguments.json)
+    _print_version(_registry(config, arguments.what).version(arguments.what[0]), arguments.json)
 
 
 def _register(config: Config, arguments: argparse.Namespace) -> None:
@@ -96,7 +97,7 @@ def _register(config: Config, arguments: argparse.Namespace) -> None:
 
 
 def _promote(config: Config, arguments: argparse.Namespace) -> None:
-    registry = _registry(config)
+    registry = _registry(config, arguments.what)
     _print_champion(registry.promote(arguments.what[0], arguments.reason or "promoted by hand"), arguments.json)
 
 
@@ -106,7 +107,7 @@ def _rollback(config: Config, arguments: argparse.Namespace) -> None:
 
 
 def _compare(config: Config, arguments: argparse.Namespace) -> None:
-    registry = _registry(config)
+    registry = _registry(config, arguments.what)
     comparison = registry.compare(*arguments.what)
     first, second = comparison.first, comparison.second
     changed, unknown = _trained_differently(registry, first, second)

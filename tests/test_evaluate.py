@@ -184,7 +184,8 @@ def test_broken_files_are_refused_first(trained: FitResult, tmp_path: Path, caps
         path = tmp_path / name
         path.write_bytes(content)
         assert one_error(capsys, path).startswith(f"eval.checkpoint: {path} is damaged or no ")
-    assert one_error(capsys, tmp_path / "absent.pt") == f"eval.checkpoint: there is no file {tmp_path}/absent.pt"
+    absent = f"eval.checkpoint: there is no file or folder {tmp_path}/absent.pt"
+    assert one_error(capsys, tmp_path / "absent.pt") == absent
 
 
 # Which settings are used

@@ -45,8 +45,16 @@ _HISTORY = "champion.history"
 """Tag of the registered model: JSON list of the versions that were champion, the present one last."""
 _LONGEST_HISTORY = 200
 _LONGEST_VALUE = 20_000
+_MOST_NAMED = 10
+"""Most versions, or models, that a message names."""
 _MISSING = {"RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "INVALID_PARAMETER_VALUE"}
 _ADDRESS = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?P<version>\d+)|@(?P<alias>[^/@]+))")
+
+
+def model_of(which: str) -> str | None:
+    """The name of the model in an address as ``models:/detr/3``; None for a number or an alias."""
+    address = _ADDRESS.fullmatch(which)
+    return None if address is None else address["name"]
 
 
 class RegistryError(Exception):
@@ -204,7 +212,7 @@ class ModelRegistry:
         text = str(which)
         address = _ADDRESS.fullmatch(text)
         if address is not None and address["name"] != self.name:
-            raise RegistryError(f"{text} is of another model than {self.name!r} (tracking.model_name)")
+            raise RegistryError(f"{text} is of another model than {self.name!r}; set tracking.model_name to one of them")
         if address is not None:
             text = address["version"] or address["alias"]
         versions = self.versions()
@@ -212,7 +220,17 @@ class ModelRegistry:
         found = [each for each in versions if str(each.version) == text or alias in each.aliases]
         if found:
             return found[0]
-        raise RegistryError(f"there is no version {which} of {self.name!r}; {_there_is(versions)}")
+        raise RegistryError(f"there is no version {which} of {self.name!r}; {self.what_there_is(versions)}")
+
+    def what_there_is(self, versions: Sequence[ModelVersion]) -> str:
+        """What to name instead of what is not there: the given versions, or if there are none, models of the store."""
+        if versions:
+            named = [f"{each.version}" + "".join(f" ({alias})" for alias in each.aliases) for each in versions]
+            return f"there {'are' if len(named) > 1 else 'is'} {', '.join(named[-_MOST_NAMED:])}"
+        with self.calls():
+            others = [model.name for model in self.client.search_registered_models(max_results=_MOST_NAMED)]
+        named = f"; the store has {', '.join(others)}, which tracking.model_name chooses" if others else ""
+        return f"it has no versions (python -m detr_ray.registry register CHECKPOINT makes one){named}"
 
     def champion(self) -> ModelVersion | None:
         """The version that the alias ``champion`` points to; None where there is none."""
@@ -255,7 +273,7 @@ class ModelRegistry:
         versions = {version.version: version for version in self.versions()}
         history = self._history(versions) if versions else []
         if not history:
-            raise RegistryError(f"{self.name!r} has no champion to roll back; {_there_is(versions.values())}")
+            raise RegistryError(f"{self.name!r} has no champion to roll back; {self.what_there_is([*versions.values()])}")
         present = history.pop()
         before = next((versions[number] for number in reversed(history) if number in versions), None)
         if before is None:
@@ -294,13 +312,6 @@ def _version(entry: Any, aliases: Mapping[str, str]) -> ModelVersion:
     return ModelVersion(
         entry.name, number, mine, int(entry.creation_timestamp), entry.run_id or None, entry.source, dict(entry.tags)
     )
-
-
-def _there_is(versions: Any) -> str:
-    numbers = [str(version.version) for version in versions]
-    if not numbers:
-        return "it has no versions (python -m detr_ray.registry register CHECKPOINT makes one)"
-    return f"there {'are' if len(numbers) > 1 else 'is'} {', '.join(numbers[-10:])}"
 
 
 def _reason(error: Exception) -> str:

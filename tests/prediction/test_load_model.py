@@ -222,8 +222,30 @@ def test_a_listed_file_that_is_gone_is_named(package: Path) -> None:
 def test_places_without_a_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model: .* is neither a run nor a checkpoint: .* no model package"):
         detr_ray.load_model(str(tmp_path))
-    with pytest.raises(WeightsError, match="there is no file"):
+    with pytest.raises(ConfigError, match=r"model: there is no file or folder .*absent.pth$"):
         detr_ray.load_model(str(tmp_path / "absent.pth"))
+    with pytest.raises(ConfigError, match=r"; a registered model is models:/detr@champion$"):
+        detr_ray.load_model("detr@champion")
+
+
+def test_models_that_lie_near_are_named(trained: FitResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, run = Path(trained.best_checkpoint), Path(trained.run_path)
+    storage = tmp_path / "runs"
+    for name in ("first", "second"):
+        (storage / name).mkdir(parents=True)
+        shutil.copy(run / "run.json", storage / name)
+    (storage / "no_run").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for given, said in [
+        ("runs/frist", r"there is no file or folder runs/frist; did you mean runs/first\?$"),
+        ("runs/mine", "there is no file or folder runs/mine; runs has first, second$"),
+        ("first", r"there is no file or folder first; did you mean runs/first\?$"),
+        ("runs", "neither a run nor a checkpoint: .*; name one of those in it: first, second$"),
+        (str(run / "checkpoints"), f"name one of those in it: .*{checkpoint.name}"),
+        ("runs/first", "runs/first is a run without a whole checkpoint: it writes the first one after an epoch"),
+    ]:
+        with pytest.raises(ConfigError, match=said):
+            detr_ray.load_model(given)
 
 
 def test_what_a_package_lacks_is_said_before_it_is_written(model: LoadedModel, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from versions import ELSEWHERE, entry
 
+from detr_ray import registry as registry_command
 from detr_ray.tracking import default_tracking_uri
 from detr_ray.tracking.registry import ModelRegistry, RegistryError, RegistryUnavailable
 
@@ -30,11 +31,31 @@ def test_versions_are_found_by_number_alias_and_address(registry: ModelRegistry)
     assert [version.aliases for version in found] == [(), ("champion",)]
     for which in (2, "2", "champion", "@champion", "models:/detr/2", "models:/detr@champion"):
         assert registry.version(which).version == 2
-    with pytest.raises(RegistryError, match="there is no version 7 of 'detr'; there are 1, 2"):
+    with pytest.raises(RegistryError, match=r"there is no version 7 of 'detr'; there are 1, 2 \(champion\)"):
         registry.version("7")
     with pytest.raises(RegistryError, match="models:/other/1 is of another model than 'detr'"):
         registry.version("models:/other/1")
-    assert ModelRegistry(registry.uri, "other").versions() == []
+    other = ModelRegistry(registry.uri, "other")
+    assert other.versions() == []
+    with pytest.raises(RegistryError, match="of 'other'; it has no versions .*; the store has detr, which tracking.mod"):
+        other.version(1)
+
+
+def test_the_command_names_the_models_of_a_store_and_takes_their_addresses(
+    registry: ModelRegistry, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry(registry, 0.1)
+    entry(registry, 0.3)
+
+    def command(*arguments: str) -> str:
+        assert registry_command.main([*arguments, f"tracking.uri={registry.uri}", "tracking.model_name=mine"]) == 0
+        return capsys.readouterr().out
+
+    listed = command("list")
+    assert listed.startswith("there is no version of 'mine': it has no versions") and "the store has detr, " in listed
+    assert "version 2 of detr is the champion" in command("promote", "models:/detr/2")
+    assert '"version": 2' in command("show", "models:/detr@champion", "--json")
+    assert "+0.2000" in command("compare", "models:/detr/1", "models:/detr/2")
 
 
 def test_more_versions_than_a_page_of_the_store_are_all_there(

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from dataclasses import dataclass
+from itertools import islice
 
 from pyarrow.fs import FileType
 
-from detr_ray.addresses import join, name_of, parent
+from detr_ray.addresses import is_remote, join, name_of, parent
 from detr_ray.config import ConfigError
 from detr_ray.detector.artifact import MODEL_FILE
 from detr_ray.detector.package import PACKAGE_FILE
 from detr_ray.engine.checkpoints.info import MANIFEST, CheckpointInfo
+from detr_ray.engine.checkpoints.run_directory import RECORD
 from detr_ray.engine.checkpoints.store import CheckpointStore, checkpoint_at
-from detr_ray.locations import file_info
+from detr_ray.locations import file_info, list_names
 from detr_ray.retries import reason_of
+
+_MOST_NAMED = 5
+"""Most models that a message names."""
+_MOST_LOOKED_AT = 200
+"""Most names of a folder that are looked at to find models among them."""
+_USUAL_STORAGE = "runs"
+"""The folder that runs lie in where ``run.storage`` says nothing else."""
+_OF_A_REGISTRY = re.compile(r"(?:models?:/*)?([\w.-]+)@([\w.-]+)")
+"""What is meant as the address of a registered model."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +55,16 @@ def find_model(given: str, key: str) -> FoundModel:
         key: what to call it in messages.
 
     Raises:
-        ConfigError: a folder that is none of these, or has no whole checkpoint; or the storage fails.
+        ConfigError: there is nothing, or a folder that is none of these, or has no whole checkpoint; or the storage
+            fails. The message names models that lie near.
     """
     if given.lower().startswith(("http://", "https://")):
         return FoundModel(given)
     try:
-        if file_info(given).type != FileType.Directory:
+        kind = file_info(given).type
+        if kind == FileType.NotFound:
+            raise ConfigError(f"{key}: there is no file or folder {given}{_meant(given)}")
+        if kind != FileType.Directory:
             return _file(given)
         if file_info(join(given, PACKAGE_FILE)).type == FileType.File:
             return FoundModel(join(given, PACKAGE_FILE))
@@ -55,13 +72,52 @@ def find_model(given: str, key: str) -> FoundModel:
             return _file(join(given, MODEL_FILE))
         store = CheckpointStore(join(given, "checkpoints"))
         info = store.best() or store.latest()
+        if info is None:
+            raise ConfigError(f"{key}: {given} {_lacks(given)}")
     except OSError as error:
         raise ConfigError(f"{key}: {given} cannot be read: {reason_of(error)}") from error
-    if info is None:
-        raise ConfigError(
-            f"{key}: {given} is neither a run nor a checkpoint: it holds no whole checkpoint, and no model package"
-        )
     return FoundModel(join(info.path, MODEL_FILE), info)
+
+
+def _meant(given: str) -> str:
+    """What may have been meant by a location where nothing is; empty if nothing is like it."""
+    registered = _OF_A_REGISTRY.fullmatch(given)
+    if registered is not None:
+        return f"; a registered model is models:/{registered[1]}@{registered[2]}"
+    for folder in (parent(given), join(parent(given), _USUAL_STORAGE)):
+        near = _models_in(folder)
+        like = difflib.get_close_matches(name_of(given), near, n=1)
+        if like:
+            return f"; did you mean {join(folder, like[0])}?"
+        if near:
+            return f"; {folder if folder != '.' else 'the present folder'} has {_some(near)}"
+    return ""
+
+
+def _lacks(folder: str) -> str:
+    """Why a folder is no model, and what to name instead."""
+    if file_info(join(folder, RECORD)).type == FileType.File:
+        return (
+            "is a run without a whole checkpoint: it writes the first one after an epoch, or after as many steps as "
+            "train.checkpoint_every_steps says; the train command with its run.name goes on with it"
+        )
+    inside = _models_in(folder)
+    named = f"; name one of those in it: {_some(inside)}" if inside else ""
+    return f"is neither a run nor a checkpoint: it holds no whole checkpoint, and no model package{named}"
+
+
+def _models_in(folder: str) -> list[str]:
+    """Names of the runs, checkpoints and packages in a folder."""
+    if not is_remote(folder) and file_info(folder).type != FileType.Directory:
+        return []
+    parts = (RECORD, MODEL_FILE, PACKAGE_FILE)
+    names = islice(sorted(list_names(folder)), _MOST_LOOKED_AT)
+    return [name for name in names if any(file_info(join(folder, name, part)).type == FileType.File for part in parts)]
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - _MOST_NAMED
+    return ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _file(file: str) -> FoundModel:
