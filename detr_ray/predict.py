@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from detr_ray.cli import count, run_command, say, share
+from detr_ray.cli import count, counted, run_command, say, share
 from detr_ray.config import Config, ConfigError
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ prediction.json in the folder says whether all is there."""
 
 _FORMATS = ("coco", "parquet", "csv", "pictures")
 PART_IMAGES = 256
+PICTURE_SCORE = 0.5
+"""Lowest score that is drawn where the user gives no score at all."""
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,8 +54,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--scores", metavar="FILE", help="what evaluate --scores wrote, for best_f1 of weights that lack it"
     )
     parser.add_argument(
-        "--picture-score", metavar="S", type=share, default=0.5, help="lowest score that is drawn (default 0.5)"
-    )
+        "--picture-score", metavar="S", type=share,
+        help=f"lowest score that is drawn (default: all that --threshold keeps, or {PICTURE_SCORE:g} without it)",
+    )  # fmt: skip
     parser.add_argument(
         "--part-images", metavar="N", type=count, default=PART_IMAGES,
         help=f"images whose results are written together; at most these are done again (default {PART_IMAGES})",
@@ -101,7 +104,8 @@ def _predict(config: Config, arguments: argparse.Namespace) -> int:
     folder = ResultFolder(arguments.out, job)
     parts = folder.open()
     done = len(job.parts) - len(parts)
-    say(f"{len(job.index)} images in {len(job.parts)} parts" + (f", of which {done} are done" if done else ""))
+    what = f"{counted(len(job.index), 'image')} in {counted(len(job.parts), 'part')}"
+    say(what + (f", of which {done} {'is' if done == 1 else 'are'} done" if done else ""))
     _predict_parts(job, model, folder, parts, config)
     return _finish(job, folder, arguments)
 
@@ -144,15 +148,25 @@ def _finish(job: PredictionJob, folder: ResultFolder, arguments: argparse.Namesp
 
     assert job.saved.label_map is not None
     names = dict(job.saved.label_map.categories)
+    least_drawn = arguments.picture_score
+    if least_drawn is None:
+        least_drawn = PICTURE_SCORE if arguments.threshold is None else 0.0
 
     def draw(found: DetectionTable) -> None:
-        draw_pictures(folder.pictures, job.index, found, names, arguments.picture_score, Pace("drew", say))
+        draw_pictures(folder.pictures, job.index, found, names, least_drawn, Pace("drew", say))
 
     with _writing_to(folder):
-        num_found, bad = folder.finish(arguments.to, arguments.picture_score, draw)
+        found, bad = folder.finish(arguments.to, least_drawn, draw)
     images = len(job.index) + len(job.unreadable)
     left_out = f"; {len(bad)} could not be read, see bad_images.txt" if bad else ""
-    say(f"{num_found} detections on {images - len(bad)} of {images} images{left_out}: {folder.location}")
+    what = counted(len(found), "detection")
+    say(f"{what} on {images - len(bad)} of {counted(images, 'image')}{left_out}: {folder.location}")
+    if arguments.threshold is None:
+        say(
+            "without --threshold all are kept, however low their score; --threshold best_f1 keeps what is worth showing"
+        )
+    if "pictures" in arguments.to:
+        say(f"{(found.scores >= least_drawn).sum()} of them are drawn: those of a score of at least {least_drawn:g}")
     return 0
 
 

@@ -258,10 +258,15 @@ def test_an_annotation_file_of_no_use_does_not_end_the_check(check, tmp_path):
 
 
 def test_missing_annotation_files_are_all_told(check, tmp_path):
-    outcome = check(tmp_path / "nowhere")
-    assert outcome.code == 1
-    assert len(outcome.messages("error", "data")) == 2
-    assert all("no such annotation file" in message for message in outcome.messages("error", "data"))
+    (tmp_path / "set" / "annotations").mkdir(parents=True)
+    for root, options, said in [
+        (tmp_path / "nowhere", (), f"{tmp_path}/nowhere: there is no such folder"),
+        (tmp_path / "set", ("data.format=coco",), "no such annotation file"),
+    ]:
+        outcome = check(root, *options)
+        assert outcome.code == 1
+        assert len(outcome.messages("error", "data")) == 2
+        assert all(said in message for message in outcome.messages("error", "data"))
 
 
 def test_quirks_are_counted_and_losses_warned_of(check, tmp_path):

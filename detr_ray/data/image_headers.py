@@ -300,7 +300,8 @@ def damaged(name: str, error: Exception) -> ImageError:
     if isinstance(error, Image.DecompressionBombError):
         return _too_large(name)
     if isinstance(error, UnidentifiedImageError):
-        return ImageError(f"{name}: not an image, or of a format that is not known")
+        what_to_do = "; HEIC is not read: convert it to JPEG" if name.lower().endswith((".heic", ".heif")) else ""
+        return ImageError(f"{name}: not an image, or of a format that is not known{what_to_do}")
     reason = re.sub(r"^.*\.(cpp|h):\d+, ", "", str(error).strip().split("\n")[0])
     return ImageError(f"{name}: damaged image: {reason or type(error).__name__}")
 

@@ -174,7 +174,7 @@ class ResultFolder:
 
     def finish(
         self, formats: Sequence[str], picture_score: float, draw: Callable[[DetectionTable], None]
-    ) -> tuple[int, list[str]]:
+    ) -> tuple[DetectionTable, list[str]]:
         """Combines the parts, writes the chosen formats, and notes that the results are complete.
 
         Args:
@@ -183,7 +183,7 @@ class ResultFolder:
             draw: draws the pictures of all images that have none; called if pictures are chosen.
 
         Returns:
-            Number of detections, and a line for each image that could not be read.
+            The detections, and a line for each image that could not be read.
 
         Raises:
             DataError: a part is damaged.
@@ -210,7 +210,7 @@ class ResultFolder:
             draw(found)
         write_bytes(join(self.location, "bad_images.txt"), "".join(f"{line}\n" for line in bad).encode())
         self._write_record({"complete": True, "detections": len(found), "bad_images": len(bad)})
-        return len(found), bad
+        return found, bad
 
 
 def _difference(key: str, before: Any, now: Any) -> str:

@@ -212,7 +212,9 @@ class ModelRegistry:
         text = str(which)
         address = _ADDRESS.fullmatch(text)
         if address is not None and address["name"] != self.name:
-            raise RegistryError(f"{text} is of another model than {self.name!r}; set tracking.model_name to one of them")
+            raise RegistryError(
+                f"{text} is of another model than {self.name!r}; set tracking.model_name to one of them"
+            )
         if address is not None:
             text = address["version"] or address["alias"]
         versions = self.versions()
@@ -273,7 +275,9 @@ class ModelRegistry:
         versions = {version.version: version for version in self.versions()}
         history = self._history(versions) if versions else []
         if not history:
-            raise RegistryError(f"{self.name!r} has no champion to roll back; {self.what_there_is([*versions.values()])}")
+            raise RegistryError(
+                f"{self.name!r} has no champion to roll back; {self.what_there_is([*versions.values()])}"
+            )
         present = history.pop()
         before = next((versions[number] for number in reversed(history) if number in versions), None)
         if before is None:

@@ -105,6 +105,26 @@ def test_what_is_not_known_is_refused_with_what_each_format_needs(tmp_path):
         assert word in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("made", "given", "said"),
+    [
+        ([], "nowhere", "nowhere: there is no such folder"),
+        (["set/"], "set", "set is empty"),
+        (["a.json"], "a.json", r"a.json is a file; .* data\.train\.annotations=FILE"),
+        (["set/images/a.jpg", "set/labels/a.txt"], "set", r"It looks like YOLO without data\.yaml"),
+        (["set/train/images/a.jpg", "set/train/labels/a.txt"], "set", r"It looks like YOLO without data\.yaml"),
+        (["set/photos/a.jpg"], "set", r"There is photos. What lies in"),
+    ],
+)
+def test_what_is_not_there_is_said_plainly(made: list[str], given: str, said: str, tmp_path) -> None:
+    for name in made:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).write_text("0 0.5 0.5 0.1 0.1")
+    for split in ("train", "val"):
+        with pytest.raises(DataError, match=said):
+            open_split(str(tmp_path / given), None, split)
+
+
 def test_two_formats_in_one_folder_need_to_be_told(tmp_path, coco):
     root = write_csv(tmp_path / "set")
     write_voc(root)

@@ -178,6 +178,38 @@ def test_pictures_with_another_score_are_drawn_again(trained: FitResult, shapes:
     assert times[0][0] != times[1][0] and times[1] == times[2]
 
 
+def test_what_the_threshold_keeps_is_drawn(trained: FitResult, shapes: Path, tmp_path: Path, capsys) -> None:
+    image, drawn = min((shapes / "val2017").iterdir()), []
+    for number, more in enumerate(
+        [["--threshold", 0.01], [], ["--picture-score", 0.01], ["--threshold", 0.01, "--picture-score", 1]]
+    ):
+        out = tmp_path / f"out{number}"
+        code, printed, _ = run(capsys, trained.run_path, "--images", image, "--out", out, "--to", "pictures", *more)
+        assert code == 0 and "1 image in 1 part\n" in printed
+        assert ("without --threshold all are kept" in printed) == ("--threshold" not in more)
+        drawn.append(printed.splitlines()[-1].partition(": ")[0])
+        (picture,) = (out / "pictures").iterdir()
+        drawn.append(picture.read_bytes())
+    kept, kept_picture, usual, usual_picture, low, low_picture, none, none_picture = drawn
+    assert int(kept.split()[0]) > 0 and kept == low and kept_picture == low_picture
+    assert usual == none == "0 of them are drawn" and usual_picture == none_picture != kept_picture
+
+
+def test_pictures_of_telephones_are_listed_and_not_passed_over(
+    trained: FitResult, shapes: Path, tmp_path: Path, capsys
+) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "a.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    shutil.copy(min((shapes / "val2017").iterdir()), folder / "b.jpg")
+    with Image.open(folder / "b.jpg") as image:
+        image.save(folder / "c.avif")
+    code, printed, _ = run(capsys, trained.run_path, "--images", folder, "--out", tmp_path / "out")
+    assert code == 0 and "detections on 2 of 3 images; 1 could not be read" in printed
+    line = (tmp_path / "out" / "bad_images.txt").read_text()
+    assert line.startswith(f"{folder}/a.HEIC: ") and line.endswith("HEIC is not read: convert it to JPEG\n")
+
+
 def test_tables_say_names_and_boxes(trained: FitResult, shapes: Path, coco: list[str], tmp_path: Path, capsys) -> None:
     out = tmp_path / "out"
     rows = predicted(capsys, out, trained.run_path, *coco, "--to", "coco,parquet,csv")

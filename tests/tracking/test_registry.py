@@ -37,7 +37,9 @@ def test_versions_are_found_by_number_alias_and_address(registry: ModelRegistry)
         registry.version("models:/other/1")
     other = ModelRegistry(registry.uri, "other")
     assert other.versions() == []
-    with pytest.raises(RegistryError, match="of 'other'; it has no versions .*; the store has detr, which tracking.mod"):
+    with pytest.raises(
+        RegistryError, match=r"of 'other'; it has no versions .*; the store has detr, which tracking.mod"
+    ):
         other.version(1)
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from pyarrow.fs import FileType
+
 from detr_ray.addresses import LocationError
 from detr_ray.data.errors import DataError, few
 from detr_ray.data.formats import coco_folder, csv_rows, open_images, shard_folder, voc, yolo
 from detr_ray.data.formats.assembly import Reading
-from detr_ray.data.formats.folder import Folder
+from detr_ray.data.formats.folder import SPLIT_NAMES, Folder
 from detr_ray.data.index import DatasetIndex
+from detr_ray.locations import file_info
 from detr_ray.printable import printable
 
 
@@ -77,13 +80,43 @@ def find_data_set(root: str, name: str | None, follow_links: bool) -> DataSet:
             f"{printable(root)} looks like {' and '.join(found)}: say which it is by data.format={next(iter(found))}, "
             "or remove what is of the other format"
         )
-    if not names:  # empty, missing or unreachable: trying to read a file tells which
-        return coco_folder.CocoFolder(folder, {})
+    if not names:
+        _refuse_what_is_empty(folder)
+        return coco_folder.CocoFolder(folder, {})  # unreachable: trying to read a file says why
     needs = "\n".join(f"  {known.NEEDS}" for known in _FORMATS)
     raise DataError(
-        f"{printable(root)} holds no data set in a known format. There is {few(list(names))}. What lies in data.root "
-        f"is one of\n{needs}\nor give data.train.annotations and data.train.images"
+        f"{printable(root)} holds no data set in a known format. There is {few(list(names))}.{_likely(folder)} "
+        f"What lies in data.root is one of\n{needs}\nor give data.train.annotations and data.train.images"
     )
+
+
+def _refuse_what_is_empty(folder: Folder) -> None:
+    """Refuses a folder without anything in it.
+
+    Raises:
+        DataError: it is empty, not there, or a file.
+    """
+    root = printable(folder.root)
+    try:
+        kind = file_info(folder.root).type
+    except (OSError, LocationError):
+        return
+    if kind == FileType.NotFound:
+        raise DataError(f"{root}: there is no such folder; data.root is the folder of a data set")
+    if kind == FileType.File:
+        raise DataError(
+            f"{root} is a file; data.root is the folder of a data set. A COCO file and its images are "
+            "data.train.annotations=FILE data.train.images=FOLDER, and the same for data.val"
+        )
+    raise DataError(f"{root} is empty; data.root is the folder of a data set")
+
+
+def _likely(folder: Folder) -> str:
+    """What a folder that is in no format seems to be; empty if it cannot be told."""
+    places = ("", *(name for names in SPLIT_NAMES.values() for name in names))
+    if any("labels" in folder.names(place) for place in places):
+        return " It looks like YOLO without data.yaml, the file that names the classes: write one (docs/your_data.md)."
+    return ""
 
 
 def _of_format(folder: Folder, name: str) -> DataSet:
