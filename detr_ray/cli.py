@@ -7,6 +7,7 @@ failed, 2 the configuration or the data cannot be used, 130 stopped by Ctrl-C.
 from __future__ import annotations
 
 import argparse
+import difflib
 import io
 import os
 import re
@@ -36,6 +37,7 @@ _USER_ERRORS = (
 )
 
 _OVERRIDE = re.compile(r"(--)?[A-Za-z_]\w*(\.\w+)+=|[A-Za-z_]\w*=\{")
+_KEY = re.compile(r"(--)?[a-z]\w*(\.\w+)+")
 
 _WHICH_STORE = ("tracking.uri", "run.storage")
 """Keys that say in which MLflow store an address such as ``models:/detr@champion`` is looked up."""
@@ -210,7 +212,7 @@ def _parser(
 def _read(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[Config, argparse.Namespace]:
     """The configuration and the parsed arguments; raises one `ConfigError` with all faults of both."""
     arguments, rest = parser.parse_known_args([item for item in argv if not _OVERRIDE.match(item)])
-    errors = [f"'{item}' is neither an option nor key=value; see --help" for item in rest if "=" not in item]
+    errors = _not_understood(parser, [item for item in rest if "=" not in item])
     # `rest` may also contain section=mapping, or a key without its section: as an override it gets a better error.
     # Later overrides win, so their order must not change.
     overrides = [item for item in argv if _OVERRIDE.match(item) or (item in rest and "=" in item)]
@@ -222,6 +224,23 @@ def _read(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[Config,
         raise ConfigError(errors)
     arguments.overrides = overrides
     return config, arguments
+
+
+def _not_understood(parser: argparse.ArgumentParser, items: Sequence[str]) -> list[str]:
+    """A line for each argument that is neither an option nor a key; none for the value of an unknown option."""
+    options = re.findall(r"(?<!\S)--[a-z][a-z-]*", parser.format_help())
+    errors, place = [], 0
+    while place < len(items):
+        item, place = items[place], place + 1
+        value = ""
+        if item.startswith("--") and place < len(items) and not items[place].startswith("-"):
+            value, place = items[place], place + 1
+        near = difflib.get_close_matches(item, options, n=1) if item.startswith("--") else []
+        hint = f"did you mean {near[0]}?" if near else "see --help"
+        if _KEY.fullmatch(item):
+            hint = f"write {item.removeprefix('--')}={value or 'VALUE'}"
+        errors.append(f"'{item}' is neither an option nor key=value; {hint}")
+    return errors
 
 
 def _content_of(location: str) -> bytes:

@@ -87,7 +87,12 @@ def test_commands_have_arguments_of_their_own():
         (["lr=1"], "unknown key 'lr'; did you mean 'optim.lr'? (from command line)"),
         (["--lr=1"], "unknown key 'lr'; did you mean 'optim.lr'? (from command line)"),
         (["optim.lr="], "optim.lr: no value is given; write optim.lr=VALUE, or optim.lr=null for none"),
-        (["--optim.lr", "1"], "'--optim.lr' is neither an option nor key=value; see --help\nerror: '1' is neither"),
+        (["--optim.lr", "1"], "'--optim.lr' is neither an option nor key=value; write optim.lr=1\n"),
+        (["optim.lr"], "'optim.lr' is neither an option nor key=value; write optim.lr=VALUE\n"),
+        (
+            ["--confg", "a.yaml", "b"],
+            "'--confg' is neither an option nor key=value; did you mean --config?\nerror: 'b' is",
+        ),
         (["--verbose"], "'--verbose' is neither an option nor key=value; see --help"),
         (["--config"], "argument --config: expected one argument"),
         (["--config", "missing.yaml"], "missing.yaml: there is no such file"),
