@@ -66,6 +66,7 @@ def _export(config: Config, arguments: argparse.Namespace) -> int:
         f"(kept up to {agreement.tolerance:g}); tried {agreement.tried}"
     )
     say(f"wrote {arguments.out}, {written / 1e6:.1f} MB")
+    say(f"to use it: {kind.usage}")
     return 0
 
 

@@ -25,19 +25,29 @@ class ExportFormat:
         write: writes a model into a file, and compares what it gives with the model.
         suffix: how names of such files end.
         needs_onnx: whether it needs the packages of the extra ``export``.
+        usage: what it takes and gives, for users.
     """
 
     write: Callable[[ExportSource, Path], Agreement]
     suffix: str
     needs_onnx: bool
+    usage: str
 
 
+_BATCHES = (
+    "takes images (float [B, 3, H, W], normalised) and mask (bool [B, H, W], true on padding), "
+    "gives pred_logits and pred_boxes"
+)
 FORMATS = {
-    "onnx": ExportFormat(write_batch_onnx, ".onnx", True),
-    "onnx-image": ExportFormat(write_image_onnx, ".onnx", True),
-    "torch": ExportFormat(write_torch_archive, ".pt2", False),
-    "published": ExportFormat(write_published_file, ".pth", False),
-}
+    "onnx": ExportFormat(write_batch_onnx, ".onnx", True, f"an onnxruntime.InferenceSession that {_BATCHES}"),
+    "onnx-image": ExportFormat(
+        write_image_onnx, ".onnx", True,
+        "an onnxruntime.InferenceSession that takes image (uint8 [H, W, 3], RGB, upright), gives boxes (pixels: left, "
+        "top, right, bottom), scores and labels; the names of the labels are in its metadata",
+    ),
+    "torch": ExportFormat(write_torch_archive, ".pt2", False, f"torch.export.load(FILE).module() {_BATCHES}"),
+    "published": ExportFormat(write_published_file, ".pth", False, "torch.load(FILE)['model'] is the state dict"),
+}  # fmt: skip
 """Value of ``--to`` -> format."""
 
 

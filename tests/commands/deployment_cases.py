@@ -35,13 +35,16 @@ def export_to(place: Place) -> None:
 
         return write
 
-    fakes = {name: ExportFormat(writer(name), kind.suffix, False) for name, kind in exporting.FORMATS.items()}
+    fakes = {
+        name: ExportFormat(writer(name), kind.suffix, False, kind.usage) for name, kind in exporting.FORMATS.items()
+    }
     place.patch.setattr(exporting, "FORMATS", fakes)
     for name in fakes:
         path = place.folder / "deep" / f"{name}{fakes[name].suffix}"
         code, out, err = place.call("export", place.run, "--to", name, "--out", path)
         assert code == 0, err
         assert path.read_text() == name and f"wrote {path}" in out and "differs by 2.5e-06 at most" in out
+        assert out.endswith(f"to use it: {fakes[name].usage}\n")
     assert {(one.size, one.max_size) for one in sources} == {(48, 96)} and len(sources) == len(fakes) == 4
     _, _, err = place.call("export", place.run, "--to", "pickle", "--out", place.folder / "a")
     assert err == "error: --to: 'pickle' is no format; one of onnx, onnx-image, torch, published\n"
