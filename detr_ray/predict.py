@@ -131,14 +131,18 @@ def _predict_parts(
 
 @contextlib.contextmanager
 def _writing_to(folder: ResultFolder) -> Iterator[None]:
-    """Turns storage errors into errors that name the option."""
+    """Turns storage errors into errors that name the option; says how to go on."""
     from detr_ray.data.errors import DataError
     from detr_ray.retries import reason_of
 
+    go_on = "what is done is kept: the same command goes on with it"
     try:
         yield
+    except KeyboardInterrupt:
+        say(go_on)
+        raise
     except OSError as error:
-        raise DataError(f"--out: {folder.location} could not be written: {reason_of(error)}") from error
+        raise DataError(f"--out: {folder.location} could not be written: {reason_of(error)}; {go_on}") from error
 
 
 def _finish(job: PredictionJob, folder: ResultFolder, arguments: argparse.Namespace) -> int:
@@ -166,7 +170,9 @@ def _finish(job: PredictionJob, folder: ResultFolder, arguments: argparse.Namesp
             "without --threshold all are kept, however low their score; --threshold best_f1 keeps what is worth showing"
         )
     if "pictures" in arguments.to:
-        say(f"{(found.scores >= least_drawn).sum()} of them are drawn: those of a score of at least {least_drawn:g}")
+        drawn = int((found.scores >= least_drawn).sum())
+        which = "all" if drawn == len(found) else f"{drawn} of them"
+        say(f"pictures/ shows {which}" + (f": scores of at least {least_drawn:g}" if drawn < len(found) else ""))
     return 0
 
 

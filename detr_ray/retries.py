@@ -25,6 +25,8 @@ _NO_BUCKET = re.compile(r"NO_SUCH_BUCKET|Bucket '.*' not found")
 _NO_OBJECT = re.compile(r"NO_SUCH_KEY|HTTP status 404\b")
 _HOPELESS = re.compile(r"HTTP status (301|307|405|416)\b|PERMANENT_REDIRECT|INVALID_BUCKET_NAME|NotImplemented")
 _NOISE = re.compile(r"^When .*?: (?=AWS Error)| \(Request ID: [^)]*\)|\. Detail: .*$", re.DOTALL)
+_OF_DISK = re.compile(r"\. Detail: \[errno \d+\] ([^.\n]+)")
+"""Where pyarrow writes why a disk failed: the words before it say only what was tried."""
 
 _PASSING_ON_DISK = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EINTR, errno.EAGAIN})
 """Temporary errors of network disks. All other errors of disks (disk full, no such file) are lasting."""
@@ -123,6 +125,9 @@ def may_pass(error: OSError) -> bool:
 def reason_of(error: BaseException) -> str:
     """The reason of an error in one line, without locations and request ids that storage libraries add."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    of_disk = _OF_DISK.search(text)
+    if of_disk is not None and "AWS Error" not in text:
+        return of_disk[1].strip()
     return _NOISE.sub("", text.strip().split("\n")[0]).rstrip(" :.")
 
 

@@ -207,6 +207,8 @@ def test_lists_that_do_not_fit_are_refused_or_counted(tmp_path):
 CSV_ROWS = {
     "": r"train\.csv: the table is empty",
     "a.jpg,1,2,9": r"line 1: neither a header with path, x1, .* nor a row of these 6 cells, but 4 cells",
+    "a.jpg;1,5;2,5;9,5;9,5;cat": r"line 1: '1,5' has a decimal comma",
+    "filename,x,y,width,height,class\na.jpg,1,2,9,9,cat": r"line 1: a header of other columns \(filename, x, y, width",
     "a.jpg,1,2,9,9,cat\na.jpg,1,2,9,cat": r"train\.csv, line 2: 5 cells, the first row has 6",
     "a.jpg,1,2,9,9,cat\n\na.jpg,1,5,2,9,9,cat": r"line 3: 7 cells, the first row has 6: were numbers",
     "a.jpg;1,5;2;9;9;cat": r"train\.csv, line 1: '1,5' has a decimal comma: write decimal points \(1\.5\)",

@@ -128,7 +128,8 @@ def test_it_goes_on_where_it_was_interrupted(
 
     with monkeypatch.context() as patch:
         patch.setattr(ResultFolder, "write_part", interrupted)
-        assert run(capsys, *arguments, "--out", tmp_path / "out")[0] == 130
+        code, out, _ = run(capsys, *arguments, "--out", tmp_path / "out")
+        assert code == 130 and out.endswith("what is done is kept: the same command goes on with it\n")
     assert json.loads((tmp_path / "out" / "prediction.json").read_text())["complete"] is False
     assert not (tmp_path / "out" / "results.json").exists()
     parts = sorted((tmp_path / "out" / "parts").iterdir())
@@ -179,20 +180,22 @@ def test_pictures_with_another_score_are_drawn_again(trained: FitResult, shapes:
 
 
 def test_what_the_threshold_keeps_is_drawn(trained: FitResult, shapes: Path, tmp_path: Path, capsys) -> None:
-    image, drawn = min((shapes / "val2017").iterdir()), []
-    for number, more in enumerate(
-        [["--threshold", 0.01], [], ["--picture-score", 0.01], ["--threshold", 0.01, "--picture-score", 1]]
-    ):
-        out = tmp_path / f"out{number}"
+    image, pictures = min((shapes / "val2017").iterdir()), []
+    for more, said in [
+        (["--threshold", 0.01], "pictures/ shows all"),
+        ([], "pictures/ shows 0 of them: scores of at least 0.5"),
+        (["--picture-score", 0.01], "pictures/ shows "),
+        (["--threshold", 0.01, "--picture-score", 1], "pictures/ shows 0 of them: scores of at least 1"),
+    ]:
+        out = tmp_path / f"out{len(pictures)}"
         code, printed, _ = run(capsys, trained.run_path, "--images", image, "--out", out, "--to", "pictures", *more)
         assert code == 0 and "1 image in 1 part\n" in printed
+        assert printed.splitlines()[-1].startswith(said)
         assert ("without --threshold all are kept" in printed) == ("--threshold" not in more)
-        drawn.append(printed.splitlines()[-1].partition(": ")[0])
         (picture,) = (out / "pictures").iterdir()
-        drawn.append(picture.read_bytes())
-    kept, kept_picture, usual, usual_picture, low, low_picture, none, none_picture = drawn
-    assert int(kept.split()[0]) > 0 and kept == low and kept_picture == low_picture
-    assert usual == none == "0 of them are drawn" and usual_picture == none_picture != kept_picture
+        pictures.append(picture.read_bytes())
+    kept, usual, low, none = pictures
+    assert kept == low != usual == none
 
 
 def test_pictures_of_telephones_are_listed_and_not_passed_over(

@@ -39,7 +39,7 @@ from detr_ray.locations import (
     upload,
     write_bytes,
 )
-from detr_ray.retries import AccessDenied, NoSuchObject, Patience, StorageError, patiently
+from detr_ray.retries import AccessDenied, NoSuchObject, Patience, StorageError, patiently, reason_of
 
 HASTY = Patience(attempts=3, first_pause_s=0.01)
 
@@ -283,3 +283,10 @@ def test_large_objects_are_read_in_parts(s3: S3Server, monkeypatch):
     assert read_buffer(f"s3://{bucket}/x", 4500).to_pybytes() == content
     ranges = {request.range for request in s3.requests() if request.kind == "GET"}
     assert ranges == {(0, 999), (1000, 1999), (2000, 2999), (3000, 3999), (4000, 4499)}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full, a disk without room")
+def test_a_full_disk_is_called_so():
+    with pytest.raises(OSError) as error, open_location("/dev/full")[0].open_output_stream("/dev/full") as file:
+        file.write(b"0" * 100_000)
+    assert reason_of(error.value) == "No space left on device"

@@ -221,6 +221,12 @@ def _by_order(cells: Sequence[str], location: str) -> dict[str, int]:
             f"{at_line(location, 1)}: neither a header with {', '.join(_ORDER)} nor a row of these 6 cells, but "
             f"{len(cells)} cells{_comma_advice(cells, len(_ORDER))}"
         )
+    if all(cell.strip()[:1].isalpha() for cell in cells[1:5]):
+        raise DataError(
+            f"{at_line(location, 1)}: a header of other columns ({', '.join(map(str.strip, cells))}): name them "
+            f"{', '.join(_ORDER)}, where x1, y1 is the left upper corner and x2, y2 the right lower one, in pixels "
+            "(x2 = x + width)"
+        )
     return {name: place for place, name in enumerate(_ORDER)}
 
 

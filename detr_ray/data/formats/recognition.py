@@ -83,7 +83,7 @@ def find_data_set(root: str, name: str | None, follow_links: bool) -> DataSet:
     if not names:
         _refuse_what_is_empty(folder)
         return coco_folder.CocoFolder(folder, {})  # unreachable: trying to read a file says why
-    needs = "\n".join(f"  {known.NEEDS}" for known in _FORMATS)
+    needs = ";\n".join(f"  {known.NEEDS}" for known in _FORMATS)
     raise DataError(
         f"{printable(root)} holds no data set in a known format. There is {few(list(names))}.{_likely(folder)} "
         f"What lies in data.root is one of\n{needs}\nor give data.train.annotations and data.train.images"
