@@ -107,8 +107,8 @@ def _lacks(folder: str) -> str:
 
 
 def _models_in(folder: str) -> list[str]:
-    """Names of the runs, checkpoints and packages in a folder."""
-    if not is_remote(folder) and file_info(folder).type != FileType.Directory:
+    """Names of the runs, checkpoints and packages in a folder; none in a bucket, where looking takes long."""
+    if is_remote(folder) or file_info(folder).type != FileType.Directory:
         return []
     parts = (RECORD, MODEL_FILE, PACKAGE_FILE)
     names = islice(sorted(list_names(folder)), _MOST_LOOKED_AT)
