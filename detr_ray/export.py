@@ -33,9 +33,10 @@ def _export(config: Config, arguments: argparse.Namespace) -> int:
 
     from detr_ray.addresses import name_of
     from detr_ray.engine.preflight.writing import check_outputs, write_output
-    from detr_ray.exporting import FORMATS, export
+    from detr_ray.exporting import FORMATS, ExportError, export
     from detr_ray.exporting.onnx_file import check_packages
     from detr_ray.exporting.source import ExportSource
+    from detr_ray.retries import reason_of
 
     if arguments.to not in FORMATS:
         given = "is missing" if arguments.to is None else f"{arguments.to!r} is no format"
@@ -57,7 +58,10 @@ def _export(config: Config, arguments: argparse.Namespace) -> int:
 
     def keep(content: bytes) -> None:
         nonlocal written
-        write_output(arguments.out, content)
+        try:
+            write_output(arguments.out, content)
+        except OSError as error:
+            raise ExportError(f"--out: {arguments.out} could not be written: {reason_of(error)}") from error
         written = len(content)
 
     agreement = export(source, arguments.to, keep)

@@ -48,6 +48,10 @@ def export_to(place: Place) -> None:
     assert {(one.size, one.max_size) for one in sources} == {(48, 96)} and len(sources) == len(fakes) == 4
     _, _, err = place.call("export", place.run, "--to", "pickle", "--out", place.folder / "a")
     assert err == "error: --to: 'pickle' is no format; one of onnx, onnx-image, torch, published\n"
+    full = "/dev/full"  # a disk without room
+    if Path(full).exists():
+        code, _, err = place.call("export", place.run, "--to", "torch", "--out", full)
+        assert (code, err) == (1, "error: --out: /dev/full could not be written: No space left on device\n")
     for argv, message in [
         (("--to", "torch"), "--out: is missing"),
         (("--out", "a"), "--to: is missing"),
