@@ -231,8 +231,8 @@ class ModelRegistry:
             return f"there {'are' if len(named) > 1 else 'is'} {', '.join(named[-_MOST_NAMED:])}"
         with self.calls():
             others = [model.name for model in self.client.search_registered_models(max_results=_MOST_NAMED)]
-        named = f"; the store has {', '.join(others)}, which tracking.model_name chooses" if others else ""
-        return f"it has no versions (python -m detr_ray.registry register CHECKPOINT makes one){named}"
+        instead = f"; the store has {', '.join(others)}, which tracking.model_name chooses" if others else ""
+        return f"it has no versions (python -m detr_ray.registry register CHECKPOINT makes one){instead}"
 
     def champion(self) -> ModelVersion | None:
         """The version that the alias ``champion`` points to; None where there is none."""

@@ -237,7 +237,7 @@ def test_models_that_lie_near_are_named(trained: FitResult, tmp_path: Path, monk
     (storage / "no_run").mkdir()
     monkeypatch.chdir(tmp_path)
     for given, said in [
-        ("runs/frist", r"there is no file or folder runs/frist; did you mean runs/first\?$"),
+        ("runs/fist", r"there is no file or folder runs/fist; did you mean runs/first\?$"),
         ("runs/mine", "there is no file or folder runs/mine; runs has first, second$"),
         ("first", r"there is no file or folder first; did you mean runs/first\?$"),
         ("runs", "neither a run nor a checkpoint: .*; name one of those in it: first, second$"),
