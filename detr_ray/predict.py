@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -28,6 +29,8 @@ prediction.json in the folder says whether all is there."""
 
 _FORMATS = ("coco", "parquet", "csv", "pictures")
 PART_IMAGES = 256
+FEW_IMAGES = 200
+"""Up to so many are predicted in this process, where nothing else is asked for: Ray takes seconds to start."""
 PICTURE_SCORE = 0.5
 """Lowest score that is drawn where the user gives no score at all."""
 
@@ -118,7 +121,7 @@ def _predict_parts(
     if not parts:
         return
     with _writing_to(folder):
-        if config.train.launcher == "local":
+        if _happens_here(config, len(job.index)):
             device = {None: None, True: "cuda", False: "cpu"}[config.train.use_gpu]
             write_parts(job, folder, parts, lambda numbers: predict_here(job, model, numbers, device), say)
             return
@@ -127,6 +130,14 @@ def _predict_parts(
 
         with session_of(config):
             write_parts(job, folder, parts, lambda numbers: predict_on_cluster(job, numbers, config), say)
+
+
+def _happens_here(config: Config, images: int) -> bool:
+    """Whether this process does the work: if it is told to, or if it is done before a Ray of its own has started."""
+    train = config.train
+    if {"launcher", "num_workers"} & train.model_fields_set:
+        return train.launcher == "local"
+    return images <= FEW_IMAGES and "RAY_ADDRESS" not in os.environ
 
 
 @contextlib.contextmanager

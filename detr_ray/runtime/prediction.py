@@ -8,6 +8,7 @@ Ray Data executions, since their bookkeeping grows with the number of tasks.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -110,6 +111,9 @@ def predictions(stored: StoredJob, numbers: Numbers, actors: Actors) -> ray.data
         scheduling_strategy="SPREAD",
     )
     found.context.enable_progress_bars = False
+    # Ray Data sets its levels with its first data set: each execution would be announced, and that no bar is shown.
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     found.context.custom_execution_callback_classes = [ScheduleCalmly]
     found.context.execution_options.preserve_order = True
     found.context.execution_options.resource_limits = ExecutionResources(

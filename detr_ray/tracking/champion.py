@@ -139,7 +139,8 @@ def _better(
         how = ", measured anew on this validation data"
         known = json.loads(champion.tags.get(MEASURED_ANEW, "[]"))
         registry.tag(champion, {MEASURED_ANEW: json.dumps([*known, [measured_on, theirs]][-10:])})
-    compared = f"AP {own:.4f} against {theirs:.4f} of the champion, version {champion.version}{how}"
+    digits = next((digits for digits in range(4, 12) if f"{own:.{digits}f}" != f"{theirs:.{digits}f}"), 4)
+    compared = f"AP {own:.{digits}f} against {theirs:.{digits}f} of the champion, version {champion.version}{how}"
     if own - theirs > margin:
         return Decision(True, f"{compared}: better by more than {margin:g}")
     return Decision(False, f"{compared}: not better by more than {margin:g}")

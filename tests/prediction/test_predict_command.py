@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -327,3 +328,18 @@ def test_results_of_another_prediction_are_not_mixed(
     code, _, err = run(capsys, trained.run_path, *coco, "--out", out)
     assert code == 2 and "part-000000.parquet is damaged" in err and "the same command makes it anew" in err
     assert json.loads((out / "prediction.json").read_text())["complete"] is False
+
+
+def test_few_images_are_done_without_ray_unless_it_is_asked_for(
+    trained: FitResult, coco: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setitem(sys.modules, "detr_ray.runtime.prediction", None)  # its import fails now
+    arguments = [str(trained.run_path), *coco, "train.use_gpu=false", "--out"]
+    assert command.main([*arguments, str(tmp_path / "few")]) == 0
+    assert json.loads((tmp_path / "few" / "prediction.json").read_text())["complete"] is True
+    with pytest.raises(ImportError):
+        command.main([*arguments, str(tmp_path / "ray"), "train.launcher=ray"])
+    monkeypatch.setattr(command, "FEW_IMAGES", 1)
+    with pytest.raises(ImportError):
+        command.main([*arguments, str(tmp_path / "many")])

@@ -56,6 +56,12 @@ def test_the_champion_is_the_best_that_was_measured_in_the_same_way(registry: Mo
     assert registry.rollback().version == 2
 
 
+def test_aps_that_are_close_are_written_with_the_digits_that_tell_them_apart(registry: ModelRegistry) -> None:
+    decided(registry, entry(registry, 0.0014))
+    close = decided(registry, entry(registry, 0.00142))
+    assert close.reason == "AP 0.00142 against 0.00140 of the champion, version 1: better by more than 0"
+
+
 @pytest.mark.parametrize(("margin", "moves"), [(0.1, True), (0.125, False), (0.2, False)])
 def test_it_has_to_be_better_by_more_than_the_margin(registry: ModelRegistry, margin: float, moves: bool) -> None:
     registry.promote(entry(registry, 0.25).version)
