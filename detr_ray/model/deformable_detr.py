@@ -21,7 +21,7 @@ from detr_ray.model.detection_model import DetectionModel, WeightNames, output_o
 from detr_ray.model.features import Backbone
 from detr_ray.model.heads import moved, new_box_head, new_class_head
 from detr_ray.model.position_encoding import SinePositionEncoding, waves
-from detr_ray.model.proposals import at_cells, best_cells, cell_anchors
+from detr_ray.model.proposals import SILENT, at_cells, best_cells, cell_anchors, repetitions
 from detr_ray.model.pyramid import Pyramid, build_pyramid, input_projections, strides_for
 from detr_ray.structures import LayerOutput, ModelOutput
 
@@ -39,12 +39,14 @@ class Queries(NamedTuple):
         positions: ``[B, Q, dim]``.
         references: ``[B, Q, 2 or 4]``, points (x, y) or boxes (cx, cy, w, h) in 0..1 of the unpadded image.
         proposals: the encoder's predictions for each cell, if queries are made of them.
+        is_repeated: ``[B, Q]`` bool, which queries are the same as one before; None where all differ.
     """
 
     contents: Tensor
     positions: Tensor
     references: Tensor
-    proposals: LayerOutput | None
+    proposals: LayerOutput | None = None
+    is_repeated: Tensor | None = None
 
 
 class DeformableDetr(DetectionModel):
@@ -199,12 +201,13 @@ class DeformableDetr(DetectionModel):
         positions, contents = self.query_embed.weight[:count].expand(batch, -1, -1).chunk(2, dim=-1)
         with torch.autocast(memory.cells.device.type, enabled=False):
             references = self.transformer.reference_points(positions).sigmoid()
-        return Queries(contents, positions, references, None)
+        return Queries(contents, positions, references)
 
     def _proposed_queries(self, memory: Pyramid, count: int) -> Queries:
         """Queries from the cells that most probably show an object.
 
-        If there are fewer usable cells than queries, the best ones are used repeatedly.
+        If there are fewer usable cells than queries, the best ones are used repeatedly; with learned contents, as other
+        queries.
         """
         transformer = self.transformer
         anchors, is_usable = cell_anchors(memory)
@@ -218,15 +221,20 @@ class DeformableDetr(DetectionModel):
             references = at_cells(box_logits.detach(), chosen).sigmoid()
             described = waves(references * (2 * math.pi), cells.shape[-1] // 2, QUERY_TEMPERATURE)
             placed = transformer.pos_trans_norm(transformer.pos_trans(described.flatten(2).to(cells.dtype)))
+        proposals = LayerOutput(pred_logits=logits, pred_boxes=box_logits.sigmoid())
         positions, contents = placed.chunk(2, dim=-1)
         if self.mixed_query_selection:
             contents = self.query_embed.weight[:count].expand_as(positions)
-        return Queries(
-            contents, positions, references, LayerOutput(pred_logits=logits, pred_boxes=box_logits.sigmoid())
-        )
+            return Queries(contents, positions, references, proposals)
+        groups = (self.num_queries, count - self.num_queries)  # the two do not attend to each other
+        is_repeated = torch.cat([repetitions(is_usable, size) for size in groups], dim=1)
+        return Queries(contents, positions, references, proposals, is_repeated)
 
     def _decode(self, queries: Queries, memory: Pyramid) -> tuple[Tensor, Tensor]:
-        """Logits and boxes of every decoder layer, ``[layers, B, Q, ...]``."""
+        """Logits and boxes of every decoder layer, ``[layers, B, Q, ...]``.
+
+        Queries that are the same find the same, and only one of them may say so.
+        """
         objects, references = queries.contents, queries.references
         start = references  # the boxes of a layer are relative to these
         allowed = self._allowed(objects)
@@ -243,7 +251,10 @@ class DeformableDetr(DetectionModel):
                     refined = moved(references, change) if self.look_forward_twice else boxes[-1]
                     references = refined.detach()
                     start = refined if self.look_forward_twice else references
-        return torch.stack(logits), torch.stack(boxes)
+        found = torch.stack(logits)
+        if queries.is_repeated is not None:
+            found = found.masked_fill(queries.is_repeated[..., None], SILENT)
+        return found, torch.stack(boxes)
 
     def _allowed(self, objects: Tensor) -> Tensor | None:
         """The self-attention mask: main queries and one-to-many queries do not attend to each other."""

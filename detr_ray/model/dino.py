@@ -33,7 +33,7 @@ from detr_ray.model.detection_model import DetectionModel, WeightNames, output_o
 from detr_ray.model.features import Backbone
 from detr_ray.model.heads import Perceptron, moved, new_box_head, new_class_head
 from detr_ray.model.position_encoding import SinePositionEncoding, waves
-from detr_ray.model.proposals import at_cells, best_cells, cell_anchors
+from detr_ray.model.proposals import SILENT, at_cells, best_cells, cell_anchors, repetitions
 from detr_ray.model.pyramid import Pyramid, build_pyramid, input_projections, strides_for
 from detr_ray.structures import Batch, DenoisingOutput, LayerOutput, ModelOutput
 
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
 QUERY_TEMPERATURE = 10000.0
 EPS = 1e-3
 """Smallest distance of the references' coordinates from 0 and 1."""
-SILENT = -10.0
-"""Logit of masked predictions, whose loss is then almost 0."""
 
 
 class DinoDecoder(DeformableDecoder):
@@ -256,10 +254,10 @@ class Dino(DetectionModel):
             box_logits = transformer.enc_out_bbox_embed(described) + at_cells(anchors, chosen)
             # Repeated cells are masked: otherwise they would be trained as background when another query of the same
             # cell matches a box. If no cell at all is usable, an unusable one was chosen, which is masked, too.
-            is_new = torch.arange(self.num_queries, device=chosen.device) < is_usable.sum(1, keepdim=True)
+            is_repeated = repetitions(is_usable, self.num_queries)
             is_usable = is_usable.gather(1, chosen)
             return LayerOutput(
-                pred_logits=transformer.enc_out_class_embed(described).masked_fill(~is_new[..., None], SILENT),
+                pred_logits=transformer.enc_out_class_embed(described).masked_fill(is_repeated[..., None], SILENT),
                 pred_boxes=box_logits.masked_fill(~is_usable[..., None], torch.inf).sigmoid(),
             )
 

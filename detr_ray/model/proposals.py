@@ -8,6 +8,8 @@ from torch import Tensor
 from detr_ray.model.heads import inverse_sigmoid
 from detr_ray.model.pyramid import Pyramid
 
+SILENT = -10.0
+"""Logit of masked predictions, whose loss is then almost 0."""
 _SMALLEST, _LARGEST = 0.01, 0.99
 """Proposals whose centre or size is outside of these limits are left out."""
 
@@ -48,6 +50,11 @@ def best_cells(scores: Tensor, is_usable: Tensor, count: int) -> Tensor:
     best = ranking.topk(torch.sym_min(count, ranking.shape[1]), dim=1).indices
     rank = torch.arange(count, device=best.device) % is_usable.sum(1, keepdim=True).clamp(min=1)
     return best.gather(1, rank)
+
+
+def repetitions(is_usable: Tensor, count: int) -> Tensor:
+    """Which of the cells that `best_cells` chooses were chosen before, ``[B, count]`` bool."""
+    return torch.arange(count, device=is_usable.device) >= is_usable.sum(1, keepdim=True)
 
 
 def at_cells(values: Tensor, chosen: Tensor) -> Tensor:

@@ -164,6 +164,20 @@ def test_more_queries_than_cells_are_no_failure(changes: dict[str, Any]) -> None
     assert all(bool(value.isfinite()) for value in losses.values())
 
 
+def test_queries_that_are_the_same_find_an_object_once() -> None:
+    """Of a small image's cells; learned contents make queries of one cell differ."""
+    cells = 4 * 5 + 2 * 3  # in the maps of strides 8 and 16, none of them at the very border
+    few = {**TWO_STAGE, "num_queries": 70, "num_feature_levels": 2, "backbone_stride": 16, "one_to_many_queries": 40}
+    output = tiny(**few).train()(images(32, 40))
+    for found in (output, output["one_to_many_outputs"]):
+        for layer in (*found["aux_outputs"], found):
+            says = layer["pred_logits"].amax(-1) > -8
+            assert says[:, :cells].all() and not says[:, cells:].any()
+            assert len(layer["pred_boxes"][0][says[0]].unique(dim=0)) == cells
+    output = tiny(**few, mixed_query_selection="true").eval()(images(32, 40))
+    assert len(output["pred_logits"][0].unique(dim=0)) == 70
+
+
 @pytest.mark.parametrize("dim", [16, 32, 48, 96, 256])
 def test_maps_of_one_cell_are_no_failure(dim: int) -> None:
     """Of one image alone, and of models so narrow that a group of the norm had one channel."""

@@ -185,7 +185,8 @@ class Stage(nn.Sequential):
     @property
     def stride(self) -> int:
         """Of all blocks together."""
-        return math.prod(block.stride for block in self if isinstance(block, ResidualBlock))
+        # A list: torch.compile cannot trace a generator here.
+        return math.prod([block.stride for block in self if isinstance(block, ResidualBlock)])
 
 
 class ResNetBody(nn.Module):
