@@ -227,7 +227,7 @@ class DeformableDetr(DetectionModel):
             contents = self.query_embed.weight[:count].expand_as(positions)
             return Queries(contents, positions, references, proposals)
         groups = (self.num_queries, count - self.num_queries)  # the two do not attend to each other
-        is_repeated = torch.cat([repetitions(is_usable, size) for size in groups], dim=1)
+        is_repeated = torch.cat([repetitions(is_usable, size) for size in groups if size], dim=1)
         return Queries(contents, positions, references, proposals, is_repeated)
 
     def _decode(self, queries: Queries, memory: Pyramid) -> tuple[Tensor, Tensor]:
