@@ -217,7 +217,7 @@ def _read(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[Config,
     # Later overrides win, so their order must not change.
     overrides = [item for item in argv if _OVERRIDE.match(item) or (item in rest and "=" in item)]
     try:
-        config = load_config(arguments.config, overrides, _content_of)
+        config = load_config(arguments.config, overrides, _read_config_file)
     except ConfigError as error:
         raise ConfigError([*errors, *error.errors]) from None
     if errors:
@@ -243,7 +243,7 @@ def _not_understood(parser: argparse.ArgumentParser, items: Sequence[str]) -> li
     return errors
 
 
-def _content_of(location: str) -> bytes:
+def _read_config_file(location: str) -> bytes:
     """The content of a configuration file at a path or an address."""
     from detr_ray.addresses import is_uri
 

@@ -72,9 +72,9 @@ def _tracking_folder(config: Config, given: str | None) -> Path:
 
 def _address(config: Config, recorded: str) -> str:
     """The store to send to. The recorded address has no password; the one in the environment may have one."""
-    from detr_ray.tracking import public_uri, tracking_uri
+    from detr_ray.tracking.store import STORE_VARIABLE, public_uri, tracking_uri
 
-    in_environment = os.environ.get("MLFLOW_TRACKING_URI", "")
+    in_environment = os.environ.get(STORE_VARIABLE, "")
     if config.tracking.uri is None and public_uri(in_environment) != recorded:
         return recorded
     return tracking_uri(config.tracking.uri, "")

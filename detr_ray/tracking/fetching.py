@@ -25,7 +25,7 @@ from detr_ray.tracking.registry import (
     RegistryError,
     RegistryUnavailable,
 )
-from detr_ray.tracking.store import public_uri, tracking_uri
+from detr_ray.tracking.store import BEST_CHECKPOINT, public_uri, tracking_uri
 
 RECORD = "model.json"
 """The file of a package that describes it."""
@@ -34,9 +34,6 @@ _MODEL = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?P<version>\d+)|@(?P<alias>[^
 _RUN = re.compile(r"runs:/(?P<run>[0-9a-f]{32})(?:/(?P<path>[^\\]+?))?/?")
 _ELSEWHERE = re.compile(r"(?!file:)[a-zA-Z][a-zA-Z0-9+.-]+:/")
 """Addresses of other machines; those of a server's own artifacts (``mlflow-artifacts:/``) have one slash."""
-_BEST_OF_RUN = "checkpoints/best"
-"""Where a training stores its best checkpoint among the artifacts of its run. In those of earlier releases it is the
-model file alone."""
 
 
 @contextlib.contextmanager
@@ -178,8 +175,10 @@ def _fetched_run(store: str, run_id: str, path: str | None) -> Iterator[str]:
         with fetched_version(named, named.version(newest.version)) as folder:
             yield folder
         return
-    path = path or _BEST_OF_RUN
+    path = path or BEST_CHECKPOINT
     gone = f"run {run_id} has no {path} among its artifacts in {public_uri(run.info.artifact_uri)}"
+    if run.info.status == "RUNNING":
+        gone += ": it still runs, and stores its best checkpoint after an evaluation; try again later"
     with _local(registry, f"{run.info.artifact_uri.rstrip('/')}/{path}", gone) as place:
         yield str(place)
 

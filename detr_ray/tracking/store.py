@@ -1,4 +1,4 @@
-"""Addresses of MLflow stores. Nothing is opened here, and MLflow is not imported."""
+"""Addresses of MLflow stores and in them. Nothing is opened here, and MLflow is not imported."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ from urllib.parse import unquote
 
 from detr_ray.addresses import is_uri, local_path
 from detr_ray.credentials import without_credentials
+
+STORE_VARIABLE = "MLFLOW_TRACKING_URI"
+"""MLflow's environment variable with the address of the store."""
+BEST_CHECKPOINT = "checkpoints/best"
+"""Where a training stores its best checkpoint among the artifacts of its run. In those of earlier releases it is the
+model file alone."""
 
 _SQLITE = "sqlite:///"
 _SQLITE_QUOTED = "sqlite+pysqlite:///"
@@ -37,7 +43,7 @@ def tracking_uri(configured: str | None, storage_dir: str | Path) -> str:
 
     Relative SQLite addresses are made absolute, because workers run in other folders.
     """
-    uri = configured or os.environ.get("MLFLOW_TRACKING_URI") or default_tracking_uri(storage_dir)
+    uri = configured or os.environ.get(STORE_VARIABLE) or default_tracking_uri(storage_dir)
     path = sqlite_path(uri)
     if path is None or path.is_absolute():
         return uri

@@ -11,10 +11,8 @@ from detr_ray.addresses import local_path
 from detr_ray.callbacks import Say
 from detr_ray.config import Config, ConfigError
 from detr_ray.engine.checkpoints.run_directory import RunDirectory, absolute_storage
-from detr_ray.tracking import tracking_uri
 from detr_ray.tracking.reachability import UnreachableError, UnusableError, try_store
-
-STORE_VARIABLE = "MLFLOW_TRACKING_URI"
+from detr_ray.tracking.store import STORE_VARIABLE, tracking_uri
 
 TRY_STORE_S = 3.0
 """How long a tracking server may take to answer before training starts without it."""

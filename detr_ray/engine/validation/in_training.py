@@ -27,15 +27,13 @@ from detr_ray.engine.hooks import Evaluated
 from detr_ray.engine.reporting.progress import evaluation_line
 from detr_ray.engine.validation.scoring import BackgroundScoring, Scored
 from detr_ray.evaluation import DetectionTable, GroundTruth
+from detr_ray.tracking.store import BEST_CHECKPOINT
 
 if TYPE_CHECKING:  # see the loop
     from detr_ray.engine.job import TrainJob
     from detr_ray.engine.stream.batches import BatchSource
     from detr_ray.model import DetectionModel
     from detr_ray.tracking import Tracker
-
-BEST_CHECKPOINT = "checkpoints/best"
-"""Folder of a run's artifacts with its best checkpoint."""
 
 
 class Validation:

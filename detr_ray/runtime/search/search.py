@@ -18,7 +18,7 @@ from detr_ray.config import Config, ConfigError
 from detr_ray.data.index import DatasetIndex
 from detr_ray.engine.hooks import Budget
 from detr_ray.engine.opened_data import OpenedData, open_data
-from detr_ray.engine.reporting.tracking_store import STORE_VARIABLE, check_tracking, run_tracking_uri
+from detr_ray.engine.reporting.tracking_store import check_tracking, run_tracking_uri
 from detr_ray.runtime.host_process import StopSignals, host_process_as_before, stop_signals
 from detr_ray.runtime.search.capacity import Capacity
 from detr_ray.runtime.search.control import Control
@@ -38,6 +38,7 @@ from detr_ray.search.new_population import new_population
 from detr_ray.search.space import SearchSpace, with_values
 from detr_ray.search.trials import Trial
 from detr_ray.tracking import Status
+from detr_ray.tracking.store import STORE_VARIABLE
 
 # They warn about Tune's result files, which are not written, and about calls that wait for an actor.
 _LOUD = ("ray.tune.analysis.experiment_analysis", "ray.tune.utils.util")

@@ -29,13 +29,14 @@ from detr_ray.engine.hooks import Budget, Evaluated, JobHooks
 from detr_ray.engine.job import TrainJob, prepare_job
 from detr_ray.engine.opened_data import OpenedData
 from detr_ray.engine.reporting.progress import FitResult
-from detr_ray.engine.reporting.tracking_store import STORE_VARIABLE, recorded_in
+from detr_ray.engine.reporting.tracking_store import recorded_in
 from detr_ray.model.state_dicts import WeightsError
 from detr_ray.runtime.launch import Runs
 from detr_ray.runtime.search.control import Line, Order
 from detr_ray.search.space import SearchSpace
 from detr_ray.search.trials import run_name
 from detr_ray.tracking.reachability import UnreachableError
+from detr_ray.tracking.store import STORE_VARIABLE
 
 logger = logging.getLogger(__name__)
 
