@@ -24,6 +24,8 @@ from detr_ray.tracking.fetching import fetched, pinned
 
 logger = logging.getLogger(__name__)
 
+_AGAIN = "; if its training still runs, it may be storing a better checkpoint just now: try again in a minute"
+
 
 @contextlib.contextmanager
 def located(source: str, config: Config | None) -> Iterator[str]:
@@ -35,12 +37,16 @@ def located(source: str, config: Config | None) -> Iterator[str]:
 
     Raises:
         RegistryError: MLflow does not have this version, or its files.
+        WeightsError: the block found the files damaged; the message says where they are from.
     """
     if not source.startswith(MLFLOW_SCHEMES):
         yield source
         return
     with fetched(source, None if config is None else run_tracking_uri(config)) as place:
-        yield place
+        try:
+            yield place
+        except WeightsError as error:
+            raise WeightsError(f"{source}: {error}{_AGAIN if source.startswith('runs:') else ''}") from error
 
 
 @contextlib.contextmanager
@@ -86,10 +92,7 @@ def load_model(source: str, config: Config | None = None, scores: str | None = N
     # Of an alias the version that it means now: the model says which one it is.
     source = pinned(source, None if config is None else run_tracking_uri(config))
     with located(source, config) as place:
-        try:
-            model = _loaded(place, source, config, scores, say)
-        except WeightsError as error:
-            raise WeightsError(f"{source}: {error}") from error
+        model = _loaded(place, source, config, scores, say)
     model.source = source  # the file may have been a temporary copy
     return model
 

@@ -243,14 +243,27 @@ def _first_detector(config: Config, num_classes: int) -> Detector:
 def code_version(folder: Path) -> str:
     """Git commit of a folder, read from its files (git may not be installed); empty where there is none."""
     for parent in (folder, *folder.parents):
-        head = parent / ".git" / "HEAD"
-        if head.is_file():
-            content = head.read_text().strip()
-            reference = parent / ".git" / content.removeprefix("ref: ")
-            if content.startswith("ref: "):
-                return reference.read_text().strip() if reference.is_file() else ""
-            return content
+        git = parent / ".git"
+        if git.is_file():  # of a further working tree, or a submodule
+            git = parent / git.read_text().strip().removeprefix("gitdir: ")
+        if (git / "HEAD").is_file():
+            return _commit(git)
     return ""
+
+
+def _commit(git: Path) -> str:
+    """The commit that HEAD names; empty before the first one."""
+    head = (git / "HEAD").read_text().strip()
+    if not head.startswith("ref: "):
+        return head
+    branch = head.removeprefix("ref: ")
+    common = git / "commondir"
+    shared = git / common.read_text().strip() if common.is_file() else git
+    if (shared / branch).is_file():
+        return (shared / branch).read_text().strip()
+    packed = shared / "packed-refs"
+    lines = packed.read_text().splitlines() if packed.is_file() else []
+    return next((line.split()[0] for line in lines if line.endswith(f" {branch}")), "")
 
 
 def run_summary(job: TrainJob) -> str:

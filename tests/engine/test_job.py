@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from detr_ray.data.errors import DataError
 from detr_ray.data.label_map import LabelMap
 from detr_ray.engine.checkpoints.store import CheckpointStore
 from detr_ray.engine.context import LocalContext
-from detr_ray.engine.job import prepare_job
+from detr_ray.engine.job import code_version, prepare_job
 from detr_ray.engine.stream.batches import LocalBatches
 from detr_ray.engine.validation.evaluation_job import EvaluationResult, prepare_evaluation, run_evaluation
 from detr_ray.model import build_model
@@ -164,3 +166,28 @@ def test_a_wrong_image_folder_is_found_before_anything_starts(coco128: Path, tmp
     config = coco128_config(coco128, tmp_path, f"data.train.images={tmp_path}")
     with pytest.raises(DataError, match=r"000000000009\.jpg: no such file.*Is the folder right"):
         prepare_job(config, quiet)
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="there is no git")
+def test_the_commit_is_that_of_the_working_tree(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+
+    def git(*arguments: str, folder: Path = first) -> str:
+        me = ("-c", "user.name=me", "-c", "user.email=me@example.org", "-c", "commit.gpgsign=false")
+        done = subprocess.run(["git", *me, *arguments], cwd=folder, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    git("init", "--initial-branch=main")
+    assert code_version(first) == "", "there is no commit yet"
+    git("commit", "--allow-empty", "--message=one")
+    git("worktree", "add", "-b", "other", str(second))
+    git("commit", "--allow-empty", "--message=two", folder=second)
+    (second / "sub").mkdir()
+    one, two = (git("rev-parse", "HEAD", folder=folder) for folder in (first, second))
+    assert one != two
+    for _ in range(2):
+        assert (code_version(first), code_version(second), code_version(second / "sub")) == (one, two, two)
+        git("pack-refs", "--all")
+    git("checkout", "--detach")
+    assert code_version(first) == one

@@ -11,7 +11,10 @@ import pytest
 import yaml
 from versions import stored
 
+from detr_ray import load_model
 from detr_ray.addresses import local_path
+from detr_ray.config import load_config
+from detr_ray.model.state_dicts import WeightsError
 from detr_ray.tracking import MlflowTracker
 from detr_ray.tracking.fetching import fetched, pinned, read_record
 from detr_ray.tracking.registry import ModelRegistry, ModelVersion, RegistryError
@@ -164,6 +167,8 @@ def test_of_a_run_the_registered_version_or_else_its_best_checkpoint(registry: M
         assert {path.name: path.read_text() for path in Path(place).iterdir()} == {
             "manifest.json": "{}", "model.pt": "best",
         }  # fmt: skip
+    with pytest.raises(WeightsError, match=rf"^runs:/{run}: .*; if its training still runs, .* try again"):
+        load_model(f"runs:/{run}", load_config(None, [f"tracking.uri={registry.uri}"]))
     with fetched(f"runs:/{run}/checkpoints/best/model.pt", registry.uri) as place:
         assert Path(place).read_bytes() == b"best"
     with pytest.raises(RegistryError, match=f"run {run} has no checkpoints/other among its artifacts"):
@@ -172,3 +177,14 @@ def test_of_a_run_the_registered_version_or_else_its_best_checkpoint(registry: M
     assert made.run_id == run
     with fetched(f"runs:/{run}", registry.uri) as place:
         assert Path(place) == folder_of(made) / "artifacts" / "package"
+
+
+def test_a_run_that_has_stored_no_checkpoint_yet_still_runs(registry: ModelRegistry, tmp_path: Path) -> None:
+    experiment = registry.client.create_experiment("new", (tmp_path / "artifacts").as_uri())
+    run = registry.client.create_run(experiment).info.run_id
+    said = "no checkpoints/best among its artifacts in .*: it still runs, .* try again later"
+    with pytest.raises(RegistryError, match=said):
+        enter(fetched(f"runs:/{run}", registry.uri))
+    registry.client.set_terminated(run)
+    with pytest.raises(RegistryError, match="no checkpoints/best among its artifacts in [^:]*:[^:]*$"):
+        enter(fetched(f"runs:/{run}", registry.uri))
