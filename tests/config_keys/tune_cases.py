@@ -131,7 +131,8 @@ def name(place: Place) -> None:
     config = place.config(RATE, "tune.name=mine")
     opened = open_search(config, {}, resume=False)
     assert opened.path == str(place.folder / "runs" / "mine")
-    assert (place.folder / "runs" / "mine" / "search.json").is_file()
+    with opened.locked(print):
+        assert (place.folder / "runs" / "mine" / "search.json").is_file()
     with pytest.raises(ConfigError, match="a search 'mine' exists"):
         open_search(config, {}, resume=False)
     assert open_search(config, {}, resume=True) == opened

@@ -186,5 +186,5 @@ def test_a_run_that_has_stored_no_checkpoint_yet_still_runs(registry: ModelRegis
     with pytest.raises(RegistryError, match=said):
         enter(fetched(f"runs:/{run}", registry.uri))
     registry.client.set_terminated(run)
-    with pytest.raises(RegistryError, match="no checkpoints/best among its artifacts in [^:]*:[^:]*$"):
+    with pytest.raises(RegistryError, match=r"no checkpoints/best among its artifacts in [^:]*:[^:]*$"):
         enter(fetched(f"runs:/{run}", registry.uri))

@@ -8,6 +8,7 @@ its workers and one CPU for data tasks.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterable, Mapping
 
@@ -17,6 +18,9 @@ from detr_ray.config import Config, ConfigError
 from detr_ray.engine.hooks import Budget
 from detr_ray.runtime.ray_internals import autoscaler_adds_nodes
 from detr_ray.runtime.resources import WorkerRequest, plan_workers, usable_nodes
+from detr_ray.runtime.search.session import most_workers, trials_on_this_machine
+from detr_ray.runtime.session import cluster_address
+from detr_ray.search.reading import POPULATIONS
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +46,23 @@ def trials_at_once(request: WorkerRequest, nodes: Iterable[Mapping[str, float]])
         return int(min(workers // each, cpus // (each * bundle.get("CPU", 0) + 1)))
 
     return max(room(request.max_workers), min(1, room(request.min_workers)))
+
+
+def capacity_for(config: Config) -> Capacity:
+    """The capacity of the present cluster for the trials of a search.
+
+    Raises:
+        ConfigError: a trial has no room, or not all trials of a population at the same time.
+    """
+    settings = config.tune
+    population = settings.scheduler in POPULATIONS
+    most = settings.max_concurrent  # the cluster's resources matter beside it
+    if cluster_address() is None and not population:
+        most = trials_on_this_machine(config, most_workers(config))
+    capacity = Capacity(config, Budget(), most, settings.trials)
+    if population:
+        capacity.refuse_scattered(settings.trials)
+    return capacity
 
 
 class Capacity:
@@ -72,6 +93,12 @@ class Capacity:
             self._looked = time.monotonic()
             self._room = trials_at_once(self._request, (node.total for node in usable_nodes()))
         return self._room if self._most is None else min(self._room, self._most)
+
+    def budget(self, config: Config) -> Budget:
+        """The resources of each trial: workers as configured, one CPU for data tasks, and its share of the cores."""
+        workers = most_workers(config) * max(1, min(self.room, config.tune.trials))
+        cores = ray.cluster_resources().get("CPU", 1.0) if cluster_address() is not None else (os.cpu_count() or 1)
+        return Budget(threads=max(1, int(cores // workers)))
 
     @property
     def grows(self) -> bool:

@@ -7,7 +7,7 @@ import datetime
 import json
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from detr_ray.addresses import join, local_path
@@ -44,6 +44,7 @@ class SearchDirectory:
         search_id: globally unique.
         trials: trials of an earlier process.
         population: state of the population from an earlier process; None if there was none.
+        record: of a new search, what `locked` writes first; None for one that exists.
     """
 
     name: str
@@ -51,18 +52,30 @@ class SearchDirectory:
     search_id: str
     trials: tuple[Trial, ...] = ()
     population: Mapping[str, Any] | None = None
+    record: Mapping[str, Any] | None = field(default=None, compare=False)
 
     @contextlib.contextmanager
     def locked(self, say: Say) -> Iterator[None]:
-        """Locks the search for this process.
+        """Locks the search for this process, and makes the folder of a new one.
 
         Raises:
-            ConfigError: another process has locked it, or the storage cannot be used.
+            ConfigError: another process has locked or just begun it, or the storage cannot be used.
         """
         with contextlib.ExitStack() as stack:
             with storage_errors(self.path):
+                if self.record is not None:
+                    make_folder(self.path)
                 stack.enter_context(held(self.path, self.name, say))
+                if self.record is not None:
+                    self._begin()
             yield
+
+    def _begin(self) -> None:
+        if _read(self.path, SEARCH_RECORD) is not None:
+            raise _taken(self.name, self.path)
+        if local_path(self.path) is not None:
+            make_folder(join(self.path, "logs"))
+        self.write(SEARCH_RECORD, json.dumps(self.record, indent=1))
 
     def write_population(self, state: Mapping[str, Any]) -> None:
         """Writes the state of the population, atomically."""
@@ -79,7 +92,7 @@ class SearchDirectory:
 
 
 def open_search(config: Config, fingerprints: Mapping[str, str], *, resume: bool) -> SearchDirectory:
-    """Opens a new search, or an existing one to resume it.
+    """Opens a new search, of which nothing is written yet, or an existing one to resume it.
 
     Args:
         config: of the search.
@@ -102,11 +115,13 @@ def open_search(config: Config, fingerprints: Mapping[str, str], *, resume: bool
                 raise ConfigError(f"tune.name: {path} is a training run; choose another tune.name")
             if resume:
                 raise ConfigError(f"tune.name: there is no search {name!r} in {config.run.storage}")
-            return _begin(path, name, content)
-        if not resume:
-            raise ConfigError(
-                f"tune.name: a search {name!r} exists in {path}; go on with it by --resume, or choose another name"
+            search_id = uuid.uuid4().hex
+            created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            return SearchDirectory(
+                name, path, search_id, record={"search_id": search_id, "created": created, **content}
             )
+        if not resume:
+            raise _taken(name, path)
         differences = _differences(stored, content)
         if differences:
             raise ConfigError(
@@ -120,15 +135,10 @@ def open_search(config: Config, fingerprints: Mapping[str, str], *, resume: bool
         return SearchDirectory(name, path, stored["search_id"], tuple(trials), _read(path, _POPULATION))
 
 
-def _begin(path: str, name: str, content: Mapping[str, Any]) -> SearchDirectory:
-    search_id = uuid.uuid4().hex
-    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    make_folder(path)
-    if local_path(path) is not None:
-        make_folder(join(path, "logs"))
-    record = {"search_id": search_id, "created": created, **content}
-    write_bytes(join(path, SEARCH_RECORD), json.dumps(record, indent=1).encode())
-    return SearchDirectory(name, path, search_id)
+def _taken(name: str, path: str) -> ConfigError:
+    return ConfigError(
+        f"tune.name: a search {name!r} exists in {path}; go on with it by --resume, or choose another name"
+    )
 
 
 def _read(path: str, name: str) -> dict[str, Any] | None:

@@ -10,28 +10,25 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import ray
 from ray import tune
 
 from detr_ray.callbacks import Say
 from detr_ray.config import Config, ConfigError
 from detr_ray.data.index import DatasetIndex
-from detr_ray.engine.hooks import Budget
 from detr_ray.engine.opened_data import OpenedData, open_data
 from detr_ray.engine.reporting.tracking_store import check_tracking, run_tracking_uri
 from detr_ray.runtime.host_process import StopSignals, host_process_as_before, stop_signals
-from detr_ray.runtime.search.capacity import Capacity
+from detr_ray.runtime.search.capacity import Capacity, capacity_for
 from detr_ray.runtime.search.control import Control
 from detr_ray.runtime.search.directory import SearchDirectory, open_search
 from detr_ray.runtime.search.records import SearchRecords
 from detr_ray.runtime.search.results import BEST_CONFIG, EXPLOITS, SCHEDULE, Ending, SearchResult, best_values
 from detr_ray.runtime.search.schedulers import build_scheduler
-from detr_ray.runtime.search.session import most_workers, search_session, trials_on_this_machine
+from detr_ray.runtime.search.session import search_session
 from detr_ray.runtime.search.sources import Listed, OptunaTpe, Proposer, Source
 from detr_ray.runtime.search.trial_actor import Setup, Start, TrialActor
 from detr_ray.runtime.search.unsaved import Unsaved
 from detr_ray.runtime.search.watch import Moves, SearchWatch
-from detr_ray.runtime.session import cluster_address
 from detr_ray.search.book import Book
 from detr_ray.search.lived_schedule import schedule_file
 from detr_ray.search.new_population import new_population
@@ -80,8 +77,10 @@ def run_search(
     directory = open_search(config, fingerprints, resume=resume)
     for name in _LOUD:
         logging.getLogger(name).setLevel(logging.ERROR)
-    with directory.locked(say), search_session(config):
-        result = _Search(config, space, opened, directory, say, on_progress).run()
+    with search_session(config):
+        capacity = capacity_for(config)  # what the cluster refuses leaves no folder
+        with directory.locked(say):
+            result = _Search(config, space, opened, directory, capacity, say, on_progress).run()
     if config.tracking.register and result.status != "stopped" and result.best is not None:
         register_best(config, result, say)
     return result
@@ -140,10 +139,12 @@ class _Search:
         space: SearchSpace,
         opened: OpenedData | None,
         directory: SearchDirectory,
+        capacity: Capacity,
         say: Say,
         on_progress: Callable[[float], None],
     ) -> None:
         self._config, self._settings, self._space, self._say = config, config.tune, space, say
+        self._capacity = capacity
         self._on_progress = on_progress
         self._opened = opened
         self._directory = directory
@@ -256,10 +257,7 @@ class _Search:
 
     def _run_trials(self, watch: SearchWatch) -> None:
         config, settings = self._config, self._settings
-        capacity = Capacity(config, Budget(), self._at_once(), settings.trials)
         try:
-            if self._population is not None:
-                capacity.refuse_scattered(settings.trials)
             self._parent_run = self._records.parent_run()
             setup = Setup(
                 base=config,
@@ -271,10 +269,10 @@ class _Search:
                 parent_run=self._parent_run,
                 tracking_uri=self._uri,
                 environment_uri=os.environ.get(STORE_VARIABLE) or None,
-                budget=self._budget(capacity),
+                budget=self._capacity.budget(config),
                 last_round=0 if self._population is None else self._population.last_round,
             )
-            source = self._source(capacity, watch)
+            source = self._source(watch)
             if self._population is not None and self._moves is not None:
                 watch.follow(self._population, self._moves, config.train.start_timeout_s, source.no_more)
                 self._moves.note_earlier()
@@ -282,20 +280,20 @@ class _Search:
             with tempfile.TemporaryDirectory(prefix="detr_ray-tune-", ignore_cleanup_errors=True) as folder:
                 self._tuner(setup, source, watch, folder).fit()
         finally:
-            capacity.end()
+            self._capacity.end()
 
-    def _source(self, capacity: Capacity, watch: SearchWatch) -> Source:
+    def _source(self, watch: SearchWatch) -> Source:
         return Source(
             self._book,
             self._proposer(),
             self._settings.trials,
             lambda values: self._space.refusal(self._config, values),
-            capacity.has_room,
+            self._capacity.has_room,
             lambda: bool(watch.stopping),
             self._start,
             self._say,
             self._close_population,
-            capacity.want,
+            self._capacity.want,
         )
 
     def _tuner(self, setup: Setup, source: Source, watch: SearchWatch, folder: str) -> tune.Tuner:
@@ -343,19 +341,6 @@ class _Search:
     def _close_population(self) -> None:
         if self._population is not None and self._moves is not None:
             self._moves(self._population.close())
-
-    def _at_once(self) -> int | None:
-        """The largest number of concurrent trials, if the cluster's resources do not matter."""
-        if cluster_address() is not None or self._population is not None:
-            return self._settings.max_concurrent
-        return trials_on_this_machine(self._config, most_workers(self._config))
-
-    def _budget(self, capacity: Capacity) -> Budget:
-        """The resources of each trial: workers as configured, one CPU for data tasks, and its share of the cores."""
-        at_once = max(1, min(capacity.room, self._settings.trials))
-        workers = most_workers(self._config) * at_once
-        cores = ray.cluster_resources().get("CPU", 1.0) if cluster_address() is not None else (os.cpu_count() or 1)
-        return Budget(threads=max(1, int(cores // workers)))
 
 
 @dataclasses.dataclass

@@ -65,6 +65,14 @@ def test_bad_input_is_refused_in_one_line(refused: Run, tmp_path: Path, argument
     assert list(tmp_path.iterdir()) == [], "nothing was begun"
 
 
+def test_a_cluster_that_does_not_answer_leaves_no_search(
+    refused: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    assert "no cluster answers at 127.0.0.1:1" in refused(RATE, "tune.name=mine")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_existing_search_is_not_begun_again(refused: Run, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "search.json").write_text('{"search_id": "a", "config": {}, "fingerprints": {}}')

@@ -25,7 +25,9 @@ def config(folder: Path, *overrides: str, space: dict[str, Any] = RATE, name: st
 
 
 def begin(folder: Path, *overrides: str) -> SearchDirectory:
-    return open_search(config(folder, *overrides), DATA, resume=False)
+    made = open_search(config(folder, *overrides), DATA, resume=False)
+    with made.locked(print):
+        return made
 
 
 def refused(wanted: Config, *, resume: bool, data: dict[str, str] = DATA) -> str:
@@ -39,7 +41,9 @@ def refused(wanted: Config, *, resume: bool, data: dict[str, str] = DATA) -> str
 def test_a_new_search_has_a_record_of_what_is_searched(tmp_path: Path) -> None:
     wanted = config(tmp_path)
     made = open_search(wanted, DATA, resume=False)
-    assert (made.name, made.path) == ("mine", str(tmp_path / "mine")) and (tmp_path / "mine" / "logs").is_dir()
+    assert not (tmp_path / "mine").exists(), "the cluster may still refuse it"
+    with made.locked(print):
+        assert (made.name, made.path) == ("mine", str(tmp_path / "mine")) and (tmp_path / "mine" / "logs").is_dir()
     assert made.trials == () and made.population is None
     record = json.loads((tmp_path / "mine" / "search.json").read_text())
     assert record["search_id"] == made.search_id and record["fingerprints"] == DATA and record["created"]
@@ -142,9 +146,9 @@ def test_a_record_that_lacks_something_is_damaged(tmp_path: Path, content: dict[
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
-    made = begin(tmp_path)
+    begin(tmp_path)
     lines: list[str] = []
-    again = open_search(config(tmp_path), DATA, resume=True)
+    made, again = (open_search(config(tmp_path), DATA, resume=True) for _ in range(2))
     with (
         made.locked(lines.append),
         pytest.raises(ConfigError, match="is being written by process"),
@@ -153,6 +157,15 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
         pass
     with again.locked(lines.append):
         pass
+
+
+def test_of_two_that_begin_at_once_the_second_is_refused(tmp_path: Path) -> None:
+    first, second = (open_search(config(tmp_path), DATA, resume=False) for _ in range(2))
+    with first.locked(print):
+        pass
+    with pytest.raises(ConfigError, match="a search 'mine' exists"), second.locked(print):
+        pass
+    assert open_search(config(tmp_path), DATA, resume=True).search_id == first.search_id
 
 
 def test_storage_that_cannot_be_used_is_named(tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ class Ended:
         self.folder = folder / "runs" / "mine"
         self.said: list[str] = []
         directory = open_search(config, {}, resume=False)
+        with directory.locked(self.said.append):
+            pass
         book = Book(directory.path, "max", 0)
         for rate in (1e-4, 2e-4, 3e-4):
             book.start(book.add({"optim.lr": rate}).name)
