@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.step import WORKLOADS, draw_batch, train_step
 from detr_ray.engine.context import LocalContext
-from detr_ray.engine.step import StepTimes
+from detr_ray.engine.training_step.step import StepTimes
 from detr_ray.model.detr import Detr
 
 WARMUP = 2

@@ -17,7 +17,7 @@ from benchmarks.baseline.criterion import PlainCriterion
 from benchmarks.baseline.model import PlainDetr
 from benchmarks.baseline.training import PlainStep
 from detr_ray.config import LossConfig
-from detr_ray.engine.optimizer import build_optimizer
+from detr_ray.engine.training_step.optimizer import build_optimizer
 from detr_ray.loss import build_criterion
 from detr_ray.model import build_model
 from detr_ray.structures import Target

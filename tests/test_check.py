@@ -25,11 +25,11 @@ from detr_ray.check import main
 from detr_ray.config import load_config
 from detr_ray.data.formats import open_split
 from detr_ray.data.packing import write_shards
-from detr_ray.engine.optimizer import build_optimizer
 from detr_ray.engine.preflight import training
 from detr_ray.engine.preflight.storage import checkpoint_bytes
 from detr_ray.engine.preflight.writing import within
 from detr_ray.engine.reporting.progress import Pace
+from detr_ray.engine.training_step.optimizer import build_optimizer
 from detr_ray.model import build_model
 from detr_ray.runtime.shared_places import sample_files
 

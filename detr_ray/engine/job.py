@@ -72,7 +72,7 @@ class TrainJob:
 
     def build_detector(self) -> Detector:
         """The model with its first weights, the same on every worker, and its loss."""
-        from detr_ray.engine.parameters import freeze, group_rates
+        from detr_ray.engine.training_step.parameters import freeze, group_rates
 
         detector = _first_detector(self.config, self.data.label_map.num_classes)
         if self.initial_weights is not None:
@@ -118,7 +118,7 @@ def prepare_job(config: Config, say: Say, opened: OpenedData | None = None) -> T
     """
     config.check_training()
     if config.optim.names_parameters:
-        from detr_ray.engine.parameters import refuse_misnamed
+        from detr_ray.engine.training_step.parameters import refuse_misnamed
 
         refuse_misnamed(config)
     if config.train.compile and config.data.pad_multiple == 1:

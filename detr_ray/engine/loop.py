@@ -19,10 +19,10 @@ from detr_ray.engine.context import LeaveReason, WorkerContext
 from detr_ray.engine.cpu import HeldMemory, warn_of_slow_precision
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.micro_batches import micro_batch_size
-from detr_ray.engine.optimizer import LearningRates, rates_in_use
 from detr_ray.engine.reporting.meters import Meters, StreamRecord
 from detr_ray.engine.reporting.progress import FitResult, duration, step_line
-from detr_ray.engine.step import StepOutcome, StepTimes, TrainStep
+from detr_ray.engine.training_step.optimizer import LearningRates, rates_in_use
+from detr_ray.engine.training_step.step import StepOutcome, StepTimes, TrainStep
 from detr_ray.engine.validation.in_training import Validation
 
 if TYPE_CHECKING:  # the loop gets what reads and writes files, so that training needs only torch and numpy

@@ -16,7 +16,7 @@ from detr_ray.config import DataConfig
 from detr_ray.data.errors import DataError
 from detr_ray.data.formats import Reading, open_split, open_undivided
 from detr_ray.data.index import DatasetIndex
-from detr_ray.engine.configured_data import ConfiguredData
+from detr_ray.engine.opened_data import ConfiguredData
 
 YAML = "train: images\nval: images\nnames: [cat, dog]\n"
 

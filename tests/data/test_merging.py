@@ -18,9 +18,8 @@ from detr_ray.data.inspection import find_missing_storage
 from detr_ray.data.label_map import LabelMap
 from detr_ray.data.merging import merge, merged_categories
 from detr_ray.data.packing import write_shards
-from detr_ray.engine.configured_data import ConfiguredData
 from detr_ray.engine.job import prepare_job
-from detr_ray.engine.opened_data import open_evaluation_data
+from detr_ray.engine.opened_data import ConfiguredData, open_evaluation_data
 from detr_ray.engine.validation.evaluation_job import evaluation_config
 
 

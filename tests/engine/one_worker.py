@@ -13,8 +13,8 @@ from detr_ray.engine.distributed import DistributedContext
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.job import prepare_job
 from detr_ray.engine.reporting.meters import Meters
-from detr_ray.engine.step import StepTimes, TrainStep
 from detr_ray.engine.stream.batches import LocalBatches
+from detr_ray.engine.training_step.step import StepTimes, TrainStep
 
 
 class RecordingSgd(torch.optim.SGD):

@@ -13,7 +13,7 @@ from torch import nn
 
 from detr_ray.config import Config, ConfigError
 from detr_ray.engine.job import prepare_job
-from detr_ray.engine.parameters import matched
+from detr_ray.engine.training_step.parameters import matched
 from detr_ray.model import DetectionModel
 
 ARCHITECTURES = {

@@ -17,9 +17,9 @@ from torch import nn
 from detr_ray.engine.context import LocalContext
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.job import TrainJob, prepare_job
-from detr_ray.engine.optimizer import build_optimizer
-from detr_ray.engine.step import TrainStep
 from detr_ray.engine.stream.batches import LocalBatches
+from detr_ray.engine.training_step.optimizer import build_optimizer
+from detr_ray.engine.training_step.step import TrainStep
 from detr_ray.tracking import MemoryTracker
 
 FP16 = (

@@ -20,8 +20,8 @@ from detr_ray.engine.context import LocalContext
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.job import prepare_job
 from detr_ray.engine.loop import TrainingLoop
-from detr_ray.engine.step import compiled
 from detr_ray.engine.stream.batches import LocalBatches
+from detr_ray.engine.training_step.step import compiled
 from detr_ray.tracking import MemoryTracker
 
 

@@ -14,10 +14,9 @@ from tiny import fit_here, tiny_config
 
 from detr_ray.config import Config, ConfigError, DataConfig
 from detr_ray.data.errors import DataError
-from detr_ray.engine.configured_data import ConfiguredData
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.job import prepare_job
-from detr_ray.engine.opened_data import open_data
+from detr_ray.engine.opened_data import ConfiguredData, open_data
 from detr_ray.engine.preflight.checks import run_preflight
 from detr_ray.engine.stream.planned_data import refuse_positions_out_of_reach
 from detr_ray.model.position_encoding import LEARNED_LIMIT, LearnedPositionEncoding

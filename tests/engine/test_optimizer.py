@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from detr_ray.config import Schedule
-from detr_ray.engine.optimizer import (
+from detr_ray.engine.training_step.optimizer import (
     LearningRates,
     build_optimizer,
     clipped_update,
@@ -20,7 +20,7 @@ from detr_ray.engine.optimizer import (
     rates_in_use,
     restore_optimizer,
 )
-from detr_ray.engine.parameters import Rate, freeze
+from detr_ray.engine.training_step.parameters import Rate, freeze
 from detr_ray.model import build_model
 from detr_ray.schedules import Curve, constant
 

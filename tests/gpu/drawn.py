@@ -16,8 +16,8 @@ from detr_ray.data.label_map import LabelMap
 from detr_ray.detector import Detector, build_detector
 from detr_ray.engine.checkpoints.info import CheckpointInfo, best_of
 from detr_ray.engine.context import LocalContext
-from detr_ray.engine.optimizer import build_optimizer
-from detr_ray.engine.step import TrainStep
+from detr_ray.engine.training_step.optimizer import build_optimizer
+from detr_ray.engine.training_step.step import TrainStep
 from detr_ray.evaluation import GroundTruth
 from detr_ray.loss import build_criterion
 from detr_ray.model import DetectionModel, build_model

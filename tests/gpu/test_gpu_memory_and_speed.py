@@ -15,8 +15,8 @@ from benchmarks.baseline.model import PlainDetr
 from benchmarks.baseline.training import PlainStep
 from detr_ray.config import Config, load_config
 from detr_ray.engine.context import LocalContext
-from detr_ray.engine.optimizer import build_optimizer
-from detr_ray.engine.step import TrainStep
+from detr_ray.engine.training_step.optimizer import build_optimizer
+from detr_ray.engine.training_step.step import TrainStep
 from detr_ray.loss import build_criterion
 from detr_ray.model import build_model
 from detr_ray.structures import IMAGENET_PIXELS, padding_mask, to_device

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from detr_ray.detector import postprocess
 from detr_ray.detector.inference import AUTOCAST_DTYPES
-from detr_ray.engine.step import compiled
+from detr_ray.engine.training_step.step import compiled
 from detr_ray.loss import SoftmaxLoss
 from detr_ray.structures import IMAGENET_PIXELS, to_device
 

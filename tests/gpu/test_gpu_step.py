@@ -12,8 +12,8 @@ from drawn import deviation, draw_batch, draw_step
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from detr_ray.engine.optimizer import LearningRates
-from detr_ray.engine.step import StepOutcome, TrainStep
+from detr_ray.engine.training_step.optimizer import LearningRates
+from detr_ray.engine.training_step.step import StepOutcome, TrainStep
 from detr_ray.schedules import constant
 from detr_ray.structures import IMAGENET_PIXELS, HostCopy, StepInfo, to_device
 

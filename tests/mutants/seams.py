@@ -14,10 +14,10 @@ TESTS = (
 
 MODULES = (
     "detr_ray/engine/loop.py",
-    "detr_ray/engine/step.py",
+    "detr_ray/engine/training_step/step.py",
     "detr_ray/engine/reporting/meters.py",
-    "detr_ray/engine/optimizer.py",
-    "detr_ray/engine/parameters.py",
+    "detr_ray/engine/training_step/optimizer.py",
+    "detr_ray/engine/training_step/parameters.py",
     "detr_ray/engine/micro_batches.py",
     "detr_ray/engine/early_stopping.py",
     "detr_ray/data/balance.py",
@@ -25,7 +25,7 @@ MODULES = (
     "detr_ray/data/image_groups.py",
     "detr_ray/box_arrays.py",
     "detr_ray/data/evaluation_plan.py",
-    "detr_ray/engine/averages.py",
+    "detr_ray/engine/training_step/averages.py",
     "detr_ray/engine/checkpoints/training_state.py",
     "detr_ray/engine/validation/in_training.py",
     "detr_ray/engine/checkpoints/run_checkpoints.py",

@@ -21,7 +21,7 @@ from tiny import make_dataset, tiny_config
 from detr_ray.config import ConfigError
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.job import prepare_job
-from detr_ray.engine.step import compiled
+from detr_ray.engine.training_step.step import compiled
 from detr_ray.runtime.host_process import host_process_as_before
 from detr_ray.runtime.launch import evaluate, fit
 

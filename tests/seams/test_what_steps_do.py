@@ -16,7 +16,7 @@ from tiny import make_dataset
 from torch import Tensor
 from torchvision.models import resnet18
 
-from detr_ray.engine.step import seed_step
+from detr_ray.engine.training_step.step import seed_step
 
 
 @pytest.fixture(scope="module")

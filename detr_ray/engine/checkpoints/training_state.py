@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from detr_ray.detector.artifact import MODEL_FILE, saved_model
-from detr_ray.engine.averages import ModelEma, RunningStatistics
 from detr_ray.engine.checkpoints.info import CheckpointInfo
 from detr_ray.engine.checkpoints.run_checkpoints import RunCheckpoints
 from detr_ray.engine.context import WorkerContext
 from detr_ray.engine.errors import CheckpointError, RunFailed
-from detr_ray.engine.optimizer import build_optimizer, restore_optimizer
-from detr_ray.engine.parameters import group_rates
-from detr_ray.engine.step import TrainStep
+from detr_ray.engine.training_step.averages import ModelEma, RunningStatistics
+from detr_ray.engine.training_step.optimizer import build_optimizer, restore_optimizer
+from detr_ray.engine.training_step.parameters import group_rates
+from detr_ray.engine.training_step.step import TrainStep
 
 if TYPE_CHECKING:  # see the loop
     from detr_ray.engine.checkpoints.store import CheckpointStore

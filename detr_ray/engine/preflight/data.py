@@ -14,10 +14,9 @@ from detr_ray.data.inspection import Inspection, common_cause, find_missing_stor
 from detr_ray.data.label_map import LabelMap
 from detr_ray.data.statistics import BoxStatistics, count_boxes, find_misreadings
 from detr_ray.engine.checkpoints.run_directory import read_record
-from detr_ray.engine.configured_data import ConfiguredData
 from detr_ray.engine.errors import CheckpointError
 from detr_ray.engine.job import choose_label_space, label_map_for
-from detr_ray.engine.opened_data import draw, generated_root
+from detr_ray.engine.opened_data import ConfiguredData, draw, generated_root
 from detr_ray.engine.preflight.findings import Level, Report
 from detr_ray.engine.preflight.writing import TIMEOUT_S, try_storage, within
 from detr_ray.engine.reporting.progress import duration

@@ -18,8 +18,8 @@ from detr_ray.config import Config
 from detr_ray.detector import build_skeleton
 from detr_ray.detector.inference import AUTOCAST_DTYPES
 from detr_ray.engine.cpu import free_bytes
-from detr_ray.engine.parameters import freeze, group_rates
 from detr_ray.engine.preflight.findings import Report
+from detr_ray.engine.training_step.parameters import freeze, group_rates
 from detr_ray.model import DetectionModel
 from detr_ray.structures import Batch, StepInfo, Target
 

@@ -9,9 +9,9 @@ from detr_ray.addresses import LocationError, local_path
 from detr_ray.config import Config
 from detr_ray.detector import build_skeleton
 from detr_ray.engine.checkpoints.run_directory import absolute_storage
-from detr_ray.engine.parameters import freeze, group_rates
 from detr_ray.engine.preflight.findings import Report
 from detr_ray.engine.preflight.writing import TIMEOUT_S, try_storage, within
+from detr_ray.engine.training_step.parameters import freeze, group_rates
 from detr_ray.retries import reason_of
 
 STORAGE = "storage"

@@ -25,10 +25,10 @@ from detr_ray.data.sample import SamplePlan
 from detr_ray.data.statistics import count_boxes
 from detr_ray.detector import build_skeleton
 from detr_ray.engine.cpu import slow_precision
-from detr_ray.engine.parameters import refuse_misnamed
 from detr_ray.engine.preflight.findings import Level, Report
 from detr_ray.engine.preflight.memory import check_memory
 from detr_ray.engine.stream.planned_data import PlannedData, refuse_positions_out_of_reach
+from detr_ray.engine.training_step.parameters import refuse_misnamed
 from detr_ray.model.weights import WeightsError, load_backbone_weights, load_initial_weights, read_checkpoint
 
 TRAINING, WEIGHTS = "training", "weights"

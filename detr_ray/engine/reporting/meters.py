@@ -14,7 +14,7 @@ from torch import Tensor
 
 from detr_ray.engine.checkpoints.run_checkpoints import Inessential
 from detr_ray.engine.context import WorkerContext
-from detr_ray.engine.step import StepOutcome, StepTimes
+from detr_ray.engine.training_step.step import StepOutcome, StepTimes
 from detr_ray.loss import ERROR_NAMES
 
 _PHASES = tuple(f"{field.name}_s" for field in dataclasses.fields(StepTimes))

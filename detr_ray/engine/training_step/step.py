@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from detr_ray.detector.inference import AUTOCAST_DTYPES
 from detr_ray.engine.context import LeaveReason, WorkerContext, most_urgent
 from detr_ray.engine.errors import RunFailed
-from detr_ray.engine.nonfinite import describe_nonfinite, float_tensors
-from detr_ray.engine.optimizer import clipped_update
+from detr_ray.engine.training_step.nonfinite import describe_nonfinite, float_tensors
+from detr_ray.engine.training_step.optimizer import clipped_update
 from detr_ray.loss import NonFiniteOutputs, SetCriterion
 from detr_ray.model.detection_model import DetectionModel
 from detr_ray.structures import Batch, HostCopy, ModelOutput, PaddedBatch, StepInfo, to_device

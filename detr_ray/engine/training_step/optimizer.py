@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from detr_ray.engine.parameters import Rate, group_rates, is_norm_or_bias, rate_factors
+from detr_ray.engine.training_step.parameters import Rate, group_rates, is_norm_or_bias, rate_factors
 from detr_ray.model.detection_model import DetectionModel
 from detr_ray.schedules import Curve, Product, Scheduled, constant, value_at
 

@@ -1,0 +1,1 @@
+"""One optimizer step of a worker, and its parts: optimizer, single parameters, averages, non-finite numbers."""
