@@ -44,7 +44,8 @@ def run() -> list[Row]:
         from detr_ray.runtime.serving.service import service
     except ImportError as error:
         raise SkippedBenchmark(f"{error}: pip install 'detr_ray[serve]'") from error
-    from detr_ray.runtime.serving.settings import Batching, ServiceSettings, usable_cores
+    from detr_ray.runtime.cores import usable_cores
+    from detr_ray.runtime.serving.settings import Batching, ServiceSettings
 
     rows = []
     for name, (file, overrides) in MODELS.items():
