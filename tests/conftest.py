@@ -31,6 +31,14 @@ def coco128(shared_data: Path) -> Path:
     return shared_data / "coco128"
 
 
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small drawn data set in COCO's layout, which no test changes."""
+    from tiny import make_dataset  # tests on a GPU do without most of what it imports
+
+    return make_dataset(tmp_path_factory.mktemp("data") / "shapes")
+
+
 # Tests that start Ray. Where several tests run at once (`make test`), these share a process, and begin first: they take
 # the longest.
 WITH_RAY = ("runtime/", "cluster/")

@@ -26,11 +26,6 @@ from detr_ray.model import build_model
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_dataset(tmp_path_factory.mktemp("data") / "shapes")
-
-
-@pytest.fixture(scope="module")
 def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> FitResult:
     """A run whose sizes, and number of detections, are not the defaults."""
     storage = tmp_path_factory.mktemp("runs")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from goldens import golden_state_dict
-from tiny import fit_here, make_dataset, tiny_config
+from tiny import fit_here, tiny_config
 
 from detr_ray.config import Config, ConfigError
 from detr_ray.data.errors import DataError
@@ -23,11 +23,6 @@ from detr_ray.engine.stream.batches import LocalBatches
 from detr_ray.engine.validation.evaluation_job import EvaluationResult, prepare_evaluation, run_evaluation
 from detr_ray.model import build_model
 from detr_ray.model.weights import WeightsError
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_dataset(tmp_path_factory.mktemp("data") / "shapes")
 
 
 @pytest.fixture(scope="module")

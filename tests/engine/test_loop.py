@@ -26,11 +26,6 @@ from detr_ray.tracking import MemoryTracker
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_dataset(tmp_path_factory.mktemp("data") / "shapes")
-
-
-@pytest.fixture(scope="module")
 def run_once(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Storage with a finished run, to be copied."""
     storage = tmp_path_factory.mktemp("finished")

@@ -6,17 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import fit_here, make_dataset, tiny_config
+from tiny import fit_here, tiny_config
 
 from detr_ray.engine.job import TrainJob, prepare_job
 from detr_ray.engine.stream.batches import LocalBatches
 from detr_ray.structures import IMAGENET_PIXELS, to_device
 from detr_ray.tracking import MemoryTracker
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_dataset(tmp_path_factory.mktemp("data") / "shapes")
 
 
 def loss_of_first_step(job: TrainJob) -> float:

@@ -88,11 +88,6 @@ def train(job: TrainJob, stop_after: int | None = None) -> tuple[FitResult, Trai
     return loop.run(), loop
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_dataset(tmp_path_factory.mktemp("data") / "shapes")
-
-
 def job_of(dataset: Path, storage: Path, *overrides: str) -> TrainJob:
     config = tiny_config(dataset, storage, *overrides, *without_validation(dataset))
     return prepare_job(config, lambda line: None)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from starts import start_at_once
-from tiny import fit_here, make_dataset, tiny_config
+from tiny import fit_here, tiny_config
 
 from detr_ray.config import Config, ConfigError, flatten
 from detr_ray.engine.checkpoints import run_directory
@@ -23,11 +23,6 @@ from detr_ray.engine.checkpoints.run_directory import open_run, read_record
 from detr_ray.engine.job import prepare_job
 from detr_ray.engine.validation.evaluation_job import prepare_evaluation
 from detr_ray.locations import read_bytes
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_dataset(tmp_path_factory.mktemp("data") / "shapes")
 
 
 def test_of_many_starts_of_one_new_run_one_goes_on(tmp_path: Path) -> None:

@@ -28,11 +28,6 @@ from detr_ray.tracking import MemoryTracker
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_dataset(tmp_path_factory.mktemp("data") / "shapes")
-
-
 class Witness(LocalContext):
     """Notes what the loop does, says and reports, in its order; lets scoring go on when a line is said."""
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from disturbing import STEPS, config_file, train
-from tiny import make_dataset
 
 
 @pytest.fixture(scope="session")
@@ -20,15 +19,9 @@ def shared_ray() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def dataset_of_faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The data set of all runs that are disturbed."""
-    return make_dataset(tmp_path_factory.mktemp("data") / "shapes")
-
-
-@pytest.fixture(scope="session")
-def undisturbed_run(dataset_of_faults: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed_run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nothing happened to."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    code, text = train(config_file(dataset_of_faults, folder, "undisturbed"))
+    code, text = train(config_file(dataset, folder, "undisturbed"))
     assert code == 0 and f"finished {STEPS} steps" in text
     return folder / "undisturbed"

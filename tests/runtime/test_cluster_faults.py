@@ -15,18 +15,13 @@ import psutil
 import pytest
 from recorded import assert_same_stream, assert_same_weights, jumps, records
 from submitting import ClusterSpec, LocalCluster, end_of_job, ray_job, running_cluster, start_job
-from tiny import fit_here, make_dataset, tiny_config
+from tiny import fit_here, tiny_config
 
 from detr_ray.tracking import MemoryTracker
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 STEPS, BATCH = 120, 8
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_dataset(tmp_path_factory.mktemp("data") / "shapes")
 
 
 @pytest.fixture(scope="module")

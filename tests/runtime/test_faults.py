@@ -18,8 +18,8 @@ from detr_ray.engine.checkpoints.store import CheckpointStore
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-def test_an_error_of_one_worker_keeps_no_other_waiting(dataset_of_faults: Path, tmp_path: Path) -> None:
-    path = config_file(dataset_of_faults, tmp_path, "alone", "train.max_failures=1", "train.stall_timeout_s=600")
+def test_an_error_of_one_worker_keeps_no_other_waiting(dataset: Path, tmp_path: Path) -> None:
+    path = config_file(dataset, tmp_path, "alone", "train.max_failures=1", "train.stall_timeout_s=600")
     stream = tmp_path / "alone" / "stream"
     (stream / "rank-00001.jsonl").mkdir(parents=True)  # what rank 1 wants to write into is a folder
     started = time.monotonic()
@@ -29,10 +29,8 @@ def test_an_error_of_one_worker_keeps_no_other_waiting(dataset_of_faults: Path, 
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stopped_it_leaves_a_checkpoint(
-    dataset_of_faults: Path, undisturbed_run: Path, tmp_path: Path, number: int
-) -> None:
-    path = config_file(dataset_of_faults, tmp_path, "stopped")
+def test_stopped_it_leaves_a_checkpoint(dataset: Path, undisturbed_run: Path, tmp_path: Path, number: int) -> None:
+    path = config_file(dataset, tmp_path, "stopped")
     code, text = train(path, lambda process: os.kill(process.pid, number))
     stopped = re.search(r"stopped after step (\d+); the same command with run.name=stopped goes on from there", text)
     assert code == 130 and stopped
@@ -44,8 +42,8 @@ def test_stopped_it_leaves_a_checkpoint(
     assert_as_if_nothing_had_happened(tmp_path / "stopped", undisturbed_run)
 
 
-def test_ctrl_c_twice_ends_at_once(dataset_of_faults: Path, tmp_path: Path) -> None:
-    path = config_file(dataset_of_faults, tmp_path, "interrupted")
+def test_ctrl_c_twice_ends_at_once(dataset: Path, tmp_path: Path) -> None:
+    path = config_file(dataset, tmp_path, "interrupted")
 
     def interrupt(process: subprocess.Popen[str]) -> None:
         os.kill(process.pid, signal.SIGINT)

@@ -14,7 +14,7 @@ import pytest
 import ray
 import torch
 from mlflow_store import empty_store
-from tiny import make_dataset, tiny_config
+from tiny import tiny_config
 
 from detr_ray.config import Config, ConfigError
 from detr_ray.engine.hooks import Budget, Evaluated, JobHooks
@@ -28,11 +28,6 @@ from detr_ray.runtime.session import is_own_ray
 STEPS_AN_EPOCH = 5
 
 ON_RAY = ("train.launcher=ray", "train.num_workers=2")
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_dataset(tmp_path_factory.mktemp("data") / "shapes")
 
 
 def quiet(line: str) -> None:

@@ -78,9 +78,9 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES.values(), ids=[name.replace(" ", "-") for name in CASES])
 def test_the_run_ends_as_if_nothing_had_happened(
-    dataset_of_faults: Path, undisturbed_run: Path, tmp_path: Path, case: Case
+    dataset: Path, undisturbed_run: Path, tmp_path: Path, case: Case
 ) -> None:
-    path = config_file(dataset_of_faults, tmp_path, "disturbed", f"train.stall_timeout_s={STALL_S}")
+    path = config_file(dataset, tmp_path, "disturbed", f"train.stall_timeout_s={STALL_S}")
     seen: list[psutil.Process] = []
 
     def disturb(driver: subprocess.Popen[str]) -> None:
@@ -106,8 +106,8 @@ def nothing_left_of(seen: list[psutil.Process], within_s: float = 30) -> bool:
     return not alive
 
 
-def test_a_killed_driver_is_started_again(dataset_of_faults: Path, undisturbed_run: Path, tmp_path: Path) -> None:
-    path = config_file(dataset_of_faults, tmp_path, "killed")
+def test_a_killed_driver_is_started_again(dataset: Path, undisturbed_run: Path, tmp_path: Path) -> None:
+    path = config_file(dataset, tmp_path, "killed")
     code, first = train(path, lambda process: os.kill(process.pid, signal.SIGKILL))
     assert code == -signal.SIGKILL and "finished" not in first
     code, second = train(path)
@@ -116,26 +116,24 @@ def test_a_killed_driver_is_started_again(dataset_of_faults: Path, undisturbed_r
     assert "nothing left to do" in train(path)[1]
 
 
-def test_a_stopped_driver_goes_on_when_it_is_continued(
-    dataset_of_faults: Path, undisturbed_run: Path, tmp_path: Path
-) -> None:
-    path = config_file(dataset_of_faults, tmp_path, "stopped", f"train.stall_timeout_s={STALL_S}")
+def test_a_stopped_driver_goes_on_when_it_is_continued(dataset: Path, undisturbed_run: Path, tmp_path: Path) -> None:
+    path = config_file(dataset, tmp_path, "stopped", f"train.stall_timeout_s={STALL_S}")
     code, text = train(path, continued_after(1.5 * STALL_S))
     assert code == 0 and f"finished {STEPS} steps" in text and restarts(text) == 0
     assert "does not answer" not in text and jumps(tmp_path / "stopped") == []
     assert_as_if_nothing_had_happened(tmp_path / "stopped", undisturbed_run)
 
 
-def test_a_controller_that_dies_too_often_ends_the_run_in_one_line(dataset_of_faults: Path, tmp_path: Path) -> None:
-    path = config_file(dataset_of_faults, tmp_path, "often", "train.max_failures=0")
+def test_a_controller_that_dies_too_often_ends_the_run_in_one_line(dataset: Path, tmp_path: Path) -> None:
+    path = config_file(dataset, tmp_path, "often", "train.max_failures=0")
     code, text = train(path, kill_controller)
     assert code == 1
     assert "error: the controller died, and no restart is left (train.max_failures=0)\n" in text
     assert "Traceback" not in text
 
 
-def test_stopping_a_job_whose_controller_hangs(dataset_of_faults: Path, undisturbed_run: Path, tmp_path: Path) -> None:
-    path = config_file(dataset_of_faults, tmp_path, "asked", f"train.stall_timeout_s={STALL_S}")
+def test_stopping_a_job_whose_controller_hangs(dataset: Path, undisturbed_run: Path, tmp_path: Path) -> None:
+    path = config_file(dataset, tmp_path, "asked", f"train.stall_timeout_s={STALL_S}")
 
     def disturb(driver: subprocess.Popen[str]) -> None:
         processes(driver, "TrainController")[-1].send_signal(signal.SIGSTOP)
