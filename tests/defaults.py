@@ -10,12 +10,17 @@ from typing import Any
 from detr_ray.config import AugmentConfig, GenerateConfig
 from detr_ray.data.augmentation import DetrAugmentation
 from detr_ray.data.generated import DrawingParameters, generate_dataset
-from detr_ray.data.transforms.sequence import TransformSequence, sequence_of
+from detr_ray.data.transforms.sequence import Entry, Transform, TransformSequence
 
 
 def augmentation(**changes: Any) -> DetrAugmentation:
     """The training augmentation."""
     return replace(DetrAugmentation(**AugmentConfig().model_dump(exclude={"transforms"})), **changes)
+
+
+def sequence_of(*transforms: Transform) -> TransformSequence:
+    """A sequence of transforms that are done to every sample."""
+    return TransformSequence(tuple(Entry(transform) for transform in transforms))
 
 
 def size_policy(**changes: Any) -> TransformSequence:

@@ -16,6 +16,8 @@ from detr_ray.evaluation.by_image import ImageBoxes, images_of
 from detr_ray.evaluation.detections import DetectionTable
 from detr_ray.evaluation.ground_truth import GroundTruth
 
+_LEAST_IOU = 0.5
+
 
 class Outcome(IntEnum):
     """The outcome of a detection or an annotation."""
@@ -44,14 +46,13 @@ class Outcomes:
     iou: np.ndarray
 
 
-def find_outcomes(truth: GroundTruth, detections: DetectionTable, score: float, iou: float = 0.5) -> Outcomes:
-    """Pairs detections and annotations.
+def find_outcomes(truth: GroundTruth, detections: DetectionTable, score: float) -> Outcomes:
+    """Pairs detections and annotations with an IoU of at least 0.5.
 
     Args:
         truth: the annotations.
         detections: in any order.
         score: detections with lower scores are ignored.
-        iou: smallest IoU of a pair.
     """
     outcomes = Outcomes(
         found=np.full(len(detections), Outcome.IGNORED),
@@ -61,11 +62,11 @@ def find_outcomes(truth: GroundTruth, detections: DetectionTable, score: float, 
     )
     outcomes.annotated[~truth.readable_boxes()] = Outcome.IGNORED
     for image in images_of(truth, detections.select(kept := np.flatnonzero(detections.scores >= score))):
-        _pair(image, kept[image.found], outcomes, iou)
+        _pair(image, kept[image.found], outcomes)
     return outcomes
 
 
-def _pair(image: ImageBoxes, found: np.ndarray, outcomes: Outcomes, least_iou: float) -> None:
+def _pair(image: ImageBoxes, found: np.ndarray, outcomes: Outcomes) -> None:
     """Sets the outcomes of one image."""
     outcomes.found[found] = Outcome.FALSE
     free = ~image.is_crowd
@@ -74,14 +75,14 @@ def _pair(image: ImageBoxes, found: np.ndarray, outcomes: Outcomes, least_iou: f
             if outcomes.found[row] != Outcome.FALSE:
                 continue
             overlap = np.where(free & (image.is_same[place] == of_same), image.iou[place], -1.0)
-            if not overlap.size or overlap.max() < least_iou:
+            if not overlap.size or overlap.max() < _LEAST_IOU:
                 continue
             best = int(overlap.argmax())
             free[best] = False
             outcomes.found[row] = outcome
             outcomes.annotated[image.annotated[best]] = outcome
             outcomes.partner[row], outcomes.iou[row] = image.annotated[best], overlap[best]
-    in_crowd = (image.is_crowd & image.is_same & (image.iou >= least_iou)).any(axis=1)
+    in_crowd = (image.is_crowd & image.is_same & (image.iou >= _LEAST_IOU)).any(axis=1)
     outcomes.found[found[in_crowd & (outcomes.found[found] == Outcome.FALSE)]] = Outcome.IGNORED
 
 

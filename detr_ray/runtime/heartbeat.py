@@ -89,13 +89,13 @@ class _Heartbeat:
                 self._lines.append(line)
         self._woken.set()
 
-    def flush(self, within_s: float = ANSWER_WITHIN_S) -> None:
+    def flush(self) -> None:
         """Waits until everything so far has been received, with a time limit."""
         done = threading.Event()
         with self._lock:
             self._flushed.append(done)
         self._woken.set()
-        done.wait(within_s)
+        done.wait(ANSWER_WITHIN_S)
 
     def _run(self) -> None:
         while True:

@@ -51,12 +51,6 @@ class Confirmation:
         improved = self.difference > 0 if self.mode == "max" else self.difference < 0
         return improved and self.p_value < SIGNIFICANT
 
-    @property
-    def is_worse(self) -> bool:
-        """Whether the best configuration is worse by more than noise."""
-        worse = self.difference < 0 if self.mode == "max" else self.difference > 0
-        return worse and self.p_value < SIGNIFICANT
-
     def lines(self, metric: str = "val/AP") -> list[str]:
         """Lines with means, spreads, and the verdict.
 

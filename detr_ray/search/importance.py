@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -74,18 +74,15 @@ class Importance:
         )
 
 
-def importance(
-    trials: Sequence[Trial], parameters: Mapping[str, Distribution], final: Literal["best", "value"] = "best"
-) -> Importance:
-    """Compares the values of the trials with their metric.
+def importance(trials: Sequence[Trial], parameters: Mapping[str, Distribution]) -> Importance:
+    """Compares the values of the trials with their best metric.
 
     Args:
         trials: of one search. Those without a metric are left out.
         parameters: name -> distribution.
-        final: which metric of a trial counts: its best, or that of its last validation.
     """
-    measured = [trial for trial in trials if getattr(trial, final) is not None]
-    metric = [float(getattr(trial, final)) for trial in measured]
+    measured = [trial for trial in trials if trial.best is not None]
+    metric = [float(trial.best) for trial in measured if trial.best is not None]
     found = []
     if len(measured) >= FEWEST_TRIALS and len(set(metric)) > 1:
         for name, distribution in parameters.items():

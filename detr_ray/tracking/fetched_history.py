@@ -13,16 +13,16 @@ from detr_ray.tracking.store import sqlite_path
 from detr_ray.tracking.tracker import Status
 
 _OF_A_CATEGORY = "val/AP/"
+_ANSWER_WITHIN_S = 5.0
 
 
-def fetch_history(uri: str, experiment: str, run_uid: str, timeout_s: float = 5.0) -> RunHistory | None:
+def fetch_history(uri: str, experiment: str, run_uid: str) -> RunHistory | None:
     """Reads a run's metrics and tags; those of single categories are left out.
 
     Args:
         uri: address of the store.
         experiment: name of the experiment.
         run_uid: identifies the run.
-        timeout_s: how long the store may take to answer at first.
 
     Returns:
         What the store has; None where it has no such run.
@@ -34,7 +34,7 @@ def fetch_history(uri: str, experiment: str, run_uid: str, timeout_s: float = 5.
     database = sqlite_path(uri)
     if database is not None and not database.is_file():
         return None  # opening it would create it
-    try_store(uri, timeout_s)
+    try_store(uri, _ANSWER_WITHIN_S)
     client = open_client(uri)
     found = client.get_experiment_by_name(experiment)
     run_id = None if found is None else run_of_uid(client, found.experiment_id, run_uid)

@@ -59,15 +59,7 @@ def _cut(line: str) -> str:
     return line if len(line) <= _LONGEST_TITLE else f"{line[: _LONGEST_TITLE - 1]}…"
 
 
-def draw_boxes(
-    axes: Axes,
-    boxes_xyxy_px: np.ndarray,
-    texts: Sequence[str],
-    colours: Sequence[Any],
-    *,
-    dashed: bool = False,
-    width: float = 1.6,
-) -> None:
+def draw_boxes(axes: Axes, boxes_xyxy_px: np.ndarray, texts: Sequence[str], colours: Sequence[Any]) -> None:
     """Draws boxes with a text at a corner of each; texts cover each other only where there is no room for all.
 
     Args:
@@ -75,15 +67,12 @@ def draw_boxes(
         boxes_xyxy_px: ``[N, 4]``.
         texts: one a box; empty for none.
         colours: one a box.
-        dashed: with dashed lines.
-        width: of the lines, in points.
     """
     taken: list[Place] = []
     letter_px = _pixels_of_a_point(axes) * _TEXT_POINTS
     for box, text, colour in zip(boxes_xyxy_px.tolist(), texts, colours, strict=True):
         left, top, right, bottom = box
-        style = "--" if dashed else "-"
-        axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, ec=colour, lw=width, ls=style))
+        axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, ec=colour, lw=1.6))
         if text:
             size = (_LETTER * letter_px * len(text), _LINE * letter_px)
             place = text_place(box, size, taken, _room(axes))

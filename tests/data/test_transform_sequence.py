@@ -9,13 +9,13 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-from defaults import augmentation
+from defaults import augmentation, sequence_of
 
 from detr_ray.data.planner import Planner
 from detr_ray.data.sample import Crop, Flip, Instances, Margin, Picture, Place, Resize, SamplePlan
 from detr_ray.data.transforms.colour import Grayscale, MakeGrey
 from detr_ray.data.transforms.geometry import IouCrop, Mirror, Rotate90, ScaleJitter, ZoomOut
-from detr_ray.data.transforms.sequence import Combine, Entry, TransformSequence, always, sequence_of
+from detr_ray.data.transforms.sequence import Combine, Entry, TransformSequence, always
 from detr_ray.data.transforms.several import Blend, CopyPaste, Mixup, Mosaic, Tile, other_places
 
 SIZES = np.random.default_rng(0).integers(40, 160, (64, 2))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from coco_folder import CocoFolder
-from defaults import augmentation
+from defaults import augmentation, sequence_of
 from PIL import Image
 from scipy.ndimage import binary_opening
 from torchvision import tv_tensors
@@ -47,7 +47,7 @@ from detr_ray.data.transforms.geometry import (
     Turn,
     ZoomOut,
 )
-from detr_ray.data.transforms.sequence import Transform, sequence_of
+from detr_ray.data.transforms.sequence import Transform
 from detr_ray.data.transforms.several import Blend, CopyPaste, Mixup, Mosaic, PasteBoxes, Tile
 
 COLOURS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (255, 0, 255), (0, 255, 255), (255, 255, 255))

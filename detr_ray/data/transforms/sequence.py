@@ -198,11 +198,6 @@ class Combine:
         return self.step.apply(picture, partners[self.first : self.first + self.count])
 
 
-def sequence_of(*transforms: Transform) -> TransformSequence:
-    """A sequence of transforms that are done to every sample."""
-    return TransformSequence(tuple(Entry(transform) for transform in transforms))
-
-
 def always(entry: Entry) -> Entry:
     """An entry for a transform that is done to every sample in all epochs."""
     return replace(entry, p=1.0, until_epoch=None)

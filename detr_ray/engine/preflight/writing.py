@@ -35,7 +35,7 @@ PATIENCE = Patience(attempts=3, first_pause_s=0.2, longest_pause_s=0.4, give_up_
 T = TypeVar("T")
 
 
-def try_storage(storage: str, patience: Patience = PATIENCE) -> None:
+def try_storage(storage: str) -> None:
     """Writes a small file into a folder, reads it and deletes it, together with all folders that it created.
 
     May take long if the storage does not answer at all; `within` limits the time.
@@ -46,17 +46,17 @@ def try_storage(storage: str, patience: Patience = PATIENCE) -> None:
     """
     content = secrets.token_bytes(64)
     location = join(storage, f".check-{secrets.token_hex(4)}")
-    new_folder = first_missing(storage, patience)
+    new_folder = first_missing(storage, PATIENCE)
     try:
-        make_folder(storage, patience)
-        write(location, lambda stream: stream.write(content), patience)
-        if read_bytes(location, patience) != content:
+        make_folder(storage, PATIENCE)
+        write(location, lambda stream: stream.write(content), PATIENCE)
+        if read_bytes(location, PATIENCE) != content:
             raise OSError("reading gives other bytes than were written")
-        delete_file(location, patience)
+        delete_file(location, PATIENCE)
     finally:
         # Deleting the last object in a "folder" of a bucket leaves an empty object for the folder.
-        if new_folder is not None and not list_files(new_folder, patience):
-            delete_folder(new_folder, patience)
+        if new_folder is not None and not list_files(new_folder, PATIENCE):
+            delete_folder(new_folder, PATIENCE)
 
 
 def first_missing(folder: str, patience: Patience) -> str | None:
