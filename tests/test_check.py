@@ -9,7 +9,6 @@ import http.server
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +18,7 @@ import pytest
 import torch
 from coco_folder import CocoFolder, encoded, sound_folder
 from data.format_sets import FORMATS
+from ports import free_port
 from terminal import COLOUR, terminal
 
 from detr_ray.check import main
@@ -86,12 +86,6 @@ def check(tmp_path, capsys):
         return Outcome(code, capsys.readouterr().out, json.loads(report.read_text()))
 
     return run
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_a_sound_set_passes_and_nothing_is_left_behind(check, tmp_path):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import pytest
+from ports import free_port
 from tiny import TINY
 
 from detr_ray import check, evaluate, train
@@ -119,9 +119,7 @@ def test_a_password_of_the_environment_is_used_and_written_nowhere(
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     keys = [*KEYS, f"data.root={tmp_path}/data", f"run.storage={tmp_path}/runs"]
     for address in (f"http://me:{CANARY}@127.0.0.1:{port}/", f"http://127.0.0.1:{port}/?token={CANARY}"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)

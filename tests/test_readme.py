@@ -6,7 +6,6 @@ import importlib
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from ports import free_port
 from tiny import TINY, make_dataset
 
 ROOT = Path(__file__).parents[1]
@@ -99,9 +99,7 @@ def run(command: str, arguments: list[str], *extra: str) -> int:
 @pytest.mark.slow
 def test_the_curves_can_be_looked_at(folder: Path) -> None:
     (command,) = [line for line in BLOCKS if line.startswith("mlflow ui")]
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
+    port = free_port()
     executable = Path(sys.executable).parent / "mlflow"
     process = subprocess.Popen(
         [str(executable), *shlex.split(command)[1:], "--port", str(port)], cwd=folder, start_new_session=True

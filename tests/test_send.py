@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 from detr_ray import send
 from detr_ray.engine.checkpoints.run_directory import open_run
@@ -18,9 +18,7 @@ CANARY = "canary7"
 def address(monkeypatch: pytest.MonkeyPatch) -> str:
     """Where no server is."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
+    return f"127.0.0.1:{free_port()}"
 
 
 def make_run(storage: Path, uri: str) -> Path:

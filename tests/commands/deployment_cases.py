@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from ports import free_port
 from test_every_option import Place, shows
 
 from detr_ray import exporting
@@ -81,9 +82,7 @@ def served(place: Place, *argv: object, source: object = None) -> ServiceSetting
 
     # In place of the real one, whose import is Ray Serve.
     place.patch.setitem(sys.modules, "detr_ray.runtime.serving.service", SimpleNamespace(run_service=run_service))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     code, _, err = place.call("serve", source or place.run, *(argv if "--port" in argv else ("--port", port, *argv)))
     assert code == 0, err
     (settings,) = started

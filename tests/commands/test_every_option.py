@@ -11,7 +11,6 @@ import io
 import json
 import re
 import shutil
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from coco_folder import CocoFolder, encoded
 from mlflow_store import empty_store
 from observing import observe, small_config
 from PIL import Image
+from ports import free_port
 from tiny import make_dataset
 
 from detr_ray.__main__ import COMMANDS
@@ -383,9 +383,7 @@ def check_cluster(place: Place) -> None:
 
     if ray.is_initialized():
         pytest.skip("this process uses a Ray already")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     place.patch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
     keys = ("train.launcher=ray",)
     found = [f for f in report_of(place, "--cluster", *keys)["findings"] if f["area"] == "cluster"]

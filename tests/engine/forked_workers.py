@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
+
+from ports import free_port
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["one_worker", "loop_worker", "torchvision.models"])  # the first model imports the last
@@ -32,10 +33,3 @@ def start_workers(main: Callable[..., None], config_file: Path, world_size: int,
         process.kill()
         process.join()
     assert [process.exitcode for process in processes] == [0] * world_size, "standard error has the reasons"
-
-
-def free_port() -> int:
-    """A port of this machine that nothing listens on."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])

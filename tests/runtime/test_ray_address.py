@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 from detr_ray.config import ConfigError
 from detr_ray.runtime.session import cluster_address, own_temporary_folder, unreachable_address
@@ -57,9 +57,7 @@ def test_other_addresses_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch
 
 
 def test_hosts_that_are_not_there_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     for host in ("127.0.0.1", "[::1]", "x" * 70, "a..b"):
         monkeypatch.setenv("RAY_ADDRESS", f"{host}:{port}")
         assert f"no cluster answers at {host}:{port}" in str(unreachable_address())

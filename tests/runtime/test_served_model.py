@@ -7,7 +7,6 @@ import contextlib
 import io
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from coco_folder import encoded
 from mlflow_store import empty_store
 from observing import observe, small_config
 from PIL import Image
+from ports import free_port
 from tiny import make_dataset
 
 import detr_ray
@@ -60,9 +60,7 @@ def expected(folder: Path, count: int = 3, **arguments: Any) -> list[dict[str, A
 @pytest.fixture(scope="module")
 def post(folder: Path) -> Iterator[Post]:
     """Asks a server of MLflow that serves the champion."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     environment = os.environ | {
         "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",

@@ -26,6 +26,7 @@ import numpy as np
 import psutil
 import pytest
 from PIL import Image
+from ports import free_port
 from tiny import fit_here, make_dataset, tiny_config
 
 pytest.importorskip("grpc_reflection", reason="the extra serve is not installed")
@@ -45,9 +46,7 @@ class Service:
 
     def __init__(self, run: Path, images: list[Path]) -> None:
         self.run, self.images = run, images
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port: int = free.getsockname()[1]
+        self.port = free_port()
         self.address = f"http://127.0.0.1:{self.port}"
         command = [
             sys.executable, "-m", "detr_ray.serve", str(run), "--port", str(self.port), "--max-batch", "4",

@@ -6,7 +6,6 @@ import functools
 import http.client
 import io
 import os
-import socket
 import sys
 import time
 from collections import Counter
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from ports import free_port
 from tiny import fit_here, make_dataset, tiny_config
 
 pytest.importorskip("grpc_reflection", reason="the extra serve is not installed")
@@ -54,9 +54,7 @@ def served(run: str, notes: Path, seconds: float, clients: int, requests: int, *
     from detr_ray.runtime.serving.service import service
     from detr_ray.runtime.serving.settings import ServiceSettings
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     file = io.BytesIO()
     Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save(file, "PNG")

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 from detr_ray.tracking.reachability import UnreachableError, UnusableError, try_store
 from detr_ray.tracking.store import sqlite_uri
@@ -49,12 +50,6 @@ def server(status: int, body: bytes) -> Iterator[tuple[str, list]]:
         threading.Thread(target=listening.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{listening.server_port}", asked
         listening.shutdown()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_a_server_is_asked_for_its_experiments_with_the_users_name(monkeypatch):
