@@ -9,8 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from commands.registry import Place, shows
 from ports import free_port
-from test_every_option import Place, shows
 
 from detr_ray import exporting
 from detr_ray.data.label_map import LabelMap
