@@ -1,4 +1,4 @@
-"""Plans for the tests of loading, small enough to be quick, and sizes of images by their headers."""
+"""Plans for tests, small enough to be quick, and sizes of images by their headers."""
 
 from __future__ import annotations
 
@@ -9,9 +9,16 @@ from detr_ray.data.augmentation import DetrAugmentation
 from detr_ray.data.image_headers import ImageHeader, read_header
 from detr_ray.data.images import ImageReader
 from detr_ray.data.index import DatasetIndex
+from detr_ray.data.planner import Planner
 from detr_ray.data.sample import SamplePlan
 
+COMMON_SIZES = np.array([[480, 640], [640, 480], [427, 640], [640, 427], [500, 375], [333, 500], [612, 612]])
 SMALL = augmentation(scales=(64, 80, 96), max_size=160, crop_scales=(50, 60), crop_min=40, crop_max=60)
+
+
+def walk(planner: Planner, steps: int) -> list[tuple[SamplePlan, ...]]:
+    """The first steps of a stream."""
+    return [planner.global_batch(step) for step in range(steps)]
 
 
 def training_plans(index: DatasetIndex, seed: int = 0, values: DetrAugmentation = SMALL) -> list[SamplePlan]:
