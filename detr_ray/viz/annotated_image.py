@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from detr_ray.viz.figure import new_figure
+from detr_ray.viz.figure import cut, new_figure
 
 CELL_INCHES = 3.2
 _LONGEST_TITLE = 46
@@ -52,11 +52,7 @@ def show_image(axes: Axes, pixels: np.ndarray, title: str = "") -> None:
     height, width = pixels.shape[:2]
     axes.imshow(pixels, extent=(0, width, height, 0))
     if title:
-        axes.set_title("\n".join(map(_cut, title.split("\n"))), fontsize=8, parse_math=False)
-
-
-def _cut(line: str) -> str:
-    return line if len(line) <= _LONGEST_TITLE else f"{line[: _LONGEST_TITLE - 1]}…"
+        axes.set_title("\n".join(cut(line, _LONGEST_TITLE) for line in title.split("\n")), fontsize=8, parse_math=False)
 
 
 def draw_boxes(axes: Axes, boxes_xyxy_px: np.ndarray, texts: Sequence[str], colours: Sequence[Any]) -> None:

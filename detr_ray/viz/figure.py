@@ -42,6 +42,11 @@ def write_title(figure: Figure, title: str, size: float = 10) -> None:
     figure.suptitle("\n".join(textwrap.wrap(title, letters, break_on_hyphens=False)), fontsize=size, parse_math=False)
 
 
+def cut(text: str, longest: int) -> str:
+    """The text, or its beginning where it is longer."""
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"
+
+
 def end_of(location: str, most: int = 60) -> str:
     """The end of a long location, which says most, for titles."""
     return location if len(location) <= most else f"…{location[1 - most :]}"

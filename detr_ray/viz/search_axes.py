@@ -9,6 +9,8 @@ from typing import Any
 
 from matplotlib.ticker import MaxNLocator
 
+from detr_ray.viz.figure import cut
+
 _FEWEST_LABELS = 3
 _LONGEST_LABEL = 16
 
@@ -101,17 +103,14 @@ def _log_axis(name: str, lowest: float, highest: float) -> ParameterAxis:
 def _axis_of_choices(name: str, values: Sequence[Any]) -> ParameterAxis:
     categories = tuple(sorted({str(value) for value in values}))
     ticks = tuple(
-        (_place_of_choice(number, len(categories)), _cut(category)) for number, category in enumerate(categories)
+        (_place_of_choice(number, len(categories)), cut(category, _LONGEST_LABEL))
+        for number, category in enumerate(categories)
     )
     return ParameterAxis(name, ticks, categories)
 
 
 def _place_of_choice(number: int, count: int) -> float:
     return (number + 0.5) / count
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _LONGEST_LABEL else text[: _LONGEST_LABEL - 1] + "…"
 
 
 def _is_number(value: Any) -> bool:

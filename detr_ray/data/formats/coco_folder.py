@@ -21,6 +21,7 @@ from detr_ray.data.errors import DataError, few
 from detr_ray.data.formats.assembly import Reading
 from detr_ray.data.formats.coco import read_coco_index
 from detr_ray.data.formats.folder import SPLIT_NAMES, Folder
+from detr_ray.data.formats.values import words_in
 from detr_ray.data.image_places import name_below
 from detr_ray.data.index import DatasetIndex
 from detr_ray.locations import at
@@ -99,11 +100,11 @@ def find_exported(folder: Folder) -> CocoFolder | None:
     everywhere = [*_json_files(folder, "annotations"), *_json_files(folder, "")]
     places = {}
     for split, names in SPLIT_NAMES.items():
-        found = [file for file in everywhere if _words(file) & set(names)]
+        found = [file for file in everywhere if words_in(file) & set(names)]
         found += [file for name in names for file in _json_files(folder, name)]
         if found:
             places[split] = _with_images(folder, found, names)
-    others = [file for file in everywhere if not _words(file) & _OF_SPLITS]
+    others = [file for file in everywhere if not words_in(file) & _OF_SPLITS]
     if not places and others:
         places["all"] = _with_images(folder, others, ("default",))
     return CocoFolder(folder, places) if places else None
@@ -117,11 +118,6 @@ def _json_files(folder: Folder, below: str) -> list[str]:
     return [name for name in names if _LOOKS_LIKE_COCO.match(_beginning(folder.location(name)))]
 
 
-def _words(file: str) -> set[str]:
-    """The words in a file's name: instances and train in ``annotations/instances_train.json``."""
-    return set(re.split(r"[^a-z]+", posixpath.basename(file).lower()))
-
-
 def _with_images(folder: Folder, files: list[str], names: Sequence[str]) -> tuple[str, str]:
     """Of the files that may be a split's annotations that one, and the folder of its images.
 
@@ -130,7 +126,7 @@ def _with_images(folder: Folder, files: list[str], names: Sequence[str]) -> tupl
         files: at least one.
         names: what folders of the split are called.
     """
-    files = [file for file in files if "instances" in _words(file)] or files  # beside keypoints and captions
+    files = [file for file in files if "instances" in words_in(file)] or files  # beside keypoints and captions
     if len(files) > 1:
         raise DataError(
             f"{printable(folder.root)}: {few(files)} may all be annotations in COCO's format: keep one of them, or set "

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from detr_ray.data.errors import DataError, few, shown
 from detr_ray.data.formats.assembly import Gathered, Reading, assemble, refuse_pixels
 from detr_ray.data.formats.folder import SPLIT_NAMES, Folder, SplitTables, stem
-from detr_ray.data.formats.values import at_line, check_class_names, to_number
+from detr_ray.data.formats.values import at_line, check_class_names, to_number, words_in
 from detr_ray.data.index import DatasetIndex
 from detr_ray.printable import printable
 
@@ -123,12 +123,12 @@ def find(folder: Folder) -> OpenImagesFolder | None:
     tables: dict[str, str] = {}
     for split, names in SPLIT_NAMES.items():
         exported = (f"{name}/{_EXPORTED_TABLE}" for name in names)
-        of_split = (name for name in folder.names() if name.endswith(".csv") and _words(name) & set(names))
+        of_split = (name for name in folder.names() if name.endswith(".csv") and words_in(name) & set(names))
         found = next((name for name in (*of_split, *exported) if folder.has(name) and is_table(folder, name)), None)
         if found is not None:
             tables[split] = found
     if not tables:
-        others = [name for name in folder.names() if name.endswith(".csv") and "test" not in _words(name)]
+        others = [name for name in folder.names() if name.endswith(".csv") and "test" not in words_in(name)]
         found_others = [name for name in others if is_table(folder, name)]
         if len(found_others) == 1:
             tables["all"] = found_others[0]
@@ -160,11 +160,6 @@ def _only(names: list[str], image: str, where: str) -> str:
 
 def _header(text: str) -> list[str]:
     return [cell.strip() for cell in text.split("\n", 1)[0].split(",")]
-
-
-def _words(name: str) -> set[str]:
-    """The words in a file's name: oidv, train, annotations, bbox, csv in ``oidv6-train-annotations-bbox.csv``."""
-    return set(re.split(r"[^a-z]+", name.lower()))
 
 
 def _rows(folder: Folder, table: str) -> Iterator[tuple[int, dict[str, str]]]:

@@ -1,4 +1,4 @@
-"""Values that text files hold: numbers and names, or an error that names file, line and value."""
+"""Values that text files and their names hold: numbers and names, or an error that names file, line and value."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ CLASS_FILES = ("classes.txt", "obj.names")
 def at_line(location: str, line: int) -> str:
     """What to call a line of a file in messages."""
     return f"{printable(location)}, line {line}"
+
+
+def words_in(file: str) -> set[str]:
+    """The words in a file's name: instances, train and json in ``annotations/instances_train.json``."""
+    return set(re.split(r"[^a-z]+", posixpath.basename(file).lower()))
 
 
 def to_number(text: str, where: str) -> float:
