@@ -57,6 +57,7 @@ class JobHooks:
             run stops after its step, with a checkpoint, and its result says ``stopped``.
         on_evaluation: called with each evaluation, once for each step. An error that it raises ends the run.
         parent_run: id of an MLflow run in the same experiment, whose child the run's own MLflow run becomes.
+        gets_report: whether it writes a report, as far as `tracking.report` says so. Trials of a search don't.
         budget: what the run may take of the cluster.
         should_abandon: asked as often as ``should_stop``. Once it says yes, the run stops after its step, without a
             checkpoint: what it did since its last one is lost. Its result says ``stopped``.
@@ -69,6 +70,7 @@ class JobHooks:
     should_stop: Callable[[], bool] = lambda: False
     on_evaluation: Callable[[Evaluated], None] = lambda evaluated: None
     parent_run: str | None = None
+    gets_report: bool = True
     budget: Budget = Budget()
     should_abandon: Callable[[], bool] = lambda: False
     hold_evaluated: bool = False

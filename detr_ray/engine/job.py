@@ -43,6 +43,7 @@ class TrainJob:
         tracking_uri: MLflow store of its records. Decided here: on other machines the environment may name another.
         fork: checkpoint of another run that the run begins at; None where it begins anew, or has one of its own.
         parent_run: id of the MLflow run whose child the run's own is; None for no parent.
+        gets_report: whether it writes a report; see `JobHooks`.
         hold_evaluated: whether checkpoints that are evaluated are held; see `JobHooks`.
     """
 
@@ -53,6 +54,7 @@ class TrainJob:
     tracking_uri: str
     fork: CheckpointInfo | None = None
     parent_run: str | None = None
+    gets_report: bool = True
     hold_evaluated: bool = False
 
     @property

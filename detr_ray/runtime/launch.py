@@ -131,7 +131,9 @@ class Runs:
             hooks: what the job asks and tells. Its budget is that of `Runs`.
             last: whether the workers end after the job.
         """
-        job = dataclasses.replace(job, parent_run=hooks.parent_run, hold_evaluated=hooks.hold_evaluated)
+        job = dataclasses.replace(
+            job, parent_run=hooks.parent_run, gets_report=hooks.gets_report, hold_evaluated=hooks.hold_evaluated
+        )
         self._say(run_summary(job))
         if self._says_how_to_resume:
             self._say(f"to go on with it after an interruption: the same command with run.name={job.run.name}")

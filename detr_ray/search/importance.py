@@ -66,7 +66,8 @@ class Importance:
     def reservation(self) -> str:
         """One sentence about the uncertainty with this number of trials."""
         if self.num_trials < FEWEST_TRIALS:
-            return f"{self.num_trials} trials were compared: too few to say which settings matter."
+            trials = "1 trial was" if self.num_trials == 1 else f"{self.num_trials} trials were"
+            return f"{trials} compared: too few to say which settings matter."
         return (
             f"{self.num_trials} trials were compared. A correlation below {_smallest_significant(self.num_trials):.2f} "
             "(either sign) occurs with so few in more than one of 20 searches although the setting does not matter, "

@@ -19,6 +19,16 @@ LONGEST_PROBLEM = 80
 
 Mode = Literal["max", "min"]
 
+Ending = Literal["finished", "stopped", "out of time", "failed"]
+"""How a search ended: ``stopped`` on request; ``out of time``, when `tune.time_budget_s` was over; both can go on."""
+ENDED: Mapping[Ending, str] = {
+    "finished": "finished",
+    "stopped": "was stopped",
+    "out of time": "ran out of time",
+    "failed": "failed",
+}
+"""The same for readers, to go on with ``after 3 min``."""
+
 
 def trial_table(trials: Sequence[Trial], names: Sequence[str], metric: str, mode: Mode, most: int = MOST_ROWS) -> str:
     """The trials, the best first, then those that were not measured, in the order of creation.

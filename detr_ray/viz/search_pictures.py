@@ -201,7 +201,8 @@ def _draw_histories(
         ends.append((epochs[-1], values[-1], trial))
     plot.set_xlabel("epoch")
     plot.set_title("each trial over its epochs", fontsize=10)
-    plot.xaxis.set_major_locator(MaxNLocator(integer=True))
+    plot.set_xlim(0, max([1.0, *(epoch for epoch, _, _ in ends)]) * 1.02)
+    plot.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     _name_ends(plot, ends if len(ends) <= FEW_TRIALS else [end for end in ends if end[2] is best], best, goodness)
 
 

@@ -151,3 +151,12 @@ def test_drawing_leaves_matplotlibs_global_state_alone() -> None:
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("epochs", [1, 3, 40])
+def test_the_axis_of_epochs_begins_at_none_and_has_whole_numbers(epochs: int) -> None:
+    trial = Trial("t000", {"lr": 1e-4}, "finished", [(epoch, epoch * 10, 0.1) for epoch in range(1, epochs + 1)])
+    axes = history([trial], "val/AP").axes[0]
+    ticks = [float(tick) for tick in axes.get_xticks()]
+    assert ticks[0] == 0 and ticks == [round(tick) for tick in ticks] and 1 < len(ticks) < 15
+    assert axes.get_xlim()[0] == 0 and axes.get_xlim()[1] > epochs >= ticks[-1]

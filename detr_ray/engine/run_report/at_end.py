@@ -23,7 +23,7 @@ def report_at_end(job: TrainJob, result: FitResult, tracker: Tracker, say: Say) 
     for a report; see `say_how_to_report`.
 
     Args:
-        job: the run. A trial of a search gets no report.
+        job: the run.
         result: how it ended.
         tracker: not finished yet.
         say: shows the user a line.
@@ -46,7 +46,7 @@ def say_how_to_report(job: TrainJob, say: Say) -> None:
 
 
 def _gets_report(job: TrainJob) -> bool:
-    return job.config.tracking.report and job.parent_run is None
+    return job.config.tracking.report and job.gets_report
 
 
 def _command(job: TrainJob) -> str:

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
+from detr_ray.addresses import join
 from detr_ray.config import Config
 from detr_ray.config.yaml_format import format_inline
 from detr_ray.engine.opened_data import OpenedData
 from detr_ray.engine.reporting.progress import duration
 from detr_ray.engine.run_report import page
 from detr_ray.engine.run_report.problems import Problem
-from detr_ray.engine.run_report.report import ENDS, data_places
+from detr_ray.engine.run_report.report import data_places
 from detr_ray.printable import shortened
-from detr_ray.search.tables import state_counts
+from detr_ray.search.tables import ENDED, Ending, state_counts
 from detr_ray.search.trials import Trial
-from detr_ray.tracking import Status
 
 _CAPTIONS = {
     "parallel_coordinates.png": "The values of each trial and what came of them",
@@ -37,7 +37,7 @@ class Searched:
         path: its folder.
         config: the configuration that its trials' are made from, with the section ``tune``.
         opened: its data; None where settings of the data are searched.
-        status: how it ended.
+        ending: how it ended.
         seconds: that its last process took.
         trials: all of them, those of earlier processes among them.
         best: the best trial; None if nothing was measured.
@@ -47,7 +47,7 @@ class Searched:
     path: str
     config: Config
     opened: OpenedData | None
-    status: Status
+    ending: Ending
     seconds: float
     trials: Sequence[Trial]
     best: Trial | None
@@ -82,7 +82,7 @@ def search_report(
 def _state(searched: Searched) -> str:
     """One sentence: how it ended, what the best trial is, and how long it took."""
     trained = sum(trial.seconds for trial in searched.trials)
-    text = f"It {ENDS[searched.status]} after {duration(searched.seconds)}"
+    text = f"It {ENDED[searched.ending]} after {duration(searched.seconds)}"
     text += f"; {len(searched.trials)} trials ({state_counts(searched.trials)}), {duration(trained)} of training in all"
     if searched.best is not None and searched.best.best is not None:
         text += f"; the best is {searched.best.name}: {searched.config.tune.metric} {searched.best.best:.4f}"
@@ -138,13 +138,13 @@ def _data(searched: Searched) -> list[list[str]]:
 
 def _next(searched: Searched, files: Mapping[str, str]) -> list[tuple[str, str]]:
     commands = [
-        (f"Train with {file}, which lies beside this page:", f"python -m detr_ray.train --config {file}")
+        (
+            "Train with the best configuration:",
+            f"python -m detr_ray.train --config {shlex.quote(join(searched.path, file))}",
+        )
         for file in list(files)[:1]
     ]
-    commands.append(
-        (
-            "Go on with the search, if it was interrupted:",
-            f"python -m detr_ray.tune --config ... --resume tune.name={shlex.quote(searched.name)}",
-        )
-    )
+    if searched.ending != "finished" or not all(trial.is_over for trial in searched.trials):
+        resume = f"python -m detr_ray.tune --config ... --resume tune.name={shlex.quote(searched.name)}"
+        commands.append(("Go on with the search, with the configuration that it was begun with:", resume))
     return commands

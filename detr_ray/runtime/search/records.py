@@ -27,9 +27,8 @@ from detr_ray.search.book import Book
 from detr_ray.search.importance import importance
 from detr_ray.search.population import Population
 from detr_ray.search.space import SearchSpace
-from detr_ray.search.tables import final_table, importance_table
+from detr_ray.search.tables import Ending, final_table, importance_table
 from detr_ray.search.trials import TRIALS_FILE, Trial, run_name
-from detr_ray.tracking import Status
 from detr_ray.tracking.search_children import ChildState, RunState
 from detr_ray.tracking.search_run import SearchRun
 from detr_ray.tracking.sender import Timing
@@ -57,6 +56,9 @@ class SearchRecords:
         tracking_uri: MLflow store; None for a search that is not tracked.
         say: shows the user a line.
         population: the population of the search, if there is one.
+
+    Attributes:
+        report: where the page about the search is; None until it is written.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class SearchRecords:
         self._config, self._opened = config, opened
         self._space, self._directory, self._book, self._say = space, directory, book, say
         self._population = population
+        self.report: str | None = None
         self._run: SearchRun | None = None
         self._run_uids: dict[str, str] = {}
         self._reconciled_at = 0.0
@@ -150,11 +153,11 @@ class SearchRecords:
             self._reconciled_at = time.monotonic()
             self._run.reconcile(self._children())
 
-    def end(self, status: Status, texts: dict[str, str], seconds: float) -> None:
+    def end(self, ending: Ending, texts: dict[str, str], seconds: float) -> None:
         """Records how the search ended, with its pictures. Waits only some seconds for an unreachable store.
 
         Args:
-            status: how it ended.
+            ending: how it ended.
             texts: name -> content of further files.
             seconds: that this process took.
         """
@@ -162,16 +165,17 @@ class SearchRecords:
         files = {name: text.encode() for name, text in {"trials.txt": table, **texts}.items()}
         for name, content in files.items():
             self._directory.write_bytes(name, content)
-        files |= self._pictured(status, table, texts, seconds)
+        files |= self._pictured(ending, table, texts, seconds)
         if self._run is None:
             return
         for name, content in files.items():
             self._run.log_bytes(content, name)
         self._run.log_bytes(read_bytes(join(self._directory.path, TRIALS_FILE)), TRIALS_FILE)
         self.progress()
-        self._run.close(status, self._children())
+        failed = ending == "failed" or (ending != "stopped" and self._book.best is None)
+        self._run.close("KILLED" if ending == "stopped" else "FAILED" if failed else "FINISHED", self._children())
 
-    def _pictured(self, status: Status, table: str, texts: Mapping[str, str], seconds: float) -> dict[str, bytes]:
+    def _pictured(self, ending: Ending, table: str, texts: Mapping[str, str], seconds: float) -> dict[str, bytes]:
         """Writes the pictures and the page about the search; gives name -> content of what was written.
 
         An error here affects only these: the search is over, and its result is kept.
@@ -188,7 +192,7 @@ class SearchRecords:
             contents = {name: png_bytes(figure) for name, figure in pictures.items()}
             if self._config.tracking.report:
                 searched = Searched(
-                    self._directory.name, self._directory.path, self._config, self._opened, status, seconds, trials,
+                    self._directory.name, self._directory.path, self._config, self._opened, ending, seconds, trials,
                     self.best,
                 )  # fmt: skip
                 mattered = importance_table(importance(trials, self._space.parameters))
@@ -196,6 +200,8 @@ class SearchRecords:
             for name, content in contents.items():
                 self._directory.write_bytes(name, content)
                 written[name] = content
+            if REPORT in written:
+                self.report = join(self._directory.path, REPORT)
         except Exception as error:
             logger.exception("the report of the search could not be written")
             self._say(f"WARNING: the pictures and the report of the search could not be written: {error}")

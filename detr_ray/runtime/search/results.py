@@ -13,16 +13,13 @@ from detr_ray.search.importance import importance
 from detr_ray.search.lived_schedule import lived_values
 from detr_ray.search.population import Population
 from detr_ray.search.space import SearchSpace
-from detr_ray.search.tables import final_table, importance_table, train_command
+from detr_ray.search.tables import ENDED, Ending, final_table, importance_table, train_command
 from detr_ray.search.trials import Trial
 from detr_ray.tracking import viewing_hint
 
 BEST_CONFIG = "best.yaml"
 SCHEDULE = "schedule.yaml"
 EXPLOITS = "exploits.txt"
-
-Ending = Literal["finished", "stopped", "out of time"]
-_ENDED = {"finished": "finished", "stopped": "stopped", "out of time": "ended, as its time is over,"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +29,7 @@ class SearchResult:
     Attributes:
         name: of the search.
         path: its folder.
-        status: ``finished``; ``stopped`` on request, or ``out of time`` (``tune.time_budget_s``): it can go on.
+        status: how it ended; one that failed has no result.
         metric: name of the metric.
         mode: whether a larger or a smaller value is better.
         trials: all of them.
@@ -44,6 +41,7 @@ class SearchResult:
         tracking_uri: MLflow store of its records; None where it is not tracked.
         exploits: the moves of a population as a table; empty without one.
         parent_run: id of the search's MLflow run; None where there is none.
+        report: the page about it; None where none was written.
     """
 
     name: str
@@ -59,6 +57,7 @@ class SearchResult:
     tracking_uri: str | None = None
     exploits: str = ""
     parent_run: str | None = None
+    report: str | None = None
 
 
 def measured_best(trial: Trial, population: Population | None) -> Trial:
@@ -111,7 +110,7 @@ def summary(result: SearchResult, files: Sequence[str], overrides: Sequence[str]
     """
     names = list(result.parameters)
     lines = [
-        f"\nsearch {result.name} {_ENDED[result.status]} after {duration(result.seconds)}",
+        f"\nsearch {result.name} {ENDED[result.status]} after {duration(result.seconds)}",
         "",
         final_table(result.trials, names, result.metric, result.mode),
         "",
@@ -130,6 +129,8 @@ def summary(result: SearchResult, files: Sequence[str], overrides: Sequence[str]
         lines.append(f"its schedule      {join(result.path, SCHEDULE)}")
     if result.status != "finished":
         lines.append(f"go on             the same command with --resume tune.name={result.name}")
+    if result.report is not None:
+        lines.append(f"report            {result.report}")
     lines.append(f"everything else   {result.path}")
     if result.tracking_uri is not None:
         lines.append(f"curves            {viewing_hint(result.tracking_uri)}")

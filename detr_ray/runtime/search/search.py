@@ -22,7 +22,7 @@ from detr_ray.runtime.search.capacity import Capacity, capacity_for
 from detr_ray.runtime.search.control import Control
 from detr_ray.runtime.search.directory import SearchDirectory, open_search
 from detr_ray.runtime.search.records import SearchRecords
-from detr_ray.runtime.search.results import BEST_CONFIG, EXPLOITS, SCHEDULE, Ending, SearchResult, best_values
+from detr_ray.runtime.search.results import BEST_CONFIG, EXPLOITS, SCHEDULE, SearchResult, best_values
 from detr_ray.runtime.search.schedulers import build_scheduler
 from detr_ray.runtime.search.session import search_session
 from detr_ray.runtime.search.sources import Listed, OptunaTpe, Proposer, Source
@@ -33,8 +33,8 @@ from detr_ray.search.book import Book
 from detr_ray.search.lived_schedule import schedule_file
 from detr_ray.search.new_population import new_population
 from detr_ray.search.space import SearchSpace, with_values
+from detr_ray.search.tables import Ending
 from detr_ray.search.trials import Trial
-from detr_ray.tracking import Status
 from detr_ray.tracking.store import STORE_VARIABLE
 
 # They warn about Tune's result files, which are not written, and about calls that wait for an actor.
@@ -176,8 +176,7 @@ class _Search:
         """Runs the rest of the search, and returns its result."""
         self._announce()
         started = time.monotonic()
-        status: Status = "FAILED"
-        ended: Ending = "stopped"
+        ended: Ending = "failed"
         watch: SearchWatch | None = None
         try:
             with stop_signals() as signals:
@@ -190,16 +189,9 @@ class _Search:
                     self._on_progress,
                 )
                 self._run_trials(watch)
-            if not watch.stopping:
-                ended = "finished"
-                if self._moves is not None:
-                    self._moves.end(self._config.train.keep_last)
-            elif watch.stopping != ASKED:
-                ended = "out of time"
-            if ended == "stopped":
-                status = "KILLED"
-            elif self._book.best is not None:
-                status = "FINISHED"
+            if not watch.stopping and self._moves is not None:
+                self._moves.end(self._config.train.keep_last)
+            ended = "finished" if not watch.stopping else "stopped" if watch.stopping == ASKED else "out of time"
         finally:
             self._control.end()
             if watch is not None:
@@ -209,7 +201,7 @@ class _Search:
             best = self._records.best
             values = None if best is None else best_values(best, self._space, self._population)
             files = {} if best is None else self._files(best, values or {})
-            self._records.end(status, files, time.monotonic() - started)
+            self._records.end(ended, files, time.monotonic() - started)
         return SearchResult(
             self._directory.name,
             self._directory.path,
@@ -224,6 +216,7 @@ class _Search:
             self._uri if self._config.tracking.enabled else None,
             "" if self._moves is None else self._moves.exploits(),
             self._parent_run,
+            self._records.report,
         )
 
     def _files(self, best: Trial, values: Mapping[str, Any]) -> dict[str, str]:

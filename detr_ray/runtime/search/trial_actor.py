@@ -279,6 +279,7 @@ class Training:
             on_evaluation=self._tell,
             on_step=self._note_step,
             parent_run=self._setup.parent_run,
+            gets_report=False,
             budget=self._setup.budget,
             hold_evaluated=self._setup.last_round > 0,
         )

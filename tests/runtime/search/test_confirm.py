@@ -88,7 +88,7 @@ def test_it_trains_both_with_a_new_seed_and_records_them_beside_the_search(
         ("confirm-best-1007", 1007, 1e-3), ("confirm-default-1007", 1007, config.optim.lr),
     ]  # fmt: skip
     for job, hooks in jobs:
-        assert (job.tracking_uri, hooks.parent_run) == (result.tracking_uri, "the search")
+        assert (job.tracking_uri, hooks.parent_run) == (result.tracking_uri, "the search") and hooks.gets_report
         assert Path(job.run.path).parent == tmp_path / "search"
     assert not [line for line in said if "the same command" in line], "it would begin another search"
     assert found.smallest_p_value == 1.0

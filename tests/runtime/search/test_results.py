@@ -119,8 +119,9 @@ def test_summary_of_a_finished_search() -> None:
     assert "t002 failed: the loss is not finite" in text and "too few to say which settings matter" in text
     assert line_of(text, "best  ") == "t000: val/AP 0.5000"
     assert line_of(text, "everything else") == "/runs/mine"
-    for absent in ("--resume", "curves", "its schedule"):
+    for absent in ("--resume", "curves", "its schedule", "\nreport "):
         assert absent not in text
+    assert line_of(summary(result(report="/runs/mine/report.html"), [], []), "report  ") == "/runs/mine/report.html"
     _, _, command, option, file, *overrides = shlex.split(line_of(text, "train it"))
     assert (command, option, file) == ("detr_ray.train", "--config", "configs/quickstart.yaml")
     assert overrides[0] == "train.epochs=4" and not [item for item in overrides if item.startswith("tune")]
@@ -138,7 +139,7 @@ def test_the_command_of_the_best_has_mappings_that_are_no_schedules() -> None:
 
 def test_summary_of_a_stopped_search_says_how_to_go_on() -> None:
     text = summary(result(status="stopped"), [], [])
-    assert "search mine stopped after" in text
+    assert "search mine was stopped after" in text
     assert line_of(text, "go on") == "the same command with --resume tune.name=mine"
 
 

@@ -14,6 +14,7 @@ from detr_ray.runtime.search.directory import open_search
 from detr_ray.runtime.search.records import SearchRecords
 from detr_ray.search.book import Book
 from detr_ray.search.space import SearchSpace
+from detr_ray.search.tables import Ending
 
 RATE = "tune.space={optim.lr: {loguniform: [1e-5, 1e-3]}}"
 
@@ -41,8 +42,8 @@ class Ended:
         space = SearchSpace.from_config(config)
         self.records = SearchRecords(config, opened, space, directory, book, None, self.said.append)
 
-    def end(self) -> None:
-        self.records.end("FINISHED", {"best.yaml": "optim:\n  lr: 0.0001\n"}, 75.0)
+    def end(self, ending: Ending = "finished") -> None:
+        self.records.end(ending, {"best.yaml": "optim:\n  lr: 0.0001\n"}, 75.0)
 
     def read(self, name: str) -> str:
         return (self.folder / name).read_text()
@@ -55,14 +56,23 @@ def test_a_search_leaves_its_trials_its_pictures_and_a_page_about_it(tmp_path: P
     for name in ("history.png", "parallel_coordinates.png"):
         assert Image.open(search.folder / name).size[0] > 300
     page = search.read("report.html")
+    assert search.records.report == str(search.folder / "report.html")
     for expected in (
         "<h1>Search mine</h1>", "It finished after 1 min 15 s; 3 trials", "the best is t000: val/AP 0.2500",
         "1 of 3 trials failed (t001: the loss &lt;is&gt; NaN)", "1 of 3 trials did not come to their end",
-        "optim.lr</td><td>{loguniform: [", "8, with", search.train.fingerprint[:16], "tune.name=mine",
-        "python -m detr_ray.train --config best.yaml", "hidden_dim: 32",
+        "optim.lr</td><td>{loguniform: [", "8, with", search.train.fingerprint[:16], "1 trial was compared",
+        f"python -m detr_ray.train --config {search.folder}/best.yaml", "hidden_dim: 32", "tune.name=mine",
     ):  # fmt: skip
         assert expected in page, expected
     assert page.count("data:image/svg") == 2 and 'src="http' not in page and search.said == []
+
+
+@pytest.mark.parametrize(("ending", "said"), [("stopped", "was stopped"), ("out of time", "ran out of time")])
+def test_the_page_says_why_a_search_ended(tmp_path: Path, ending: Ending, said: str) -> None:
+    search = Ended(tmp_path)
+    search.end(ending)
+    page = search.read("report.html")
+    assert f"It {said} after 1 min 15 s; 3 trials" in page and "--resume tune.name=mine" in page
 
 
 def test_a_picture_that_cannot_be_drawn_costs_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,3 +93,4 @@ def test_without_reports_there_is_no_page(tmp_path: Path) -> None:
     search = Ended(tmp_path, "tracking.report=false")
     search.end()
     assert (search.folder / "history.png").is_file() and not (search.folder / "report.html").exists()
+    assert search.records.report is None

@@ -64,6 +64,7 @@ class OneRun:
         self.jobs: list[Any] = []
 
     def run(self, job: Any, hooks: JobHooks) -> SimpleNamespace:
+        assert not hooks.gets_report, "only the search has a report"
         self.jobs.append(job)
         for epoch in self.evaluated:
             hooks.on_evaluation(Evaluated(epoch * STEPS_AN_EPOCH, {"val/AP": epoch / 8}, f"/c/step_{epoch:08d}"))
