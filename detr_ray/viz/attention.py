@@ -9,12 +9,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from detr_ray.viz.annotated_image import draw_boxes, figure_of, image_grid, label_colour, show_image
 from detr_ray.viz.figure import new_figure, write_title
 
 _POINT_COLOUR = "#ff2fd0"
+_FEW_POINTS = 24
 _LEVEL_MARKS = ("o", "s", "^", "D", "v", "P")
 
 
@@ -57,16 +59,8 @@ def attention_figure(pixels: np.ndarray, frame_px: tuple[int, int], attended: Se
     axes = image_grid(1 + len(attended), 5, max(2.2, width * scale), height * scale + 0.6)
     show_image(axes[0], pixels, "the image")
     for number, one in enumerate(attended, 1):
-        if one.at_px is not None:
-            axes[0].plot(*one.at_px, "o", color=_POINT_COLOUR, ms=6, mec="white")
-            axes[0].annotate(
-                str(number), one.at_px, xytext=(4, 4), textcoords="offset points", color="white", fontsize=9
-            )
-        _draw_attended(axes[number], pixels, frame_px, one)
-    found = [one for one in attended if one.box_xyxy_px is not None]
-    if found:
-        boxes = np.stack([one.box_xyxy_px for one in found if one.box_xyxy_px is not None])
-        draw_boxes(axes[0], boxes, [one.name for one in found], [label_colour(one.label) for one in found])
+        _draw_attended(axes[number], pixels, frame_px, one, number)
+    _draw_queries(axes[0], attended)
     figure = figure_of(axes[0])
     levels = sorted({int(level) for one in attended if one.levels is not None for level in one.levels})
     if levels:
@@ -79,14 +73,33 @@ def attention_figure(pixels: np.ndarray, frame_px: tuple[int, int], attended: Se
     return figure
 
 
+def _draw_queries(axes: Axes, attended: Sequence[Attended]) -> None:
+    """Where the queries are, with their numbers: in the text of a box, or beside a point without one."""
+    boxes, texts, colours = [], [], []
+    for number, one in enumerate(attended, 1):
+        if one.box_xyxy_px is not None:
+            boxes.append(one.box_xyxy_px)
+            texts.append(f"{number} {one.name}")
+            colours.append(label_colour(one.label))
+        elif one.at_px is not None:
+            axes.plot(*one.at_px, "o", color=_POINT_COLOUR, ms=6, mec="white")
+            # Above the points of others, with an outline that is seen on any ground.
+            text = axes.annotate(
+                str(number), one.at_px, xytext=(4, 4), textcoords="offset points", color="white", fontsize=9, zorder=5
+            )
+            text.set_path_effects([withStroke(linewidth=2, foreground="black")])
+    if boxes:
+        draw_boxes(axes, np.stack(boxes), texts, colours)
+
+
 def _mark(level: int) -> str:
     return _LEVEL_MARKS[level % len(_LEVEL_MARKS)]
 
 
-def _draw_attended(axes: Axes, pixels: np.ndarray, frame_px: tuple[int, int], one: Attended) -> None:
+def _draw_attended(axes: Axes, pixels: np.ndarray, frame_px: tuple[int, int], one: Attended, number: int) -> None:
     height, width = pixels.shape[:2]
     grey = np.repeat(pixels.mean(axis=2, keepdims=True), 3, axis=2)
-    show_image(axes, (grey * 0.75).astype(np.uint8), f"{one.title}\n{_scale_of(one)}")
+    show_image(axes, (grey * 0.75).astype(np.uint8), f"{number}: {one.title}\n{_scale_of(one)}")
     if one.points_px is None:
         most = max(float(one.weights.max()), 1e-12)
         axes.imshow(
@@ -105,18 +118,22 @@ def _draw_attended(axes: Axes, pixels: np.ndarray, frame_px: tuple[int, int], on
 
 def _scale_of(one: Attended) -> str:
     """What the brightest colour stands for; weights that are nearly even look the same as others without it."""
-    what = "cell" if one.points_px is None else "point"
+    what = "cell" if one.points_px is None else "head's point"
     return f"a {what}: at most {one.weights.max():.1%}, mean {one.weights.mean():.1%}"
 
 
 def _draw_points(axes: Axes, points_px: np.ndarray, weights: np.ndarray, levels: np.ndarray) -> None:
-    """Points with larger weights are larger and brighter; the points of each map have their own marker."""
+    """Points with larger weights are larger and brighter; the points of each map have their own marker.
+
+    Many points are drawn smaller, since those of a small object lie close to each other.
+    """
+    size = min(1.0, _FEW_POINTS / len(weights))
     share = weights / max(float(weights.max()), 1e-12)
     for level in np.unique(levels).tolist():
         here = levels == level
         axes.scatter(
-            points_px[here, 0], points_px[here, 1], s=4 + 26 * share[here], c=share[here], cmap="inferno", vmin=0,
-            vmax=1, marker=_mark(level), linewidths=0.3, edgecolors="white",
+            points_px[here, 0], points_px[here, 1], s=size * (4 + 26 * share[here]), c=share[here], cmap="inferno",
+            vmin=0, vmax=1, marker=_mark(level), linewidths=0.3, edgecolors="white",
         )  # fmt: skip
 
 

@@ -13,7 +13,8 @@ from matplotlib.lines import Line2D
 from detr_ray.viz.figure import message_figure, new_figure
 
 PHASES = ("data_wait", "forward", "loss", "backward", "update")
-_PHASE_COLOURS = ("#d62728", "#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd")
+_REST = "rest"
+_PHASE_COLOURS = ("#d62728", "#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#b0b0b0")
 _RUN_STYLES = ("-", "--", ":", "-.")
 _MOST_POINTS = 2000
 _DASH = 6.0
@@ -50,7 +51,12 @@ def training_figure(runs: Sequence[RunCurves]) -> Figure:
     figure = new_figure(13.0, 7.6)
     total, parts, scores, norms = (figure.add_subplot(2, 2, place) for place in range(1, 5))
     _lines(total, runs, {"train/loss": "loss"}, "Training loss")
-    _lines(parts, runs, {f"train/loss_{name}": name for name in ("ce", "bbox", "giou")}, "Last layer's losses")
+    _lines(
+        parts,
+        runs,
+        {f"train/loss_{name}": name for name in ("ce", "bbox", "giou")},
+        "Last layer's losses, before they are weighted",
+    )
     _lines(scores, runs, {f"val/{name}": name for name in ("AP", "AP50", "AP75")}, "Validation", marker="o")
     _lines(norms, runs, {"train/grad_norm": "gradient norm"}, "Norm of the gradient before clipping")
     for axes in (total, parts, norms):
@@ -85,6 +91,8 @@ def schedules_figure(run: RunCurves) -> Figure:
 def step_times_figure(run: RunCurves) -> Figure:
     """Seconds of a step by phase over the training, the mean shares, images a second and padding.
 
+    The rest of a step's time is what is between steps: checkpoints, validation, records.
+
     Args:
         run: with its metrics.
     """
@@ -92,10 +100,12 @@ def step_times_figure(run: RunCurves) -> Figure:
     epochs = phases["forward"][0]
     if not len(epochs):
         return message_figure(NOTHING)
-    names = [phase.replace("_", " ") for phase in phases]
+    names = [*(phase.replace("_", " ") for phase in phases), _REST]
     figure = new_figure(13.0, 7.2)
     over, mean, rate, padding = (figure.add_subplot(2, 2, place) for place in range(1, 5))
     seconds = [np.nan_to_num(values) for _, values in phases.values()]
+    whole_steps = run.of("perf/step_s")[1]
+    seconds.append((whole_steps - sum(seconds)).clip(min=0) if len(whole_steps) == len(epochs) else 0 * seconds[0])
     if len(epochs) > 1:
         over.stackplot(epochs, seconds, labels=names, colors=_PHASE_COLOURS, alpha=0.8)
         over.legend(fontsize=7, loc="upper right", reverse=True)
@@ -103,7 +113,7 @@ def step_times_figure(run: RunCurves) -> Figure:
         for number, values in enumerate(seconds):
             over.bar(0, values[0], bottom=sum(part[0] for part in seconds[:number]), color=_PHASE_COLOURS[number])
     over.set(xlabel="epoch", ylabel="s")
-    over.set_title("Seconds of a step, by phase", fontsize=10)
+    over.set_title("Seconds of a step, by phase (rest: validation, checkpoints, records)", fontsize=10)
     means = [float(np.mean(values)) for values in seconds]
     bars = mean.barh(names, means, color=_PHASE_COLOURS)
     whole = max(sum(means), 1e-12)
@@ -142,10 +152,10 @@ def _lines(
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("epoch", fontsize=9)
     axes.grid(alpha=0.3)
-    if drawn:
+    if drawn > 1:
         for entry in axes.legend(fontsize=8).get_texts():
             entry.set_parse_math(False)
-    else:
+    elif not drawn:
         axes.text(0.5, 0.5, "not recorded", ha="center", va="center", transform=axes.transAxes, color="#8c8c8c")
 
 

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from detr_ray.viz.figure import new_figure, write_title
 
 _COLUMNS = 5
-_KINDS = (("small", "#2ca02c"), ("large and wide", "#d62728"), ("large and high", "#1f77b4"))
+_KINDS = (("small, below 5 % of the image", "#2ca02c"), ("large and wide", "#d62728"), ("large and high", "#1f77b4"))
 _SMALL_SHARE = 0.05
 
 

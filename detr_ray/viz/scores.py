@@ -37,14 +37,19 @@ def precision_recall_figure(
         for number, k in enumerate(worst.tolist()):
             ap = precision[place, :, k].mean()
             axes.plot(recalls, precision[place, :, k], lw=1.4, color=f"C{number}", label=f"{names[k]} ({ap:.2f})")
-        for k in np.setdiff1d(scored, worst).tolist():
-            axes.plot(recalls, precision[place, :, k], lw=0.6, color="#c0c0c0", zorder=0)
+        for number, k in enumerate(np.setdiff1d(scored, worst).tolist()):
+            label = "_" if number else "each other category"  # the legend has what does not begin with _
+            axes.plot(recalls, precision[place, :, k], lw=0.6, color="#c0c0c0", zorder=0, label=label)
         mean = precision[place][:, scored].mean(axis=1)
         axes.plot(recalls, mean, lw=2.4, color="black", label=f"mean of {len(scored)} ({mean.mean():.2f})")
         axes.set(xlim=(-0.01, 1.01), ylim=(-0.02, 1.02), xlabel="recall", ylabel="precision")
         axes.set_title(f"IoU {iou}", fontsize=10)
         axes.grid(alpha=0.3)
-        legend = axes.legend(fontsize=7, loc="lower left", title="category (AP at this IoU)", title_fontsize=7)
+        # Beside the curves, since there are curves everywhere.
+        legend = axes.legend(
+            fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0), title="category (AP at this IoU)",
+            title_fontsize=7, frameon=False,
+        )  # fmt: skip
         for text in legend.get_texts():
             text.set_parse_math(False)
     return figure

@@ -56,6 +56,7 @@ def test_attention_of_a_deformable_model_is_its_points(place: Path, tmp_path: Pa
     decoder = of_model.decoder_picture(deformable, request, print).figure.axes[1]
     for axes in (encoder, decoder):
         assert sum(len(part.get_offsets()) for part in axes.collections) == 2 * 2 * 4, "heads, maps, points"
+        assert axes.get_title().startswith("1: "), "the number that the query has in the whole image"
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +109,7 @@ def test_decoder_attention_is_that_of_the_query_that_found_the_object(
     scores = attention.output["pred_logits"][0].softmax(-1)[:, :-1].amax(-1)
     best = scores.argsort(descending=True)[:3].tolist()
     assert len(attention.decoder) == 2 and len(figure.axes) == 4
+    assert [text.get_text()[:2] for text in figure.axes[0].texts] == ["1 ", "2 ", "3 "]
     for axes, query in zip(figure.axes[1:], best, strict=True):
         one = attention.of_decoder(layer - 1, 0, [query])
         assert isinstance(one, AttentionMap)

@@ -250,7 +250,9 @@ def test_the_curves_of_a_run_are_what_it_logged(run: Observed, shown: dict[str, 
     _, mean, rate, shares = shown["times"].axes
     phases = ("data_wait", "forward", "loss", "backward", "update")
     seconds = [np.mean(run.metric(f"perf/{phase}_s")) for phase in phases]
-    assert [bar.get_width() for bar in mean.patches] == pytest.approx(seconds) and min(seconds) > 0  # type: ignore[attr-defined]
+    rest = np.mean(run.metric("perf/step_s")) - sum(seconds)
+    assert [bar.get_width() for bar in mean.patches] == pytest.approx([*seconds, rest])  # type: ignore[attr-defined]
+    assert min(seconds) > 0 and rest > 0, "validation and checkpoints take time too"
     assert lines_of(rate) == {"images/s": run.metric("perf/images_per_s")}
     assert lines_of(shares)["padding"] == run.metric("perf/padding_frac")
 
@@ -307,3 +309,17 @@ def test_an_image_that_cannot_be_read_is_named(place: Path, tmp_path: Path) -> N
     assert f"image {index.image_ids[0]}: " in warning and index.file_name(0) in warning
     shown = [titles(drawn.figure)[cell] for cell in (0, 2)]
     assert ["cannot be read" in title for title in shown] == [True, False]
+
+
+def test_a_sample_that_cannot_be_read_is_an_error_that_names_it(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(place / "data", tmp_path / "data")
+    index = open_split(str(tmp_path / "data"), None, "train")
+    file = tmp_path / "data" / "train2017" / index.file_name(3)
+    file.write_bytes(b"no image")
+    keys = [f"data.root={tmp_path}/data", "train.global_batch_size=4"]
+    asked = ["sample", *keys, "--image", str(index.image_ids[3]), "--out", f"{tmp_path}/sample.png"]
+    assert show.main(asked) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and str(file) in line

@@ -118,7 +118,12 @@ def test_training_ends_with_a_report_that_is_whole_by_itself(trained: Observed, 
     assert {path.name for path in pictures} >= {f"{name}.svg" for name in curves} | {"batch.jpg", "worst.jpg"}
     contents = [base64.b64decode(address.partition(",")[2]) for address in page.addresses if "base64" in address]
     assert [path.read_bytes() for path in pictures] == contents, "the pictures of the page, and drawn once"
-    summary = evaluate_detections(past.best.truth, past.best.detections).summary  # type: ignore[union-attr]
+    metrics = evaluate_detections(past.best.truth, past.best.detections)  # type: ignore[union-attr]
+    summary = metrics.summary
+    absent = [name for name, ap in metrics.category_ap.items() if ap is None]
+    listed = page.text.partition("category AP AP50 ")[2].partition("No box in the validation set")[0]
+    assert absent and f"and so no AP: {len(absent)} " in page.text
+    assert listed and not [name for name in absent if name in listed]
     for expected in (
         "Run mine", "It finished", f"{summary['AP']:.3f}", "8 steps, 2.00 of 2 epochs", "optim.lr 0.001", "rectangle",
         "training images 16", "9.9<b>", f"eval.checkpoint={trained.job.run.path}", "costs",
@@ -288,7 +293,8 @@ def problems_of(past: PastRun, **metrics: list[float]) -> str:
 def test_what_looks_wrong(past: PastRun) -> None:
     assert "failed" in problems_of(past, **{"val/AP": [0.3]})
     assert "no validation" in problems_of(past)
-    assert "AP is 0" in problems_of(past, **{"val/AP": [0.0, 0.0]})
+    assert "AP is 0;" in problems_of(past, **{"val/AP": [0.0, 0.0]}) + ";"
+    assert "AP is 0.002" in problems_of(past, **{"val/AP": [0.0, 0.002]})
     assert "fell from 0.500 to 0.300" in problems_of(past, **{"val/AP": [0.2, 0.5, 0.3]})
     assert "still rising" in problems_of(past, **{"val/AP": [0.1, 0.2, 0.3, 0.4]})
     assert "rising" not in problems_of(past, **{"val/AP": [0.1, 0.39, 0.4, 0.4]})
@@ -334,7 +340,7 @@ def test_what_was_kept_and_is_damaged_is_left_out(past: PastRun, tmp_path: Path)
 def test_only_whole_trainings_of_their_own_get_one_and_a_failure_is_a_warning(trained: Observed) -> None:
     job, tracker, said = trained.job, MemoryTracker(), []
     assert trained.result is not None
-    trial = dataclasses.replace(job, parent_run="a search")
+    trial = dataclasses.replace(job, gets_report=False)
     for other in ((trial, trained.result), (job, dataclasses.replace(trained.result, status="stopped"))):
         at_end.report_at_end(*other, tracker, said.append)
     at_end.say_how_to_report(trial, said.append)

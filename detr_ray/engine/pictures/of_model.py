@@ -82,11 +82,11 @@ def encoder_picture(config: Config, request: PictureRequest, say: Say) -> Drawn:
     layer = _layer(request, len(seen.attention.encoder), "encoder")
     points = request.points or _centres(seen, request)
     attended = []
-    for number, (x, y) in enumerate(points, 1):
+    for x, y in points:
         cell = _cell_at(seen, x, y)
         scaled = _scaled(seen, x, y)
         one = seen.attention.of_encoder(layer, 0, [cell])
-        attended.append(_attended(seen, one, f"{number}: from ({x:.0f}, {y:.0f})", scaled))
+        attended.append(_attended(seen, one, f"from ({x:.0f}, {y:.0f})", scaled))
     title = f"Encoder self-attention, layer {layer + 1} of {len(seen.attention.encoder)}; {seen.title}"
     return Drawn(attention_figure(seen.pixels, seen.frame_px, attended, title), _lines(seen, request))
 
@@ -141,7 +141,8 @@ def queries_picture(config: Config, request: PictureRequest, say: Say) -> Drawn:
         for query in queries.tolist()
     ]
     count = scores.shape[1]
-    title = f"Where {len(queries)} of {count} queries predict, {len(boxes)} images; {end_of(job.checkpoint)}"
+    title = f"Centres of the boxes that {len(queries)} of {count} queries predict in {len(boxes)} images; "
+    title += end_of(job.checkpoint)
     return Drawn(queries_figure(boxes, queries, title), lines)
 
 

@@ -35,10 +35,11 @@ code, pre { font: .86rem/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, mon
 pre { background: var(--back); border: 1px solid var(--line); border-radius: .4rem; padding: .6rem; overflow-x: auto; }
 li.problem { margin: .4rem 0; } li.problem b { color: var(--bad); } li.fine { color: var(--good); }
 nav { font-size: .92rem; } nav a { margin-right: .9rem; display: inline-block; } a { color: #0a58ca; }
-@media (max-width: 42rem) { figure { overflow-x: auto; } figure img { max-width: 46rem; } }
+@media screen and (max-width: 42rem) { .picture { overflow-x: auto; } .picture img { max-width: 46rem; }
+  figcaption::after { content: " \\2194  swipe for the rest"; white-space: nowrap; }
+  pre.command { white-space: pre-wrap; overflow-wrap: anywhere; } }
 details summary { cursor: pointer; color: #0a58ca; }
-@media print { figure img { max-width: 100% !important; width: auto !important; }
-  body { max-width: none; padding: 0; font-size: 11pt; } nav { display: none; }
+@media print { body { max-width: none; padding: 0; font-size: 11pt; } nav { display: none; }
   h2 { break-after: avoid; } figure, .card, tr { break-inside: avoid; } .wide { overflow: visible; }
   pre { white-space: pre-wrap; } a { color: inherit; text-decoration: none; } }
 """
@@ -156,12 +157,13 @@ def picture(figure: Figure, caption: str, file_format: str = "svg") -> str:
 
 def _image(content: bytes, caption: str, file_format: str) -> str:
     source = f"data:{_MIME[file_format]};base64,{base64.b64encode(content).decode()}"
-    return f'<figure><img src="{source}" alt="{escape(caption)}"><figcaption>{escape(caption)}</figcaption></figure>'
+    image = f'<div class="picture"><img src="{source}" alt="{escape(caption)}"></div>'
+    return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def commands(lines: Sequence[tuple[str, str]]) -> str:
     """Commands to copy, each (what it does, command)."""
-    return "".join(f"<p>{escape(what)}</p><pre>{escape(command)}</pre>" for what, command in lines)
+    return "".join(f'<p>{escape(what)}</p><pre class="command">{escape(command)}</pre>' for what, command in lines)
 
 
 def text_block(text: str) -> str:

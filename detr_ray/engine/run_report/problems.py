@@ -18,6 +18,7 @@ _WAITS = 0.10
 _PADS = 0.25
 _FELL = 0.01
 _STILL_RISES = 0.005
+_NO_AP = 0.01
 _LOW_AP = 0.05
 _ENOUGH_BOXES = 10
 _COSTLY = 0.05
@@ -92,9 +93,9 @@ def _of_scores(run: PastRun) -> Iterator[Problem]:
         return
     values = scores[1]
     best = float(values.max())
-    if best < 0.001:
+    if best < _NO_AP:
         yield (
-            "AP is 0",
+            f"AP is {best:.3f}" if best >= 0.0005 else "AP is 0",
             "train longer (DETR takes hundreds of epochs from random weights), begin with model.init_from, and look "
             "whether the loss falls; configs/overfit.yaml tells whether data and settings can be learnt at all",
         )

@@ -215,7 +215,7 @@ def _what(run: PastRun) -> list[str]:
     flat = flatten(run.config)
     rows = [[key, str(flat[key])] for key in _MAIN_KEYS if flat.get(key) is not None]
     tags = {} if run.history is None else run.history.tags
-    rows += [["begun", str(run.record.get("created", "unknown"))], ["folder", run.directory.path]]
+    rows.append(["folder", run.directory.path])
     if run.record.get("forked_from"):
         rows.append(["begun from", str(run.record["forked_from"])])
     for tag, meaning in (("code.commit", "code"), ("detr_ray.version", "detr_ray"), ("torch.version", "torch")):
@@ -265,22 +265,31 @@ def _scores(reported: Reported) -> list[str]:
         return [page.paragraph("What its best weights found was not kept (tracking.report=false, or no validation).")]
     metrics = reported.metrics
     rows = [[name, _number(metrics.summary[name]) or "n/a", SUMMARY[name]] for name in SUMMARY]
-    by_category = sorted(metrics.category_ap, key=lambda name: -(metrics.category_ap[name] or -1))
-    categories = [
-        [name, _number(metrics.category_ap[name]) or "n/a", _number(metrics.category_ap50[name]) or "n/a"]
-        for name in by_category
-    ]
     return [
         page.paragraph(f"The best weights, on {metrics.images:,} validation images.", pale=True),
         page.table(rows, ["number", "value", "meaning"]),
         page.heading("Categories"),
-        page.table(categories, ["category", "AP", "AP50"], numbers_from=1),
+        *_categories(metrics),
         reported.pictures.add(
             "precision-recall", precision_recall_picture(reported.found).figure,
             "Precision and recall of the worst categories",
         ),
         reported.pictures.add("sizes", sizes_picture(reported.found).figure, "AP and AR by the size of objects"),
     ]  # fmt: skip
+
+
+def _categories(metrics: CocoMetrics) -> list[str]:
+    """The categories with annotations, the best first; a number of those without."""
+    scored = {name: ap for name, ap in metrics.category_ap.items() if ap is not None}
+    rows = [
+        [name, _number(ap), _number(metrics.category_ap50[name])]
+        for name, ap in sorted(scored.items(), key=lambda item: -item[1])
+    ]
+    parts = [page.table(rows, ["category", "AP", "AP50"], numbers_from=1)]
+    if absent := len(metrics.category_ap) - len(scored):
+        categories = "1 category" if absent == 1 else f"{absent} categories"
+        parts.append(page.paragraph(f"No box in the validation set, and so no AP: {categories}.", pale=True))
+    return parts
 
 
 def _errors(reported: Reported) -> list[str]:
