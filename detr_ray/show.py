@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import shutil
 import sys
@@ -200,9 +201,13 @@ def _show(config: Config, arguments: argparse.Namespace) -> int:
     from detr_ray.engine.preflight.writing import check_outputs
 
     if arguments.what not in PICTURES:
+        like = difflib.get_close_matches(arguments.what or "", PICTURES, n=1)
         given = "nothing is named" if arguments.what is None else f"{arguments.what!r} is not known"
+        given += f" (did you mean {like[0]}?)" if like else ""
         raise ConfigError(f"WHAT: {given}; it is one of {', '.join(PICTURES)}")
-    if arguments.out is not None:
+    if arguments.out is None:
+        _refuse_window(_why_no_window())
+    else:
         _format_of(arguments.out)
         check_outputs({"--out": arguments.out})
     request = PictureRequest(
@@ -238,12 +243,15 @@ def _open(figure: Figure) -> int:
 
     from detr_ray.viz.figure import png_bytes
 
-    why_not = _why_no_window()
-    if not why_not and not ImageShow.show(Image.open(io.BytesIO(png_bytes(figure))), "detr_ray"):
-        why_not = "this machine has no program that shows pictures"
+    if not ImageShow.show(Image.open(io.BytesIO(png_bytes(figure))), "detr_ray"):
+        _refuse_window("this machine has no program that shows pictures")
+    return 0
+
+
+def _refuse_window(why_not: str) -> None:
+    """Refuses to open a window, if there is a reason."""
     if why_not:
         raise ConfigError(f"--out: {why_not}: give a FILE to write the picture into")
-    return 0
 
 
 def _why_no_window() -> str:

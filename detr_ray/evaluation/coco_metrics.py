@@ -91,7 +91,8 @@ class CocoMetrics:
         ]
         lines = [f"{'category':<{width}}  {'AP':>6}  {'AP50':>6}", *rows]
         without = len(self.category_ap) - len(scored)
-        return "\n".join([*lines, f"{without} categories without annotated boxes"] if without else lines)
+        noun = "category" if without == 1 else "categories"
+        return "\n".join([*lines, f"{without} {noun} without annotated boxes"] if without else lines)
 
 
 def evaluate_detections(ground_truth: GroundTruth, detections: DetectionTable) -> CocoMetrics:

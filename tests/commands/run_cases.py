@@ -96,12 +96,12 @@ def show_out(place: Place) -> None:
     place.patch.delenv("DISPLAY", raising=False)
     place.patch.delenv("WAYLAND_DISPLAY", raising=False)
     batch = ("show", "--config", place.file(), "batch", "--images", 1)
-    code, _, err = place.call(*batch)
-    assert code == 2 and "no display" in err
+    code, out, err = place.call(*batch)
+    assert code == 2 and "no display" in err and out == "", "said before anything is read"
     place.patch.setenv("WAYLAND_DISPLAY", "wayland-0")
     place.patch.setattr(shutil, "which", lambda program: None)
-    code, _, err = place.call(*batch)
-    assert code == 2 and "no program that shows pictures (xdg-open" in err and opened == []
+    code, out, err = place.call(*batch)
+    assert code == 2 and "no program that shows pictures (xdg-open" in err and opened == [] and out == ""
     place.patch.setattr(shutil, "which", lambda program: f"/usr/bin/{program}")
     assert place.call(*batch)[0] == 2, "no program showed it"
     place.done("show", "batch", "--images", 1)

@@ -217,7 +217,7 @@ def test_metric_names_and_tables() -> None:
     assert table.splitlines()[-1] == "1 images, 3 annotated boxes, 2 detections"
     best_first = metrics.category_table().splitlines()
     assert [line[:13].strip() for line in best_first[:-1]] == ["category", "cat 1", "cat 3", "traffic light"]
-    assert best_first[-1] == "1 categories without annotated boxes"
+    assert best_first[-1] == "1 category without annotated boxes"
 
 
 def test_two_threads_score_at_once_and_print_nothing(capsys: pytest.CaptureFixture[str]) -> None:
