@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+from PIL import Image
 from tiny import fit_here, make_dataset, tiny_config
 
 from detr_ray import predict as command
@@ -27,11 +28,38 @@ from detr_ray.runtime.prediction_actors import Actors, plan_actors
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.usefixtures("shared_ray")]
 
 
+def store_in_many_ways(folder: Path) -> None:
+    """Stores each image of a folder anew, in the kinds of files and under the names that people have."""
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for number, path in enumerate(sorted(folder.iterdir())[:10]):
+        with Image.open(path) as opened:
+            image = opened.convert("RGB")
+        path.unlink()
+        name, stored, options = [
+            ("print.jpg", image.convert("CMYK"), {}),
+            ("few colours.png", image.quantize(16), {}),
+            ("shot #12.png", image.convert("RGBA"), {}),
+            ("deep.png", Image.fromarray(np.asarray(image.convert("L"), np.uint16) * 257), {}),
+            ("Straße_ä.webp", image, {}),
+            ("scan.tif", image, {"compression": "tiff_lzw"}),
+            ("turned.JPG", image, {"exif": turned}),
+            ("100%_sure.gif", image.quantize(64), {}),
+            ("a+b=c.bmp", image, {}),
+            ("progressive.jpeg", image, {"progressive": True}),
+        ][number]
+        stored.save(folder / name, **options)
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    (folder / "png in truth.jpg").write_bytes((folder / "shot #12.png").read_bytes())
+
+
 def test_the_cluster_finds_what_this_process_finds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = make_dataset(tmp_path / "shapes", num_train=8, num_val=12, image_size=(40, 90))
     trained = fit_here(tiny_config(data, tmp_path, "train.max_steps=1", "run.name=a"))
     images = shutil.copytree(data / "val2017", tmp_path / "images")
-    bad = sorted(images.iterdir())[3]
+    store_in_many_ways(images)
+    bad = max(images.glob("0*.jpg"))
     bad.write_bytes(bad.read_bytes()[:400])
     found = {}
     for launcher in ("local", "ray"):
@@ -39,10 +67,11 @@ def test_the_cluster_finds_what_this_process_finds(tmp_path: Path, capsys: pytes
         arguments += ["--part-images", "4", "train.use_gpu=false", f"train.launcher={launcher}"]
         assert command.main(arguments) == 0, capsys.readouterr().err
         rows = json.loads((tmp_path / launcher / "results.json").read_text())
-        found[launcher] = [(row["image_id"], row["category_id"]) for row in rows]
-        assert [line.partition(":")[0] for line in (tmp_path / launcher / "bad_images.txt").open()] == [str(bad)]
-    assert len(found["ray"]) == 11 * 8
-    assert sorted(found["ray"]) == sorted(found["local"])
+        found[launcher] = [(row["image_id"], row["category_id"], row["score"], *row["bbox"]) for row in rows]
+        listed = {line.partition(":")[0] for line in (tmp_path / launcher / "bad_images.txt").open()}
+        assert listed == {str(bad), f"{images}/empty.jpg", f"{images}/IMG_1.HEIC"}
+    assert len(found["ray"]) == 12 * 8
+    assert np.allclose(sorted(found["ray"]), sorted(found["local"]), rtol=0, atol=1e-3)
 
     config = load_config(None, ["train.use_gpu=false"])
     wanted = Wanted([str(images)], None, None, None, 4)
