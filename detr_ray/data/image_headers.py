@@ -32,6 +32,7 @@ _FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _BARE_MARKERS = frozenset({0x00, 0x01, *range(0xD0, 0xDA), 0xFF}) - {0xD9}
 # Baseline, extended and progressive, Huffman or arithmetic coding. The others are lossless or hierarchical.
 _READ_MARKERS = frozenset({0xC0, 0xC1, 0xC2, 0xC9, 0xCA})
+_HEIC_STARTS = frozenset({b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1", b"ftypmsf1"})
 _PNG_METADATA = frozenset({b"eXIf", b"tEXt", b"zTXt", b"iTXt"})
 
 
@@ -119,7 +120,7 @@ def read_header(data: bytes, name: str, *, is_whole: bool = True) -> ImageHeader
     except Exception as error:
         frame = jpeg_frame(data) if data.startswith(JPEG_START) else None
         if frame is None or isinstance(error, ImageError | MemoryError):
-            raise damaged(name, error) from error
+            raise damaged(name, error, data) from error
         # JPEGs are decoded by torchvision, which takes some that Pillow does not.
         return ImageHeader("JPEG", "unknown", frame.size, is_certain=False)
 
@@ -291,8 +292,14 @@ def jpeg_frame(data: bytes) -> JpegFrame | None:
     return None
 
 
-def damaged(name: str, error: Exception) -> ImageError:
-    """The `ImageError` for an exception of a decoder; decoders raise almost any exception for damaged data."""
+def damaged(name: str, error: Exception, data: bytes = b"") -> ImageError:
+    """The `ImageError` for an exception of a decoder; decoders raise almost any exception for damaged data.
+
+    Args:
+        name: what to call the image.
+        error: the exception.
+        data: the file's content, or its beginning, where that is at hand.
+    """
     if isinstance(error, MemoryError):
         raise error
     if isinstance(error, ImageError):
@@ -300,7 +307,7 @@ def damaged(name: str, error: Exception) -> ImageError:
     if isinstance(error, Image.DecompressionBombError):
         return _too_large(name)
     if isinstance(error, UnidentifiedImageError):
-        what_to_do = "; HEIC is not read: convert it to JPEG" if name.lower().endswith((".heic", ".heif")) else ""
+        what_to_do = "; HEIC is not read: convert it to JPEG" if data[4:12] in _HEIC_STARTS else ""
         return ImageError(f"{name}: not an image, or of a format that is not known{what_to_do}")
     reason = re.sub(r"^.*\.(cpp|h):\d+, ", "", str(error).strip().split("\n")[0])
     return ImageError(f"{name}: damaged image: {reason or type(error).__name__}")

@@ -71,7 +71,8 @@ def is_single(images: Any) -> bool:
     """
     if isinstance(images, np.ndarray | Tensor):
         return images.ndim < 4
-    return isinstance(images, str | os.PathLike | bytes | bytearray | memoryview | Image.Image)
+    # What is no image is refused as a single one, by `open_images`.
+    return isinstance(images, str | bytes | bytearray | memoryview | Image.Image) or not isinstance(images, Iterable)
 
 
 def open_images(images: Iterable[GivenImage]) -> list[OpenedImage]:
@@ -108,8 +109,10 @@ def _in_memory(item: Any, name: str) -> OpenedImage:
             item = item.float()  # NumPy lacks bfloat16
         values = item.detach().cpu().numpy()
         return _decoded(decode_array(values if values.ndim < 3 else np.moveaxis(values, 0, -1), name), name)
+    if item is None:
+        raise TypeError(f"{name}: is None, which cv2.imread gives for a file that is not there or that it cannot read")
     raise TypeError(
-        f"{name}: a {type(item).__name__} is no image; give a path, an address, bytes of an image file, a Pillow "
+        f"{name}: {type(item).__name__} is no image; give a path, an address, bytes of an image file, a Pillow "
         "image, an array [height, width, channels] or a tensor [channels, height, width]"
     )
 
@@ -121,6 +124,8 @@ def _of_file(path: str) -> OpenedImage:
     reader = _reader_of(place)
     if place.is_dir():
         raise ImageError(f"{printable(path)}: is a folder; give the images in it")
+    if any(mark in path for mark in "*?[") and not place.exists():
+        raise ImageError(f"{printable(path)}: no such file; a pattern is expanded by sorted(glob.glob(...)), not here")
     header = reader.read_header(0)
     if not header.is_certain:
         return _decoded(decode_image(reader.read(0), reader.name(0)), reader.name(0))

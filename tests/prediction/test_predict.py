@@ -190,8 +190,15 @@ def test_options_that_there_are_not_are_refused(options: dict, message: str, mod
 
 
 def test_what_is_no_image_at_all_is_refused(model: LoadedModel) -> None:
-    with pytest.raises(TypeError, match="image 1: a dict is no image; give a path"):
+    with pytest.raises(TypeError, match="image 1: dict is no image; give a path"):
         model.predict([PIXELS, {}])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="image 0: int is no image; give a path"):
+        model.predict(5)  # type: ignore[arg-type]
+    for images in (None, [None]):  # a file that cv2.imread did not find
+        with pytest.raises(TypeError, match=r"image 0: is None, which cv2\.imread gives"):
+            model.predict(images)  # type: ignore[arg-type]
+    with pytest.raises(ImageError, match=r"photos/\*\.jpg: no such file; a pattern is expanded by sorted\(glob"):
+        model.predict("photos/*.jpg")
 
 
 def test_predictions_that_are_not_finite_are_refused(trained: FitResult) -> None:
