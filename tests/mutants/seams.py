@@ -6,7 +6,7 @@ TESTS = (
     "tests/seams", "tests/config_keys", "tests/commands", "tests/data", "tests/engine", "tests/loss", "tests/model",
     "tests/evaluation", "tests/prediction", "tests/exporting", "tests/viz", "tests/search",
     "tests/tracking/test_history.py",
-    "tests/test_cli.py", "tests/test_check.py", "tests/test_watch_command.py", "tests/test_prepare.py",
+    "tests/test_cli.py", "tests/check", "tests/test_watch_command.py", "tests/test_prepare.py",
     "tests/runtime/test_registration.py", "tests/runtime/test_prediction_actors.py",
     "tests/tracking/test_registry.py", "tests/tracking/test_champion.py", "tests/tracking/test_fetching.py",
 )  # fmt: skip
