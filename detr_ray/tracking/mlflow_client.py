@@ -6,6 +6,8 @@ import logging
 import os
 from typing import Any
 
+from detr_ray.credentials import without_credentials
+from detr_ray.printable import shortened
 from detr_ray.tracking.store import artifact_location, sqlite_path, sqlite_uri
 from detr_ray.tracking.whole_files import create_database_whole
 
@@ -74,6 +76,11 @@ def run_of_uid(client: Any, experiment_id: str, run_uid: str) -> str | None:
         [experiment_id], query, run_view_type=ViewType.ALL, max_results=1, order_by=["attributes.start_time ASC"]
     )
     return runs[0].info.run_id if runs else None
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error, without passwords."""
+    return shortened(without_credentials((str(error).splitlines() or [type(error).__name__])[0]), 300)
 
 
 def _make_tables(client: Any) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from detr_ray.printable import shortened
-from detr_ray.tracking.mlflow_client import UID_TAG, made_experiment, open_client, run_of_uid
+from detr_ray.tracking.mlflow_client import UID_TAG, first_line, made_experiment, open_client, run_of_uid
 from detr_ray.tracking.store import public_uri
 from detr_ray.tracking.whole_files import write_whole
 
@@ -274,7 +274,7 @@ class MlflowRun:
             if not self.suspicious:
                 raise
             self._client.set_tag(self.run_id, _PROBE_TAG, kind)  # raises if the store fails for any content
-            refusal = RefusedError(_reason(error))
+            refusal = RefusedError(first_line(error))
         if len(entities) > 1:
             middle = len(entities) // 2
             self._log_one_by_one_if_refused(kind, entities[:middle])
@@ -293,12 +293,8 @@ class MlflowRun:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST" or error.error_code in _REFUSALS:
                 self.check()
             if error.error_code in _REFUSALS:
-                raise RefusedError(_reason(error)) from error
+                raise RefusedError(first_line(error)) from error
             raise
-
-
-def _reason(error: Exception) -> str:
-    return shortened((str(error).splitlines() or [""])[0], 300)
 
 
 def _run_exists(client: Any, run_id: str) -> bool:

@@ -13,9 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from detr_ray.credentials import without_credentials
 from detr_ray.printable import shortened
-from detr_ray.tracking.mlflow_client import open_client, set_environment
+from detr_ray.tracking.mlflow_client import first_line, open_client, set_environment
 from detr_ray.tracking.reachability import UnreachableError, UnusableError, try_store
 from detr_ray.tracking.store import public_uri, sqlite_path
 
@@ -175,7 +174,7 @@ class ModelRegistry:
         try:
             yield
         except (MlflowException, OSError) as error:
-            raise RegistryUnavailable(f"the registry {public_uri(self.uri)}: {_reason(error)}") from error
+            raise RegistryUnavailable(f"the registry {public_uri(self.uri)}: {first_line(error)}") from error
 
     # What there is
 
@@ -316,7 +315,3 @@ def _version(entry: Any, aliases: Mapping[str, str]) -> ModelVersion:
     return ModelVersion(
         entry.name, number, mine, int(entry.creation_timestamp), entry.run_id or None, entry.source, dict(entry.tags)
     )
-
-
-def _reason(error: Exception) -> str:
-    return shortened(without_credentials((str(error).splitlines() or [type(error).__name__])[0]), 300)
