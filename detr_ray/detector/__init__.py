@@ -39,8 +39,8 @@ def build_detector(model: ModelConfig, loss: LossConfig, num_classes: int) -> De
         num_classes: classes without no-object.
     """
     network = build_model(model, num_classes)
-    layers = model.decoder_layers if model.aux_loss else 1
-    return Detector(network, build_criterion(loss, num_classes, layers, network.num_queries, model))
+    criterion = build_criterion(loss, num_classes, num_queries=network.num_queries, cfg_model=model)
+    return Detector(network, criterion)
 
 
 def build_skeleton(model: ModelConfig, num_classes: int) -> DetectionModel:

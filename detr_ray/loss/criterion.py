@@ -207,7 +207,7 @@ class SetCriterion(nn.Module):
 def build_criterion(
     cfg: Config | LossConfig,
     num_classes: int = 91,
-    num_layers: int = 6,
+    num_layers: int | None = None,
     num_queries: int | None = None,
     cfg_model: ModelConfig | None = None,
 ) -> SetCriterion:
@@ -216,13 +216,16 @@ def build_criterion(
     Args:
         cfg: the configuration, or its section ``loss`` alone.
         num_classes: classes without no-object.
-        num_layers: decoder layers that ``criterion.weights`` names before the first call.
+        num_layers: decoder layers that ``criterion.weights`` names before the first call. None: those of the section
+            ``model`` that the output has, or 6.
         num_queries: of the model; the class loss softmax needs it to count normalisers before the first call.
         cfg_model: the section ``model``, if ``cfg`` is a section. It tells which prediction sets there are besides the
             decoder's layers. None: no others.
     """
     loss: Any = getattr(cfg, "loss", cfg)
     model: Any = getattr(cfg, "model", cfg_model)
+    if num_layers is None:
+        num_layers = getattr(model, "decoder_layers", 6) if getattr(model, "aux_loss", True) else 1
     class_loss = _class_loss(loss, num_classes)
     sources: list[PredictionSource] = [DecoderLayers(num_queries)]
     suffixes: list[str] = []

@@ -145,14 +145,15 @@ def test_a_published_file_is_evaluated_whole(changes: dict[str, Any], tmp_path: 
 
 @VARIANTS
 def test_every_parameter_gets_a_gradient_from_images_without_boxes(changes: dict[str, Any]) -> None:
-    """Workers wait for the gradient of each other's parameters."""
+    """Workers wait for the gradient of each other's parameters. Which losses there are is known before."""
     model = tiny(**changes).train()
     measure = criterion(**changes)
+    known = measure.weights
     for wanted in (targets(0, 0), targets(2, 0)):
         model.zero_grad()
         measure.total(measure(model(images(64, 96)), wanted)).backward()
         missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-        assert not missing
+        assert not missing and measure.weights == known
 
 
 @VARIANTS

@@ -143,12 +143,13 @@ def test_a_published_file_is_evaluated_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize("counts", [(0, 0), (2, 0), (3, 1)])
 @pytest.mark.parametrize("denoising", [6, 0])
 def test_every_parameter_gets_a_gradient_in_every_step(counts: tuple[int, ...], denoising: int) -> None:
-    """Workers wait for the gradient of each other's parameters."""
+    """Workers wait for the gradient of each other's parameters. Which losses there are is known before."""
     model = tiny(denoising_queries=denoising).train()
     measure, batch = criterion(denoising_queries=denoising), batch_of(*counts)
+    known = measure.weights
     output = model(*model.inputs_of(batch))
     losses = measure(output, batch.targets)
-    assert ("loss_ce_dn" in losses) == (denoising > 0)
+    assert ("loss_ce_dn" in losses) == (denoising > 0) and measure.weights == known
     measure.total(losses).backward()
     assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert bool(model.label_enc.weight.grad.any()) == (denoising > 0 and sum(counts) > 0)
