@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import ray
+import torch
 from tiny import make_dataset, tiny_config
 
+from detr_ray.data.planner import Planner
 from detr_ray.engine.job import prepare_job
-from detr_ray.runtime.datasets import EVALUATION, TRAIN, RayBatches
+from detr_ray.runtime.datasets import EVALUATION, TRAIN, PlannedBatches, RayBatches
 
 RANKS, STEPS = 16, 3
 
@@ -18,39 +21,30 @@ RANKS, STEPS = 16, 3
 @pytest.mark.ray
 @pytest.mark.timeout(120)
 @pytest.mark.usefixtures("shared_ray")
-def test_a_process_that_serves_many_workers_plans_each_window_once(tmp_path: Path) -> None:
+def test_a_process_that_serves_many_workers_plans_each_window_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dataset = make_dataset(tmp_path / "shapes", num_train=48, num_val=20)
     settings = (f"train.global_batch_size={RANKS}", "eval.batch_size=1", "train.epochs=1")
     data = prepare_job(tiny_config(dataset, tmp_path, *settings), lambda line: None).data
 
-    @ray.remote
-    def serve(data: list[ray.ObjectRef]) -> tuple[list[Any], list[list[int]], list[list[int]]]:
-        """Makes the batches of all workers, step by step; the windows planned, and the images of each step."""
-        import pyarrow as pa
+    planned: list[Any] = []
+    plan_window = Planner._plan_window
 
-        from detr_ray.data.planner import Planner
-        from detr_ray.runtime.datasets import PlannedBatches
+    def counted(planner: Planner, epoch: int, number: int, **options: bool) -> Any:
+        planned.append((epoch, number))
+        return plan_window(planner, epoch, number, **options)
 
-        planned: list[Any] = []
-        plan_window = Planner._plan_window
-
-        def counted(planner: Planner, epoch: int, number: int, **options: bool) -> Any:
-            planned.append((epoch, number))
-            return plan_window(planner, epoch, number, **options)
-
-        def images(split: str, rank: int, row: int) -> list[int]:
-            tables = PlannedBatches(data[0], split, RANKS, rank, 1, 0)(pa.table({"id": [row]}))
-            return [number for table in tables for number in table["image_ids"][0].as_py()]
-
-        Planner._plan_window = counted  # type: ignore[method-assign,assignment]
-        try:
-            train = [[i for rank in range(RANKS) for i in images(TRAIN, rank, step)] for step in range(STEPS)]
-        finally:
-            Planner._plan_window = plan_window  # type: ignore[method-assign]
-        return planned, train, [images(EVALUATION, rank, 0) for rank in range(RANKS)]
-
+    monkeypatch.setattr(Planner, "_plan_window", counted)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)  # that of this process stays
     reference = ray.put(data)
-    planned, train, evaluation = ray.get(serve.remote([reference]))
+
+    def images(split: str, rank: int, row: int) -> list[int]:
+        tables = PlannedBatches(reference, split, RANKS, rank, 1, 0)(pa.table({"id": [row]}))
+        return [number for table in tables for number in table["image_ids"][0].as_py()]
+
+    train = [[i for rank in range(RANKS) for i in images(TRAIN, rank, step)] for step in range(STEPS)]
+    evaluation = [images(EVALUATION, rank, 0) for rank in range(RANKS)]
     assert planned == [(0, 0)], "the epoch is one window, and is planned once for all workers"
     plan = data.plan(1, 0)
     assert train == [[sample.image_id for batch in plan.step(step) for sample in batch] for step in range(STEPS)]
