@@ -106,9 +106,9 @@ def predictions(stored: StoredJob, numbers: Numbers, actors: Actors) -> ray.data
         num_cpus=actors.num_cpus,
         num_gpus=1 if actors.use_gpu else 0,
         resources=dict(actors.custom) or None,
-        # Over the nodes. It also keeps the actors apart from the tasks: Ray Data makes one operator of two that ask for
-        # the same, and each actor would decode its own images, one batch after the other with the model.
-        scheduling_strategy="SPREAD",
+        # Any node. It keeps the actors apart from the tasks: Ray Data makes one operator of two that ask for the same,
+        # and each actor would decode its own images, one batch after the other with the model.
+        label_selector={},
     )
     found.context.enable_progress_bars = False
     # Ray Data sets its levels with its first data set: each execution would be announced, and that no bar is shown.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import ray
 from PIL import Image
+from ray.util.annotations import RayDeprecationWarning
 from tiny import fit_here, make_dataset, tiny_config
 
 from detr_ray import predict as command
@@ -77,7 +79,9 @@ def test_the_cluster_finds_what_this_process_finds(tmp_path: Path, capsys: pytes
     wanted = Wanted([str(images)], None, None, None, 4)
     job = prepare_prediction(load_model(trained.run_path), config, wanted, lambda line: None)
     actors = dataclasses.replace(plan_actors(config, job, len(job.batches)), num_cpus=1)
-    dataset = predictions(StoredJob.of(job), range(len(job.batches)), actors)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RayDeprecationWarning)
+        dataset = predictions(StoredJob.of(job), range(len(job.batches)), actors)
     assert sum(1 for _ in dataset.iter_batches(batch_size=1)) == len(job.batches)
     assert "_MadeBatches)->MapBatches" not in dataset.stats(), "batches are made beside the model"
     assert "_PredictingActor" in dataset.stats()
