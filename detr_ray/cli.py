@@ -211,6 +211,7 @@ def _parser(
 
 def _read(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[Config, argparse.Namespace]:
     """The configuration and the parsed arguments; raises one `ConfigError` with all faults of both."""
+    _refuse_cut_values(argv)
     arguments, rest = parser.parse_known_args([item for item in argv if not _OVERRIDE.match(item)])
     errors = _not_understood(parser, [item for item in rest if "=" not in item])
     # `rest` may also contain section=mapping, or a key without its section: as an override it gets a better error.
@@ -224,6 +225,23 @@ def _read(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[Config,
         raise ConfigError(errors)
     arguments.overrides = overrides
     return config, arguments
+
+
+def _refuse_cut_values(argv: Sequence[str]) -> None:
+    """Refuses a value in braces that a shell has cut at its blanks.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for place, item in enumerate(argv):
+        wholes = [" ".join(argv[place:end]) for end in range(place + 2, len(argv) + 1)]
+        whole = next(filter(_is_balanced, wholes), None)
+        if _OVERRIDE.match(item) and not _is_balanced(item) and whole is not None:
+            raise ConfigError(f"{item} is cut off at a blank, where the shell divides it: put it in quotes: '{whole}'")
+
+
+def _is_balanced(text: str) -> bool:
+    return all(text.count(begin) == text.count(end) for begin, end in ("{}", "[]"))
 
 
 def _not_understood(parser: argparse.ArgumentParser, items: Sequence[str]) -> list[str]:

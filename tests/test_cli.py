@@ -94,6 +94,15 @@ def test_commands_have_arguments_of_their_own():
             "'--confg' is neither an option nor key=value; did you mean --config?\nerror: 'b' is",
         ),
         (["--verbose"], "'--verbose' is neither an option nor key=value; see --help"),
+        (
+            ["optim.lr=1", "data.split={val:", "0.1,", "seed:", "1}", "train.epochs=1"],
+            "data.split={val: is cut off at a blank, where the shell divides it: put it in quotes: "
+            "'data.split={val: 0.1, seed: 1}'\n",
+        ),
+        (
+            ["model.num_classes=5"],
+            "unknown key 'model.num_classes': the classes, and how many there are, are taken from",
+        ),
         (["--config"], "argument --config: expected one argument"),
         (["--config", "missing.yaml"], "missing.yaml: there is no such file"),
         (["optim.lr=-1"], "optim.lr: must be more than 0 (got -1, from command line)"),

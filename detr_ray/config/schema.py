@@ -138,8 +138,13 @@ def _range(metadata: Any) -> str:
     return "".join(f" {bound}" for bound in [" and ".join(lower[:1] + upper[:1])] if bound)
 
 
+_OF_THE_DATA = frozenset({"num_classes", "class_names", "nc"})
+
+
 def unknown_key(path: tuple[str, ...]) -> tuple[str, list[str]]:
     """Message for an unknown key, and the known keys that are most similar."""
+    if path[-1] in _OF_THE_DATA:
+        return f"unknown key '{'.'.join(path)}': the classes, and how many there are, are taken from the data", []
     guesses = _nearest(".".join(path))
     hint = " or ".join(f"'{guess}'" for guess in guesses)
     said = f"; did you mean {hint}?" if guesses else "; --help lists all keys"

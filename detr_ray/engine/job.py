@@ -140,16 +140,18 @@ def prepare_job(config: Config, say: Say, opened: OpenedData | None = None) -> T
     if fork is not None:
         fork.refuse_misfit(config, data.fingerprints, steps)
     check_tracking(config, say)
+    weights, is_new = None, record is None and fork is None
+    if is_new:  # before there is a run: one that weights of a wrong name began could not be begun with the right ones
+        weights = _initial_weights(config, label_map, say)
     run = open_run(
         config.run.name, config.run.storage, flatten(config), data.fingerprints, config.to_yaml(), space,
         None if fork is None else fork.checkpoint.path, say, record,
     )  # fmt: skip
-    weights = None
     try:
         is_first_start = run.checkpoints.latest() is None
     except OSError as error:
         raise ConfigError(f"run.storage: the checkpoints of {run.path} cannot be listed: {reason_of(error)}") from error
-    if is_first_start and fork is None:
+    if is_first_start and fork is None and not is_new:
         weights = _initial_weights(config, label_map, say)
     return TrainJob(
         data,

@@ -104,8 +104,10 @@ def test_own_weights_start_another_run(dataset: Path, tmp_path: Path) -> None:
 
 
 def test_weights_that_are_not_there_are_refused(dataset: Path, tmp_path: Path) -> None:
+    absent = f"model.init_from={tmp_path / 'nowhere.pth'}"
     with pytest.raises(WeightsError, match=r"there is no file .*nowhere\.pth"):
-        prepare_job(tiny_config(dataset, tmp_path, f"model.init_from={tmp_path / 'nowhere.pth'}"), quiet)
+        prepare_job(tiny_config(dataset, tmp_path, absent, "run.name=mine"), quiet)
+    assert prepare_job(tiny_config(dataset, tmp_path, "run.name=mine"), quiet).run.is_new, "the name is still free"
 
 
 def test_published_weights_are_evaluated_in_coco_ids(coco128: Path, published: Path, tmp_path: Path) -> None:

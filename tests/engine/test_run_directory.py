@@ -106,9 +106,13 @@ def test_a_key_that_came_later_had_its_default(tmp_path: Path) -> None:
     said: list[str] = []
     assert not open_run("a", str(tmp_path), config, {"train": "x"}, "", say=said.append).is_new
     assert said == []
-    for key, value, before in (("data.window", 100, "None"), ("optim.weight_decay", 0.0, "0.0001")):
-        with pytest.raises(ConfigError, match=rf"{key}: begun with {before} \(the default, .*\), now {value}"):
+    for key, value, before, go_on in (
+        ("data.window", 100, "None", "model.init_from to start from its weights"),
+        ("optim.weight_decay", 0.0, "0.0001", f"run.fork_from={tmp_path}/a to begin it at the last checkpoint of this"),
+    ):
+        with pytest.raises(ConfigError, match=rf"{key}: begun with {before} \(the default, .*\), now {value}") as error:
             open_run("a", str(tmp_path), {**config, key: value}, {"train": "x"}, "")
+        assert go_on in str(error.value)
     with pytest.raises(ConfigError, match=r"optim\.lr: begun with 0\.0001, now 1\.0"):
         open_run("a", str(tmp_path), {**config, "optim.lr": 1.0}, {"train": "x"}, "")
 

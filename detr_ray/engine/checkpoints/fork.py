@@ -14,6 +14,7 @@ from detr_ray.addresses import join, parent, resolve
 from detr_ray.config import Config, ConfigError, flatten
 from detr_ray.engine.checkpoints.info import CheckpointInfo
 from detr_ray.engine.checkpoints.run_directory import (
+    FORK_KEYS,
     RECORD,
     RunDirectory,
     begun_with,
@@ -22,10 +23,6 @@ from detr_ray.engine.checkpoints.run_directory import (
     storage_errors,
 )
 from detr_ray.engine.checkpoints.store import CheckpointStore
-
-# Keys that a fork may change, in addition to those that a resumed run may change: they affect neither the model nor the
-# optimizer's state nor the stream.
-FORK_KEYS = ("optim.", "loss.", "train.epochs")
 
 
 @dataclass(frozen=True)

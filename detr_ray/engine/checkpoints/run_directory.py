@@ -72,6 +72,10 @@ FREE_KEYS = (
 # The source of the first weights, which is not needed any more when there is a checkpoint.
 FREE_WITH_CHECKPOINT = ("model.init_from", "model.backbone_weights", "run.fork_from")
 
+FORK_KEYS = ("optim.", "loss.", "train.epochs")
+"""Keys, and beginnings of keys, that may differ in a run that begins at a checkpoint of another one, beside those that
+may change on resume: they affect neither the model nor the optimizer's state nor the stream."""
+
 
 def is_free(key: str, has_checkpoint: bool = True) -> bool:
     """Whether a key of the configuration may change when a run is resumed.
@@ -228,9 +232,12 @@ def open_run(
         if label_space is not None and stored.get("label_space") not in (None, label_space):
             differences.append(f"data.label_space: begun with {stored['label_space']}, now {label_space}")
     if differences:
+        begin = "model.init_from to start from its weights"
+        if all(line.startswith(FORK_KEYS) for line in differences):
+            begin = f"run.fork_from={path} to begin it at the last checkpoint of this one"
         raise ConfigError(
             f"run.name: a run {name!r} exists in {path} and was begun differently; choose another run.name (and "
-            "model.init_from to start from its weights), or give the same values:\n  " + "\n  ".join(differences)
+            f"{begin}), or give the same values:\n  " + "\n  ".join(differences)
         )
     return run
 
