@@ -135,9 +135,10 @@ class ModelConfig(Section):
     aux_loss: bool = True
     """Apply the loss to every decoder layer, not only to the last."""
     init_from: Text | None = None
-    """Path or URL of DETR weights to start from, as a torch file or safetensors; weights inside the checkpoint of
-    another training program are found. For other classes the head is rebuilt, and rows of classes with the same name
-    are copied. The backbone must be that of the file."""
+    """Path or URL of DETR weights to start from, as a torch file or safetensors, or the folder of a run (its best
+    checkpoint) or of a checkpoint; weights inside the checkpoint of another training program are found. For other
+    classes the head is rebuilt, and rows of classes with the same name are copied. The backbone must be that of the
+    file."""
 
     def own_defaults(self) -> Mapping[str, Any]:
         """The values of the architecture's published model."""

@@ -19,6 +19,7 @@ from detr_ray.data.errors import DataError
 from detr_ray.data.index import DatasetIndex
 from detr_ray.data.label_map import LabelMap
 from detr_ray.engine.checkpoints.fork import Fork, find_fork
+from detr_ray.engine.checkpoints.found_model import weights_file
 from detr_ray.engine.checkpoints.info import CheckpointInfo
 from detr_ray.engine.checkpoints.run_directory import RunDirectory, open_run, read_record
 from detr_ray.engine.early_stopping import refuse_unknown_score
@@ -212,7 +213,9 @@ def _is_official(init_from: str | None) -> bool:
     """Whether weights are published ones, which name no classes."""
     from detr_ray.model.weights import read_checkpoint
 
-    return init_from is not None and read_checkpoint(init_from)["class_names"] is None
+    if init_from is None:
+        return False
+    return read_checkpoint(weights_file(init_from, "model.init_from"))["class_names"] is None
 
 
 def _initial_weights(config: Config, label_map: LabelMap, say: Say) -> dict[str, torch.Tensor] | None:
@@ -223,7 +226,8 @@ def _initial_weights(config: Config, label_map: LabelMap, say: Say) -> dict[str,
 
     model = _first_detector(config, label_map.num_classes).model
     if config.model.init_from is not None:
-        report = load_initial_weights(model, config.model.init_from, label_map.names, LabelMap.coco91().names)
+        source = weights_file(config.model.init_from, "model.init_from")
+        report = load_initial_weights(model, source, label_map.names, LabelMap.coco91().names)
         say(report.table())
         if report.missing:
             say(

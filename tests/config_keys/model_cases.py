@@ -188,6 +188,9 @@ def init_from(place: Place) -> None:
     for name, value in first.models[0].state_dict().items():
         if not any(part in name for part in statistics):
             assert torch.equal(started.training[0].weights[name], value), name
+    assert same_weights(place.model(f"model.init_from={first.result.run_path}"), model)
+    with pytest.raises(Exception, match=r"model\.init_from: .* is neither a run nor a checkpoint"):
+        place.model(f"model.init_from={first.result.run_path}/checkpoints")
     with pytest.raises(Exception, match="there is no file"):
         place.model(f"model.init_from={path}-not-there")
 

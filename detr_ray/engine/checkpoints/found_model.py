@@ -9,7 +9,7 @@ from itertools import islice
 
 from pyarrow.fs import FileType
 
-from detr_ray.addresses import is_remote, join, name_of, parent
+from detr_ray.addresses import LocationError, is_remote, join, name_of, parent
 from detr_ray.config import ConfigError
 from detr_ray.detector.artifact import MODEL_FILE
 from detr_ray.detector.package import PACKAGE_FILE
@@ -77,6 +77,30 @@ def find_model(given: str, key: str) -> FoundModel:
     except OSError as error:
         raise ConfigError(f"{key}: {given} cannot be read: {reason_of(error)}") from error
     return FoundModel(join(info.path, MODEL_FILE), info)
+
+
+def weights_file(given: str, key: str) -> str:
+    """The file of the weights that a training is to start from: of a folder, the model file of its best checkpoint.
+
+    Args:
+        given: path, address or URL of a file, or of the folder of a run or a checkpoint.
+        key: what to call it in messages.
+
+    Raises:
+        ConfigError: a folder that is neither.
+    """
+    if given.lower().startswith(("http://", "https://", "file:")):
+        return given
+    try:
+        is_folder = file_info(given).type == FileType.Directory
+    except (OSError, LocationError):  # reading the file says why
+        return given
+    if not is_folder:
+        return given
+    found = find_model(given, key).file
+    if name_of(found) == PACKAGE_FILE:
+        raise ConfigError(f"{key}: {given} is a model package; name the run or the checkpoint that it was made of")
+    return found
 
 
 def _meant(given: str) -> str:

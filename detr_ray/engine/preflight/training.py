@@ -24,6 +24,7 @@ from detr_ray.data.planner import split_global_batch
 from detr_ray.data.sample import SamplePlan
 from detr_ray.data.statistics import count_boxes
 from detr_ray.detector import build_skeleton
+from detr_ray.engine.checkpoints.found_model import weights_file
 from detr_ray.engine.cpu import slow_precision
 from detr_ray.engine.preflight.findings import Level, Report
 from detr_ray.engine.preflight.memory import check_memory
@@ -50,10 +51,12 @@ def starts_from_official_weights(config: Config) -> bool:
 
     False for a file that cannot be read; `check_weights` reports it.
     """
-    source = config.model.init_from
-    if source is None:
+    if config.model.init_from is None:
         return False
-    readable = _local_file(source)
+    try:
+        readable = _local_file(weights_file(config.model.init_from, "model.init_from"))
+    except ConfigError:
+        return False
     if readable is None:
         # Weights on a server are usually the published ones.
         return True
@@ -77,6 +80,12 @@ def check_weights(config: Config, label_map: LabelMap | None, report: Report) ->
         report.add("ok", WEIGHTS, "the backbone starts from random weights (model.backbone_weights=none)")
         return
     source = get_model_weights(config.model.backbone)["IMAGENET1K_V1"].url if given == "imagenet" else given
+    if config.model.init_from is not None:
+        try:
+            source = weights_file(given, key)
+        except ConfigError as error:
+            report.add("error", WEIGHTS, str(error))
+            return
     readable = _local_file(source)
     if readable is None:
         _check_server(key, source, report)
