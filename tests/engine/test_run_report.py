@@ -335,6 +335,10 @@ def test_what_was_kept_and_is_damaged_is_left_out(past: PastRun, tmp_path: Path)
         open_past_run(str(tmp_path))
     with pytest.raises(ConfigError, match=r"no folder of a run: it has no run\.json"):
         open_past_run(str(tmp_path / "evaluation"))
+    (tmp_path / "several" / "first").mkdir(parents=True)
+    shutil.copy(tmp_path / "run.json", tmp_path / "several" / "first")
+    with pytest.raises(ConfigError, match=r"it has no run\.json; name one of those in it: first$"):
+        open_past_run(str(tmp_path / "several"))
 
 
 def test_only_whole_trainings_of_their_own_get_one_and_a_failure_is_a_warning(trained: Observed) -> None:

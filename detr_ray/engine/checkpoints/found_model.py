@@ -103,18 +103,24 @@ def weights_file(given: str, key: str) -> str:
     return found
 
 
+def near(given: str) -> str:
+    """What to name instead of a location that is no model, for the end of a message; empty if there is nothing."""
+    inside = _models_in(given)
+    return f"; name one of those in it: {_some(inside)}" if inside else _meant(given)
+
+
 def _meant(given: str) -> str:
     """What may have been meant by a location where nothing is; empty if nothing is like it."""
     registered = _OF_A_REGISTRY.fullmatch(given)
     if registered is not None:
         return f"; a registered model is models:/{registered[1]}@{registered[2]}"
     for folder in (parent(given), join(parent(given), _USUAL_STORAGE)):
-        near = _models_in(folder)
-        like = difflib.get_close_matches(name_of(given), near, n=1)
+        models = [name for name in _models_in(folder) if name != name_of(given)]
+        like = difflib.get_close_matches(name_of(given), models, n=1)
         if like:
             return f"; did you mean {join(folder, like[0])}?"
-        if near:
-            return f"; {folder if folder != '.' else 'the present folder'} has {_some(near)}"
+        if models:
+            return f"; {folder if folder != '.' else 'the present folder'} has {_some(models)}"
     return ""
 
 
@@ -125,9 +131,7 @@ def _lacks(folder: str) -> str:
             "is a run without a whole checkpoint: it writes the first one after an epoch, or after as many steps as "
             "train.checkpoint_every_steps says; the train command with its run.name goes on with it"
         )
-    inside = _models_in(folder)
-    named = f"; name one of those in it: {_some(inside)}" if inside else ""
-    return f"is neither a run nor a checkpoint: it holds no whole checkpoint, and no model package{named}"
+    return f"is neither a run nor a checkpoint: it holds no whole checkpoint, and no model package{near(folder)}"
 
 
 def _models_in(folder: str) -> list[str]:
