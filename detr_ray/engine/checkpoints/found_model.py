@@ -115,7 +115,7 @@ def _meant(given: str) -> str:
     if registered is not None:
         return f"; a registered model is models:/{registered[1]}@{registered[2]}"
     for folder in (parent(given), join(parent(given), _USUAL_STORAGE)):
-        models = [name for name in _models_in(folder) if name != name_of(given)]
+        models = [name for name in _models_in(folder) if join(folder, name) != given]
         like = difflib.get_close_matches(name_of(given), models, n=1)
         if like:
             return f"; did you mean {join(folder, like[0])}?"
