@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from coco_folder import CocoFolder, encoded, sound_folder
@@ -19,6 +20,7 @@ from defaults import draw_shapes
 from detr_ray.config import load_config
 from detr_ray.data.formats import open_split
 from detr_ray.data.images import ImageReader
+from detr_ray.engine.reporting import progress
 from detr_ray.engine.reporting.progress import Pace
 from detr_ray.prepare import main
 
@@ -304,6 +306,17 @@ def test_progress_is_said_at_intervals():
     rare = Pace("packed", lines.append, interval_s=3600)
     rare(50, 100)
     assert len(lines) == 1
+
+
+def test_slow_progress_is_said_in_tenths(monkeypatch: pytest.MonkeyPatch):
+    times = iter([0.0, 100.0, 200.0])
+    lines: list[str] = []
+    monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    pace = Pace("predicted", lines.append, interval_s=0)
+    pace(38, 5000)
+    pace(2500, 5000)
+    assert lines[0].startswith("predicted 38 of 5000 images, 0.4 images/s, left ")
+    assert lines[1].startswith("predicted 2500 of 5000 images, 12 images/s, left ")
 
 
 # The command

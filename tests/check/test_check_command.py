@@ -59,7 +59,7 @@ def test_work_on_many_images_is_a_bar_in_a_terminal_and_lines_in_a_log(tmp_path,
     drawn = b"".join(shown).decode()
     plain = re.sub(COLOUR, "", drawn)
     for piece in pieces:
-        assert re.search(rf"\n  train: {piece} 4 of 12 images, \d+ images/s, left ", logged), logged
+        assert re.search(rf"\n  train: {piece} 4 of 12 images, [\d.]+ images/s, left ", logged), logged
         assert f"train: {piece}" in piped.err and "{" in piped.out[:2]
         assert re.search(rf"train: {piece} +\d+/12 ━", plain), plain
     assert len(re.findall(" ━+ ", plain)) == 4, "a bar is gone when its work is done"

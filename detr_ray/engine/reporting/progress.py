@@ -83,7 +83,8 @@ class Pace:
         rate = done / (now - self._started)
         left = duration((total - done) / rate)
         self._say(
-            f"{self._what} {done} of {total} images, {rate:.0f} images/s, {more + ', ' if more else ''}left {left}"
+            f"{self._what} {done} of {total} images, {rate:.{1 if rate < 10 else 0}f} images/s, "
+            f"{more + ', ' if more else ''}left {left}"
         )
 
 
