@@ -5,28 +5,41 @@ from __future__ import annotations
 import json
 import os
 import queue
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 Message = dict[str, Any]
 
 
 class DebugAdapter:
-    """An adapter in a process of its own, and the program that is debugged.
+    """An adapter in a process of its own, and the program that is debugged; or the adapter of a program that waits.
 
     Args:
         folder: where programs run that the adapter asks to be run in a terminal.
+        address: host and port at which a program's own adapter listens; an editor that attaches with ``connect`` speaks
+            to that one. None starts an adapter.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, address: tuple[str, int] | None = None) -> None:
         self._folder = folder
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "debugpy.adapter"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
+        self._process: subprocess.Popen[bytes] | None = None
+        self._input: BinaryIO
+        self._output: BinaryIO
+        if address is None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "debugpy.adapter"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+            assert self._process.stdin is not None and self._process.stdout is not None
+            self._input, self._output = self._process.stdin, self._process.stdout
+        else:
+            connection = socket.create_connection(address, 60)
+            connection.settimeout(None)
+            self._input, self._output = connection.makefile("wb"), connection.makefile("rb")
         self._terminals: list[subprocess.Popen] = []
         self._arrived: queue.Queue[Message | None] = queue.Queue()
         self._number = 0
@@ -39,7 +52,7 @@ class DebugAdapter:
 
     def __exit__(self, *error: object) -> None:
         self.ask("disconnect", terminateDebuggee=True)
-        for process in [*self._terminals, self._process]:
+        for process in [*self._terminals, *([] if self._process is None else [self._process])]:
             try:
                 process.wait(20)
             except subprocess.TimeoutExpired:
@@ -90,13 +103,11 @@ class DebugAdapter:
 
     def _send(self, message: Message) -> None:
         content = json.dumps(message).encode()
-        assert self._process.stdin is not None
-        self._process.stdin.write(b"Content-Length: %d\r\n\r\n%s" % (len(content), content))
-        self._process.stdin.flush()
+        self._input.write(b"Content-Length: %d\r\n\r\n%s" % (len(content), content))
+        self._input.flush()
 
     def _read(self) -> None:
-        stream = self._process.stdout
-        assert stream is not None
+        stream = self._output
         while header := stream.readline():
             length = int(header.split(b":")[1])
             while stream.readline().strip():
