@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import mlflow  # noqa: F401 - not first in the sender's thread: pytest goes through all modules meanwhile
 import pytest
 from ports import free_port
 
