@@ -46,7 +46,8 @@ def trial_table(trials: Sequence[Trial], names: Sequence[str], metric: str, mode
     lines = aligned([head, *rows[:most]])
     if len(rows) > most:
         lines.append(f"... and {len(rows) - most} more")
-    lines.append(f"{len(trials)} trials: {state_counts(trials)}" if trials else "no trials yet")
+    count = "1 trial" if len(trials) == 1 else f"{len(trials)} trials"
+    lines.append(f"{count}: {state_counts(trials)}" if trials else "no trials yet")
     return "\n".join(lines)
 
 

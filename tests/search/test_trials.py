@@ -67,6 +67,7 @@ def test_the_table_is_sorted_and_names_what_was_searched() -> None:
     smaller = trial_table(TRIALS, [], "val/AP", "min").splitlines()
     assert [line.split()[0] for line in smaller[1:5]] == ["t000", "t001-g2", "t002", "t003"]
     assert trial_table([], ["optim.lr"], "val/AP", "max").splitlines()[-1] == "no trials yet"
+    assert trial_table(TRIALS[:1], [], "val/AP", "max").splitlines()[-1] == f"1 trial: 1 {TRIALS[0].state}"
 
 
 def test_a_long_table_is_cut_while_the_search_runs_and_whole_at_its_end() -> None:
