@@ -181,13 +181,20 @@ def measure(folder: Path, pairs: int, *more: str) -> list[Pair]:
 def on_one_core() -> Iterator[None]:
     """This process, and what it starts, on one of its cores; torch with one thread."""
     cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
-    os.sched_setaffinity(0, {max(cores)})
+    _stay_on({max(cores)})
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        os.sched_setaffinity(0, cores)
+        _stay_on(cores)
         torch.set_num_threads(threads)
+
+
+def _stay_on(cores: set[int]) -> None:
+    """Keeps all threads of this process, and those that they start, on some cores."""
+    for thread in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            os.sched_setaffinity(int(thread.name), cores)
 
 
 def run() -> list[Row]:

@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn, TextIO
 
@@ -213,7 +214,7 @@ def _read(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[Config,
     """The configuration and the parsed arguments; raises one `ConfigError` with all faults of both."""
     _refuse_cut_values(argv)
     arguments, rest = parser.parse_known_args([item for item in argv if not _OVERRIDE.match(item)])
-    errors = _not_understood(parser, [item for item in rest if "=" not in item])
+    errors = _not_understood(parser, [item for item in rest if "=" not in item], argv)
     # `rest` may also contain section=mapping, or a key without its section: as an override it gets a better error.
     # Later overrides win, so their order must not change.
     overrides = [item for item in argv if _OVERRIDE.match(item) or (item in rest and "=" in item)]
@@ -234,28 +235,36 @@ def _refuse_cut_values(argv: Sequence[str]) -> None:
         ConfigError: there is one.
     """
     for place, item in enumerate(argv):
-        wholes = [" ".join(argv[place:end]) for end in range(place + 2, len(argv) + 1)]
-        whole = next(filter(_is_balanced, wholes), None)
-        if _OVERRIDE.match(item) and not _is_balanced(item) and whole is not None:
-            raise ConfigError(f"{item} is cut off at a blank, where the shell divides it: put it in quotes: '{whole}'")
+        if not _OVERRIDE.match(item) or _is_balanced(item):
+            continue
+        whole = item
+        for more in argv[place + 1 :]:
+            whole = f"{whole} {more}"
+            if _is_balanced(whole):
+                raise ConfigError(
+                    f"{item} is cut off at a blank, where the shell divides it: put it in quotes: '{whole}'"
+                )
 
 
 def _is_balanced(text: str) -> bool:
     return all(text.count(begin) == text.count(end) for begin, end in ("{}", "[]"))
 
 
-def _not_understood(parser: argparse.ArgumentParser, items: Sequence[str]) -> list[str]:
-    """A line for each argument that is neither an option nor a key; none for the value of an unknown option."""
+def _not_understood(parser: argparse.ArgumentParser, items: Sequence[str], argv: Sequence[str]) -> list[str]:
+    """A line for each of ``items`` of ``argv``, which are neither options nor keys; none for an unknown one's value."""
     options = re.findall(r"(?<!\S)--[a-z][a-z-]*", parser.format_help())
     errors, place = [], 0
     while place < len(items):
         item, place = items[place], place + 1
         value = ""
-        if item.startswith("--") and place < len(items) and not items[place].startswith("-"):
-            value, place = items[place], place + 1
+        after = items[place] if place < len(items) else "-"
+        if item.startswith("--") and not after.startswith("-") and (item, after) in pairwise(argv):
+            value, place = after, place + 1
         near = difflib.get_close_matches(item, options, n=1) if item.startswith("--") else []
         hint = f"did you mean {near[0]}?" if near else "see --help"
-        if _KEY.fullmatch(item):
+        if item.endswith((".yaml", ".yml")):
+            hint = f"write --config {item}"
+        elif _KEY.fullmatch(item) and item.removeprefix("--").split(".")[0] in Config.model_fields:
             hint = f"write {item.removeprefix('--')}={value or 'VALUE'}"
         errors.append(f"'{item}' is neither an option nor key=value; {hint}")
     return errors

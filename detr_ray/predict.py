@@ -120,8 +120,14 @@ def _predict_parts(
 
     if not parts:
         return
+    here = _happens_here(config, len(job.index))
+    if here and config.train.use_gpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ConfigError("train.use_gpu: true, but torch finds no GPU on this machine")
     with _writing_to(folder):
-        if _happens_here(config, len(job.index)):
+        if here:
             device = {None: None, True: "cuda", False: "cpu"}[config.train.use_gpu]
             write_parts(job, folder, parts, lambda numbers: predict_here(job, model, numbers, device), say)
             return
@@ -137,7 +143,7 @@ def _happens_here(config: Config, images: int) -> bool:
     train = config.train
     if {"launcher", "num_workers"} & train.model_fields_set:
         return train.launcher == "local"
-    return images <= FEW_IMAGES and "RAY_ADDRESS" not in os.environ
+    return images <= FEW_IMAGES and os.environ.get("RAY_ADDRESS", "").strip() in ("", "local")
 
 
 @contextlib.contextmanager

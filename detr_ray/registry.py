@@ -66,7 +66,7 @@ def _list(config: Config, arguments: argparse.Namespace) -> None:
         _print_json([_described(version) for version in versions])
         return
     if not versions:
-        say(f"there is no version of {registry.name!r}: {registry.what_there_is(versions)}")
+        say(f"{registry.name!r}: {registry.what_there_is(versions)}")
         return
     rows = [("version", "aliases", "AP", "registered", "from", "decision")]
     for version in versions:

@@ -94,6 +94,12 @@ def test_commands_have_arguments_of_their_own():
             "'--confg' is neither an option nor key=value; did you mean --config?\nerror: 'b' is",
         ),
         (["--verbose"], "'--verbose' is neither an option nor key=value; see --help"),
+        (["a.yaml"], "'a.yaml' is neither an option nor key=value; write --config a.yaml\n"),
+        (["photo.jpg"], "'photo.jpg' is neither an option nor key=value; see --help\n"),
+        (
+            ["--bogus", "--print-config", "stray"],
+            "'--bogus' is neither an option nor key=value; see --help\nerror: 'stray'",
+        ),
         (
             ["optim.lr=1", "data.split={val:", "0.1,", "seed:", "1}", "train.epochs=1"],
             "data.split={val: is cut off at a blank, where the shell divides it: put it in quotes: "
@@ -115,6 +121,15 @@ def test_mistakes_are_errors_of_one_line_and_exit_code_2(argv, error, capsys):
     output = capsys.readouterr()
     assert output.out == ""
     assert output.err.startswith(f"error: {error}")
+
+
+def test_many_arguments_are_read_at_once():
+    command = Command()
+    photos = [f"photos/of_last_summer_{number}.jpg" for number in range(5000)]
+    given = ["--images", *photos, "optim.lr=1"]
+    take = lambda parser: parser.add_argument("--images", nargs="+")  # noqa: E731
+    assert run_command("predict", "Predicts.", command, given, take) == 0
+    assert command.config.optim.lr == 1
 
 
 def test_all_mistakes_are_told_at_once(capsys):

@@ -19,7 +19,6 @@ from detr_ray.data.errors import DataError
 from detr_ray.data.index import DatasetIndex
 from detr_ray.data.label_map import LabelMap
 from detr_ray.engine.checkpoints.fork import Fork, find_fork
-from detr_ray.engine.checkpoints.found_model import weights_file
 from detr_ray.engine.checkpoints.info import CheckpointInfo
 from detr_ray.engine.checkpoints.run_directory import RunDirectory, open_run, read_record
 from detr_ray.engine.early_stopping import refuse_unknown_score
@@ -211,10 +210,11 @@ def _labels_of_last_checkpoint(run: RunDirectory) -> LabelMap | None:
 
 def _is_official(init_from: str | None) -> bool:
     """Whether weights are published ones, which name no classes."""
-    from detr_ray.model.weights import read_checkpoint
-
     if init_from is None:
         return False
+    from detr_ray.engine.checkpoints.found_model import weights_file
+    from detr_ray.model.weights import read_checkpoint
+
     return read_checkpoint(weights_file(init_from, "model.init_from"))["class_names"] is None
 
 
@@ -222,6 +222,7 @@ def _initial_weights(config: Config, label_map: LabelMap, say: Say) -> dict[str,
     """The first weights, loaded from a file; None if all of them are random."""
     if config.model.init_from is None and config.model.backbone_weights == "none":
         return None
+    from detr_ray.engine.checkpoints.found_model import weights_file
     from detr_ray.model.weights import load_backbone_weights, load_initial_weights, shorten_names
 
     model = _first_detector(config, label_map.num_classes).model

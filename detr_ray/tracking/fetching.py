@@ -178,7 +178,10 @@ def _fetched_run(store: str, run_id: str, path: str | None) -> Iterator[str]:
     path = path or BEST_CHECKPOINT
     gone = f"run {run_id} has no {path} among its artifacts in {public_uri(run.info.artifact_uri)}"
     if run.info.status == "RUNNING":
-        gone += ": it still runs, and stores its best checkpoint after an evaluation; try again later"
+        gone += (
+            ": it still runs, and stores its best checkpoint after an evaluation, for which to try again later; or "
+            "it was killed"
+        )
     with _local(registry, f"{run.info.artifact_uri.rstrip('/')}/{path}", gone) as place:
         yield str(place)
 

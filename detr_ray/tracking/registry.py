@@ -212,7 +212,7 @@ class ModelRegistry:
         address = _ADDRESS.fullmatch(text)
         if address is not None and address["name"] != self.name:
             raise RegistryError(
-                f"{text} is of another model than {self.name!r}; set tracking.model_name to one of them"
+                f"{text} is of another model than {self.name!r}; versions of one model are compared and changed"
             )
         if address is not None:
             text = address["version"] or f"@{address['alias']}"
@@ -229,7 +229,8 @@ class ModelRegistry:
             named = [f"{each.version}" + "".join(f" ({alias})" for alias in each.aliases) for each in versions]
             return f"there {'are' if len(named) > 1 else 'is'} {', '.join(named[-_MOST_NAMED:])}"
         with self.calls():
-            others = [model.name for model in self.client.search_registered_models(max_results=_MOST_NAMED)]
+            models = self.client.search_registered_models(max_results=_MOST_NAMED)
+        others = [model.name for model in models if model.name != self.name]
         instead = f"; the store has {', '.join(others)}, which tracking.model_name chooses" if others else ""
         return f"it has no versions (python -m detr_ray.registry register CHECKPOINT makes one){instead}"
 

@@ -104,7 +104,7 @@ def step_times_figure(run: RunCurves) -> Figure:
     figure = new_figure(13.0, 7.2)
     over, mean, rate, padding = (figure.add_subplot(2, 2, place) for place in range(1, 5))
     seconds = [np.nan_to_num(values) for _, values in phases.values()]
-    whole_steps = run.of("perf/step_s")[1]
+    whole_steps = np.nan_to_num(run.of("perf/step_s")[1])
     seconds.append((whole_steps - sum(seconds)).clip(min=0) if len(whole_steps) == len(epochs) else 0 * seconds[0])
     if len(epochs) > 1:
         over.stackplot(epochs, seconds, labels=names, colors=_PHASE_COLOURS, alpha=0.8)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 from tiny import tiny_config
 
@@ -338,8 +339,23 @@ def test_few_images_are_done_without_ray_unless_it_is_asked_for(
     arguments = [str(trained.run_path), *coco, "train.use_gpu=false", "--out"]
     assert command.main([*arguments, str(tmp_path / "few")]) == 0
     assert json.loads((tmp_path / "few" / "prediction.json").read_text())["complete"] is True
+    for number, asked in enumerate(("train.launcher=ray", "train.num_workers=1")):
+        with pytest.raises(ImportError):
+            command.main([*arguments, str(tmp_path / f"ray{number}"), asked])
+    monkeypatch.setenv("RAY_ADDRESS", "local")  # which names no cluster
+    assert command.main([*arguments, str(tmp_path / "local")]) == 0
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     with pytest.raises(ImportError):
-        command.main([*arguments, str(tmp_path / "ray"), "train.launcher=ray"])
+        command.main([*arguments, str(tmp_path / "cluster")])
+    monkeypatch.delenv("RAY_ADDRESS")
     monkeypatch.setattr(command, "FEW_IMAGES", 1)
     with pytest.raises(ImportError):
         command.main([*arguments, str(tmp_path / "many")])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_refused(
+    trained: FitResult, coco: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main([trained.run_path, *coco, "--out", str(tmp_path / "out"), "train.use_gpu=true"]) == 2
+    assert "error: train.use_gpu: true, but torch finds no GPU on this machine" in capsys.readouterr().err

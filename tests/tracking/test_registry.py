@@ -54,7 +54,7 @@ def test_the_command_names_the_models_of_a_store_and_takes_their_addresses(
         return capsys.readouterr().out
 
     listed = command("list")
-    assert listed.startswith("there is no version of 'mine': it has no versions") and "the store has detr, " in listed
+    assert listed.startswith("'mine': it has no versions") and "the store has detr, " in listed
     assert "version 2 of detr is the champion" in command("promote", "models:/detr/2")
     assert '"version": 2' in command("show", "models:/detr@champion", "--json")
     assert "+0.2000" in command("compare", "models:/detr/1", "models:/detr/2")

@@ -121,24 +121,29 @@ def _files_of(location: str) -> Iterable[str]:
     if kind == FileType.NotFound:
         raise DataError(f"{printable(location)}: there is no such file or folder")
     folder = Folder(location)
-    images = folder.images()
+    images = [name for name in folder.files() if _is_photo(name)]
     if not images:
         raise DataError(f"{printable(location)}: no image in it")
     return [folder.location(name) for name in images]
+
+
+def _is_photo(name: str) -> bool:
+    """Whether a file is an image, by its name; also of a format that is not read, so that it is listed as such."""
+    return is_image(name) or name.lower().endswith((".heic", ".heif"))
 
 
 def _matching(pattern: str) -> list[str]:
     if not is_remote(pattern):
         path = local_path(pattern)
         found = glob.glob(str(path), recursive=True)  # noqa: PTH207 - which knows relative patterns alone
-        return [name for name in found if is_image(name) and os.path.isfile(name)]  # noqa: PTH113
+        return [name for name in found if _is_photo(name) and os.path.isfile(name)]  # noqa: PTH113
     address, mark, options = pattern.partition("?")
     parts = address.split("/")
     fixed = next(place for place, part in enumerate(parts) if any(mark in part for mark in "*["))
     folder = "/".join(parts[:fixed]) + mark + options
     names = (file.name for file in list_files(folder))
     wanted = "/".join(parts[fixed:])
-    return [join(folder, name) for name in names if is_image(name) and _matches(name, wanted)]
+    return [join(folder, name) for name in names if _is_photo(name) and _matches(name, wanted)]
 
 
 def _matches(name: str, pattern: str) -> bool:

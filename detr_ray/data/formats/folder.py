@@ -24,9 +24,8 @@ from detr_ray.retries import reason_of
 
 IMAGE_SUFFIXES = frozenset({
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".mpo", ".ppm", ".pgm", ".dib",
-    ".avif", ".jp2", ".heic", ".heif",
+    ".avif", ".jp2",
 })  # fmt: skip
-"""Suffixes of images; also of those that cannot be read (HEIC), so that they are said to be so, and not passed over."""
 SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation")}
 """Names that exports use for the folders and files of a split."""
 

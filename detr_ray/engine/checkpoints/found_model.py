@@ -89,7 +89,7 @@ def weights_file(given: str, key: str) -> str:
     Raises:
         ConfigError: a folder that is neither.
     """
-    if given.lower().startswith(("http://", "https://", "file:")):
+    if given.lower().startswith(("http://", "https://")):
         return given
     try:
         is_folder = file_info(given).type == FileType.Directory
@@ -136,11 +136,22 @@ def _lacks(folder: str) -> str:
 
 def _models_in(folder: str) -> list[str]:
     """Names of the runs, checkpoints and packages in a folder; none in a bucket, where looking takes long."""
-    if is_remote(folder) or file_info(folder).type != FileType.Directory:
+    if is_remote(folder):
+        return []
+    try:
+        names = islice(sorted(list_names(folder)), _MOST_LOOKED_AT)
+    except OSError:  # no folder, or one that may not be read: then there is nothing to name
         return []
     parts = (RECORD, MODEL_FILE, PACKAGE_FILE)
-    names = islice(sorted(list_names(folder)), _MOST_LOOKED_AT)
-    return [name for name in names if any(file_info(join(folder, name, part)).type == FileType.File for part in parts)]
+    return [name for name in names if any(_is_file(join(folder, name, part)) for part in parts)]
+
+
+def _is_file(location: str) -> bool:
+    """Whether there is a file that can be seen; neighbours of a model may be closed to this user."""
+    try:
+        return bool(file_info(location).type == FileType.File)
+    except OSError:
+        return False
 
 
 def _some(names: list[str]) -> str:

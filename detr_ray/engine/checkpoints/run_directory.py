@@ -76,6 +76,9 @@ FORK_KEYS = ("optim.", "loss.", "train.epochs")
 """Keys, and beginnings of keys, that may differ in a run that begins at a checkpoint of another one, beside those that
 may change on resume: they affect neither the model nor the optimizer's state nor the stream."""
 
+_NOT_IN_EVERY_FORK = ("optim.ema_decay", "optim.freeze", "optim.lr_backbone")
+"""Of them, those that a fork may change from some values only."""
+
 
 def is_free(key: str, has_checkpoint: bool = True) -> bool:
     """Whether a key of the configuration may change when a run is resumed.
@@ -233,8 +236,8 @@ def open_run(
             differences.append(f"data.label_space: begun with {stored['label_space']}, now {label_space}")
     if differences:
         begin = "model.init_from to start from its weights"
-        if all(line.startswith(FORK_KEYS) for line in differences):
-            begin = f"run.fork_from={path} to begin it at the last checkpoint of this one"
+        if all(line.startswith(FORK_KEYS) and not line.startswith(_NOT_IN_EVERY_FORK) for line in differences):
+            begin = f"run.fork_from={path} to begin it at the last checkpoint of this one, if it has one"
         raise ConfigError(
             f"run.name: a run {name!r} exists in {path} and was begun differently; choose another run.name (and "
             f"{begin}), or give the same values:\n  " + "\n  ".join(differences)

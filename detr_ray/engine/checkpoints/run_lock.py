@@ -43,7 +43,7 @@ _NAMING_S = 1.0
 
 @contextlib.contextmanager
 def held(path: str, name: str, say: Say = lambda line: None) -> Iterator[None]:
-    """Locks a run for this process.
+    """Locks a run, or a search, for this process.
 
     Args:
         path: the run's folder or URI; a local folder must exist.
@@ -61,7 +61,8 @@ def held(path: str, name: str, say: Say = lambda line: None) -> Iterator[None]:
 
 def _refusal(name: str, path: object, holder: str) -> ConfigError:
     return ConfigError(
-        f"run.name: {name!r} in {path} is being written by {holder}; wait for it, stop it, or choose another run.name"
+        f"{name!r} in {path} is being written by {holder}; wait for it, stop it, or choose another name "
+        "(run.name; tune.name of a search)"
     )
 
 

@@ -54,6 +54,11 @@ class SearchDirectory:
     population: Mapping[str, Any] | None = None
     record: Mapping[str, Any] | None = field(default=None, compare=False)
 
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing is written of it yet."""
+        return self.record is not None
+
     @contextlib.contextmanager
     def locked(self, say: Say) -> Iterator[None]:
         """Locks the search for this process, and makes the folder of a new one.
@@ -63,16 +68,17 @@ class SearchDirectory:
         """
         with contextlib.ExitStack() as stack:
             with storage_errors(self.path):
-                if self.record is not None:
+                if self.is_new:
                     make_folder(self.path)
                 stack.enter_context(held(self.path, self.name, say))
-                if self.record is not None:
+                if self.is_new:
                     self._begin()
             yield
 
     def _begin(self) -> None:
         if _read(self.path, SEARCH_RECORD) is not None:
             raise _taken(self.name, self.path)
+        _refuse_a_training(self.path)
         if local_path(self.path) is not None:
             make_folder(join(self.path, "logs"))
         self.write(SEARCH_RECORD, json.dumps(self.record, indent=1))
@@ -111,8 +117,7 @@ def open_search(config: Config, fingerprints: Mapping[str, str], *, resume: bool
     with storage_errors(path):
         stored = _read(path, SEARCH_RECORD)
         if stored is None:
-            if record_at(join(path, RECORD)) is not None:
-                raise ConfigError(f"tune.name: {path} is a training run; choose another tune.name")
+            _refuse_a_training(path)
             if resume:
                 raise ConfigError(f"tune.name: there is no search {name!r} in {config.run.storage}")
             search_id = uuid.uuid4().hex
@@ -133,6 +138,11 @@ def open_search(config: Config, fingerprints: Mapping[str, str], *, resume: bool
         except ValueError as error:
             raise ConfigError(f"tune.name: {error}") from error
         return SearchDirectory(name, path, stored["search_id"], tuple(trials), _read(path, _POPULATION))
+
+
+def _refuse_a_training(path: str) -> None:
+    if record_at(join(path, RECORD)) is not None:
+        raise ConfigError(f"tune.name: {path} is a training run; choose another tune.name")
 
 
 def _taken(name: str, path: str) -> ConfigError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -77,10 +78,14 @@ def run_search(
     directory = open_search(config, fingerprints, resume=resume)
     for name in _LOUD:
         logging.getLogger(name).setLevel(logging.ERROR)
-    with search_session(config):
-        capacity = capacity_for(config)  # what the cluster refuses leaves no folder
-        with directory.locked(say):
-            result = _Search(config, space, opened, directory, capacity, say, on_progress).run()
+    with contextlib.ExitStack() as stack:
+        if not directory.is_new:
+            stack.enter_context(directory.locked(say))
+        stack.enter_context(search_session(config))
+        capacity = capacity_for(config)
+        if directory.is_new:  # what the cluster refuses leaves no folder
+            stack.enter_context(directory.locked(say))
+        result = _Search(config, space, opened, directory, capacity, say, on_progress).run()
     if config.tracking.register and result.status != "stopped" and result.best is not None:
         register_best(config, result, say)
     return result

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from tiny import TINY, make_dataset
 
+from detr_ray.config import Config, load_config
+from detr_ray.runtime.search import search
+from detr_ray.runtime.search.directory import open_search
 from detr_ray.tune import main
 
 Run = Callable[..., str]
@@ -78,3 +82,20 @@ def test_an_existing_search_is_not_begun_again(refused: Run, tmp_path: Path) -> 
     (tmp_path / "mine" / "search.json").write_text('{"search_id": "a", "config": {}, "fingerprints": {}}')
     line = refused(RATE, "tune.name=mine")
     assert line.startswith("tune.name: a search 'mine' exists") and "--resume" in line
+
+
+def test_a_search_that_another_process_writes_is_refused_before_ray_starts(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was read of its trials would be old once Ray has started."""
+
+    def no_ray(config: Config) -> NoReturn:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(search, "search_session", no_ray)
+    monkeypatch.setattr(search, "_fingerprints", lambda opened: {"train": "x"})
+    argv = [*TINY, f"data.root={dataset}", f"run.storage={tmp_path}", RATE, "tune.name=mine"]
+    begun = open_search(load_config(None, argv), {"train": "x"}, resume=False)
+    with begun.locked(print):
+        assert main([*argv, "--resume"]) == 2
+    assert "is being written by process" in capsys.readouterr().err
