@@ -73,6 +73,10 @@ def send_timeout(place: Place) -> None:
 # show
 
 
+OUT = ("--out", "refused.png")
+"""For what is refused: without a file, a machine without a display is."""
+
+
 def shown(place: Place, what: str, *argv: object) -> tuple[str, bytes]:
     """Output, and the picture."""
     path = place.folder / "shown.png"
@@ -138,7 +142,7 @@ def show_image(place: Place) -> None:
     again = shown(place, "predictions", "--images", 1, *registered)[0]
     assert outcomes_in(again) == outcomes_in(first[0]) != []
     assert shown(place, "queries", "--images", 1, *registered)[0].splitlines()[-1].startswith("picture")
-    code, _, err = place.call("show", "--config", place.file(), "predictions", "--image", "absent.jpg")
+    code, _, err = place.call("show", "--config", place.file(), "predictions", "--image", "absent.jpg", *OUT)
     assert code == 2 and "absent.jpg" in err and val.file_name(0) in err
 
 
@@ -156,7 +160,7 @@ def show_score(place: Place) -> None:
 
     boxes = len(open_split(str(place.data), None, "val").category_ids)
     assert missed(1) == boxes and missed(0) <= boxes
-    assert place.call("show", "--config", place.file(), "predictions", "--score", "2")[0] == 2
+    assert place.call("show", "--config", place.file(), "predictions", "--score", "2", *OUT)[0] == 2
 
 
 @shows("show", "--layer")
@@ -164,7 +168,7 @@ def show_layer(place: Place) -> None:
     """The last one by default; there are two."""
     best = ("decoder", "--images", 1, "--score", 1)
     assert shown(place, *best, "--layer", 1)[1] != shown(place, *best, "--layer", 2)[1] == shown(place, *best)[1]
-    code, _, err = place.call("show", "--config", place.file(), "decoder", "--layer", 3)
+    code, _, err = place.call("show", "--config", place.file(), "decoder", "--layer", 3, *OUT)
     assert code == 2 and "1 to 2" in err
 
 
@@ -173,9 +177,9 @@ def show_point(place: Place) -> None:
     """That the picture has the attention of this point: ``tests/engine/test_pictures.py``."""
     near, far = (shown(place, "encoder", "--point", point)[1] for point in ("2,2", "38,38"))
     assert near != far
-    code, _, err = place.call("show", "--config", place.file(), "encoder", "--point", "999,2")
+    code, _, err = place.call("show", "--config", place.file(), "encoder", "--point", "999,2", *OUT)
     assert code == 2 and "outside" in err
-    assert place.call("show", "--config", place.file(), "encoder", "--point", "2")[0] == 2
+    assert place.call("show", "--config", place.file(), "encoder", "--point", "2", *OUT)[0] == 2
 
 
 # report

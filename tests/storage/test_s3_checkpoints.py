@@ -257,4 +257,4 @@ def test_check_says_what_is_wrong_with_the_storage_and_the_data(s3: S3Server, tm
     said = capsys.readouterr().out
     assert f"run.storage: {uri}/runs can be written and read" in said
     assert check([f"data.root={uri}x", f"run.storage={tmp_path}", *keys]) == 1
-    assert "instances_train2017.json: no such object (the annotation file)" in capsys.readouterr().out
+    assert f"{uri}x: there is no such folder; data.root is the folder of a data set" in capsys.readouterr().out

@@ -19,6 +19,7 @@ from defaults import size_policy
 from s3_server import S3Server
 from small_shards import write_small_shards
 
+from detr_ray.config import SplitConfig
 from detr_ray.data.errors import DataError
 from detr_ray.data.formats import open_split
 from detr_ray.data.formats.shards import read_shard_index
@@ -145,9 +146,11 @@ def test_a_missing_image_is_a_bad_image_and_a_refusal_is_not(folder, s3: S3Serve
 
 def test_annotations_that_are_not_there_are_named(s3: S3Server):
     bucket = s3.new_bucket()
-    name = rf"s3://{bucket}/coco/annotations/instances_train2017.json: no such object \(the annotation file\)"
-    with pytest.raises(DataError, match=name):
+    with pytest.raises(DataError, match=rf"s3://{bucket}/coco/?: there is no such folder; data.root is the folder"):
         open_split(f"s3://{bucket}/coco/", None, "train")
+    places = SplitConfig(annotations=f"s3://{bucket}/coco/train.json", images=f"s3://{bucket}/coco/images")
+    with pytest.raises(DataError, match=rf"s3://{bucket}/coco/train.json: no such object \(the annotation file\)"):
+        open_split(None, places, "train")
     with pytest.raises(DataError, match="holds credentials") as refused:
         open_split(f"s3://AKIAKEY:hidden@{bucket}/coco", None, "train")
     assert "hidden" not in str(refused.value)
