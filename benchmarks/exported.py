@@ -40,6 +40,8 @@ def source(overrides: tuple[str, ...]) -> ExportSource:
         max_size=config.eval.max_size,
         max_detections=config.eval.max_detections,
         name="random weights",
+        step=None,
+        weights_sha256="",
     )
 
 
