@@ -178,7 +178,7 @@ def _halved(padding: Tensor | None, mask: Tensor, source: Tensor, project: nn.Mo
     """
     if isinstance(project, InputProjection) and project.ignore_padding and padding is not None:
         return padding[:, ::2, ::2]
-    return shrink_mask(mask, -(-source.shape[-2] // 2), -(-source.shape[-1] // 2))
+    return shrink_mask(mask, (source.shape[-2] + 1) // 2, (source.shape[-1] + 1) // 2)
 
 
 def build_pyramid(
