@@ -136,11 +136,6 @@ def share(text: str) -> float:
     return value
 
 
-def counted(number: int, noun: str) -> str:
-    """A number with its noun, in the plural where that is right."""
-    return f"{number} {noun}" + ("" if number == 1 else "s")
-
-
 def write_result(option: str, location: str, content: Callable[[], bytes], what: str) -> bool:
     """Writes a file that an option names, and says so; an error is reported, so that other files are still written.
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from detr_ray.cli import count, counted, run_command, say, share
+from detr_ray.cli import count, run_command, say, share
 from detr_ray.config import Config, ConfigError
+from detr_ray.printable import counted
 
 if TYPE_CHECKING:
     from detr_ray.prediction import LoadedModel
@@ -116,19 +116,14 @@ def _predict(config: Config, arguments: argparse.Namespace) -> int:
 def _predict_parts(
     job: PredictionJob, model: LoadedModel, folder: ResultFolder, parts: list[int], config: Config
 ) -> None:
+    from detr_ray.engine.context import local_device
     from detr_ray.engine.prediction_job import predict_here, write_parts
 
     if not parts:
         return
-    here = _happens_here(config, len(job.index))
-    if here and config.train.use_gpu:
-        import torch
-
-        if not torch.cuda.is_available():
-            raise ConfigError("train.use_gpu: true, but torch finds no GPU on this machine")
+    device = local_device(config.train.use_gpu) if _happens_here(config, len(job.index)) else None
     with _writing_to(folder):
-        if here:
-            device = {None: None, True: "cuda", False: "cpu"}[config.train.use_gpu]
+        if device is not None:
             write_parts(job, folder, parts, lambda numbers: predict_here(job, model, numbers, device), say)
             return
         from detr_ray.runtime.prediction import predict_on_cluster
@@ -143,7 +138,9 @@ def _happens_here(config: Config, images: int) -> bool:
     train = config.train
     if {"launcher", "num_workers"} & train.model_fields_set:
         return train.launcher == "local"
-    return images <= FEW_IMAGES and os.environ.get("RAY_ADDRESS", "").strip() in ("", "local")
+    from detr_ray.runtime.cluster_address import cluster_address
+
+    return images <= FEW_IMAGES and cluster_address() is None
 
 
 @contextlib.contextmanager

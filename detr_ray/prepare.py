@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from detr_ray.cli import run_command, say
 from detr_ray.config import Config, ConfigError
+from detr_ray.printable import counted
 
 if TYPE_CHECKING:
     from detr_ray.data.index import DatasetIndex
@@ -150,7 +151,7 @@ def _pack(indexes: dict[str, DatasetIndex], folder: str, shard_megabytes: int) -
 
         num_bytes, num_shards = write_shards(index, place, shard_megabytes=shard_megabytes, progress=progress)
         rate = len(index) / (time.perf_counter() - started)
-        shards = "1 shard" if num_shards == 1 else f"{num_shards} shards"
+        shards = counted(num_shards, "shard")
         size = f"{num_bytes / 1e6:.1f} MB"
         say(f"{split}: packed {len(index)} images, {size}, into {shards}, {rate:.0f} images/s: {place}")
 

@@ -29,6 +29,11 @@ def shortened(text: str, longest: int) -> str:
     return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, in the plural where that is right."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
 def _escaped(character: str) -> str:
     if unicodedata.category(character) not in _HIDDEN and character not in _TURNING:
         return character

@@ -70,6 +70,7 @@ def _serve(config: Config, arguments: argparse.Namespace) -> int:
     _check_packages()
 
     from detr_ray.prediction.requests import Limits
+    from detr_ray.runtime.cluster_address import cluster_address
     from detr_ray.runtime.cores import usable_cores
     from detr_ray.runtime.serving.loading import loader
     from detr_ray.runtime.serving.settings import (
@@ -78,7 +79,6 @@ def _serve(config: Config, arguments: argparse.Namespace) -> int:
         refuse_more_cores,
         refuse_taken_port,
     )
-    from detr_ray.runtime.session import cluster_address
 
     settings = ServiceSettings(
         host=arguments.host,

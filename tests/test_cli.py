@@ -286,6 +286,15 @@ def test_command_is_dispatched_with_its_arguments(name, capsys):
     )
 
 
+def test_a_run_is_read_back_without_the_model():
+    code = (
+        "import sys, detr_ray.engine.past_run; "
+        "print(*{'torch', 'torchvision', 'mlflow', 'ray', 'detr_ray.model'} & sys.modules.keys())"
+    )
+    done = run_python(code=code)
+    assert (done.stdout.strip(), done.returncode) == ("", 0), done.stderr
+
+
 def test_the_driver_of_a_run_imports_neither_the_model_nor_what_only_workers_need():
     code = (
         "import sys, detr_ray.runtime.launch; "

@@ -14,9 +14,26 @@ import torch
 from torch import Tensor, nn
 
 from detr_ray.callbacks import Say
+from detr_ray.config import ConfigError
 from detr_ray.engine.hooks import Evaluated
 
 T = TypeVar("T")
+
+
+def local_device(use_gpu: bool | None) -> str:
+    """The device of work in this process.
+
+    Args:
+        use_gpu: ``train.use_gpu``; None for the GPU, if there is one.
+
+    Raises:
+        ConfigError: there is no GPU.
+    """
+    there = torch.cuda.is_available()
+    if use_gpu and not there:
+        raise ConfigError("train.use_gpu: true, but torch finds no GPU on this machine")
+    return "cuda" if there and use_gpu is not False else "cpu"
+
 
 LeaveReason = Literal["abandoned", "asked", "preempted", "resized"]
 """Why a worker is to leave after a step, the most urgent reason first. ``abandoned``: the run is given up, and no

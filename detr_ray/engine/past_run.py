@@ -18,7 +18,6 @@ import yaml
 from detr_ray.addresses import join, name_of, resolve
 from detr_ray.callbacks import Say
 from detr_ray.config import Config, ConfigError, config_from_dict
-from detr_ray.engine.checkpoints.found_model import near
 from detr_ray.engine.checkpoints.info import CheckpointInfo
 from detr_ray.engine.checkpoints.run_directory import (
     CONFIG,
@@ -120,6 +119,8 @@ def open_past_run(location: str, say: Say = lambda line: None) -> PastRun:
     with storage_errors(path, "the run"):
         record = record_at(join(path, RECORD))
         if record is None:
+            from detr_ray.engine.checkpoints.found_model import near  # and the model, which a run is read without
+
             raise ConfigError(f"{location} is no folder of a run: it has no {RECORD}{near(location)}")
         directory = RunDirectory(name_of(path), path, record["run_id"], is_new=False)
         config = _config_of(path, record, say)

@@ -18,7 +18,7 @@ import torch
 
 from detr_ray.callbacks import Say
 from detr_ray.config import Config, ConfigError
-from detr_ray.engine.context import LocalContext
+from detr_ray.engine.context import LocalContext, local_device
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.hooks import Budget, JobHooks
 from detr_ray.engine.job import TrainJob, prepare_job, run_summary
@@ -253,8 +253,5 @@ def _local_device(config: Config, budget: Budget) -> str:
     threads = budget.threads or budget.cpus
     if threads is not None:
         torch.set_num_threads(max(1, min(threads, torch.get_num_threads())))
-    there = torch.cuda.is_available() and budget.gpus != 0
-    use_gpu = there if config.train.use_gpu is None else config.train.use_gpu
-    if use_gpu and not torch.cuda.is_available():
-        raise ConfigError("train.use_gpu: true, but torch finds no GPU on this machine")
-    return "cuda" if use_gpu else "cpu"
+    use_gpu = config.train.use_gpu
+    return local_device(False if use_gpu is None and budget.gpus == 0 else use_gpu)

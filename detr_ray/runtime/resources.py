@@ -16,6 +16,7 @@ import ray.train
 
 from detr_ray.config import Config, ConfigError
 from detr_ray.engine.hooks import Budget
+from detr_ray.printable import counted
 from detr_ray.runtime.ray_internals import autoscaler_adds_nodes, draining_nodes, free_resources
 
 _MOST_NODES_NAMED = 8
@@ -78,7 +79,7 @@ class WorkerRequest:
         if room >= self.min_workers:
             return ""
         line = (
-            f"room for {room} of {_count(self.min_workers, 'worker')} now, which {_need(self.min_workers)} "
+            f"room for {room} of {counted(self.min_workers, 'worker')} now, which {_need(self.min_workers)} "
             f"{self.needs(self.min_workers)}; free: {self._list(nodes)}"
         )
         if self.room(node.total for node in nodes) >= self.min_workers:
@@ -102,9 +103,9 @@ class WorkerRequest:
         if room >= self.min_workers or autoscaler_adds_nodes(REPORTS_WITHIN_S):
             return
         message = (
-            f"train.num_workers: {_count(self.min_workers, 'worker')} {_need(self.min_workers)} "
+            f"train.num_workers: {counted(self.min_workers, 'worker')} {_need(self.min_workers)} "
             f"{self.needs(self.min_workers)}; the cluster has {self._sum(nodes)} "
-            f"({_count(len(nodes), 'node')}: {self._list(nodes, 'total')})"
+            f"({counted(len(nodes), 'node')}: {self._list(nodes, 'total')})"
         )
         if len(nodes) > 1 or room:
             each = ", ".join(_amount(amount, name) for name, amount in self.resources_per_worker.items())
@@ -170,7 +171,7 @@ def plan_workers(
     if affordable is not None:
         if least > affordable and (asked or affordable < 1):
             raise ConfigError(
-                f"train.num_workers: {_count(least, 'worker')} would take more than this run's budget of "
+                f"train.num_workers: {counted(least, 'worker')} would take more than this run's budget of "
                 f"{_amount(budget.gpus or 0, 'GPU') if use_gpu else _amount(budget.cpus or 0, 'CPU')}, which is "
                 f"enough for {affordable}"
             )
@@ -237,10 +238,6 @@ def _data_tasks(config: Config, budget: Budget, use_gpu: bool, workers: int) -> 
         return config.data.tasks_per_worker
     left = budget.cpus - (0 if use_gpu else workers)
     return max(1, min(config.data.tasks_per_worker, left // max(workers, 1)))
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def _need(number: int) -> str:

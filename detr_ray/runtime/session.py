@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import logging
 import os
-import re
 import socket
 import sys
 import threading
@@ -17,8 +16,8 @@ import ray
 
 from detr_ray.addresses import local_path
 from detr_ray.config import Config, ConfigError
-from detr_ray.credentials import without_credentials
 from detr_ray.engine.hooks import Budget
+from detr_ray.runtime.cluster_address import HOW_TO_NAME_IT, cluster_address
 from detr_ray.runtime.host_process import host_process_as_before
 from detr_ray.runtime.ray_internals import runs_inside_ray
 
@@ -219,35 +218,10 @@ JOIN_S = 5.0
 _HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 """The first bytes of a gRPC client; a server answers them at once."""
 
-_HOST_AND_PORT = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:/\[\]@]+):(\d{1,5})")
-_FIX = "name a running cluster in RAY_ADDRESS (HOST:PORT), or unset it to train on this machine"
 
 _LONGEST_SOCKET = 107 if sys.platform.startswith("linux") else 103
 _SOCKET = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 _SHORT_PLACE = "/tmp"
-
-
-def cluster_address() -> str | None:
-    """The cluster named by ``RAY_ADDRESS``: ``HOST:PORT`` or ``auto``; None if a Ray must be started here.
-
-    Raises:
-        ConfigError: it names something that training cannot join.
-    """
-    address = os.environ.get("RAY_ADDRESS", "").strip()
-    if address in ("", "local"):
-        return None
-    found = _HOST_AND_PORT.fullmatch(address)
-    if address == "auto" or (found is not None and 0 < int(found[2]) < 65536):
-        return address
-    shown = without_credentials(address)
-    if "://" not in address:
-        raise ConfigError(f"RAY_ADDRESS: {shown!r} is no address of a Ray cluster; {_FIX}")
-    kind = "a Ray client server" if address.startswith("ray://") else "a job server"
-    raise ConfigError(
-        f"RAY_ADDRESS: {shown!r} would be {kind}, through which training cannot run; submit it with `ray job submit` "
-        "(its server goes into RAY_API_SERVER_ADDRESS), or name the cluster itself, on one of its machines: HOST:PORT, "
-        "where the port is 6379 by default"
-    )
 
 
 def unreachable_address() -> str | None:
@@ -272,7 +246,7 @@ def unreachable_address() -> str | None:
 
 def unreachable_error(fault: str) -> ConfigError:
     """The error of a cluster that cannot be joined."""
-    return ConfigError(f"{fault}; {_FIX}")
+    return ConfigError(f"{fault}; {HOW_TO_NAME_IT}")
 
 
 def own_temporary_folder() -> str | None:

@@ -17,6 +17,7 @@ from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from detr_ray.engine.errors import RunFailed
+from detr_ray.runtime.cluster_address import cluster_address
 from detr_ray.runtime.heartbeat import ControllerHeartbeat
 from detr_ray.runtime.job_status import Member, unpacked
 from detr_ray.runtime.places import free_places, free_places_after_death
@@ -35,7 +36,6 @@ from detr_ray.runtime.ray_internals import (
     placement_groups_of,
     runs_inside_ray,
 )
-from detr_ray.runtime.session import cluster_address
 
 logger = logging.getLogger(__name__)
 

@@ -22,11 +22,12 @@ from detr_ray.engine.hooks import Budget, JobHooks
 from detr_ray.engine.job import TrainJob
 from detr_ray.engine.reporting.progress import FitResult
 from detr_ray.engine.stream.planned_data import PlannedData
+from detr_ray.runtime.cluster_address import cluster_address
 from detr_ray.runtime.host_process import StopSignals, stop_signals
 from detr_ray.runtime.job_status import Task
 from detr_ray.runtime.ray_internals import refuse_other_ray, start_data_actors
 from detr_ray.runtime.resources import WorkerRequest, plan_workers
-from detr_ray.runtime.session import TRAIN_ENVIRONMENT, cluster_address, is_own_ray
+from detr_ray.runtime.session import TRAIN_ENVIRONMENT, is_own_ray
 from detr_ray.runtime.supervision import StatusKeeper, Supervisor
 from detr_ray.runtime.trainer import Attempt, ControllerLost, StatusCallback, Trainer, describe_failure, threads_given
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from detr_ray.config.yaml_format import format_inline
-from detr_ray.printable import shortened
+from detr_ray.printable import counted, shortened
 from detr_ray.search.importance import Importance
 from detr_ray.search.lived_schedule import whole_value
 from detr_ray.search.trials import STATES, Trial
@@ -46,8 +46,7 @@ def trial_table(trials: Sequence[Trial], names: Sequence[str], metric: str, mode
     lines = aligned([head, *rows[:most]])
     if len(rows) > most:
         lines.append(f"... and {len(rows) - most} more")
-    count = "1 trial" if len(trials) == 1 else f"{len(trials)} trials"
-    lines.append(f"{count}: {state_counts(trials)}" if trials else "no trials yet")
+    lines.append(f"{counted(len(trials), 'trial')}: {state_counts(trials)}" if trials else "no trials yet")
     return "\n".join(lines)
 
 

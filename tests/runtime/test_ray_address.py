@@ -11,7 +11,8 @@ import pytest
 from ports import free_port
 
 from detr_ray.config import ConfigError
-from detr_ray.runtime.session import cluster_address, own_temporary_folder, unreachable_address
+from detr_ray.runtime.cluster_address import cluster_address
+from detr_ray.runtime.session import own_temporary_folder, unreachable_address
 
 TINY_RUN = ["data.root=nowhere", "model.backbone_weights=none", "model.backbone_norm=batch", "tracking.enabled=false"]
 

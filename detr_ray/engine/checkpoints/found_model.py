@@ -11,6 +11,7 @@ from pyarrow.fs import FileType
 
 from detr_ray.addresses import LocationError, is_remote, join, name_of, parent
 from detr_ray.config import ConfigError
+from detr_ray.data.errors import few
 from detr_ray.detector.artifact import MODEL_FILE
 from detr_ray.detector.package import PACKAGE_FILE
 from detr_ray.engine.checkpoints.info import MANIFEST, CheckpointInfo
@@ -19,8 +20,6 @@ from detr_ray.engine.checkpoints.store import CheckpointStore, checkpoint_at
 from detr_ray.locations import file_info, list_names
 from detr_ray.retries import reason_of
 
-_MOST_NAMED = 5
-"""Most models that a message names."""
 _MOST_LOOKED_AT = 200
 """Most names of a folder that are looked at to find models among them."""
 _USUAL_STORAGE = "runs"
@@ -106,7 +105,7 @@ def weights_file(given: str, key: str) -> str:
 def near(given: str) -> str:
     """What to name instead of a location that is no model, for the end of a message; empty if there is nothing."""
     inside = _models_in(given)
-    return f"; name one of those in it: {_some(inside)}" if inside else _meant(given)
+    return f"; name one of those in it: {few(inside)}" if inside else _meant(given)
 
 
 def _meant(given: str) -> str:
@@ -120,7 +119,7 @@ def _meant(given: str) -> str:
         if like:
             return f"; did you mean {join(folder, like[0])}?"
         if models:
-            return f"; {folder if folder != '.' else 'the present folder'} has {_some(models)}"
+            return f"; {folder if folder != '.' else 'the present folder'} has {few(models)}"
     return ""
 
 
@@ -152,11 +151,6 @@ def _is_file(location: str) -> bool:
         return bool(file_info(location).type == FileType.File)
     except OSError:
         return False
-
-
-def _some(names: list[str]) -> str:
-    more = len(names) - _MOST_NAMED
-    return ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _file(file: str) -> FoundModel:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from detr_ray.printable import printable
+from detr_ray.printable import counted, printable
 
 Level = Literal["ok", "warning", "error"]
 
@@ -84,7 +84,7 @@ class Report:
 
     def summary(self) -> str:
         """One line: the numbers of errors and warnings, and what they mean."""
-        counts = f"{_plural(self.count('error'), 'error')}, {_plural(self.count('warning'), 'warning')}"
+        counts = f"{counted(self.count('error'), 'error')}, {counted(self.count('warning'), 'warning')}"
         if not self.ok:
             return f"{counts}: training would fail, now or later"
         return f"{counts}: nothing found that stands in the way of training"
@@ -102,7 +102,3 @@ class Report:
 
 def _on_one_line(text: str) -> str:
     return printable(" ".join(line.strip() for line in text.split("\n")))
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" + ("" if count == 1 else "s")

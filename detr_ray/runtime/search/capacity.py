@@ -16,10 +16,10 @@ import ray
 
 from detr_ray.config import Config, ConfigError
 from detr_ray.engine.hooks import Budget
+from detr_ray.runtime.cluster_address import cluster_address
 from detr_ray.runtime.ray_internals import autoscaler_adds_nodes
 from detr_ray.runtime.resources import WorkerRequest, plan_workers, usable_nodes
 from detr_ray.runtime.search.session import most_workers, trials_on_this_machine
-from detr_ray.runtime.session import cluster_address
 from detr_ray.search.reading import POPULATIONS
 
 logger = logging.getLogger(__name__)
