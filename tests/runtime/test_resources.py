@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray
 import yaml
 from cluster_driver import ClusterSpec, Driver, LocalCluster, start_node
 from tiny import TINY
@@ -16,6 +18,7 @@ from tiny import TINY
 from detr_ray.check import main
 from detr_ray.config import Config, ConfigError, load_config
 from detr_ray.runtime.resources import WorkerRequest, plan_workers
+from detr_ray.runtime.session import warm_data_workers
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -30,7 +33,17 @@ def refusal(*overrides: str) -> str:
     return str(refused.value)
 
 
-@pytest.mark.usefixtures("shared_ray")
+@pytest.fixture
+def idle_ray(shared_ray: None) -> None:
+    """The Ray of all tests while nothing takes its CPUs: when it starts, the warming of its processes does."""
+    ray.get(warm_data_workers(1))  # begins after those that were begun with Ray
+    give_up = time.monotonic() + 60
+    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
+        assert time.monotonic() < give_up, ray.available_resources()
+        time.sleep(0.2)
+
+
+@pytest.mark.usefixtures("idle_ray")
 class TestOneNode:
     """The Ray of all tests: four CPUs or more, no GPU."""
 
