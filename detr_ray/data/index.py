@@ -39,6 +39,7 @@ PROBLEMS = {
     "images_without_labels": "images without a label file (taken for images without objects)",
     "images_not_annotated": "images without annotations of their own (left out)",
     "images_without_size": "images whose size cannot be read (left out)",
+    "files_repeated": "images whose file is that of another image (each is learnt with its own boxes alone)",
     "images_without_boxes": "images without annotations (kept: all no-object)",
 }
 

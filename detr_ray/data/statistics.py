@@ -1,4 +1,4 @@
-"""Counts the boxes of a split, and finds splits whose boxes are in another format than COCO's.
+"""Counts the boxes of a split, and finds splits whose boxes seem to be in another format than they ought to.
 
 Works on whole columns. Knows nothing of pixels, labels or models.
 """
@@ -18,6 +18,7 @@ _SMALLEST_SIDE_PX = 8
 _FEWEST_CORNERS = 10
 _FAR_OUTSIDE = 0.1
 _SHARE_FAR_OUTSIDE = 0.3
+_SHARE_TURNED = 0.1
 _FEWEST_AT_ONE = 50
 _SHARE_AT_ONE = 0.02
 _GATHERED = 2
@@ -96,10 +97,11 @@ class Misreading:
 def find_misreadings(index: DatasetIndex) -> list[Misreading]:
     """What is wrong with the boxes of a split as a whole.
 
-    A file whose boxes are in another format than COCO's can be read without an error, but a detector learns nothing
-    from it. It is reported if nearly all boxes of the split look like that; single odd boxes are counted in the index.
+    A file whose boxes are in another format than that of their data set can be read without an error, but a detector
+    learns nothing from it. It is reported if nearly all boxes of the split look like that; single odd boxes are counted
+    in the index.
     """
-    found = (_fractions(index), _corners(index), _counted_from_one(index))
+    found = (_fractions(index), _corners(index), _sizes_for_corners(index), _counted_from_one(index))
     return [misreading for misreading in found if misreading is not None]
 
 
@@ -118,7 +120,7 @@ def _fractions(index: DatasetIndex) -> Misreading | None:
         return None
     return Misreading(
         f"{is_fraction.sum()} of {len(boxes)} boxes lie within 0..1: they look normalised to the image's size",
-        "COCO's boxes are left, top, width, height in pixels: multiply them by width and height of the image (and "
+        "boxes are in pixels here: multiply them by width and height of the image (and "
         "where they are YOLO's, whose first two numbers are the middle, take away half of width and height)",
         ruins=True,
     )
@@ -144,6 +146,29 @@ def _corners(index: DatasetIndex) -> Misreading | None:
         "image otherwise",
         "COCO's boxes are left, top, width, height: take the first number from the third and the second from the "
         "fourth",
+        ruins=True,
+    )
+
+
+def _sizes_for_corners(index: DatasetIndex) -> Misreading | None:
+    """Width and height where right and bottom ought to be, in formats that have corners."""
+    boxes = index.boxes_xywh_px
+    if len(boxes) < _FEWEST_CORNERS:
+        return None
+    first, second = boxes[:, 0], boxes[:, 1]
+    third, fourth = first + boxes[:, 2], second + boxes[:, 3]
+    widths, heights = _sides(index)
+    are_sizes = (
+        (first >= 0) & (second >= 0) & (third > 0) & (fourth > 0) & (first + third <= widths + 1)
+        & (second + fourth <= heights + 1)
+    )  # fmt: skip
+    turned = (third <= first) | (fourth <= second)
+    if are_sizes.mean() < _ALL_BUT_ERRORS or turned.mean() < _SHARE_TURNED:
+        return None
+    return Misreading(
+        f"the boxes look like left, top, width, height, and were read as left, top, right, bottom: {turned.sum()} of "
+        f"{len(boxes)} would end before they begin",
+        "write right (left + width) and bottom (top + height) instead of width and height",
         ruins=True,
     )
 

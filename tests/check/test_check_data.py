@@ -196,6 +196,7 @@ def test_quirks_are_counted_and_losses_warned_of(check, tmp_path):
     folder.fill("val", 4)
     folder.add("train", "odd.jpg", encoded(), boxes=[(1, 100, 4, 9, 9), (1, 4, 4, 0, 9), (1, 60, 4, 9, 9)])
     folder.add("train", "bare.jpg", encoded(), boxes=[])
+    folder.add("train", "odd.jpg", encoded(), boxes=[(2, 4, 4, 9, 9)])
     del folder.annotations["train"][0]["area"]
     outcome = check(folder.write())
     assert outcome.code == 0
@@ -204,10 +205,12 @@ def test_quirks_are_counted_and_losses_warned_of(check, tmp_path):
         "boxes_clipped": 1,
         "boxes_outside": 1,
         "boxes_without_area": 1,
+        "files_repeated": 1,
         "images_without_boxes": 1,
     }
     warning = outcome.only("warning", "data")
     assert "1 boxes wholly outside" in warning and "1 boxes without area" in warning
+    assert "1 images whose file is that of another image" in warning
     assert "without a usable area" not in warning
     assert outcome.report["splits"]["train"]["images_without_boxes"] == 1
 
@@ -235,6 +238,15 @@ def test_classes_without_boxes_are_named(check, tmp_path):
     assert findings["1 of 4 classes have boxes in val and none in train"] == ["horse: 1"]
     assert findings["1 of 4 classes have no training box"] == ["horse"]
     assert findings["1 of 4 classes have fewer than 10 training boxes"] == ["cow: 1"]
+
+
+def test_classes_whose_names_are_nearly_alike_are_named(check, tmp_path):
+    folder = CocoFolder(tmp_path / "set", ((1, "RBC"), (2, "rust spot"), (3, "rbc"), (4, "Rustspot"), (5, "RBC")))
+    folder.fill("train", 10)
+    folder.fill("val", 3)
+    findings = {finding["message"]: finding["names"] for finding in check(folder.write()).report["findings"]}
+    alike = "4 classes are called as another one but for blanks or upper and lower case"
+    assert findings[alike] == ["RBC", "rust spot", "rbc", "Rustspot"]
 
 
 def test_boxes_are_held_against_queries_and_detections(check, tmp_path):

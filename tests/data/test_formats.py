@@ -114,12 +114,30 @@ def test_what_is_not_known_is_refused_with_what_each_format_needs(tmp_path):
         (["set/images/a.jpg", "set/labels/a.txt"], "set", r"It looks like YOLO without data\.yaml"),
         (["set/train/images/a.jpg", "set/train/labels/a.txt"], "set", r"It looks like YOLO without data\.yaml"),
         (["set/photos/a.jpg"], "set", r"There is photos. What lies in"),
+        (["set/labels/a.txt", "set/classes.txt", "set/notes.json"], "set", "YOLO's labels without their images: put"),
+        (["set/images/a.jpg", "set/boxes/a.txt", "set/classes.txt"], "set", "no label files: those of `images/a.jpg`"),
+        (
+            ["set/a.jpg", "set/a.json"],
+            "set",
+            r"There is .* a\.json: JSON of another kind than COCO's .* export the set",
+        ),
+        (["set/my.zip"], "set", r"There is my\.zip\. Unpack my\.zip first\.$"),
+        (["set/a.csv", "set/a.jpg"], "set", r"a\.csv, line 1: neither a header with path, x1, .*, but 1 cells"),
+        (
+            ["set/a/labels.csv", "set/a/images/1.jpg", "set/b.csv"],
+            "set",
+            r"A data set lies in .*/set/a: set data\.root",
+        ),
+        (["set/a/labels.csv", "set/a/1.jpg", "set/b/b.csv", "set/b/1.jpg"], "set", r"Data sets lie in .*/a, .*/b: set"),
+        (["set/boxes/train.csv", "set/photos/1.jpg"], "set", r"There is boxes, photos\. What lies in"),
     ],
 )
 def test_what_is_not_there_is_said_plainly(made: list[str], given: str, said: str, tmp_path) -> None:
     for name in made:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).write_text("0 0.5 0.5 0.1 0.1")
+        row = {".csv": "1.jpg,1,2,9,9,cat", ".json": '{"categories": []}'}.get(Path(name).suffix, "0 0.5 0.5 0.1 0.1")
+        row = "0" if name.endswith(("set/a.csv", "set/b.csv")) else row
+        (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).write_text(row)
     for split in ("train", "val"):
         with pytest.raises(DataError, match=said):
             open_split(str(tmp_path / given), None, split)

@@ -145,6 +145,25 @@ def test_xml_files_without_any_image_are_refused(tmp_path):
 # YOLO
 
 
+def test_folders_and_suffixes_in_other_letters(tmp_path, coco):
+    """As they come from Windows and some labelling tools."""
+    root = write_yolo(tmp_path / "yolo")
+    for old, new in (("images", "Images"), ("labels", "Labels")):
+        (root / old).rename(root / new)
+    (root / "Labels/train/gone.txt").write_text("")
+    about = yaml.safe_load((root / "data.yaml").read_text(encoding="utf-8"))
+    for places in ({"train": "Images/train", "val": "Images/val"}, {"train": None, "val": None}):
+        text = "\ufeff" + yaml.safe_dump(about | places, allow_unicode=True).replace("\n", "\r\n")
+        (root / "data.yaml").write_text(text, encoding="utf-8")
+        index = open_split(str(root), None, "train")
+        assert_same(index, open_split(str(coco), None, "train"))
+        assert index.problems["labels_without_image"] == 1
+    root = lay_voc(tmp_path / "voc", "{split}", "{split}")
+    for path in root.rglob("*.xml"):
+        path.rename(path.with_suffix(".XML"))
+    assert_same(open_split(str(root), None, "train"), open_split(str(coco), None, "train"))
+
+
 def lay_darknet(root: Path) -> Path:
     """As CVAT writes YOLO 1.1."""
     for split, name in (("train", "train"), ("val", "valid")):
@@ -246,6 +265,37 @@ def test_images_without_a_row_are_counted(tmp_path, coco):
             path.rename(shared / "images" / path.name)
         (shared / split).rmdir()
     assert "images_not_annotated" not in open_split(str(shared), None, "train").problems, "validation images are there"
+
+
+@pytest.mark.parametrize("names", ["{}_labels.csv", "Boxes ({}) 2.CSV"])
+def test_tables_with_a_split_in_their_name(tmp_path, coco, names):
+    """As in TensorFlow's tutorials, with a table of test images and one of something else."""
+    root = write_csv(tmp_path / "set", ("filename", "width", "height", "class", "xmin", "ymin", "xmax", "ymax"))
+    for split in ("train", "val"):
+        (root / f"{split}.csv").rename(root / names.format(split))
+    shutil.copy(root / names.format("train"), root / names.format("test"))
+    (root / "train_cameras.csv").write_text("id,camera\n1,2\n")
+    for split in ("train", "val"):
+        assert_same(open_split(str(root), None, split), open_split(str(coco), None, split))
+    (root / names.format("val")).unlink()
+    assert len(open_undivided(str(root), None)) == 12
+
+
+@pytest.mark.parametrize("form", ["image_id without a suffix", "suffix in other letters"])
+def test_images_of_a_table_are_found_whatever_their_suffix(tmp_path, coco, form):
+    root = write_csv(tmp_path / "set", ("path", "x1", "y1", "x2", "y2", "class"))
+    for split in ("train", "val"):
+        text = (root / f"{split}.csv").read_text(encoding="utf-8")
+        if "image_id" in form:
+            text = text.replace("path,", "image_id,").replace(".jpg", "").replace(".png", "")
+        else:
+            text = text.replace(".jpg", ".JPEG").replace(".png", ".PNG")
+        (root / f"{split}.csv").write_text(text, encoding="utf-8")
+        assert_same(open_split(str(root), None, split), open_split(str(coco), None, split))
+    name = data_set()["train"][0].name
+    (root / "train" / name).with_suffix(".bmp").write_bytes(encoded("BMP"))
+    with pytest.raises(DataError, match=f"the size of 1 of 12 images cannot be read .*{Path(name).stem}"):
+        open_split(str(root), None, "train")
 
 
 # COCO

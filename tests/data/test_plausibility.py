@@ -105,6 +105,17 @@ def test_corners_are_found(real, count, round_to):
     assert found.ruins and "corners" in found.message and "take the first number from the third" in found.advice
 
 
+def test_sizes_where_corners_ought_to_be_are_found(real):
+    boxes = real.boxes_xywh_px
+    read_as_corners = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
+    (found,) = find_misreadings(with_boxes(real, read_as_corners))
+    assert (
+        found.ruins and "left, top, width, height, and were read as" in found.message and "left + width" in found.advice
+    )
+    some = np.where(np.arange(len(boxes))[:, None] % 20 == 0, read_as_corners, boxes)
+    assert find_misreadings(with_boxes(real, some)) == [], "errors in single boxes, which are counted"
+
+
 def test_boxes_counted_from_one_are_found(real):
     boxes = np.rint(real.boxes_xywh_px)
     assert find_misreadings(with_boxes(real, boxes)) == []

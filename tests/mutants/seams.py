@@ -63,6 +63,7 @@ MODULES = (
     "detr_ray/data/formats/open_images.py",
     "detr_ray/data/formats/image_names.py",
     "detr_ray/data/formats/coco_folder.py",
+    "detr_ray/data/formats/unrecognised.py",
     "detr_ray/data/formats/voc.py",
     "detr_ray/data/sample.py",
     "detr_ray/data/label_map.py",

@@ -66,6 +66,7 @@ def read_coco_index(
     areas[missing] = boxes[missing, 2].clip(min=0) * boxes[missing, 3].clip(min=0)
     names = [name for _, name in categories]
     problems["category_names_repeated"] = len(names) - len(set(names))
+    problems["files_repeated"] = len(file_names) - len(set(file_names))
 
     return DatasetIndex.of_annotations(
         image_ids=image_ids[has_size],

@@ -14,19 +14,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pyarrow import fs
-
-from detr_ray.addresses import LocationError
 from detr_ray.data.errors import DataError, few
 from detr_ray.data.formats.assembly import Reading
 from detr_ray.data.formats.coco import read_coco_index
-from detr_ray.data.formats.folder import SPLIT_NAMES, Folder
+from detr_ray.data.formats.folder import SPLIT_NAMES, Folder, read_beginning
 from detr_ray.data.formats.values import words_in
 from detr_ray.data.image_places import name_below
 from detr_ray.data.index import DatasetIndex
-from detr_ray.locations import at
 from detr_ray.printable import printable
-from detr_ray.retries import Patience, reason_of
 
 NAME = "coco"
 NEEDS = (
@@ -36,7 +31,6 @@ NEEDS = (
 
 _OF_SPLITS = {"test", *(name for names in SPLIT_NAMES.values() for name in names)}
 _EXPORTED = "_annotations.coco.json"
-_BEGINNING = 1 << 20
 _LOOKS_LIKE_COCO = re.compile(
     rb'(\xef\xbb\xbf)?\s*\{\s*"(info|licenses|images|annotations|categories|type|videos)"\s*:', re.DOTALL
 )
@@ -115,7 +109,12 @@ def _json_files(folder: Folder, below: str) -> list[str]:
     if not folder.has(below):
         return []
     names = (posixpath.join(below, name) for name in folder.names(below) if name.endswith(".json"))
-    return [name for name in names if _LOOKS_LIKE_COCO.match(_beginning(folder.location(name)))]
+    return [name for name in names if _is_coco(read_beginning(folder.location(name)))]
+
+
+def _is_coco(beginning: bytes) -> bool:
+    """Whether a file that begins so is COCO's, and not Label Studio's list of classes beside YOLO's labels."""
+    return _LOOKS_LIKE_COCO.match(beginning) is not None and (b'"images"' in beginning or b'"annotations"' in beginning)
 
 
 def _with_images(folder: Folder, files: list[str], names: Sequence[str]) -> tuple[str, str]:
@@ -148,20 +147,9 @@ def first_file_name(annotations: str) -> str | None:
         DataError: the file cannot be read.
         ValueError: the name is not text.
     """
-    found = _FILE_NAME.search(_beginning(annotations))
+    found = _FILE_NAME.search(read_beginning(annotations))
     if found is None:
         return None
     name: str = json.loads(found[1])
     name.encode()
     return name
-
-
-def _beginning(location: str) -> bytes:
-    def read(file_system: fs.FileSystem, path: str) -> bytes:
-        with file_system.open_input_stream(path) as file:
-            return file.read(_BEGINNING)
-
-    try:
-        return at(location, read, Patience(attempts=1))
-    except (OSError, LocationError) as error:
-        raise DataError(f"{location}: {reason_of(error)}") from error

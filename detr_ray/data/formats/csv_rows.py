@@ -18,7 +18,7 @@ from detr_ray.data.formats import open_images
 from detr_ray.data.formats.assembly import Gathered, Reading, assemble
 from detr_ray.data.formats.folder import SPLIT_NAMES, Folder, SplitTables
 from detr_ray.data.formats.image_names import ImageFinder, count_unused
-from detr_ray.data.formats.values import at_line, check_class_names, read_class_file, to_number
+from detr_ray.data.formats.values import at_line, check_class_names, read_class_file, to_number, words_in
 from detr_ray.data.index import DatasetIndex
 from detr_ray.printable import printable
 
@@ -28,7 +28,18 @@ NEEDS = "CSV: train.csv and val.csv (or one table) with rows of path, x1, y1, x2
 CLASS_TABLE = "classes.csv"
 _SPLIT_TABLE = "_annotations.csv"
 _COLUMNS = {
-    "path": ("path", "filename", "file_name", "file", "image", "image_path", "img_path", "filepath", "image_name"),
+    "path": (
+        "path",
+        "filename",
+        "file_name",
+        "file",
+        "image",
+        "image_path",
+        "img_path",
+        "filepath",
+        "image_name",
+        "image_id",
+    ),
     "x1": ("x1", "xmin", "x_min", "left"),
     "y1": ("y1", "ymin", "y_min", "top"),
     "x2": ("x2", "xmax", "x_max", "right"),
@@ -151,28 +162,49 @@ class _Names:
 
 def find(folder: Folder) -> CsvFolder | None:
     """The data set that lies in a folder in this format; None if it does not look like it."""
+    others = [name for name in _own_tables(folder) if _is_table(folder, name)]
     tables = {}
     for split, names in SPLIT_NAMES.items():
-        places = [place for name in names for place in (f"{name}.csv", f"{name}/{_SPLIT_TABLE}")]
-        found = next((place for place in places if folder.has(place) and not open_images.is_table(folder, place)), None)
-        if found is not None:
-            tables[split] = found
+        places = [place for name in names for place in (f"{name}.csv", f"{name}/{_SPLIT_TABLE}") if folder.has(place)]
+        found = [place for place in places if not open_images.is_table(folder, place)]
+        named = [name for name in others if words_in(name) & set(names)]  # train_labels.csv
+        if found or len(named) == 1:
+            tables[split] = (found or named)[0]
     if not tables:
-        others = [name for name in folder.names() if name.endswith(".csv") and name not in (CLASS_TABLE, "test.csv")]
         usual = [name for name in others if name in ("annotations.csv", _SPLIT_TABLE, "labels.csv")]
         only = usual or others
-        if len(only) == 1 and _is_table(folder, only[0]) and not open_images.is_table(folder, only[0]):
+        if len(only) == 1:
             tables["all"] = only[0]
     return CsvFolder(folder, tables) if tables else None
 
 
+def explain(folder: Folder) -> str:
+    """Why the tables in a folder are not taken for a data set; empty if there are none."""
+    tables = _own_tables(folder)
+    for table in tables:
+        try:
+            next(read_rows(folder.location(table), folder.text(table)), None)
+        except DataError as error:
+            return f"{error}."
+    return f"{few(tables)} may each be the table of all boxes: keep one, or call them train.csv and val.csv." * bool(
+        tables
+    )
+
+
+def _own_tables(folder: Folder) -> list[str]:
+    """Tables directly in a folder that may be of boxes to learn."""
+    tables = [name for name in folder.names() if name.lower().endswith(".csv") and name != CLASS_TABLE]
+    return [name for name in tables if not words_in(name) & {"test", "submission"}]
+
+
 def _is_table(folder: Folder, table: str) -> bool:
     try:
-        first = folder.text(table).split("\n", 1)[0]
+        first = folder.first_line(table)
     except DataError:  # not text: no table of boxes
         return False
     cells = _cells(first, _delimiter(first))
-    return _by_header(cells) is not None or (len(cells) == len(_ORDER) and cells[0].strip() != "")
+    is_one = _by_header(cells) is not None or (len(cells) == len(_ORDER) and cells[0].strip() != "")
+    return is_one and not open_images.is_table(folder, table)
 
 
 def read_rows(location: str, text: str) -> Iterator[Row]:
@@ -206,26 +238,30 @@ def read_rows(location: str, text: str) -> Iterator[Row]:
 
 def _by_header(cells: Sequence[str]) -> dict[str, int] | None:
     """Column -> place, of a header; None if it is none."""
+    places = _places(cells)
+    return places if set(_ORDER) <= places.keys() else None
+
+
+def _places(cells: Sequence[str]) -> dict[str, int]:
+    """Column -> place, of those that a row names."""
     given = [cell.strip().lower().replace(" ", "_") for cell in cells]
-    places = {
-        name: next((given.index(word) for word in words if word in given), None) for name, words in _COLUMNS.items()
-    }
-    if any(places[name] is None for name in _ORDER):
-        return None
-    return {name: place for name, place in places.items() if place is not None}
+    found = {name: next((word for word in words if word in given), None) for name, words in _COLUMNS.items()}
+    return {name: given.index(word) for name, word in found.items() if word is not None}
 
 
 def _by_order(cells: Sequence[str], location: str) -> dict[str, int]:
+    where = at_line(location, 1)
+    if len(cells) > 2 and all(cell.strip()[:1].isalpha() for cell in cells[1:]):
+        missing = [name for name in _ORDER if name not in _places(cells)]
+        raise DataError(
+            f"{where}: a header of other columns ({few(list(map(str.strip, cells)), 12)}), without "
+            f"{', '.join(missing)}: the columns are {', '.join(_ORDER)}, where x1, y1 is the left upper corner and x2, "
+            "y2 the right lower one, in pixels (x2 = x + width), each in a column of its own"
+        )
     if len(cells) != len(_ORDER):
         raise DataError(
-            f"{at_line(location, 1)}: neither a header with {', '.join(_ORDER)} nor a row of these 6 cells, but "
-            f"{len(cells)} cells{_comma_advice(cells, len(_ORDER))}"
-        )
-    if all(cell.strip()[:1].isalpha() for cell in cells[1:5]):
-        raise DataError(
-            f"{at_line(location, 1)}: a header of other columns ({', '.join(map(str.strip, cells))}): name them "
-            f"{', '.join(_ORDER)}, where x1, y1 is the left upper corner and x2, y2 the right lower one, in pixels "
-            "(x2 = x + width)"
+            f"{where}: neither a header with {', '.join(_ORDER)} nor a row of these 6 cells, but {len(cells)} "
+            f"cells{_comma_advice(cells, len(_ORDER))}"
         )
     return {name: place for place, name in enumerate(_ORDER)}
 

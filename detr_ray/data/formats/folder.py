@@ -14,13 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from pyarrow import fs
+
 from detr_ray.addresses import LocationError, is_remote, is_uri, join, resolve
 from detr_ray.callbacks import Progress
 from detr_ray.data.errors import DataError
 from detr_ray.data.image_places import refuse_link_outside
-from detr_ray.locations import list_files, list_names, read_bytes
+from detr_ray.locations import at, list_files, list_names, read_bytes
 from detr_ray.printable import printable
-from detr_ray.retries import reason_of
+from detr_ray.retries import Patience, reason_of
 
 IMAGE_SUFFIXES = frozenset({
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".mpo", ".ppm", ".pgm", ".dib",
@@ -32,6 +34,7 @@ SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validati
 _LOCAL_THREADS = 8
 _REMOTE_THREADS = 64
 _GROUP_FILES = 512
+_BEGINNING = 1 << 20
 _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),  # begins as UTF-16's does
@@ -99,6 +102,14 @@ class Folder:
             self._texts[name] = self._read_text(name)
         return self._texts[name]
 
+    def first_line(self, name: str) -> str:
+        """The first line of a text file, which may be large; see `text`."""
+        if name not in self._texts:
+            raw = read_beginning(self.location(name))
+            if not any(raw.startswith(mark) for mark, encoding in _BYTE_ORDER_MARKS if encoding != "utf-8-sig"):
+                return decode_text(self.location(name), raw.partition(b"\n")[0])
+        return self.text(name).split("\n", 1)[0]
+
     def texts(self, names: Sequence[str], progress: Progress | None = None) -> Iterator[str]:
         """The contents of many text files, read in threads, in their order; see `text` and `contents`."""
         for name, raw in zip(names, self.contents(names, progress), strict=True):
@@ -165,6 +176,23 @@ class Folder:
             seen.add(real)
             above = posixpath.join(below, os.path.relpath(path, location)) if path != location else below
             yield from (posixpath.join(above, name) for name in files if _is_visible(name))
+
+
+def read_beginning(location: str) -> bytes:
+    """The first mebibyte of a file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+
+    def read(file_system: fs.FileSystem, path: str) -> bytes:
+        with file_system.open_input_stream(path) as file:
+            return file.read(_BEGINNING)
+
+    try:
+        return at(location, read, Patience(attempts=1))
+    except (OSError, LocationError) as error:
+        raise DataError(f"{printable(location)}: {reason_of(error)}") from error
 
 
 def is_image(name: str) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import PurePosixPath
 
 from detr_ray.data.errors import DataError, few
-from detr_ray.data.formats.folder import Folder, stem
+from detr_ray.data.formats.folder import Folder, is_image, stem
 from detr_ray.printable import printable
 
 ANNOTATION_FOLDERS = ("Annotations", "annotations", "xmls", "xml", "labels")
@@ -22,7 +22,8 @@ class ImageFinder:
     r"""Finds images by their names.
 
     A name is looked for below each of the folders; where it begins with other folders (``/home/me/set/a.jpg``,
-    ``C:\set\a.jpg``), these are dropped one by one.
+    ``C:\set\a.jpg``), these are dropped one by one. If there is no such image, the one is taken whose name differs in
+    its suffix alone, which some tables leave out, or write in other letters.
 
     Args:
         folder: the data set's.
@@ -32,6 +33,9 @@ class ImageFinder:
     def __init__(self, folder: Folder, bases: Sequence[str]) -> None:
         self._bases = list(dict.fromkeys(bases))
         self._files = frozenset(folder.images())
+        self._by_stem: dict[str, list[str]] = {}
+        for file in self._files:
+            self._by_stem.setdefault(stem(file), []).append(file)
         self._root = folder.root.rstrip("/") + "/"
 
     def find(self, name: str) -> str | None:
@@ -42,12 +46,14 @@ class ImageFinder:
     def find_below(self, name: str) -> tuple[str, str] | None:
         """The folder that contains the image, and its path below that folder; None if it is not found."""
         parts = self.plain(name).split("/")
-        for start in range(len(parts)):
-            rest = "/".join(parts[start:])
-            for base in self._bases:
-                if posixpath.join(base, rest) in self._files:
-                    return base, rest
-        return None
+        places = [(base, "/".join(parts[start:])) for start in range(len(parts)) for base in self._bases]
+        found = next((place for place in places if posixpath.join(*place) in self._files), None)
+        return found or next(filter(None, (self._with_suffix(*place) for place in places)), None)
+
+    def _with_suffix(self, base: str, rest: str) -> tuple[str, str] | None:
+        """The one image that is called so but for its suffix; None if there is none, or several."""
+        files = self._by_stem.get(posixpath.join(base, stem(rest) if is_image(rest) else rest), [])
+        return (base, posixpath.relpath(files[0], base or ".")) if len(files) == 1 else None
 
     def plain(self, name: str) -> str:
         """A name with ``/`` between its parts, relative to the data set's folder if it is below that."""

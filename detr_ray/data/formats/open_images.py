@@ -138,7 +138,7 @@ def find(folder: Folder) -> OpenImagesFolder | None:
 def is_table(folder: Folder, name: str) -> bool:
     """Whether a file is a table of Open Images: by its header, or by its name if it is not text, as reading it says."""
     try:
-        return set(_NEEDED) <= set(_header(folder.text(name)))
+        return set(_NEEDED) <= set(_header(folder.first_line(name)))
     except DataError:
         return name.endswith(("annotations-bbox.csv", _EXPORTED_TABLE))
 

@@ -11,7 +11,8 @@ from detr_ray.addresses import LocationError
 from detr_ray.data.errors import DataError, few
 from detr_ray.data.formats import coco_folder, csv_rows, open_images, shard_folder, voc, yolo
 from detr_ray.data.formats.assembly import Reading
-from detr_ray.data.formats.folder import SPLIT_NAMES, Folder
+from detr_ray.data.formats.folder import Folder
+from detr_ray.data.formats.unrecognised import hint
 from detr_ray.data.index import DatasetIndex
 from detr_ray.locations import file_info
 from detr_ray.printable import printable
@@ -46,6 +47,8 @@ class Format(Protocol):
 
 _FORMATS: tuple[Format, ...] = (coco_folder, shard_folder, yolo, voc, csv_rows, open_images)
 NAMES = tuple(known.NAME for known in _FORMATS)
+_MOST_FOLDERS = 20
+"""So many are looked into for a data set, where there is none in `data.root` itself."""
 
 
 def find_data_set(root: str, name: str | None, follow_links: bool) -> DataSet:
@@ -63,13 +66,7 @@ def find_data_set(root: str, name: str | None, follow_links: bool) -> DataSet:
     if name is not None:
         return _of_format(folder, name)
     try:
-        usual = coco_folder.find(folder)
-        if usual is not None:  # before other folders are listed, which takes long in a bucket
-            return usual
-        found = {known.NAME: data for known in _FORMATS if (data := known.find(folder)) is not None}
-        exported = None if found else coco_folder.find_exported(folder)
-        if exported is not None:
-            return exported
+        found = _recognised(folder)
         names = folder.names()
     except (OSError, LocationError):
         names, found = [], {}
@@ -83,11 +80,21 @@ def find_data_set(root: str, name: str | None, follow_links: bool) -> DataSet:
     if not names:
         _refuse_what_is_empty(folder)
         return coco_folder.CocoFolder(folder, {})  # unreachable: trying to read a file says why
-    needs = ";\n".join(f"  {known.NEEDS}" for known in _FORMATS)
-    raise DataError(
-        f"{printable(root)} holds no data set in a known format. There is {few(list(names))}.{_likely(folder)} "
-        f"What lies in data.root is one of\n{needs}\nor give data.train.annotations and data.train.images"
-    )
+    advice = _advice(folder)
+    if not advice:
+        needs = ";\n".join(f"  {known.NEEDS}" for known in _FORMATS)
+        advice = f" What lies in data.root is one of\n{needs}\nor give data.train.annotations and data.train.images"
+    raise DataError(f"{printable(root)} holds no data set in a known format. There is {few(list(names))}.{advice}")
+
+
+def _recognised(folder: Folder) -> dict[str, DataSet]:
+    """Format -> the data set that lies in the folder in it."""
+    usual = coco_folder.find(folder)
+    if usual is not None:  # before other folders are listed, which takes long in a bucket
+        return {coco_folder.NAME: usual}
+    found = {known.NAME: data for known in _FORMATS if (data := known.find(folder)) is not None}
+    exported = None if found else coco_folder.find_exported(folder)
+    return found if exported is None else {coco_folder.NAME: exported}
 
 
 def _refuse_what_is_empty(folder: Folder) -> None:
@@ -111,12 +118,26 @@ def _refuse_what_is_empty(folder: Folder) -> None:
     raise DataError(f"{root} is empty; data.root is the folder of a data set")
 
 
-def _likely(folder: Folder) -> str:
-    """What a folder that is in no format seems to be; empty if it cannot be told."""
-    places = ("", *(name for names in SPLIT_NAMES.values() for name in names))
-    if any("labels" in folder.names(place) for place in places):
-        return " It looks like YOLO without data.yaml, the file that names the classes: write one (docs/your_data.md)."
-    return ""
+def _advice(folder: Folder) -> str:
+    """What to do about a folder that is in no format, as far as it can be told; empty or with a blank before it."""
+    inner = [folder.location(name) for name in list(folder.names())[:_MOST_FOLDERS] if _holds_data_set(folder, name)]
+    if len(inner) == 1:
+        return f" A data set lies in {printable(inner[0])}: set data.root to that."
+    if inner:
+        return f" Data sets lie in {few(inner)}: set data.root to one of them, or data.sources to several."
+    found = hint(folder)
+    return found and f" {found}"
+
+
+def _holds_data_set(folder: Folder, name: str) -> bool:
+    """Whether a data set with images lies in a folder below."""
+    inner = Folder(folder.location(name), folder.follow_links)
+    try:
+        found = _recognised(inner)
+        images = [data.first_image(split) for data in found.values() for split in data.splits]
+    except (DataError, OSError, LocationError, ValueError):
+        return False
+    return any(image is not None and inner.has(image) for image in images)
 
 
 def _of_format(folder: Folder, name: str) -> DataSet:

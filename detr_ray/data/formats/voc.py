@@ -171,7 +171,7 @@ def find(folder: Folder) -> VocFolder | None:
                 break
     if not files:
         by_folder = (_xml_files(folder, name) for name in ANNOTATION_FOLDERS)
-        found = next(filter(None, by_folder), [name for name in folder.names() if name.endswith(".xml")])
+        found = next(filter(None, by_folder), [name for name in folder.names() if name.lower().endswith(".xml")])
         if found:
             files["all"] = found
     return VocFolder(folder, files) if files else None
@@ -203,4 +203,4 @@ def _listed_file(entry: str, present: Collection[str]) -> str:
 def _xml_files(folder: Folder, below: str) -> list[str]:
     if not folder.has(below):
         return []
-    return [name for name in folder.files(below) if name.endswith(".xml")]
+    return [name for name in folder.files(below) if name.lower().endswith(".xml")]

@@ -9,6 +9,8 @@ from detr_ray.data.formats.values import at_line, to_number
 from detr_ray.data.formats.xml_elements import Element, parse_xml
 from detr_ray.printable import printable
 
+_OTHER_XML = {"annotations": ", and is CVAT's own XML: export as COCO 1.0, Pascal VOC 1.1 or YOLO 1.1"}
+
 
 @dataclass(frozen=True, slots=True)
 class VocObject:
@@ -52,7 +54,7 @@ def read_annotation(file: str, location: str, raw: bytes) -> VocImage:
     if content.tag != "annotation":
         raise DataError(
             f"{at_line(location, content.line)}: not an annotation of Pascal VOC: it begins with "
-            f"<{printable(content.tag)}>, not <annotation>"
+            f"<{printable(content.tag)}>, not <annotation>" + _OTHER_XML.get(content.tag, "")
         )
     first_pixel = _first_pixel(content)
     objects = tuple(_object(entry, location, first_pixel) for entry in content.all("object"))

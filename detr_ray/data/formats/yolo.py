@@ -35,6 +35,8 @@ from detr_ray.printable import printable
 NAME = "yolo"
 NEEDS = "YOLO: data.yaml (or classes.txt) with folders of images and of labels"
 
+_LABEL_FOLDERS = {"images": "labels", "Images": "Labels"}
+
 
 @dataclass(frozen=True)
 class YoloFolder:
@@ -111,7 +113,7 @@ class YoloFolder:
                 continue
             found = self.folder.images(source)
             inner = posixpath.join(source, "images")
-            has_inner = "images" not in source.split("/") and bool(found)
+            has_inner = not _LABEL_FOLDERS.keys() & set(source.split("/")) and bool(found)
             folders.append(inner if has_inner and all(name.startswith(f"{inner}/") for name in found) else source)
             images += found
         root = folders[0] if len(set(folders)) == 1 else posixpath.commonpath(folders) if "" not in folders else ""
@@ -229,7 +231,7 @@ def _sources_by_name(folder: Folder) -> dict[str, list[str]]:
     sources = {}
     for split, names in SPLIT_NAMES.items():
         for name in names:
-            places = (f"images/{name}", f"{name}/images", name)
+            places = (*(f"{inner}/{name}" for inner in _LABEL_FOLDERS), f"{name}/images", name)
             found = next((place for place in places if folder.has(place) and not is_image(place)), None)
             if found is not None:
                 sources[split] = [found]
@@ -245,15 +247,17 @@ def label_names(image: str) -> list[str]:
     """Where the label file of an image may lie."""
     parts = stem(image).split("/")
     names = []
-    if "images" in parts[:-1]:
-        place = len(parts) - 2 - parts[:-1][::-1].index("images")
-        names.append("/".join([*parts[:place], "labels", *parts[place + 1 :]]) + ".txt")
+    place = max((place for place, part in enumerate(parts[:-1]) if part in _LABEL_FOLDERS), default=None)
+    if place is not None:
+        names.append("/".join([*parts[:place], _LABEL_FOLDERS[parts[place]], *parts[place + 1 :]]) + ".txt")
     return [*names, stem(image) + ".txt"]
 
 
 def _listed_labels(folder: Folder, labels: Mapping[str, str]) -> list[str]:
     """All label files in the folders that hold those of the images."""
-    folders = {posixpath.dirname(name) for name in labels.values() if "labels" in name.split("/")[:-1]}
+    folders = {
+        posixpath.dirname(name) for name in labels.values() if set(_LABEL_FOLDERS.values()) & set(name.split("/")[:-1])
+    }
     return [
         posixpath.join(above, name)
         for above in folders

@@ -17,6 +17,10 @@ from detr_ray.data.formats.values import check_class_names
 from detr_ray.printable import printable
 
 _USUAL_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
+_ADVICE = {
+    key: f". If the set has no validation images, take the line {key} out and set data.split={{val: 0.1}}"
+    for key in SPLIT_NAMES["val"]
+}
 
 
 @dataclass(frozen=True)
@@ -155,7 +159,7 @@ def _source(folder: Folder, base: str, place: Any, key: str) -> str:
     if found is None:
         raise DataError(
             f"{key} is {shown(place)}, and there is no {printable(folder.location(candidates[0]))}: paths are relative "
-            "to data.root, and everything has to lie in it"
+            "to data.root, and everything has to lie in it" + _ADVICE.get(key.rpartition(" ")[2], "")
         )
     return found.rstrip("/")
 

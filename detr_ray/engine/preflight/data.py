@@ -29,6 +29,7 @@ FEW_BOXES = 10
 _LOSSES = (
     "boxes_not_finite", "boxes_outside", "boxes_without_area", "category_names_repeated", "rows_repeated",
     "labels_without_image", "images_not_annotated", "images_without_size",
+    "files_repeated",
 )  # fmt: skip
 
 
@@ -233,11 +234,28 @@ def _check_classes(
             "warning", LABELS, f"{len(without)} of {len(categories)} classes have no training box",
             "remove them from both annotation files if they are not wanted", without,
         )  # fmt: skip
+    alike = _names_alike([name for _, name in categories])
+    if alike:
+        report.add(
+            "warning", LABELS, f"{len(alike)} classes are called as another one but for blanks or upper and lower case",
+            "where the same is meant, write the name alike in all annotations: they are learnt as different classes",
+            alike,
+        )  # fmt: skip
     if few:
         report.add(
             "warning", LABELS, f"{len(few)} of {len(categories)} classes have fewer than {FEW_BOXES} training boxes",
             "expect nothing of them", few,
         )  # fmt: skip
+
+
+def _names_alike(names: list[str]) -> list[str]:
+    """Names that differ from another one in nothing but blanks and case."""
+    forms = Counter(_plain(name) for name in dict.fromkeys(names))
+    return [name for name in dict.fromkeys(names) if forms[_plain(name)] > 1]
+
+
+def _plain(name: str) -> str:
+    return "".join(name.split()).casefold()
 
 
 def check_images(

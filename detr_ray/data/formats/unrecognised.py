@@ -1,0 +1,46 @@
+"""What a folder that is in no known format seems to be: a hint for the message that refuses it."""
+
+from __future__ import annotations
+
+from detr_ray.data.errors import few
+from detr_ray.data.formats import csv_rows
+from detr_ray.data.formats.folder import SPLIT_NAMES, Folder
+from detr_ray.data.formats.values import class_files
+
+_ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".rar", ".7z")
+_SPLIT_FOLDERS = tuple(name for names in SPLIT_NAMES.values() for name in names)
+
+
+def hint(folder: Folder) -> str:
+    """What the folder seems to hold, and what to do; empty if it cannot be told."""
+    return _of_yolo(folder) or csv_rows.explain(folder) or _of_json(folder) or _of_archives(folder)
+
+
+def _of_yolo(folder: Folder) -> str:
+    has_classes = bool(class_files(folder, ("", "labels")))
+    if not has_classes and not any("labels" in folder.names(place) for place in ("", *_SPLIT_FOLDERS)):
+        return ""
+    if not folder.images():
+        return "It looks like YOLO's labels without their images: put these into `images`, beside `labels`."
+    if has_classes:
+        return (
+            "It has YOLO's list of classes, but the first images have no label files: those of `images/a.jpg` and "
+            "`a.jpg` are `labels/a.txt` and `a.txt`."
+        )
+    return "It looks like YOLO without data.yaml, the file that names the classes: write one (docs/your_data.md)."
+
+
+def _of_json(folder: Folder) -> str:
+    found = [f"{place}/{name}".lstrip("/") for place in ("", *_SPLIT_FOLDERS) for name in folder.names(place)]
+    found = [name for name in found if name.lower().endswith(".json")]
+    if not found:
+        return ""
+    return (
+        f"{few(found, 2)}: JSON of another kind than COCO's (there are LabelMe's, VIA's, CreateML's and Label Studio's "
+        "own): export the set as COCO, YOLO or Pascal VOC."
+    )
+
+
+def _of_archives(folder: Folder) -> str:
+    packed = [name for name in folder.names() if name.lower().endswith(_ARCHIVES)]
+    return f"Unpack {few(packed, 2)} first." if packed else ""
