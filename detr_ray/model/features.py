@@ -64,6 +64,19 @@ class Backbone(nn.Module):
         return mask[:, ::stride, ::stride]
 
 
+def blank_padding(features: Tensor, padding: Tensor | None) -> Tensor:
+    """Features with 0 on padding.
+
+    A product and no `masked_fill`, which takes six times as long for maps that are stored channels last and gives
+    maps that are not, so that all later layers are slower too.
+
+    Args:
+        features: ``[B, C, h, w]``, finite.
+        padding: ``[B, h, w]`` bool, True on padding; None where nothing is padded.
+    """
+    return features if padding is None else features * (~padding)[:, None].to(features.dtype)
+
+
 def shrink_mask(mask: Tensor, height: int, width: int) -> Tensor:
     """Reads a mask at the corner pixel of each cell (nearest interpolation).
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from detr_ray.model.deformable_attention import MapSizes
-from detr_ray.model.features import FeatureLevel, shrink_mask
+from detr_ray.model.features import FeatureLevel, blank_padding, shrink_mask
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class InputProjection(nn.Sequential):
         if padding is None or source_padding is None or not self.ignore_padding:
             projected = norm(convolution(source))
         else:
-            projected = _norm_without(padding, convolution(source.masked_fill(source_padding[:, None], 0)), norm)
+            projected = _norm_without(padding, convolution(blank_padding(source, source_padding)), norm)
         return projected
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d
 
-from detr_ray.model.features import Backbone
+from detr_ray.model.features import Backbone, blank_padding
 from detr_ray.structures import IMAGENET_PIXELS
 
 if TYPE_CHECKING:
@@ -68,11 +68,6 @@ def resnets_with(names: Collection[str]) -> tuple[list[str], int]:
     return fitting, strides[len(counts)] if fitting else 0
 
 
-def _zeroed(x: Tensor, mask: Tensor | None) -> Tensor:
-    """``[B, C, h, w]`` with 0 where ``mask``, ``[B, h, w]``, is True: on padding, as if nothing were there."""
-    return x if mask is None else x.masked_fill(mask[:, None], 0)
-
-
 def _shrunk(mask: Tensor | None, stride: int) -> Tensor | None:
     """The mask of what a layer of this stride gives, from that of what it gets."""
     return None if mask is None else mask[:, ::stride, ::stride]
@@ -101,7 +96,7 @@ def _convolve(
     """
     out: Tensor
     if conv.kernel_size != (1, 1):
-        x = _zeroed(x, mask)
+        x = blank_padding(x, mask)
     if isinstance(norm, FrozenBatchNorm2d):
         weight, shift = _folded(conv, norm)
         out = F.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
@@ -213,7 +208,7 @@ class ResNetBody(nn.Module):
         """
         x = _convolve(images, self.conv1, self.bn1, mask=mask)
         mask = _shrunk(mask, 2)
-        x = F.max_pool2d(_zeroed(x, mask), kernel_size=3, stride=2, padding=1)
+        x = F.max_pool2d(blank_padding(x, mask), kernel_size=3, stride=2, padding=1)
         mask = _shrunk(mask, 2)
         maps = []
         for number in range(1, self.stages[-1] + 1):
