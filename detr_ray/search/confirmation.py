@@ -60,9 +60,14 @@ class Confirmation:
         return [
             f"{metric} of the best configuration     {_spread(self.best)}",
             f"{metric} of the default configuration  {_spread(self.default)}",
-            f"difference {self.difference:+.4f}, p = {self.p_value:.3g} (exact permutation test, two-sided)",
+            self.comparison,
             self.verdict,
         ]
+
+    @property
+    def comparison(self) -> str:
+        """The difference of the means, and p."""
+        return f"difference {self.difference:+.4f}, p = {self.p_value:.3g} (exact permutation test, two-sided)"
 
     @property
     def verdict(self) -> str:

@@ -120,6 +120,7 @@ MODULES = (
     "detr_ray/search/reading.py",
     "detr_ray/search/templates.py",
     "detr_ray/search/checks.py",
+    "detr_ray/search/confirmed.py",
     "detr_ray/search/lived_schedule.py",
     "detr_ray/search/new_population.py",
     "detr_ray/search/trials.py",

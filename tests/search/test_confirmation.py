@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from detr_ray.search.confirmation import MOST_SEEDS, MOST_SPLITS, compare, fewest_seeds, reservation
+from detr_ray.search.confirmed import CONFIRMATION_FILE, read_confirmation, write_confirmation
 
 
 def test_three_seeds_can_never_be_enough_and_it_is_said() -> None:
@@ -85,3 +88,17 @@ def test_the_lines_name_means_and_spreads() -> None:
 def test_what_cannot_be_compared(best: list[float], default: list[float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         compare(best, default)
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_what_was_found_is_kept_for_the_configuration_that_it_is_about(
+    mode: Literal["max", "min"], tmp_path: Path
+) -> None:
+    folder = str(tmp_path)
+    assert read_confirmation(folder, "t003") is None
+    found = compare([0.62, 0.63], [0.58, 0.59], mode)
+    write_confirmation(folder, "t003", found)
+    assert read_confirmation(folder, "t003") == found and read_confirmation(folder, "t003-g1") is None
+    (tmp_path / CONFIRMATION_FILE).write_text('{"run": "t003", "best": []}')
+    with pytest.raises(ValueError, match=r"confirmation\.json: cannot be read as what confirmed a configuration"):
+        read_confirmation(folder, "t003")

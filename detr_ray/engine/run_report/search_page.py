@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,9 @@ from detr_ray.engine.reporting.progress import duration
 from detr_ray.engine.run_report import page
 from detr_ray.engine.run_report.problems import Problem
 from detr_ray.engine.run_report.report import data_places
-from detr_ray.printable import shortened
+from detr_ray.printable import counted, shortened
+from detr_ray.search.confirmation import Confirmation, fewest_seeds
+from detr_ray.search.confirmed import FIRST_SEED, confirmation_run
 from detr_ray.search.tables import ENDED, Ending, state_counts
 from detr_ray.search.trials import Trial
 
@@ -41,6 +44,7 @@ class Searched:
         seconds: that its last process took.
         trials: all of them, those of earlier processes among them.
         best: the best trial; None if nothing was measured.
+        confirmation: what several trainings of the best configuration and the default one gave; None without them.
     """
 
     name: str
@@ -51,6 +55,7 @@ class Searched:
     seconds: float
     trials: Sequence[Trial]
     best: Trial | None
+    confirmation: Confirmation | None = None
 
 
 def search_report(
@@ -71,27 +76,38 @@ def search_report(
         page.Section("search", "What was searched", _what(searched)),
         page.Section("data", "On what", [page.table(_data(searched))]),
         page.Section("trials", "Trials", [page.text_block(trials_table)]),
+        page.Section("confirmed", "Better, or lucky?", _confirmed(searched)),
         page.Section("pictures", "Pictures", drawn),
         page.Section("importance", "What mattered", [page.text_block(importance)]),
         page.Section("files", "What it leaves", [page.folded(file, text) for file, text in files.items()]),
         page.Section("next", "How to go on", [page.commands(_next(searched, files))]),
     ]
-    return page.render(f"Search {searched.name}", [page.paragraph(_state(searched))], sections)
+    head = [page.paragraph(line) for line in _state(searched)]
+    return page.render(f"Search {searched.name}", head, sections)
 
 
-def _state(searched: Searched) -> str:
-    """One sentence: how it ended, what the best trial is, and how long it took."""
+def _state(searched: Searched) -> list[str]:
+    """How it ended, what the best trial is, and how long it took; then whether the best is more than luck."""
     trained = sum(trial.seconds for trial in searched.trials)
+    trials = f"{counted(len(searched.trials), 'trial')} ({state_counts(searched.trials)})"
     text = f"It {ENDED[searched.ending]} after {duration(searched.seconds)}"
-    text += f"; {len(searched.trials)} trials ({state_counts(searched.trials)}), {duration(trained)} of training in all"
+    text += f"; {trials}, {duration(trained)} of training in all"
     if searched.best is not None and searched.best.best is not None:
         text += f"; the best is {searched.best.name}: {searched.config.tune.metric} {searched.best.best:.4f}"
-    return f"{text}."
+    verdict = [] if searched.confirmation is None else [searched.confirmation.verdict]
+    return [f"{text}.", *verdict]
 
 
 def _problems(searched: Searched) -> list[Problem]:
     """What looks wrong, the most serious first."""
     found: list[Problem] = []
+    if searched.confirmation is not None and not searched.confirmation.is_better:
+        found.append(
+            (
+                "The best configuration is not shown to be better than the default one",
+                "more seeds (--confirm) show smaller differences, more or longer trials find larger ones",
+            )
+        )
     count = len(searched.trials)
     if searched.best is None:
         found.append(
@@ -109,6 +125,30 @@ def _problems(searched: Searched) -> list[Problem]:
     if cut:
         found.append((f"{len(cut)} of {count} trials did not come to their end", "--resume goes on with them"))
     return found
+
+
+def _confirmed(searched: Searched) -> list[str]:
+    """What the best and the default configuration gave with several seeds each."""
+    found = searched.confirmation
+    if found is None or searched.best is None:
+        return []
+    first = searched.config.run.seed + FIRST_SEED
+    both = [found.best, found.default]
+    rows = [
+        [f"seed {first + number}", *(f"{sample[number]:.4f}" if number < len(sample) else "" for sample in both)]
+        for number in range(max(map(len, both)))
+    ]
+    rows.append(["mean", *(f"{statistics.fmean(sample):.4f}" for sample in both)])
+    if min(map(len, both)) > 1:
+        rows.append(["standard deviation", *(f"{statistics.stdev(sample):.4f}" for sample in both)])
+    metric = searched.config.tune.metric
+    runs = [confirmation_run(kind, first) for kind in ("best", "default")]
+    return [
+        page.paragraph(found.verdict),
+        page.table(rows, [metric, f"best ({searched.best.run_name})", "default"], numbers_from=1),
+        page.paragraph(found.comparison),
+        page.paragraph(f"Each is a whole training with a report of its own, as in {runs[0]} and {runs[1]}.", pale=True),
+    ]
 
 
 def _what(searched: Searched) -> list[str]:
@@ -144,7 +184,11 @@ def _next(searched: Searched, files: Mapping[str, str]) -> list[tuple[str, str]]
         )
         for file in list(files)[:1]
     ]
+    resume = f"python -m detr_ray.tune --config ... --resume tune.name={shlex.quote(searched.name)}"
     if searched.ending != "finished" or not all(trial.is_over for trial in searched.trials):
-        resume = f"python -m detr_ray.tune --config ... --resume tune.name={shlex.quote(searched.name)}"
         commands.append(("Go on with the search, with the configuration that it was begun with:", resume))
+    if searched.best is not None and searched.confirmation is None:
+        commands.append(
+            ("See whether the best configuration is better, or only lucky:", f"{resume} --confirm {fewest_seeds()}")
+        )
     return commands

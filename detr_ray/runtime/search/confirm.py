@@ -14,10 +14,8 @@ from detr_ray.runtime.host_process import host_process_as_before
 from detr_ray.runtime.launch import Runs
 from detr_ray.runtime.search.results import SearchResult
 from detr_ray.search.confirmation import Confirmation, compare
+from detr_ray.search.confirmed import FIRST_SEED, Kind, confirmation_run
 from detr_ray.search.space import with_values
-
-FIRST_SEED = 1000
-"""Added to ``run.seed``, so that no trial had the same seed."""
 
 
 class Stopped(Exception):  # noqa: N818 - it names what happened
@@ -35,7 +33,7 @@ def confirm(
     """Compares the best configuration of a search with the unchanged one.
 
     Each training is a run in the search's folder, recorded where the search is, as a child of its MLflow run. Finished
-    ones are not trained again.
+    ones are not trained again. The page about the search gets the verdict.
 
     Args:
         config: of the search.
@@ -49,13 +47,13 @@ def confirm(
         RunFailed: a training cannot go on, or its last evaluation has no such metric.
     """
     assert result.best_values is not None, "a search without a result has nothing to confirm"
-    kinds = {"best": with_values(config, result.best_values), "default": with_values(config, {})}
-    measured: dict[str, list[float]] = {"best": [], "default": []}
+    kinds: dict[Kind, Config] = {"best": with_values(config, result.best_values), "default": with_values(config, {})}
+    measured: dict[Kind, list[float]] = {"best": [], "default": []}
     with Runs(Budget(), say, says_how_to_resume=False) as runs:
         for number in range(seeds):
             for kind, chosen in kinds.items():
                 seed = config.run.seed + FIRST_SEED + number
-                name = f"confirm-{kind}-{seed}"
+                name = confirmation_run(kind, seed)
                 run = {"run.name": name, "run.storage": result.path, "run.seed": seed}
                 job = prepare_job(_recorded(with_values(chosen, run), result), say)
                 before = sum(map(len, measured.values()))
@@ -67,7 +65,10 @@ def confirm(
                     raise RunFailed(f"{name}: its last evaluation gave no {config.tune.metric} that could be compared")
                 measured[kind].append(value)
                 say(f"{name}: {config.tune.metric} {value:.4f}")
-    return compare(measured["best"], measured["default"], config.tune.mode)
+    found = compare(measured["best"], measured["default"], config.tune.mode)
+    if result.on_confirmed is not None:
+        result.on_confirmed(found)
+    return found
 
 
 def _recorded(config: Config, result: SearchResult) -> Config:

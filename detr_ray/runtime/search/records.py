@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +24,8 @@ from detr_ray.retries import reason_of
 from detr_ray.runtime.search.directory import SearchDirectory
 from detr_ray.runtime.search.results import measured_best
 from detr_ray.search.book import Book
+from detr_ray.search.confirmation import Confirmation
+from detr_ray.search.confirmed import read_confirmation, write_confirmation
 from detr_ray.search.importance import importance
 from detr_ray.search.population import Population
 from detr_ray.search.space import SearchSpace
@@ -79,20 +81,14 @@ class SearchRecords:
         self._space, self._directory, self._book, self._say = space, directory, book, say
         self._population = population
         self.report: str | None = None
+        self._page_with: Callable[[Confirmation | None], str] | None = None
+        self._tracking_uri = tracking_uri
         self._run: SearchRun | None = None
         self._run_uids: dict[str, str] = {}
         self._reconciled_at = 0.0
         if tracking_uri is None:
             return
-        self._run = SearchRun(
-            _tracking_folder(config, directory),
-            uri=tracking_uri,
-            experiment=config.tracking.experiment,
-            name=directory.name,
-            uid=directory.search_id,
-            say=say,
-            timing=Timing(finish=ENDS_WITHIN_S),
-        )
+        self._run = self._open_run(tracking_uri)
         settings = {f"search/{key}": value for key, value in config.tune.model_dump(mode="json").items()}
         described = {
             key: value if isinstance(value, int | float | str) else json.dumps(value) for key, value in settings.items()
@@ -175,6 +171,44 @@ class SearchRecords:
         failed = ending == "failed" or (ending != "stopped" and self._book.best is None)
         self._run.close("KILLED" if ending == "stopped" else "FAILED" if failed else "FINISHED", self._children())
 
+    def confirmed(self, found: Confirmation) -> None:
+        """Keeps what confirms the best configuration, and brings it onto the page. Call it after `end`.
+
+        An error here affects only the page: what was found is printed, too.
+
+        Args:
+            found: what several trainings of it and of the default one gave.
+        """
+        best = self.best
+        assert best is not None, "a search without a result has nothing to confirm"
+        try:
+            write_confirmation(self._directory.path, best.run_name, found)
+            if self._page_with is not None:
+                self._replace_page(self._page_with(found).encode())
+        except Exception as error:
+            logger.exception("what confirms the best configuration could not be written")
+            self._say(f"WARNING: the report of the search could not be written: {error}; it stays without the verdict")
+
+    def _replace_page(self, content: bytes) -> None:
+        """Replaces the page about the search, in its folder and in MLflow, which has recorded its end already."""
+        self._directory.write_bytes(REPORT, content)
+        if self._tracking_uri is not None:
+            run = self._open_run(self._tracking_uri)
+            run.log_bytes(content, REPORT)
+            run.close("FINISHED", self._children())
+
+    def _open_run(self, tracking_uri: str) -> SearchRun:
+        """The search's MLflow run; the same one again after it was closed."""
+        return SearchRun(
+            _tracking_folder(self._config, self._directory),
+            uri=tracking_uri,
+            experiment=self._config.tracking.experiment,
+            name=self._directory.name,
+            uid=self._directory.search_id,
+            say=self._say,
+            timing=Timing(finish=ENDS_WITHIN_S),
+        )
+
     def _pictured(self, ending: Ending, table: str, texts: Mapping[str, str], seconds: float) -> dict[str, bytes]:
         """Writes the pictures and the page about the search; gives name -> content of what was written.
 
@@ -196,7 +230,10 @@ class SearchRecords:
                     self.best,
                 )  # fmt: skip
                 mattered = importance_table(importance(trials, self._space.parameters))
-                contents[REPORT] = search_report(searched, table, mattered, texts, pictures).encode()
+                self._page_with = lambda confirmation: search_report(
+                    dataclasses.replace(searched, confirmation=confirmation), table, mattered, texts, pictures
+                )
+                contents[REPORT] = self._page_with(self._confirmation()).encode()
             for name, content in contents.items():
                 self._directory.write_bytes(name, content)
                 written[name] = content
@@ -206,6 +243,11 @@ class SearchRecords:
             logger.exception("the report of the search could not be written")
             self._say(f"WARNING: the pictures and the report of the search could not be written: {error}")
         return written
+
+    def _confirmation(self) -> Confirmation | None:
+        """What an earlier process found of the configuration that is the best one now."""
+        best = self.best
+        return None if best is None else read_confirmation(self._directory.path, best.run_name)
 
     def _children(self) -> list[ChildState]:
         best = self.best

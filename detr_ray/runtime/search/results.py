@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from detr_ray.addresses import join
 from detr_ray.engine.reporting.progress import duration
+from detr_ray.search.confirmation import Confirmation
 from detr_ray.search.distributions import Distribution
 from detr_ray.search.importance import importance
 from detr_ray.search.lived_schedule import lived_values
@@ -42,6 +43,7 @@ class SearchResult:
         exploits: the moves of a population as a table; empty without one.
         parent_run: id of the search's MLflow run; None where there is none.
         report: the page about it; None where none was written.
+        on_confirmed: brings onto that page what confirms the best trial; None where nothing was measured.
     """
 
     name: str
@@ -58,6 +60,7 @@ class SearchResult:
     exploits: str = ""
     parent_run: str | None = None
     report: str | None = None
+    on_confirmed: Callable[[Confirmation], None] | None = None
 
 
 def measured_best(trial: Trial, population: Population | None) -> Trial:

@@ -222,6 +222,7 @@ class _Search:
             "" if self._moves is None else self._moves.exploits(),
             self._parent_run,
             self._records.report,
+            None if best is None else self._records.confirmed,
         )
 
     def _files(self, best: Trial, values: Mapping[str, Any]) -> dict[str, str]:

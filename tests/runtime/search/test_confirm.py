@@ -16,6 +16,7 @@ from detr_ray.engine.job import TrainJob
 from detr_ray.engine.reporting.progress import FitResult
 from detr_ray.runtime.launch import Runs
 from detr_ray.runtime.search import confirm
+from detr_ray.search.confirmation import Confirmation
 
 
 class HalfWay:
@@ -46,7 +47,9 @@ def half_way(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def result_in(folder: str, **more: Any) -> Any:
-    return SimpleNamespace(best_values={"optim.lr": 1e-3}, path=folder, tracking_uri=None, parent_run=None, **more)
+    return SimpleNamespace(
+        best_values={"optim.lr": 1e-3}, path=folder, tracking_uri=None, parent_run=None, on_confirmed=None, **more
+    )
 
 
 @pytest.mark.usefixtures("half_way")
@@ -83,7 +86,10 @@ def test_it_trains_both_with_a_new_seed_and_records_them_beside_the_search(
 
     monkeypatch.setattr(confirm, "Runs", Watched)
     said: list[str] = []
+    told: list[Confirmation] = []
+    result.on_confirmed = told.append
     found = confirm.confirm(config, result, 1, said.append)
+    assert told == [found], "for the page about the search"
     assert [(job.run.name, job.config.run.seed, job.config.optim.lr) for job, _ in jobs] == [
         ("confirm-best-1007", 1007, 1e-3), ("confirm-default-1007", 1007, config.optim.lr),
     ]  # fmt: skip
