@@ -17,6 +17,7 @@ from tiny import make_dataset
 
 from detr_ray import show
 from detr_ray.config import Config, ConfigError
+from detr_ray.data.errors import DataError
 from detr_ray.data.formats import open_split
 from detr_ray.engine.pictures import of_augmentation, of_data, of_evaluation
 from detr_ray.engine.pictures.request import PictureRequest
@@ -100,6 +101,27 @@ def test_a_sample_is_shown_after_each_step(place: Path) -> None:
     assert np.array_equal(pixels, loader.load([sample]).images[0].transpose(1, 2, 0)), "the last is what is trained on"
     with pytest.raises(ConfigError, match="no image with the id or the file name 'nowhere'"):
         of_data.sample_picture(settings, PictureRequest(image="nowhere"), print)
+
+
+def test_samples_that_cannot_be_read_give_way_to_the_next_ones(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(place / "data", tmp_path / "data")
+    settings = config(tmp_path)
+    data = of_data.planned_data(settings, lambda line: None)
+    assert data.train is not None
+    first, second, *later = (sample for step in (1, 2) for sample in data.plan(1, 0).step(step)[0])
+    file = tmp_path / "data" / "train2017" / data.train.file_name(first.index)
+    file.write_bytes(b"no image")
+    drawn = of_data.sample_picture(settings, PictureRequest(step=1, images=2), print)
+    stored = [title.split(",")[0] for title in titles(drawn.figure) if title.startswith("image")]
+    assert stored == [f"image {sample.image_id}" for sample in (second, later[0])]
+    assert len(drawn.lines) == 3 and drawn.lines[-1].startswith(f"WARNING: left out: {file}: ")
+    with pytest.raises(DataError, match=file.name):
+        of_data.sample_picture(settings, PictureRequest(step=1, image=str(first.image_id)), print)
+    monkeypatch.setattr(of_data, "_MOST_UNREADABLE", 1)
+    with pytest.raises(DataError, match=file.name):
+        of_data.sample_picture(settings, PictureRequest(step=1), print)
 
 
 def test_an_image_is_found_in_an_epoch_that_repeats_others(place: Path) -> None:

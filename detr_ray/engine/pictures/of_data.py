@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from detr_ray.callbacks import Say
 from detr_ray.config import Config, ConfigError
-from detr_ray.data.images import ImageReader, decode_image
+from detr_ray.data.images import ImageError, ImageReader, decode_image
 from detr_ray.data.index import DatasetIndex
 from detr_ray.data.sample import Crop, Flip, Picture, Place, Resize, SamplePlan, Step
 from detr_ray.data.statistics import count_boxes
@@ -25,6 +25,7 @@ from detr_ray.viz.dataset import SplitColumns, dataset_figure
 from detr_ray.viz.samples import PicturedImage, padded_batch, sample_steps
 
 _MOST_PLANNED = 20_000
+_MOST_UNREADABLE = 50
 
 
 def planned_data(config: Config, say: Say) -> PlannedData:
@@ -63,20 +64,39 @@ def planned_batch(data: PlannedData, request: PictureRequest) -> Drawn:
 
 
 def sample_picture(config: Config, request: PictureRequest, say: Say) -> Drawn:
-    """Samples of a step before and after each step of their augmentation."""
+    """Samples of a step before and after each step of their augmentation.
+
+    In place of samples whose images cannot be read, those that come next are shown.
+    """
     data = planned_data(config, say)
     if request.image is None:
-        samples = _samples_of_step(data, request.step)[: request.images]
+        samples = _samples_from(data, request.step)
+        wanted = min(request.images, len(_samples_of_step(data, request.step)))
     else:
-        samples = (_sample_of_image(data, row_of_image(_train(data), request.image), request.step),)
+        samples = iter((_sample_of_image(data, row_of_image(_train(data), request.image), request.step),))
+        wanted = 1
     names = data.label_map.names
     reader = ImageReader(_train(data))
-    rows, lines = [], []
+    rows: list[list[PicturedImage]] = []
+    lines: list[str] = []
+    unreadable: list[ImageError] = []
     for sample in samples:
-        stages = _stages(data, reader, sample)
+        try:
+            stages = _stages(data, reader, sample)
+        except ImageError as error:
+            if request.image is not None:
+                raise
+            unreadable.append(error)
+            if len(unreadable) == _MOST_UNREADABLE:
+                break
+            continue
         rows.append([pictured(title, picture, names) for title, picture in stages])
         lines.append(f"image {sample.image_id}: {', '.join(title.replace(chr(10), ' ') for title, _ in stages)}")
-    return Drawn(sample_steps(rows), lines)
+        if len(rows) == wanted:
+            break
+    if not rows:
+        raise unreadable[0]
+    return Drawn(sample_steps(rows), [*lines, *(f"WARNING: left out: {error}" for error in unreadable)])
 
 
 def data_picture(config: Config, request: PictureRequest, say: Say) -> Drawn:
@@ -123,6 +143,12 @@ def _samples_of_step(data: PlannedData, step: int) -> tuple[SamplePlan, ...]:
         raise ConfigError(f"train.global_batch_size: {batch_size} is more than the {count} samples of {source}")
     workers = data.config.train.worker_range
     return data.plan(1 if workers is None else workers[0], 0).step(step)[0]
+
+
+def _samples_from(data: PlannedData, step: int) -> Iterator[SamplePlan]:
+    """The samples of an epoch's steps, from this one on."""
+    for later in range(step, step + data.planner.steps_per_epoch):
+        yield from _samples_of_step(data, later)
 
 
 def _sample_of_image(data: PlannedData, row: int, step: int) -> SamplePlan:
