@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from colorsys import hsv_to_rgb
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from detr_ray.viz.figure import cut, new_figure
 
 CELL_INCHES = 3.2
-_LONGEST_TITLE = 46
+_LONGEST_TITLE = 52
 _TEXT_POINTS = 7
 _LETTER = 0.62
 """Mean width of a letter, in sizes of the font; a text is at most so wide."""
 _LINE = 1.45
 """Height of a text with its background, in sizes of the font."""
+_DARK = 0.45
+"""Brightness of a colour, 0 to 1, up to which text on it is white."""
 
 
 def image_grid(count: int, columns: int = 4, width: float = CELL_INCHES, height: float = CELL_INCHES) -> list[Axes]:
@@ -52,7 +56,14 @@ def show_image(axes: Axes, pixels: np.ndarray, title: str = "") -> None:
     height, width = pixels.shape[:2]
     axes.imshow(pixels, extent=(0, width, height, 0))
     if title:
-        axes.set_title("\n".join(cut(line, _LONGEST_TITLE) for line in title.split("\n")), fontsize=8, parse_math=False)
+        lines = [part for line in title.split("\n") for part in _on_two_lines(line)]
+        axes.set_title("\n".join(lines), fontsize=8, parse_math=False)
+
+
+def _on_two_lines(text: str) -> list[str]:
+    """A long text on two lines, of which the second is cut where it is still too long."""
+    first, *rest = textwrap.wrap(text, _LONGEST_TITLE) or [""]
+    return [first, *([cut(" ".join(rest), _LONGEST_TITLE)] if rest else [])]
 
 
 def draw_boxes(axes: Axes, boxes_xyxy_px: np.ndarray, texts: Sequence[str], colours: Sequence[Any]) -> None:
@@ -74,7 +85,7 @@ def draw_boxes(axes: Axes, boxes_xyxy_px: np.ndarray, texts: Sequence[str], colo
             place = text_place(box, size, taken, _room(axes))
             taken.append(place)
             written = axes.text(
-                place[0], place[1], text, fontsize=_TEXT_POINTS, color="black", va="top", parse_math=False,
+                place[0], place[1], text, fontsize=_TEXT_POINTS, color=_readable_on(colour), va="top", parse_math=False,
                 clip_on=False, bbox={"fc": colour, "ec": "none", "pad": 0.8, "alpha": 0.8},
             )  # fmt: skip
             written.set_in_layout(False)  # one that sticks out at a side would move all images
@@ -130,6 +141,12 @@ def _pixels_of_a_point(axes: Axes) -> float:
     left, top, right, bottom = _room(axes)
     width, height = figure.get_figwidth() / columns, figure.get_figheight() / rows
     return max((right - left) / width, (bottom - top) / height) / 72
+
+
+def _readable_on(colour: Any) -> str:
+    """Black or white, whichever is read more easily on a colour."""
+    red, green, blue = to_rgb(colour)
+    return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > _DARK else "white"
 
 
 def label_colour(label: int) -> tuple[float, float, float]:

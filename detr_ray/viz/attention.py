@@ -17,6 +17,9 @@ from detr_ray.viz.figure import new_figure, write_title
 
 _POINT_COLOUR = "#ff2fd0"
 _FEW_POINTS = 24
+_AROUND = 1.4
+_SMALL_SHARE = 0.5
+"""Points that take a smaller share of the image's width and height than this, with some room around, are enlarged."""
 _LEVEL_MARKS = ("o", "s", "^", "D", "v", "P")
 
 
@@ -68,7 +71,8 @@ def attention_figure(pixels: np.ndarray, frame_px: tuple[int, int], attended: Se
             Line2D([], [], ls="", marker=_mark(level), color="#606060", label=f"read in map {level + 1}")
             for level in levels
         ]
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(levels), frameon=False, fontsize=9)
+        handles.append(Line2D([], [], ls="", label="the larger and brighter, the more weight"))
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
     write_title(figure, title)
     return figure
 
@@ -99,7 +103,9 @@ def _mark(level: int) -> str:
 def _draw_attended(axes: Axes, pixels: np.ndarray, frame_px: tuple[int, int], one: Attended, number: int) -> None:
     height, width = pixels.shape[:2]
     grey = np.repeat(pixels.mean(axis=2, keepdims=True), 3, axis=2)
-    show_image(axes, (grey * 0.75).astype(np.uint8), f"{number}: {one.title}\n{_scale_of(one)}")
+    part = _part_of(one, width, height)
+    zoomed = "" if part == (0, 0, width, height) else ", enlarged"
+    show_image(axes, (grey * 0.75).astype(np.uint8), f"{number}: {one.title}{zoomed}\n{_scale_of(one, width, height)}")
     if one.points_px is None:
         most = max(float(one.weights.max()), 1e-12)
         axes.imshow(
@@ -109,17 +115,42 @@ def _draw_attended(axes: Axes, pixels: np.ndarray, frame_px: tuple[int, int], on
     else:
         assert one.levels is not None
         _draw_points(axes, one.points_px, one.weights, one.levels)
-    axes.set(xlim=(0, width), ylim=(height, 0))
-    if one.at_px is not None:
-        axes.plot(*one.at_px, "o", color=_POINT_COLOUR, ms=5, mec="white")
+    left, top, right, bottom = part
+    axes.set(xlim=(left, right), ylim=(bottom, top))
+    if one.at_px is not None:  # a ring, since points may lie at this place
+        axes.plot(*one.at_px, "o", mfc="none", mec=_POINT_COLOUR, ms=9, mew=1.8)
     if one.box_xyxy_px is not None:
         draw_boxes(axes, one.box_xyxy_px[None], [""], ["#40ff70"])
 
 
-def _scale_of(one: Attended) -> str:
-    """What the brightest colour stands for; weights that are nearly even look the same as others without it."""
+def _part_of(one: Attended, width: int, height: int) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of what is shown: the image, or the part with all points where that is small."""
+    if one.points_px is None:
+        return 0, 0, width, height
+    places = [one.points_px, *([] if one.box_xyxy_px is None else [one.box_xyxy_px.reshape(2, 2)])]
+    inside = np.concatenate(places).clip(0, [width, height])
+    first, last = inside.min(axis=0), inside.max(axis=0)
+    share = _AROUND * float(((last - first) / [width, height]).max())
+    if share > _SMALL_SHARE:
+        return 0, 0, width, height
+    size = np.array([width, height]) * max(share, 1e-3)
+    left, top = ((first + last - size) / 2).clip(0, np.array([width, height]) - size)
+    return float(left), float(top), float(left + size[0]), float(top + size[1])
+
+
+def _scale_of(one: Attended, width: int, height: int) -> str:
+    """What the brightest colour stands for; weights that are nearly even look the same as others without it.
+
+    Points may lie outside of the image, where nothing is drawn; it is told how many do, and their share of the weight.
+    """
     what = "cell" if one.points_px is None else "head's point"
-    return f"a {what}: at most {one.weights.max():.1%}, mean {one.weights.mean():.1%}"
+    text = f"a {what}: at most {one.weights.max():.1%}, mean {one.weights.mean():.1%}"
+    if one.points_px is not None:
+        outside = ((one.points_px < 0) | (one.points_px > [width, height])).any(axis=1)
+        if outside.any():
+            share = one.weights[outside].sum() / max(float(one.weights.sum()), 1e-12)
+            text += f"\n{int(outside.sum())} of {len(outside)} outside of the image, with {share:.0%} of the weight"
+    return text
 
 
 def _draw_points(axes: Axes, points_px: np.ndarray, weights: np.ndarray, levels: np.ndarray) -> None:

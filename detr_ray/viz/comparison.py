@@ -18,7 +18,7 @@ COLOURS = {
 }  # fmt: skip
 """Colour of each outcome, of annotations and of predictions."""
 _MEANINGS = {
-    "suspected": "looks wrong, and what says so",
+    "suspected": "looks wrong, and what says so (numbers: which suspicion)",
     "matched": "matched",
     "confused": "confused with another category",
     "false": "false: no annotation is left for it",

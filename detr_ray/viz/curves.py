@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from detr_ray.viz.figure import message_figure, new_figure
+from detr_ray.viz.figure import message_figure, new_figure, write_title
 
 PHASES = ("data_wait", "forward", "loss", "backward", "update")
 _REST = "rest"
@@ -48,7 +48,8 @@ def training_figure(runs: Sequence[RunCurves]) -> Figure:
     """
     if not any(run.series for run in runs):
         return message_figure(NOTHING)
-    figure = new_figure(13.0, 7.6)
+    figure = new_figure(13.0, 7.8)
+    write_title(figure, " and ".join(run.name for run in runs))
     total, parts, scores, norms = (figure.add_subplot(2, 2, place) for place in range(1, 5))
     _lines(total, runs, {"train/loss": "loss"}, "Training loss")
     _lines(
@@ -77,7 +78,8 @@ def schedules_figure(run: RunCurves) -> Figure:
     }
     if not rates and not weights:
         return message_figure(NOTHING)
-    figure = new_figure(13.0, 4.0)
+    figure = new_figure(13.0, 4.2)
+    write_title(figure, run.name)
     left, right = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
     _lines(left, [run], rates, "Learning rates")
     _log_where_wide(left)
@@ -101,14 +103,16 @@ def step_times_figure(run: RunCurves) -> Figure:
     if not len(epochs):
         return message_figure(NOTHING)
     names = [*(phase.replace("_", " ") for phase in phases), _REST]
-    figure = new_figure(13.0, 7.2)
+    figure = new_figure(13.0, 7.4)
+    write_title(figure, run.name)
     over, mean, rate, padding = (figure.add_subplot(2, 2, place) for place in range(1, 5))
     seconds = [np.nan_to_num(values) for _, values in phases.values()]
     whole_steps = np.nan_to_num(run.of("perf/step_s")[1])
     seconds.append((whole_steps - sum(seconds)).clip(min=0) if len(whole_steps) == len(epochs) else 0 * seconds[0])
     if len(epochs) > 1:
         over.stackplot(epochs, seconds, labels=names, colors=_PHASE_COLOURS, alpha=0.8)
-        over.legend(fontsize=7, loc="upper right", reverse=True)
+        # Beside the curves, in their order: there is no room above them.
+        over.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, reverse=True)
     else:
         for number, values in enumerate(seconds):
             over.bar(0, values[0], bottom=sum(part[0] for part in seconds[:number]), color=_PHASE_COLOURS[number])

@@ -188,7 +188,7 @@ def _table(axes: Axes, splits: Sequence[SplitColumns]) -> None:
     axes.set_axis_off()
     columns = [dict(split.numbers()) for split in splits]
     rows = [[what, *(column[what] for column in columns)] for what in columns[0]]
-    widths = [0.52, *([0.48 / len(splits)] * len(splits))]
+    widths = [0.46, *([0.54 / len(splits)] * len(splits))]
     table = axes.table(
         rows, colLabels=["", *(split.name for split in splits)], colWidths=widths, cellLoc="left", bbox=Bbox.unit()
     )

@@ -25,7 +25,7 @@ def queries_figure(boxes_cxcywh: np.ndarray, queries: np.ndarray, title: str) ->
     """
     rows = -(-len(queries) // _COLUMNS)
     figure = new_figure(2.4 * min(_COLUMNS, len(queries)), 2.5 * rows + 0.6)
-    size = max(2.0, min(12.0, 2000 / max(len(boxes_cxcywh), 1)))
+    size = max(2.0, min(30.0, 2000 / max(len(boxes_cxcywh), 1)))
     for place, query in enumerate(queries.tolist()):
         axes = figure.add_subplot(rows, min(_COLUMNS, len(queries)), place + 1)
         boxes = boxes_cxcywh[:, query]

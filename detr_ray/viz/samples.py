@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 
 from detr_ray.box_arrays import cxcywh_to_xyxy
 from detr_ray.structures import PaddedBatch
-from detr_ray.viz.annotated_image import draw_boxes, figure_of, image_grid, label_colour, show_image
+from detr_ray.viz.annotated_image import CELL_INCHES, draw_boxes, figure_of, image_grid, label_colour, show_image
 from detr_ray.viz.figure import write_title
 
 
@@ -42,7 +42,8 @@ def sample_steps(samples: Sequence[Sequence[PicturedImage]]) -> Figure:
         samples: at least one, each with at least one picture.
     """
     columns = max(map(len, samples))
-    axes = image_grid(len(samples) * columns, columns)
+    heights = [step.pixels.shape[0] / step.pixels.shape[1] for steps in samples for step in steps]
+    axes = image_grid(len(samples) * columns, columns, height=CELL_INCHES * float(np.median(heights)) + 0.5)
     for row, steps in enumerate(samples):
         for place, step in enumerate(steps):
             plot = axes[row * columns + place]
@@ -69,7 +70,8 @@ def padded_batch(batch: PaddedBatch, names: Sequence[str | None], title: str) ->
         stored_height, stored_width = (int(side) for side in batch.orig_sizes[place])
         show_image(
             plot, batch.images[place].transpose(1, 2, 0),
-            f"image {batch.image_ids[place]}, {stored_width} x {stored_height} as stored, {own_width} x {own_height}",
+            f"image {batch.image_ids[place]}, {stored_width} x {stored_height} as stored, "
+            f"here {own_width} x {own_height}",
         )  # fmt: skip
         _hatch(plot, (own_width, 0, width - own_width, height))
         _hatch(plot, (0, own_height, own_width, height - own_height))

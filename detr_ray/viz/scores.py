@@ -83,7 +83,7 @@ def confusion_figure(names: Sequence[str], counts: np.ndarray, title: str = "") 
         for row, column in zip(*np.nonzero(part), strict=True):
             dark = share[row, column] > 0.55
             axes.text(
-                column, row, str(part[row, column]), ha="center", va="center", fontsize=6,
+                column, row, str(part[row, column]), ha="center", va="center", fontsize=8 if len(rows) <= 16 else 6,
                 color="white" if dark else "black",
             )  # fmt: skip
     figure.colorbar(image, ax=axes, shrink=0.7, aspect=30, label="share of the row")

@@ -37,6 +37,7 @@ def test_where_each_query_predicts(place: Path) -> None:
     drawn = of_model.queries_picture(settings, PictureRequest(images=3), print)
     points = [sum(len(part.get_offsets()) for part in axes.collections) for axes in drawn.figure.axes]
     assert points == [4, 4, 4] and len(drawn.lines) == 3, "a point for each of the four images"
+    assert "proposal" not in drawn.figure.get_suptitle()
 
 
 def test_a_model_without_encoder_layers_has_no_such_picture(place: Path, tmp_path: Path) -> None:
@@ -48,7 +49,8 @@ def test_a_model_without_encoder_layers_has_no_such_picture(place: Path, tmp_pat
 
 
 def test_attention_of_a_deformable_model_is_its_points(place: Path, tmp_path: Path) -> None:
-    keys = ("run.name=c", "train.max_steps=1", "model.architecture=deformable_detr", "model.num_feature_levels=2")
+    keys = ("run.name=c", "train.max_steps=1", "model.architecture=deformable_detr", "model.num_feature_levels=2",
+            "model.box_refine=true", "model.two_stage=true")  # fmt: skip
     observe(small_config(place / "data", tmp_path, *keys))
     deformable = config(place, f"eval.checkpoint={tmp_path}/c")
     request = PictureRequest(points=((20.0, 20.0),), images=1)
@@ -57,6 +59,8 @@ def test_attention_of_a_deformable_model_is_its_points(place: Path, tmp_path: Pa
     for axes in (encoder, decoder):
         assert sum(len(part.get_offsets()) for part in axes.collections) == 2 * 2 * 4, "heads, maps, points"
         assert axes.get_title().startswith("1: "), "the number that the query has in the whole image"
+    queries = of_model.queries_picture(deformable, request, print).figure.get_suptitle().replace("\n", " ")
+    assert "query 0 begins with the encoder's best proposal" in queries
 
 
 @pytest.fixture(scope="module")

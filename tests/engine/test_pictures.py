@@ -85,6 +85,7 @@ def test_a_batch_is_shown_as_the_model_gets_it(place: Path) -> None:
     share = 1 - sum(a * b for a, b in (sample.size for sample in samples)) / (4 * height * width)
     assert f"{share:.1%} of them padding" in drawn.figure.get_suptitle()
     assert len(of_data.batch_picture(settings, PictureRequest(images=2), print).figure.axes) == 2
+    assert all("here" in title for title in titles(drawn.figure))
 
 
 def test_a_sample_is_shown_after_each_step(place: Path) -> None:
@@ -222,6 +223,10 @@ def test_suspicious_annotations_are_named(place: Path) -> None:
         patch for axes in drawn.figure.axes for patch in axes.patches if to_hex(patch.get_edgecolor()) == MAGENTA
     ]
     assert len(suspected) == 2, "the annotation, and what was found beside all annotations"
+    texts = [text.get_text() for axes in drawn.figure.axes for text in axes.texts]
+    assert [line[:3] for line in drawn.lines] == ["1: ", "2: "]
+    assert sorted(text[:2] for text in texts if text[0].isdigit()) == ["1 ", "2 "], "the same numbers beside the boxes"
+    assert "1 never found" in titles(drawn.figure)[0] or "2 never found" in titles(drawn.figure)[0]
     strict = of_evaluation.suspicious_picture(found, PictureRequest(score=0.99))
     assert strict.lines[0].startswith("no annotation looks wrong"), "fewer with more strength"
     blind = of_evaluation.Found("a", found.truth, found.detections.select(np.arange(0)), found.names, found.index)

@@ -20,6 +20,7 @@ from detr_ray.evaluation.lost_precision import lost_precision
 from detr_ray.evaluation.outcomes import Outcome, Outcomes, confusion_matrix, find_outcomes
 from detr_ray.evaluation.precision_recall import AREAS, RECALLS
 from detr_ray.evaluation.suspicious import Suspicion, find_suspicious
+from detr_ray.printable import counted
 from detr_ray.viz.comparison import ComparedImage, JudgedBoxes, comparison_figure
 from detr_ray.viz.figure import message_figure
 from detr_ray.viz.scores import confusion_figure, errors_figure, precision_recall_figure, sizes_figure
@@ -86,19 +87,22 @@ def suspicious_picture(found: Found, request: PictureRequest) -> Drawn:
         return Drawn(message_figure(line), [line])
     row_of = {image_id: row for row, image_id in enumerate(index.image_ids.tolist())}
     notes: dict[int, str] = {}
-    for one in suspicions:
+    for number, one in enumerate(suspicions, 1):
         row = row_of[one.image_id]
         if row in notes or len(notes) < request.images:
-            notes[row] = ", ".join(filter(None, (notes.get(row), one.kind)))
+            notes[row] = ", ".join(filter(None, (notes.get(row), f"{number} {one.kind}")))
     outcomes = find_outcomes(found.truth, found.detections, request.score)
     drawn, warnings = _compared(found, list(notes), outcomes, request.score, notes, suspicions)
     title = f"Annotations that look wrong: {len(suspicions)} in {len({one.image_id for one in suspicions})} images"
-    lines = [suspicion_line(one, found) for one in suspicions]
-    return Drawn(comparison_figure(drawn, f"{title}; {found.source}"), lines + warnings)
+    return Drawn(comparison_figure(drawn, f"{title}; {found.source}"), suspicion_lines(suspicions, found) + warnings)
 
 
-def suspicion_line(one: Suspicion, found: Found) -> str:
-    """A suspicion in words."""
+def suspicion_lines(suspicions: Sequence[Suspicion], found: Found) -> list[str]:
+    """Suspicions in words, with the numbers that they have in the picture."""
+    return [f"{number}: {_suspicion_line(one, found)}" for number, one in enumerate(suspicions, 1)]
+
+
+def _suspicion_line(one: Suspicion, found: Found) -> str:
     name = "" if found.index is None else f", {found.index.file_name(_row_of(found.index, one.image_id))}"
     line = f"image {one.image_id}{name}: {one.kind} ({one.strength:.2f})"
     if one.annotation is not None:
@@ -146,8 +150,8 @@ def errors_picture(found: Found) -> Drawn:
     errors = break_down_errors(found.truth, found.detections)
     lines = [f"AP50 {errors.ap50:.3f}"]
     lines += [
-        f"{kind}: {errors.counts[kind]} errors; alone +{errors.alone[kind]:.3f}, in turn +{errors.in_turn[kind]:.3f}"
-        for kind in errors.counts
+        f"{kind}: {counted(count, 'error')}; alone +{errors.alone[kind]:.3f}, in turn +{errors.in_turn[kind]:.3f}"
+        for kind, count in errors.counts.items()
     ]
     title = f"What AP50 is lost to; {found.source}"
     return Drawn(errors_figure(errors.ap50, errors.in_turn, errors.alone, errors.counts, title), lines)
@@ -189,13 +193,18 @@ def _compared(
 ) -> tuple[list[ComparedImage], list[str]]:
     """The images with their boxes, and a warning for each that cannot be read."""
     index, truth, detections = _with_images(found), found.truth, found.detections
-    suspected = {one.annotation for one in suspicions}, {one.detection for one in suspicions}
+    numbers = (
+        {one.annotation: number for number, one in enumerate(suspicions, 1)},
+        {one.detection: number for number, one in enumerate(suspicions, 1)},
+    )
     pixels = StoredPixels(index)
     images = []
     for row in rows:
         boxes = np.arange(truth.first_box[row], truth.first_box[row + 1])
         shown = np.flatnonzero((detections.image_ids == index.image_ids[row]) & (detections.scores >= score))
+        annotated = [_numbered(found.names[int(truth.category_ids[i])], i, numbers[0]) for i in boxes.tolist()]
         texts = [f"{found.names[int(detections.category_ids[i])]} {detections.scores[i]:.2f}" for i in shown.tolist()]
+        texts = [_numbered(text, i, numbers[1]) for text, i in zip(texts, shown.tolist(), strict=True)]
         shown_pixels = pixels.read(row)
         title = f"image {index.image_ids[row]}: " + ("cannot be read" if row in pixels.unreadable else "annotated")
         images.append(
@@ -204,17 +213,22 @@ def _compared(
                 shown_pixels,
                 JudgedBoxes(
                     xywh_to_xyxy(truth.boxes_xywh_px[boxes]),
-                    [found.names[int(truth.category_ids[i])] for i in boxes.tolist()],
-                    [_outcome(outcomes.annotated, i, suspected[0]) for i in boxes.tolist()],
+                    annotated,
+                    [_outcome(outcomes.annotated, i, numbers[0]) for i in boxes.tolist()],
                 ),
                 JudgedBoxes(
                     xywh_to_xyxy(detections.boxes_xywh_px[shown]),
                     texts,
-                    [_outcome(outcomes.found, i, suspected[1]) for i in shown.tolist()],
+                    [_outcome(outcomes.found, i, numbers[1]) for i in shown.tolist()],
                 ),
             )
         )
     return images, [f"WARNING: {reason}" for reason in pixels.unreadable.values()]
+
+
+def _numbered(text: str, row: int, numbers: Mapping[int | None, int]) -> str:
+    """The text beside a box, after the number of its suspicion, if there is one."""
+    return f"{numbers[row]} {text}" if row in numbers else text
 
 
 def _outcome(outcomes: np.ndarray, row: int, suspected: Collection[int | None]) -> str:

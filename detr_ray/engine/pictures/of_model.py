@@ -19,6 +19,7 @@ from detr_ray.engine.validation.evaluation_job import EvaluationJob, prepare_eva
 from detr_ray.loss import Scores
 from detr_ray.model.attention_maps import AttentionMap, AttentionRecord, SamplingPoints, record_attention
 from detr_ray.model.position_encoding import LearnedPositionEncoding, SinePositionEncoding
+from detr_ray.printable import counted
 from detr_ray.structures import Batch, PaddedBatch, to_device
 from detr_ray.viz.attention import Attended, Embedding, attention_figure, position_figure
 from detr_ray.viz.figure import end_of
@@ -141,7 +142,10 @@ def queries_picture(config: Config, request: PictureRequest, say: Say) -> Drawn:
         for query in queries.tolist()
     ]
     count = scores.shape[1]
-    title = f"Centres of the boxes that {len(queries)} of {count} queries predict in {len(boxes)} images; "
+    title = f"Centres of the boxes that {len(queries)} of {count} queries predict in {counted(len(boxes), 'image')}, "
+    title += "of which each square is one; "
+    if _chooses_queries(detector):
+        title += "query 0 begins with the encoder's best proposal, query 1 with the next; "
     title += end_of(job.checkpoint)
     return Drawn(queries_figure(boxes, queries, title), lines)
 
@@ -240,6 +244,11 @@ def _attended(
         levels.flatten().numpy(),
         at_px,
     )
+
+
+def _chooses_queries(detector: Detector) -> bool:
+    """Whether queries are proposals of the encoder (two stages, DINO): then a query has no place of its own."""
+    return any(name.endswith("enc_output") for name, _ in detector.model.named_modules())
 
 
 @torch.no_grad()

@@ -40,7 +40,8 @@ nav { font-size: .92rem; } nav a { margin-right: .9rem; display: inline-block; }
   pre.command { white-space: pre-wrap; overflow-wrap: anywhere; } }
 details summary { cursor: pointer; color: #0a58ca; }
 @media print { body { max-width: none; padding: 0; font-size: 11pt; } nav { display: none; }
-  h2 { break-after: avoid; } figure, .card, tr { break-inside: avoid; } .wide { overflow: visible; }
+  h2, h3 { break-after: avoid; } details:not([open]) { display: none; }
+  figure, .card, tr { break-inside: avoid; } .wide { overflow: visible; }
   pre { white-space: pre-wrap; } a { color: inherit; text-decoration: none; } }
 """
 

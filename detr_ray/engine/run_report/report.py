@@ -21,7 +21,7 @@ from detr_ray.engine.pictures.of_evaluation import (
     errors_picture,
     precision_recall_picture,
     sizes_picture,
-    suspicion_line,
+    suspicion_lines,
     suspicious_picture,
     worst_picture,
 )
@@ -311,7 +311,7 @@ def _errors(reported: Reported) -> list[str]:
     if suspicions and found.index is not None:
         figure = suspicious_picture(found, request).figure
         parts.append(pictures.add("suspicious", figure, "Annotations that look wrong", "jpg"))
-    return [*parts, page.listing([suspicion_line(one, found) for one in suspicions])]
+    return [*parts, page.listing(suspicion_lines(suspicions, found))]
 
 
 def _next(run: PastRun) -> list[tuple[str, str]]:
