@@ -277,7 +277,9 @@ def test_a_log_that_begins_late_gets_its_beginning_from_the_store(
 def test_two_runs_side_by_side(past: PastRun) -> None:
     changed = past.config.model_copy(update={"train": past.config.train.model_copy(update={"epochs": 77})})
     other = dataclasses.replace(past, config=changed, directory=dataclasses.replace(past.directory, name="other"))
-    page = Page(comparison_report(past, other))
+    html = comparison_report(past, other)
+    assert '<table class="long"><thead><tr><th>key' in html, "all three columns are seen on a phone"
+    page = Page(html)
     assert "train.epochs 2 77" in page.text and "+0.000" in page.text and "on the same images" in page.text
     elsewhere = {**past.record, "fingerprints": {"train": "a", "val": "b"}}
     moved, bare = dataclasses.replace(other, record=elsewhere, history=None, best=None), without_records(past)
@@ -292,7 +294,9 @@ def problems_of(past: PastRun, **metrics: list[float]) -> str:
 
 def test_what_looks_wrong(past: PastRun) -> None:
     assert "failed" in problems_of(past, **{"val/AP": [0.3]})
-    assert "no validation" in problems_of(past)
+    assert "ended before its first validation" in problems_of(past)
+    without = {**past.record, "fingerprints": {"train": past.record["fingerprints"]["train"]}}
+    assert "no validation" in problems_of(dataclasses.replace(past, record=without))
     assert "AP is 0;" in problems_of(past, **{"val/AP": [0.0, 0.0]}) + ";"
     assert "AP is 0.002" in problems_of(past, **{"val/AP": [0.0, 0.002]})
     assert "fell from 0.500 to 0.300" in problems_of(past, **{"val/AP": [0.2, 0.5, 0.3]})

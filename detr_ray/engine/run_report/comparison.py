@@ -66,7 +66,7 @@ def _settings(first: PastRun, second: PastRun) -> list[str]:
     ]
     if not rows:
         return [page.paragraph("Their configurations and data are the same.")]
-    return [page.table(rows, ["key", first.name, second.name])]
+    return [page.table(rows, ["key", first.name, second.name], are_long=True)]
 
 
 def _scores(first: Reported, second: Reported) -> list[str]:

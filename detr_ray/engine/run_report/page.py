@@ -37,11 +37,12 @@ li.problem { margin: .4rem 0; } li.problem b { color: var(--bad); } li.fine { co
 nav { font-size: .92rem; } nav a { margin-right: .9rem; display: inline-block; } a { color: #0a58ca; }
 @media screen and (max-width: 42rem) { .picture { overflow-x: auto; } .picture img { max-width: 46rem; }
   figcaption::after { content: " \\2194  swipe for the rest"; white-space: nowrap; }
-  pre.command { white-space: pre-wrap; overflow-wrap: anywhere; } }
+  pre.command { white-space: pre-wrap; overflow-wrap: anywhere; }
+  .long { table-layout: fixed; width: 100%; } .long td { overflow-wrap: anywhere; } }
 details summary { cursor: pointer; color: #0a58ca; }
 @media print { body { max-width: none; padding: 0; font-size: 11pt; } nav { display: none; }
   h2, h3 { break-after: avoid; } details:not([open]) { display: none; }
-  figure, .card, tr { break-inside: avoid; } .wide { overflow: visible; }
+  figure, .card, tr, pre.command { break-inside: avoid; } .wide { overflow: visible; }
   pre { white-space: pre-wrap; } a { color: inherit; text-decoration: none; } }
 """
 
@@ -106,13 +107,16 @@ def cards(numbers: Sequence[tuple[str, str]]) -> str:
     return f'<div class="cards">{inner}</div>'
 
 
-def table(rows: Sequence[Sequence[str]], head: Sequence[str] = (), numbers_from: int | None = None) -> str:
+def table(
+    rows: Sequence[Sequence[str]], head: Sequence[str] = (), numbers_from: int | None = None, *, are_long: bool = False
+) -> str:
     """A table of plain texts.
 
     Args:
         rows: of equal length.
         head: of each column.
         numbers_from: the columns from this one on hold numbers; None: none does.
+        are_long: whether the texts are broken anywhere on a phone, so that all columns are seen there.
     """
 
     def cells(row: Sequence[str], tag: str) -> str:
@@ -124,7 +128,8 @@ def table(rows: Sequence[Sequence[str]], head: Sequence[str] = (), numbers_from:
 
     top = f"<thead><tr>{cells(head, 'th')}</tr></thead>" if head else ""
     body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-    kind = ' class="pairs"' if not head and all(len(row) == 2 for row in rows) else ""  # long values may be broken
+    is_of_pairs = not head and all(len(row) == 2 for row in rows)  # long values may be broken
+    kind = ' class="pairs"' if is_of_pairs else ' class="long"' if are_long else ""
     return f'<div class="wide"><table{kind}>{top}<tbody>{body}</tbody></table></div>'
 
 

@@ -10,6 +10,7 @@ from detr_ray.architectures import published_values
 from detr_ray.engine.past_run import PastRun
 from detr_ray.evaluation import CocoMetrics
 from detr_ray.evaluation.error_breakdown import ErrorBreakdown
+from detr_ray.printable import counted
 
 Problem = tuple[str, str]
 """What is wrong, and what to do about it."""
@@ -89,7 +90,7 @@ def _of_scores(run: PastRun) -> Iterator[Problem]:
     scores = run.history.metrics.get("val/AP") if run.history is not None else None
     if scores is None:
         if run.history is not None:
-            yield "There was no validation", "give data.val, or data.split={val: 0.1}: without it no checkpoint is best"
+            yield _unvalidated(run)
         return
     values = scores[1]
     best = float(values.max())
@@ -106,6 +107,15 @@ def _of_scores(run: PastRun) -> Iterator[Problem]:
         )
     elif len(values) >= 4 and best - float(values[: -max(1, len(values) // 4)].max()) > _STILL_RISES:
         yield "AP was still rising at the end", "a run with more train.epochs gets further"
+
+
+def _unvalidated(run: PastRun) -> Problem:
+    every = run.config.eval.every_epochs
+    if "val" not in run.record["fingerprints"]:
+        return "There was no validation", "give data.val, or data.split={val: 0.1}: without it no checkpoint is best"
+    due = f"after {counted(every, 'epoch')}" if every else "at the end"
+    advice = f"it is due {due} (eval.every_epochs={every}); the same command with its run.name goes on"
+    return "It ended before its first validation", advice
 
 
 def _of_data(run: PastRun, metrics: CocoMetrics | None) -> Iterator[Problem]:
