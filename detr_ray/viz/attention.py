@@ -146,7 +146,8 @@ def _scale_of(one: Attended, width: int, height: int) -> str:
     what = "cell" if one.points_px is None else "head's point"
     text = f"a {what}: at most {one.weights.max():.1%}, mean {one.weights.mean():.1%}"
     if one.points_px is not None:
-        outside = ((one.points_px < 0) | (one.points_px > [width, height])).any(axis=1)
+        x, y = one.points_px.T
+        outside: np.ndarray = (x < 0) | (y < 0) | (x > width) | (y > height)
         if outside.any():
             share = one.weights[outside].sum() / max(float(one.weights.sum()), 1e-12)
             text += f"\n{int(outside.sum())} of {len(outside)} outside of the image, with {share:.0%} of the weight"

@@ -151,7 +151,8 @@ def _lines(
             text = label if len(runs) == 1 else f"{label}, {run.name}"
             colour = f"C{number + (place * len(metrics) if len(metrics) == 1 else 0)}"
             style = _RUN_STYLES[place % len(_RUN_STYLES)]
-            axes.plot(epochs, values, style, color=colour, lw=1.2, marker=marker, ms=3, label=text)
+            shown_as = marker or ("o" if len(epochs) == 1 else None)  # a line of one point is not seen
+            axes.plot(epochs, values, style, color=colour, lw=1.2, marker=shown_as, ms=3, label=text)
             drawn += 1
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("epoch", fontsize=9)

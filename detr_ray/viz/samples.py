@@ -62,7 +62,7 @@ def padded_batch(batch: PaddedBatch, names: Sequence[str | None], title: str) ->
     """
     height, width = batch.images.shape[2:]
     scale = 3.4 / max(height, width)
-    axes = image_grid(len(batch.images), 4, max(width * scale, 2.4), height * scale + 0.5)
+    axes = image_grid(len(batch.images), 4, max(width * scale, 2.4), height * scale + 0.6)
     ends = np.cumsum(batch.counts)
     for place, (plot, end) in enumerate(zip(axes, ends.tolist(), strict=True)):
         rows = slice(end - int(batch.counts[place]), end)
@@ -70,7 +70,7 @@ def padded_batch(batch: PaddedBatch, names: Sequence[str | None], title: str) ->
         stored_height, stored_width = (int(side) for side in batch.orig_sizes[place])
         show_image(
             plot, batch.images[place].transpose(1, 2, 0),
-            f"image {batch.image_ids[place]}, {stored_width} x {stored_height} as stored, "
+            f"image {batch.image_ids[place]}\n{stored_width} x {stored_height} as stored, "
             f"here {own_width} x {own_height}",
         )  # fmt: skip
         _hatch(plot, (own_width, 0, width - own_width, height))

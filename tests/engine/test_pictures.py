@@ -73,7 +73,7 @@ def test_a_batch_is_shown_as_the_model_gets_it(place: Path) -> None:
     height, width = batch.images.shape[2:]
     first = 0
     for axes, sample, count in zip(drawn.figure.axes, samples, batch.counts, strict=True):
-        assert f"image {sample.image_id}," in axes.get_title()
+        assert axes.get_title().startswith(f"image {sample.image_id}\n")
         hatched = [patch for patch in axes.patches if patch.get_hatch()]
         padded = sum(patch.get_width() * patch.get_height() for patch in hatched)
         assert padded == height * width - sample.size[0] * sample.size[1]

@@ -53,6 +53,13 @@ def test_lines_of_equal_values_take_turns() -> None:
     assert [line.get_label() for line in lines] == ["a", "b", "c"]
 
 
+def test_a_run_of_one_record_has_points_that_are_seen() -> None:
+    for count in (1, 2):
+        series = {"optim/lr": (np.arange(count), np.full(count, 1e-4))}
+        (line,) = schedules_figure(RunCurves("a run", series)).axes[0].lines
+        assert (line.get_marker() == "o") == (count == 1)
+
+
 def test_a_long_location_ends_with_what_says_most() -> None:
     assert end_of("runs/a/checkpoints/step_00000010") == "runs/a/checkpoints/step_00000010"
     assert end_of("/a/long/path/to/runs/a/model.pt", 16) == "…runs/a/model.pt"

@@ -52,7 +52,8 @@ def find_problems(run: PastRun, metrics: CocoMetrics | None, errors: ErrorBreakd
 def _ended_badly(run: PastRun) -> Iterator[Problem]:
     sessions = run.history.sessions if run.history is not None else []
     if sessions and sessions[-1].status == "FAILED":
-        yield "The run failed", "the same command with its run.name goes on from the last checkpoint"
+        again = "goes on from the last checkpoint" if run.checkpoints else "begins it again"
+        yield "The run failed", f"the same command with its run.name {again}"
     if not run.checkpoints:
         yield "There is no checkpoint", "train on, or look into the log why none could be written"
 
