@@ -279,6 +279,12 @@ def test_tables_with_a_split_in_their_name(tmp_path, coco, names):
         assert_same(open_split(str(root), None, split), open_split(str(coco), None, split))
     (root / names.format("val")).unlink()
     assert len(open_undivided(str(root), None)) == 12
+    text = (root / names.format("train")).read_text(encoding="utf-8-sig")
+    (root / names.format("train")).unlink()
+    (root / "train").rename(root / "images")
+    for encoding in ("utf-8", "utf-16"):
+        (root / "boxes.csv").write_bytes(text.encode(encoding))
+        assert_same(open_undivided(str(root), None), open_split(str(coco), None, "train"))
 
 
 @pytest.mark.parametrize("form", ["image_id without a suffix", "suffix in other letters"])
