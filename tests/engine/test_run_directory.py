@@ -108,7 +108,8 @@ def test_a_key_that_came_later_had_its_default(tmp_path: Path) -> None:
     assert said == []
     for key, value, before, go_on in (
         ("data.window", 100, "None", "model.init_from to start from its weights"),
-        ("optim.lr_backbone", 1.0, "1e-05", "model.init_from to start from its weights"),
+        ("optim.ema_decay", 0.9, "0.0", "model.init_from to start from its weights"),
+        ("optim.lr_backbone", 0.5, "1e-05", f"run.fork_from={tmp_path}/a to begin it at the last checkpoint of this"),
         ("optim.weight_decay", 0.0, "0.0001", f"run.fork_from={tmp_path}/a to begin it at the last checkpoint of this"),
     ):
         with pytest.raises(ConfigError, match=rf"{key}: begun with {before} \(the default, .*\), now {value}") as error:

@@ -14,11 +14,11 @@ from detr_ray.addresses import join, parent, resolve
 from detr_ray.config import Config, ConfigError, flatten
 from detr_ray.engine.checkpoints.info import CheckpointInfo
 from detr_ray.engine.checkpoints.run_directory import (
-    FORK_KEYS,
     RECORD,
     RunDirectory,
     begun_with,
     is_free,
+    may_differ_in_fork,
     record_at,
     storage_errors,
 )
@@ -70,15 +70,7 @@ class Fork:
 
 
 def _may_differ(key: str, before: Any, now: Any) -> bool:
-    if key in ("run.name", "run.fork_from") or is_free(key):
-        return True
-    if key == "optim.ema_decay":
-        return bool(before) == bool(now)  # an average starts with a run, not in its middle
-    if key == "optim.lr_backbone":
-        return before != 0  # a backbone that was frozen has no moments
-    if key == "optim.freeze":
-        return before == "[]"
-    return any(key == name or (name.endswith(".") and key.startswith(name)) for name in FORK_KEYS)
+    return key == "run.name" or is_free(key) or may_differ_in_fork(key, before, now)
 
 
 def find_fork(config: Config, record: Mapping[str, Any] | None) -> Fork | None:

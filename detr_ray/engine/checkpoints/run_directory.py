@@ -31,8 +31,7 @@ RECORD = "run.json"
 CONFIG = "config.yaml"
 """Name of the file with the configuration of the run's last start, for reports; nothing is decided by it."""
 
-# Keys that may change when a run is resumed: they do not change its results. A name that ends in a dot means all keys
-# below it.
+# Keys that may change when a run is resumed: they do not change its results. See `is_covered`.
 FREE_KEYS = (
     "run.storage",
     "data.root",
@@ -72,12 +71,14 @@ FREE_KEYS = (
 # The source of the first weights, which is not needed any more when there is a checkpoint.
 FREE_WITH_CHECKPOINT = ("model.init_from", "model.backbone_weights", "run.fork_from")
 
-FORK_KEYS = ("optim.", "loss.", "train.epochs")
-"""Keys, and beginnings of keys, that may differ in a run that begins at a checkpoint of another one, beside those that
-may change on resume: they affect neither the model nor the optimizer's state nor the stream."""
+# Keys that may differ in a run that begins at a checkpoint of another one, beside those that may change on resume. They
+# affect neither the model nor the optimizer's state nor the stream, except for the values in `may_differ_in_fork`.
+_FORK_KEYS = ("optim.", "loss.", "train.epochs")
 
-_NOT_IN_EVERY_FORK = ("optim.ema_decay", "optim.freeze", "optim.lr_backbone")
-"""Of them, those that a fork may change from some values only."""
+
+def is_covered(key: str, names: Iterable[str]) -> bool:
+    """Whether a key is one of some names; a name that ends in a dot means all keys below it."""
+    return any(key == name or (name.endswith(".") and key.startswith(name)) for name in names)
 
 
 def is_free(key: str, has_checkpoint: bool = True) -> bool:
@@ -87,8 +88,24 @@ def is_free(key: str, has_checkpoint: bool = True) -> bool:
         key: dotted name.
         has_checkpoint: whether there is a checkpoint to resume from.
     """
-    free = FREE_KEYS + (FREE_WITH_CHECKPOINT if has_checkpoint else ())
-    return any(key == name or (name.endswith(".") and key.startswith(name)) for name in free)
+    return is_covered(key, FREE_KEYS + (FREE_WITH_CHECKPOINT if has_checkpoint else ()))
+
+
+def may_differ_in_fork(key: str, before: Any, now: Any) -> bool:
+    """Whether a key that may not change on resume may differ in a run that begins at a checkpoint of another one.
+
+    Args:
+        key: dotted name.
+        before: value in the other run.
+        now: value in the new one.
+    """
+    if key == "optim.ema_decay":
+        return bool(before) == bool(now)  # an average starts with a run, not in its middle
+    if key == "optim.lr_backbone":
+        return before != 0  # a backbone that was frozen has no moments
+    if key == "optim.freeze":
+        return before == "[]"
+    return is_covered(key, _FORK_KEYS)
 
 
 @dataclass(frozen=True)
@@ -229,14 +246,18 @@ def open_run(
                 begun.keep_config(config_yaml)
                 return begun
         run = RunDirectory.at(name, storage, stored)
-        differences = _differences(run, stored, comparable, say)
+        changed = _changed_keys(run, stored, comparable, say)
+        differences = _described(changed, stored)
+        can_fork = all(may_differ_in_fork(key, *values) for key, values in changed.items())
         if stored["fingerprints"].get("train") != fingerprints.get("train"):
             differences.append("the train data: other annotations than the run was begun with")
+            can_fork = False
         if label_space is not None and stored.get("label_space") not in (None, label_space):
             differences.append(f"data.label_space: begun with {stored['label_space']}, now {label_space}")
+            can_fork = False
     if differences:
         begin = "model.init_from to start from its weights"
-        if all(line.startswith(FORK_KEYS) and not line.startswith(_NOT_IN_EVERY_FORK) for line in differences):
+        if can_fork:
             begin = f"run.fork_from={path} to begin it at the last checkpoint of this one, if it has one"
         raise ConfigError(
             f"run.name: a run {name!r} exists in {path} and was begun differently; choose another run.name (and "
@@ -331,8 +352,10 @@ def _has_moved(key: str, before: str, now: str) -> bool:
     return weights[0] == weights[1] != []
 
 
-def _differences(run: RunDirectory, stored: Mapping[str, Any], config: Mapping[str, Any], say: Say) -> list[str]:
-    """One line for each key whose change prevents resuming.
+def _changed_keys(
+    run: RunDirectory, stored: Mapping[str, Any], config: Mapping[str, Any], say: Say
+) -> dict[str, tuple[Any, Any]]:
+    """Key -> its value before and now, of the keys whose change prevents resuming.
 
     A key that is newer than the run counts as having had its default. For a key that does not exist any more, only a
     warning is shown.
@@ -348,7 +371,13 @@ def _differences(run: RunDirectory, stored: Mapping[str, Any], config: Mapping[s
         changed = [key for key in changed if not is_free(key)]
     for key in sorted(begun.keys() - config.keys()):
         say(f"WARNING: run {run.name} was begun with {key}={begun[key]!r}, which this version does not know (any more)")
+    return {key: (before[key], config[key]) for key in changed}
+
+
+def _described(changed: Mapping[str, tuple[Any, Any]], stored: Mapping[str, Any]) -> list[str]:
+    """A line for each key that differs from the run's record."""
     came_later = " (the default, from before there was this key)"
     return [
-        f"{key}: begun with {before[key]!r}{'' if key in begun else came_later}, now {config[key]!r}" for key in changed
+        f"{key}: begun with {before!r}{'' if key in stored['config'] else came_later}, now {now!r}"
+        for key, (before, now) in changed.items()
     ]

@@ -17,6 +17,7 @@ from detr_ray.engine.checkpoints.run_directory import (
     RECORD,
     absolute_storage,
     begun_with,
+    is_covered,
     record_at,
     storage_errors,
     unique_name,
@@ -169,12 +170,8 @@ def _differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     lines = [
         f"{key}: begun with {before.get(key)!r}, now {value!r}"
         for key, value in now["config"].items()
-        if before.get(key) != value and not _is_free(key)
+        if before.get(key) != value and not is_covered(key, (*FREE_SETTINGS, *FREE_KEYS))
     ]
     if stored["fingerprints"] != now["fingerprints"]:
         lines.append("the data: other annotations than the search was begun with")
     return lines
-
-
-def _is_free(key: str) -> bool:
-    return any(key == name or (name.endswith(".") and key.startswith(name)) for name in (*FREE_SETTINGS, *FREE_KEYS))
