@@ -7,6 +7,7 @@ refused in seconds; the results are sent to the workers.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,19 +141,16 @@ def prepare_job(config: Config, say: Say, opened: OpenedData | None = None) -> T
     if fork is not None:
         fork.refuse_misfit(config, data.fingerprints, steps)
     check_tracking(config, say)
-    weights, is_new = None, record is None and fork is None
-    if is_new:  # before there is a run: one that weights of a wrong name began could not be begun with the right ones
-        weights = _initial_weights(config, label_map, say)
-    run = open_run(
-        config.run.name, config.run.storage, flatten(config), data.fingerprints, config.to_yaml(), space,
+    opening = functools.partial(
+        open_run, config.run.name, config.run.storage, flatten(config), data.fingerprints, config.to_yaml(), space,
         None if fork is None else fork.checkpoint.path, say, record,
     )  # fmt: skip
-    try:
-        is_first_start = run.checkpoints.latest() is None
-    except OSError as error:
-        raise ConfigError(f"run.storage: the checkpoints of {run.path} cannot be listed: {reason_of(error)}") from error
-    if is_first_start and fork is None and not is_new:
+    # A new run is begun after its weights are read: one begun with weights of a wrong name would refuse the right ones.
+    run = None if record is None else opening()
+    weights = None
+    if fork is None and (run is None or not _has_checkpoint(run)):
         weights = _initial_weights(config, label_map, say)
+    run = run or opening()
     return TrainJob(
         data,
         run,
@@ -161,6 +159,13 @@ def prepare_job(config: Config, say: Say, opened: OpenedData | None = None) -> T
         run_tracking_uri(config),
         None if fork is None else fork.checkpoint,
     )
+
+
+def _has_checkpoint(run: RunDirectory) -> bool:
+    try:
+        return run.checkpoints.latest() is not None
+    except OSError as error:
+        raise ConfigError(f"run.storage: the checkpoints of {run.path} cannot be listed: {reason_of(error)}") from error
 
 
 def total_steps(config: Config, steps_per_epoch: int) -> int:
