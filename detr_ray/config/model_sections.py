@@ -122,7 +122,7 @@ class ModelConfig(Section):
     """Further queries of `deformable_detr` in training, several of which are to find the same object (H-DETR).
     null: 0."""
     one_to_many_copies: Count | None = None
-    """With `model.one_to_many_queries`: how many of them are to find each object. null: as published, 6."""
+    """How many of `model.one_to_many_queries` are to find each object; needs such queries. null: as published, 6."""
     denoising_queries: CountOrZero | None = None
     """About how many further queries of `dino` start, in training, from boxes moved a little, to find them; as many
     start from boxes moved further, to find nothing. More where an image has more boxes. 0: none. null: as published,
@@ -189,6 +189,9 @@ class ModelConfig(Section):
         ):
             if name in published and getattr(self, name) and not getattr(self, needed):
                 yield Violation((name, needed), f"needs model.{needed}=true")
+        copies = published.get("one_to_many_copies")
+        if copies not in (None, self.one_to_many_copies) and not self.one_to_many_queries:
+            yield Violation(("one_to_many_copies", "one_to_many_queries"), "needs model.one_to_many_queries above 0")
 
 
 class LossConfig(Section):

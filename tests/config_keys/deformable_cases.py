@@ -83,6 +83,8 @@ def one_to_many(place: Place) -> None:
     assert seen.metric("train/loss_giou_one2many")[0] > 0
     boxes = sum(len(target["labels"]) for target in seen.losses[0].targets)
     assert seen.losses[0].normalisers[-2:] == (2 * boxes, 2 * boxes)
+    unused = refused(*TWO_STAGE, "model.one_to_many_copies=2")
+    assert unused.startswith("model.one_to_many_copies: needs model.one_to_many_queries above 0")
 
 
 @shows("loss.class_loss", "loss.focal_alpha", "loss.focal_gamma")
