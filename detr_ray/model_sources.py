@@ -17,7 +17,7 @@ from detr_ray.detector.package import ModelFacts, package_of, read_model, read_p
 from detr_ray.engine.checkpoints.found_model import FoundModel, find_model
 from detr_ray.engine.reporting.tracking_store import run_tracking_uri
 from detr_ray.locations import read_bytes
-from detr_ray.model.state_dicts import WeightsError
+from detr_ray.model.state_dicts import DamagedFileError, WeightsError
 from detr_ray.prediction import LoadedModel
 from detr_ray.retries import reason_of
 from detr_ray.tracking.fetching import fetched, pinned
@@ -37,7 +37,8 @@ def located(source: str, config: Config | None) -> Iterator[str]:
 
     Raises:
         RegistryError: MLflow does not have this version, or its files.
-        WeightsError: the block found the files damaged; the message says where they are from.
+        WeightsError: the block cannot use the files; the message says where they are from, and to try again if a run
+            may just be writing them.
     """
     if not source.startswith(MLFLOW_SCHEMES):
         yield source
@@ -46,7 +47,8 @@ def located(source: str, config: Config | None) -> Iterator[str]:
         try:
             yield place
         except WeightsError as error:
-            raise WeightsError(f"{source}: {error}{_AGAIN if source.startswith('runs:') else ''}") from error
+            may_be_written = source.startswith("runs:") and isinstance(error, DamagedFileError)
+            raise WeightsError(f"{source}: {error}{_AGAIN if may_be_written else ''}") from error
 
 
 @contextlib.contextmanager

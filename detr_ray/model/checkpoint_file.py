@@ -26,7 +26,7 @@ import torch
 
 from detr_ray.addresses import LocationError, is_uri, local_path
 from detr_ray.locations import read_buffer
-from detr_ray.model.state_dicts import OWN_FORMAT, WeightsError, find_states, shorten_names
+from detr_ray.model.state_dicts import OWN_FORMAT, DamagedFileError, WeightsError, find_states, shorten_names
 from detr_ray.retries import reason_of
 
 __all__ = ["WeightsError", "read_checkpoint", "shorten_names"]
@@ -108,9 +108,9 @@ def _refuse_changed(source: str, path: Path, sha256: str) -> None:
         raise changed(source)
 
 
-def changed(source: str) -> WeightsError:
+def changed(source: str) -> DamagedFileError:
     """The error for a file whose hash differs from the one recorded when it was written."""
-    return WeightsError(
+    return DamagedFileError(
         f"{source} is not what was written: its SHA-256 is another than the one recorded beside it. It is damaged or "
         "was changed; take another checkpoint, or copy it again"
     )
@@ -138,7 +138,7 @@ def _loaded(place: Path | pa.Buffer, source: str) -> Any:
         forbidden = _FORBIDDEN_OBJECT.search(str(error))
         if kind == "safetensors" or forbidden is None:
             reason = f": {reason_of(error)}" if kind == "safetensors" else ""
-            raise WeightsError(f"{source} is damaged or no {kind} file ({size} bytes){reason}") from error
+            raise DamagedFileError(f"{source} is damaged or no {kind} file ({size} bytes){reason}") from error
         raise WeightsError(
             f"{source} holds Python objects beside its tensors ({forbidden.group(1)}), and reading them would run "
             "code. Where it was made, save the weights alone: torch.save({'model': model.state_dict()}, path)"

@@ -31,6 +31,10 @@ class WeightsError(ValueError):
     """Weights that cannot be read or do not fit; the message names the file and what to do."""
 
 
+class DamagedFileError(WeightsError):
+    """A file that is not whole, or is not what was written."""
+
+
 @dataclass(frozen=True)
 class StateDict:
     """Tensors under the names that a model has for them.

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from versions import stored
 
@@ -161,6 +162,8 @@ def test_of_a_run_the_registered_version_or_else_its_best_checkpoint(registry: M
     (tmp_path / "model.pt").write_bytes(b"best")
     tracker.log_file(tmp_path / "model.pt", "checkpoints/best")
     tracker.log_text("{}", "checkpoints/best/manifest.json")
+    torch.save({"model": {}}, tmp_path / "empty.pt")
+    tracker.log_file(tmp_path / "empty.pt", "alone")
     tracker.finish("FINISHED")
     run = tracker.run_id
     with fetched(f"runs:/{run}", registry.uri) as place:
@@ -169,6 +172,8 @@ def test_of_a_run_the_registered_version_or_else_its_best_checkpoint(registry: M
         }  # fmt: skip
     with pytest.raises(WeightsError, match=rf"^runs:/{run}: .*; if its training still runs, .* try again"):
         load_model(f"runs:/{run}", load_config(None, [f"tracking.uri={registry.uri}"]))
+    with pytest.raises(WeightsError, match=rf"^runs:/{run}/alone/empty.pt: .*its state dict is empty$"):
+        load_model(f"runs:/{run}/alone/empty.pt", load_config(None, [f"tracking.uri={registry.uri}"]))
     with fetched(f"runs:/{run}/checkpoints/best/model.pt", registry.uri) as place:
         assert Path(place).read_bytes() == b"best"
     with pytest.raises(RegistryError, match=f"run {run} has no checkpoints/other among its artifacts"):
