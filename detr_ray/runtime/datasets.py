@@ -176,12 +176,18 @@ class RayBatches:
         """One Ray Data execution."""
         numbers = ray.data.range(num_rows, override_num_blocks=-(-num_rows // per_task))
         batches = numbers.map_batches(load, batch_size=None, batch_format="pyarrow", zero_copy_batch=True)
-        batches.context.enable_progress_bars = False
-        batches.context.custom_execution_callback_classes = [ScheduleCalmly]
-        batches.context.execution_options.preserve_order = True
-        batches.context.execution_options.resource_limits = ExecutionResources(cpu=self._tasks)
+        execute_in_order(batches, self._tasks)
         for table in batches.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=1):
             yield from_table(table)
+
+
+def execute_in_order(rows: ray.data.Dataset, cpus: float) -> None:
+    """Sets how Ray Data executes a data set: in the order of its rows, on at most so many CPUs, without a bar."""
+    context = rows.context
+    context.enable_progress_bars = False
+    context.custom_execution_callback_classes = [ScheduleCalmly]
+    context.execution_options.preserve_order = True
+    context.execution_options.resource_limits = ExecutionResources(cpu=cpus)
 
 
 def rows_per_task(samples: Sequence[SamplePlan]) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 import torch
-from ray.data import ActorPoolStrategy, ExecutionResources
+from ray.data import ActorPoolStrategy
 
 from detr_ray.config import Config
 from detr_ray.data.errors import DataError
@@ -24,7 +24,7 @@ from detr_ray.data.loader import BatchLoader, from_table, to_table
 from detr_ray.evaluation import DetectionTable
 from detr_ray.model.state_dicts import WeightsError
 from detr_ray.prediction.job import BatchFindings, BatchPredictor, PredictionJob
-from detr_ray.runtime.datasets import ScheduleCalmly, rows_per_task
+from detr_ray.runtime.datasets import execute_in_order, rows_per_task
 from detr_ray.runtime.prediction_actors import Actors, plan_actors
 
 Numbers = Sequence[int]
@@ -110,15 +110,10 @@ def predictions(stored: StoredJob, numbers: Numbers, actors: Actors) -> ray.data
         # and each actor would decode its own images, one batch after the other with the model.
         label_selector={},
     )
-    found.context.enable_progress_bars = False
+    execute_in_order(found, actors.num_cpus * actors.count + actors.tasks)
     # Ray Data sets its levels with its first data set: each execution would be announced, and that no bar is shown.
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-    found.context.custom_execution_callback_classes = [ScheduleCalmly]
-    found.context.execution_options.preserve_order = True
-    found.context.execution_options.resource_limits = ExecutionResources(
-        cpu=actors.num_cpus * actors.count + actors.tasks
-    )
     return found
 
 
