@@ -14,6 +14,7 @@ from detr_ray.config import Config, ConfigError
 from detr_ray.engine.context import WorkerContext
 from detr_ray.engine.errors import RunFailed
 from detr_ray.evaluation.coco_metrics import SUMMARY
+from detr_ray.printable import counted
 from detr_ray.retries import reason_of
 
 if TYPE_CHECKING:  # see the loop
@@ -85,7 +86,7 @@ class EarlyStopping:
         more = f" by more than {self._min_delta:g}" if self._min_delta else ""
         return (
             f"{self._metric} has not risen{more} above {best:.4f}, which it had at epoch "
-            f"{best_step / steps_per_epoch:g}, in {since} validation{'s' if since > 1 else ''} (train.early_stopping)"
+            f"{best_step / steps_per_epoch:g}, in {counted(since, 'validation')} (train.early_stopping)"
         )
 
     def _state(self) -> tuple[int, float, int]:

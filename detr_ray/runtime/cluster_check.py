@@ -18,15 +18,17 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from detr_ray.callbacks import Say
 from detr_ray.config import Config, ConfigError
+from detr_ray.data.errors import few
 from detr_ray.engine.checkpoints.run_directory import absolute_storage
 from detr_ray.engine.preflight.findings import Level, Report
 from detr_ray.engine.preflight.writing import within
 from detr_ray.engine.reporting.tracking_store import run_tracking_uri
+from detr_ray.printable import counted
 from detr_ray.runtime import node_probe
 from detr_ray.runtime.node_probe import Answer, Questions, code_facts, probe_node, reason_of
 from detr_ray.runtime.ray_internals import autoscaler_adds_nodes
 from detr_ray.runtime.resources import Node, plan_workers, usable_nodes
-from detr_ray.runtime.session import ray_session, unreachable_address
+from detr_ray.runtime.session import session_of, unreachable_address
 from detr_ray.runtime.shared_places import StorageTrial, refuse_lost_storage, sample_files, tracking_on_disk
 from detr_ray.tracking.store import sqlite_path
 
@@ -63,12 +65,9 @@ def check_cluster(config: Config, report: Report, say: Say) -> None:
     if fault:
         report.add("error", AREA, fault, "name a running cluster in RAY_ADDRESS, or unset it to train on this machine")
         return
-    most = config.train.worker_range[1] if config.train.worker_range else 1
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(
-                ray_session(most, config.data.tasks_per_worker, config.train.use_gpu, config.train.worker_resource)
-            )
+            stack.enter_context(session_of(config))
         except (ConfigError, ConnectionError, TimeoutError, ray.exceptions.RayError, RuntimeError) as error:
             reason = str(error).strip().split("\n")[0]
             report.add("error", AREA, f"the cluster at {os.environ.get('RAY_ADDRESS')} cannot be joined: {reason}")
@@ -121,9 +120,9 @@ def _check_workers(config: Config, report: Report) -> None:
     missing = request.missing()
     kind = "GPU" if request.use_gpu else "CPU"
     least, most = request.min_workers, request.max_workers
-    asked = f"{least}" if least == most else f"{least} to {most}"
+    asked = ("" if least == most else f"{least} to ") + counted(most, f"{kind} worker")
     if not missing:
-        report.add("ok", AREA, f"there is room for {asked} {kind} worker{'' if most == 1 else 's'}")
+        report.add("ok", AREA, f"there is room for {asked}")
     elif autoscaler_adds_nodes():
         report.add("ok", AREA, missing)
     else:
@@ -167,7 +166,7 @@ def _check_nodes(config: Config, storage: str, report: Report, started: float, l
             report.add(lenient, AREA, f"node {node} {answer.reason}", "look at the node's Ray logs, or take it away")
     if heard:
         verb = "answers" if len(heard) == 1 else "answer"
-        report.add("ok", AREA, f"{len(heard)} node{'' if len(heard) == 1 else 's'} {verb}: {_where(list(heard))}")
+        report.add("ok", AREA, f"{counted(len(heard), 'node')} {verb}: {_where(list(heard))}")
         _compare_code(nodes, heard, report)
         if not fault:
             _report_storage(storage, heard, [node.name for node in nodes if node.node_id in unseen], report)
@@ -345,6 +344,4 @@ def _by_value(values: Mapping[str, str]) -> dict[str, list[str]]:
 
 def _where(names: Collection[str]) -> str:
     """Some nodes by name."""
-    shown = sorted(names)[:_NODES_NAMED]
-    more = len(names) - len(shown)
-    return ", ".join(shown) + (f" and {more} more" if more else "")
+    return few(sorted(names), _NODES_NAMED)

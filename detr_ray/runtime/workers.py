@@ -22,6 +22,7 @@ from detr_ray.engine.hooks import Budget, JobHooks
 from detr_ray.engine.job import TrainJob
 from detr_ray.engine.reporting.progress import FitResult
 from detr_ray.engine.stream.planned_data import PlannedData
+from detr_ray.printable import counted
 from detr_ray.runtime.cluster_address import cluster_address
 from detr_ray.runtime.host_process import StopSignals, stop_signals
 from detr_ray.runtime.job_status import Task
@@ -254,5 +255,5 @@ def _run_worker(parts: dict[str, Any]) -> dict[str, Any]:
 def _described(request: WorkerRequest) -> str:
     kind = "GPU" if request.use_gpu else "CPU"
     if request.min_workers == request.max_workers:
-        return f"{request.max_workers} {kind} worker{'s' if request.max_workers > 1 else ''}"
+        return counted(request.max_workers, f"{kind} worker")
     return f"{request.min_workers} to {request.max_workers} {kind} workers, as many as have room"

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from detr_ray.architectures import published_values
+from detr_ray.data.errors import few
 from detr_ray.engine.past_run import PastRun
 from detr_ray.evaluation import CocoMetrics
 from detr_ray.evaluation.error_breakdown import ErrorBreakdown
@@ -23,6 +24,7 @@ _NO_AP = 0.01
 _LOW_AP = 0.05
 _ENOUGH_BOXES = 10
 _COSTLY = 0.05
+_MOST_NAMED = 8
 
 _ADVICE = {
     "classification": "look at the confusions below; more examples of these categories, or a higher loss.ce, help to "
@@ -135,7 +137,7 @@ def _of_data(run: PastRun, metrics: CocoMetrics | None) -> Iterator[Problem]:
     absent = [name for category_id, name in names.items() if not boxes.get(category_id)]
     if absent:
         yield (
-            f"{len(absent)} of {len(names)} categories have no box in the validation set: {_few(absent)}",
+            f"{len(absent)} of {len(names)} categories have no box in the validation set: {few(absent, _MOST_NAMED)}",
             "nothing is known of them; add images",
         )  # fmt: skip
     low = [
@@ -144,14 +146,13 @@ def _of_data(run: PastRun, metrics: CocoMetrics | None) -> Iterator[Problem]:
         if boxes.get(category_id, 0) >= _ENOUGH_BOXES and (metrics.category_ap[name] or 0) < _LOW_AP
     ]
     if low and (metrics.ap or 0) > _LOW_AP:
-        yield f"{len(low)} categories have an AP below {_LOW_AP}: {_few(low)}", "look at their images and annotations"
+        yield (
+            f"{len(low)} categories have an AP below {_LOW_AP}: {few(low, _MOST_NAMED)}",
+            "look at their images and annotations",
+        )
 
 
 def _of_errors(errors: ErrorBreakdown) -> Iterator[Problem]:
     kind = max(errors.alone, key=lambda name: errors.alone[name])
     if errors.alone[kind] > _COSTLY:
         yield f"The costliest kind of error is {kind}: AP50 would be {errors.alone[kind]:.3f} higher", _ADVICE[kind]
-
-
-def _few(names: list[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
