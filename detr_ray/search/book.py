@@ -6,11 +6,9 @@ import dataclasses
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
-from detr_ray.search.trials import State, Trial, best_trial, trial_name, write_trials
-
-Mode = Literal["max", "min"]
+from detr_ray.search.trials import Mode, State, Trial, best_trial, trial_name, write_trials
 
 
 class Book:
@@ -25,7 +23,7 @@ class Book:
 
     def __init__(self, folder: str, mode: Mode, max_failures: int, trials: Iterable[Trial] = ()) -> None:
         self._folder = folder
-        self._mode: Mode = mode
+        self._mode = mode
         self._max_failures = max_failures
         self._trials = {trial.name: _not_running(trial) for trial in trials}
         self._began: dict[str, float] = {}
@@ -86,21 +84,8 @@ class Book:
             step: step to continue from.
         """
         history = tuple(entry for entry in donor.history if entry[1] <= step)
-        choose = max if self._mode == "max" else min
-        best = choose(history, key=lambda entry: entry[2])
-        return self._keep(
-            dataclasses.replace(
-                self._trials[name],
-                values=dict(values),
-                generation=generation,
-                history=history,
-                epoch=history[-1][0],
-                step=history[-1][1],
-                value=history[-1][2],
-                best=best[2],
-                best_epoch=best[0],
-            )
-        )
+        moved = dataclasses.replace(self._trials[name], values=dict(values), generation=generation)
+        return self._keep(moved.with_history(history, self._mode))
 
     def set_path(self, name: str, run_path: str) -> None:
         """Notes where a trial's run is."""

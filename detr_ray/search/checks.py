@@ -100,7 +100,7 @@ def _settings(config: Config) -> Iterator[str]:
             )
     elif tune.grace_epochs > epochs:
         yield f"tune.grace_epochs: must not exceed train.epochs ({epochs}) (got {tune.grace_epochs})"
-    if any(name in config.tune.space for name in ("train.epochs",)):
+    if "train.epochs" in tune.space:
         yield (
             f"tune.space: train.epochs: cannot be searched with tune.scheduler={tune.scheduler}, which compares trials "
             "after the same number of epochs"
@@ -133,7 +133,7 @@ def _population(config: Config, space: SearchSpace) -> Iterator[str]:
         return
     if not space.mutated and space.parameters and not config.tune.mutate:
         yield f"tune.mutate: names nothing, so tune.scheduler={scheduler} would change nothing"
-    remedy = "name in tune.mutate only what can: " + ", ".join(f"{key}" for key in ("optim.lr", "optim.lr_backbone"))
+    remedy = "name in tune.mutate only what can: optim.lr, optim.lr_backbone"
     for name in space.mutated:
         for key in space.keys_that_follow_from((name,)):
             subject = key if key == name else f"{key} (through {name})"

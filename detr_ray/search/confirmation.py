@@ -11,7 +11,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Literal
+
+from detr_ray.search.trials import Mode
 
 SIGNIFICANT = 0.05
 
@@ -38,7 +39,7 @@ class Confirmation:
     default: tuple[float, ...]
     p_value: float
     smallest_p_value: float
-    mode: Literal["max", "min"] = "max"
+    mode: Mode = "max"
 
     @property
     def difference(self) -> float:
@@ -80,7 +81,7 @@ class Confirmation:
         return f"The best configuration is {which} than the default one by more than noise (p is below {SIGNIFICANT})."
 
 
-def compare(best: Sequence[float], default: Sequence[float], mode: Literal["max", "min"] = "max") -> Confirmation:
+def compare(best: Sequence[float], default: Sequence[float], mode: Mode = "max") -> Confirmation:
     """Compares two samples.
 
     Args:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from detr_ray.search.guided_changes import Gain
+from detr_ray.search.trials import Mode
 
 Values = Mapping[str, Any]
 
@@ -117,7 +118,7 @@ class Population:
         every_epochs: int,
         epochs: int,
         quantile: float,
-        mode: Literal["max", "min"],
+        mode: Mode,
         seed: int,
     ) -> None:
         self._size = size

@@ -11,13 +11,11 @@ from detr_ray.config.yaml_format import format_inline
 from detr_ray.printable import counted, shortened
 from detr_ray.search.importance import Importance
 from detr_ray.search.lived_schedule import whole_value
-from detr_ray.search.trials import STATES, Trial
+from detr_ray.search.trials import STATES, Mode, Trial
 
 MOST_ROWS = 20
 LONGEST_VALUE = 24
 LONGEST_PROBLEM = 80
-
-Mode = Literal["max", "min"]
 
 Ending = Literal["finished", "stopped", "out of time", "failed"]
 """How a search ended: ``stopped`` on request; ``out of time``, when `tune.time_budget_s` was over; both can go on."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -17,6 +17,9 @@ TRIALS_FILE = "trials.json"
 
 State = Literal["waiting", "running", "finished", "stopped early", "failed", "refused", "stopped"]
 STATES: tuple[str, ...] = get_args(State)
+
+Mode = Literal["max", "min"]
+"""Whether a larger or a smaller metric is better."""
 
 _VERSION = 1
 
@@ -71,7 +74,7 @@ class Trial:
         """Name of its present run."""
         return run_name(self.name, self.generation)
 
-    def measured(self, epoch: float, step: int, value: float, mode: Literal["max", "min"]) -> Trial:
+    def measured(self, epoch: float, step: int, value: float, mode: Mode) -> Trial:
         """The trial after a validation.
 
         Args:
@@ -80,9 +83,17 @@ class Trial:
             value: the metric.
             mode: whether a larger or a smaller value is better.
         """
-        history = (*(entry for entry in self.history if entry[1] < step), (epoch, step, value))
-        choose = max if mode == "max" else min
-        best = choose(history, key=lambda entry: entry[2])
+        return self.with_history((*(entry for entry in self.history if entry[1] < step), (epoch, step, value)), mode)
+
+    def with_history(self, history: tuple[tuple[float, int, float], ...], mode: Mode) -> Trial:
+        """The trial with these validations as its own.
+
+        Args:
+            history: (epoch, step, metric) of each, at least one.
+            mode: whether a larger or a smaller value is better.
+        """
+        best = _better(mode)(history, key=lambda entry: entry[2])
+        epoch, step, value = history[-1]
         return dataclasses.replace(
             self, epoch=epoch, step=step, value=value, best=best[2], best_epoch=best[0], history=history
         )
@@ -98,11 +109,15 @@ def run_name(trial: str, generation: int) -> str:
     return f"{trial}-g{generation}" if generation else trial
 
 
-def best_trial(trials: Iterable[Trial], mode: Literal["max", "min"]) -> Trial | None:
+def best_trial(trials: Iterable[Trial], mode: Mode) -> Trial | None:
     """The trial with the best value; the earlier one of two that are equal. None where nothing was measured."""
     measured = [trial for trial in trials if trial.best is not None]
-    choose = max if mode == "max" else min
-    return choose(measured, key=lambda trial: trial.best or 0.0) if measured else None
+    return _better(mode)(measured, key=lambda trial: trial.best or 0.0) if measured else None
+
+
+def _better(mode: Mode) -> Callable[..., Any]:
+    """The function that chooses the best of several."""
+    return max if mode == "max" else min
 
 
 def write_trials(folder: str, trials: Iterable[Trial]) -> None:

@@ -8,7 +8,6 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
 
 from detr_ray.addresses import join
 from detr_ray.callbacks import Say
@@ -30,7 +29,7 @@ from detr_ray.search.importance import importance
 from detr_ray.search.population import Population
 from detr_ray.search.space import SearchSpace
 from detr_ray.search.tables import Ending, final_table, importance_table
-from detr_ray.search.trials import TRIALS_FILE, Trial, run_name
+from detr_ray.search.trials import TRIALS_FILE, Mode, Trial, run_name
 from detr_ray.tracking.search_children import ChildState, RunState
 from detr_ray.tracking.search_run import SearchRun
 from detr_ray.tracking.sender import Timing
@@ -42,8 +41,6 @@ logger = logging.getLogger(__name__)
 RUN_ID_WITHIN_S = 5.0
 RECONCILE_EVERY_S = 10.0
 ENDS_WITHIN_S = 20.0
-
-Mode = Literal["max", "min"]
 
 
 class SearchRecords:

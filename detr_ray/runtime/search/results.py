@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from detr_ray.addresses import join
 from detr_ray.engine.reporting.progress import duration
@@ -15,7 +15,7 @@ from detr_ray.search.lived_schedule import lived_values
 from detr_ray.search.population import Population
 from detr_ray.search.space import SearchSpace
 from detr_ray.search.tables import ENDED, Ending, final_table, importance_table, train_command
-from detr_ray.search.trials import Trial
+from detr_ray.search.trials import Mode, Trial
 from detr_ray.tracking import viewing_hint
 
 BEST_CONFIG = "best.yaml"
@@ -50,7 +50,7 @@ class SearchResult:
     path: str
     status: Ending
     metric: str
-    mode: Literal["max", "min"]
+    mode: Mode
     trials: tuple[Trial, ...]
     parameters: Mapping[str, Distribution]
     seconds: float

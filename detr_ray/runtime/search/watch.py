@@ -50,7 +50,7 @@ class SearchWatch(Unsaved, tune.Callback):  # type: ignore[misc]
         self._names: dict[str, str] = {}  # Tune's id of a trial -> its name
         self._done: dict[str, Mapping[str, Any]] = {}
         self._population: Population | None = None
-        self._carry_out: Moves | None = None
+        self._carry_out: Callable[[list[Move]], object] = lambda moves: None
         self._patience_s = math.inf
         self._no_more: Callable[[], None] = lambda: None
         self._stuck_since: float | None = None
@@ -62,7 +62,7 @@ class SearchWatch(Unsaved, tune.Callback):  # type: ignore[misc]
     def follow(
         self,
         population: Population,
-        carry_out: Moves,
+        carry_out: Callable[[list[Move]], object],
         patience_s: float = math.inf,
         no_more: Callable[[], None] = lambda: None,
     ) -> None:
@@ -92,7 +92,7 @@ class SearchWatch(Unsaved, tune.Callback):  # type: ignore[misc]
         name = trial.config["trial"]
         if "problem" in result:  # the trial's own end; a scheduler marks results done, too
             self._done[trial.trial_id] = result
-        if "waits" in result and self._population is not None and self._carry_out is not None:
+        if "waits" in result and self._population is not None:
             self._carry_out(self._population.wait(name, result["generation"]))
         known = self._book[name]
         if "value" not in result or result["generation"] != known.generation:
@@ -104,7 +104,7 @@ class SearchWatch(Unsaved, tune.Callback):  # type: ignore[misc]
             if best is None or (self._book.best is not None and self._book.best.best != best.best):
                 self._say(f"{name} is the best so far: {self._records.metric} {now.value:.3f} at epoch {now.epoch:g}")
         # Also one that is in the book: an earlier process may have ended before it reported it to the population.
-        if self._population is not None and self._carry_out is not None:
+        if self._population is not None:
             report = Report(int(result["epoch"]), result["step"], result["value"], result["checkpoint"])
             self._carry_out(self._population.report(name, result["generation"], report))
         self._records.progress()
@@ -200,7 +200,7 @@ class SearchWatch(Unsaved, tune.Callback):  # type: ignore[misc]
         self._records.progress()
 
     def _leave_population(self, name: str, *, failed: bool) -> None:
-        if self._population is not None and self._carry_out is not None:
+        if self._population is not None:
             self._carry_out(self._population.end(name, failed=failed))
 
     def _note_path(self, name: str) -> None:
