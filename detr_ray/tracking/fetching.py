@@ -24,13 +24,13 @@ from detr_ray.tracking.registry import (
     ModelVersion,
     RegistryError,
     RegistryUnavailable,
+    model_of,
 )
 from detr_ray.tracking.store import BEST_CHECKPOINT, public_uri, tracking_uri
 
 RECORD = "model.json"
 """The file of a package that describes it."""
 
-_MODEL = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?P<version>\d+)|@(?P<alias>[^/@]+))")
 _RUN = re.compile(r"runs:/(?P<run>[0-9a-f]{32})(?:/(?P<path>[^\\]+?))?/?")
 _ELSEWHERE = re.compile(r"(?!file:)[a-zA-Z][a-zA-Z0-9+.-]+:/")
 """Addresses of other machines; those of a server's own artifacts (``mlflow-artifacts:/``) have one slash."""
@@ -53,11 +53,10 @@ def fetched(source: str, uri: str | None = None) -> Iterator[str]:
         RegistryUnavailable: the store does not answer.
     """
     store = uri or tracking_uri(None, "runs")
-    model, run = _MODEL.fullmatch(source), _RUN.fullmatch(source)
+    model, run = model_of(source), _RUN.fullmatch(source)
     if model is not None:
-        registry = ModelRegistry(store, model["name"])
-        version = _version(registry, source, model["version"] or f"@{model['alias']}")
-        with fetched_version(registry, version) as folder:
+        registry = ModelRegistry(store, model)
+        with fetched_version(registry, _version(registry, source)) as folder:
             yield folder
     elif run is not None:
         with _fetched_run(store, run["run"], run["path"]) as place:
@@ -79,20 +78,19 @@ def pinned(source: str, uri: str | None = None) -> str:
     Raises:
         RegistryError: there is no such version.
     """
-    model = _MODEL.fullmatch(source)
-    if model is None or model["alias"] is None:
+    model = model_of(source)
+    if model is None or "@" not in source:
         return source
-    registry = ModelRegistry(uri or tracking_uri(None, "runs"), model["name"])
-    version = _version(registry, source, f"@{model['alias']}")
+    version = _version(ModelRegistry(uri or tracking_uri(None, "runs"), model), source)
     return f"models:/{version.name}/{version.version}"
 
 
-def _version(registry: ModelRegistry, source: str, which: str) -> ModelVersion:
+def _version(registry: ModelRegistry, source: str) -> ModelVersion:
     try:
-        return registry.version(which)
+        return registry.version(source)
     except RegistryError as error:
         hint = ""
-        if which == f"@{CHAMPION}" and registry.versions():
+        if source.endswith(f"@{CHAMPION}") and registry.versions():
             hint = ". None is champion yet: `python -m detr_ray.registry promote VERSION` makes one that"
         raise type(error)(f"{source} (in {public_uri(registry.uri)}): {error}{hint}") from error
 
