@@ -28,7 +28,7 @@ EXIT_INTERRUPTED = 130
 
 _USER_ERRORS = (
     ("detr_ray.data.errors", "DataError", EXIT_UNUSABLE),
-    ("detr_ray.model.weights", "WeightsError", EXIT_UNUSABLE),
+    ("detr_ray.model.state_dicts", "WeightsError", EXIT_UNUSABLE),
     ("detr_ray.engine.errors", "RunFailed", EXIT_FAILED),
     ("detr_ray.tracking.registry", "RegistryUnavailable", EXIT_FAILED),
     ("detr_ray.tracking.registry", "RegistryError", EXIT_UNUSABLE),

@@ -158,7 +158,7 @@ def test_errors_for_users_have_exit_codes_and_no_traceback(outcome, code, error,
 
 def test_errors_of_weights_and_checkpoints_are_for_users(capsys):
     from detr_ray.engine.errors import CheckpointError
-    from detr_ray.model.weights import WeightsError
+    from detr_ray.model.state_dicts import WeightsError
 
     assert run_command("train", "Trains.", Command(WeightsError("a.pth is damaged")), []) == 2
     assert run_command("train", "Trains.", Command(CheckpointError("step_1 is damaged")), []) == 1

@@ -17,7 +17,6 @@ import numpy as np
 import pyarrow as pa
 
 from detr_ray.addresses import LocationError, is_remote, join, resolve
-from detr_ray.data.decoding import decode_image, reduction
 from detr_ray.data.errors import DataError
 from detr_ray.data.image_headers import ImageError, ImageHeader, read_header
 from detr_ray.data.image_places import missing, name_below, refuse_link_outside
@@ -26,8 +25,6 @@ from detr_ray.data.ranges import OpenFiles, Span, join_parts
 from detr_ray.locations import open_location
 from detr_ray.printable import printable
 from detr_ray.retries import AccessDenied, patiently, reason_of
-
-__all__ = ["ImageError", "ImageReader", "decode_image", "reduction"]
 
 READS_AT_ONCE = 16
 """Remote reads of one process that are under way at the same time."""

@@ -218,7 +218,7 @@ def _is_official(init_from: str | None) -> bool:
     if init_from is None:
         return False
     from detr_ray.engine.checkpoints.found_model import weights_file
-    from detr_ray.model.weights import read_checkpoint
+    from detr_ray.model.checkpoint_file import read_checkpoint
 
     return read_checkpoint(weights_file(init_from, "model.init_from"))["class_names"] is None
 
@@ -228,7 +228,8 @@ def _initial_weights(config: Config, label_map: LabelMap, say: Say) -> dict[str,
     if config.model.init_from is None and config.model.backbone_weights == "none":
         return None
     from detr_ray.engine.checkpoints.found_model import weights_file
-    from detr_ray.model.weights import load_backbone_weights, load_initial_weights, shorten_names
+    from detr_ray.model.state_dicts import shorten_names
+    from detr_ray.model.weights import load_backbone_weights, load_initial_weights
 
     model = _first_detector(config, label_map.num_classes).model
     if config.model.init_from is not None:

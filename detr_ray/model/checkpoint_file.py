@@ -26,10 +26,8 @@ import torch
 
 from detr_ray.addresses import LocationError, is_uri, local_path
 from detr_ray.locations import read_buffer
-from detr_ray.model.state_dicts import OWN_FORMAT, DamagedFileError, WeightsError, find_states, shorten_names
+from detr_ray.model.state_dicts import OWN_FORMAT, DamagedFileError, WeightsError, find_states
 from detr_ray.retries import reason_of
-
-__all__ = ["WeightsError", "read_checkpoint", "shorten_names"]
 
 logger = logging.getLogger(__name__)
 

@@ -22,17 +22,6 @@ from detr_ray.model.published import under_own_names
 from detr_ray.model.state_dicts import StateDict, WeightsError, shorten_names, without_prefix
 from detr_ray.printable import printable
 
-__all__ = [
-    "InitReport",
-    "WeightsError",
-    "find_detector",
-    "load_backbone_weights",
-    "load_initial_weights",
-    "read_checkpoint",
-    "shorten_names",
-    "whole_state",
-]
-
 PUBLISHED_ROWS = (91, 250)
 """Classes of the published weights: COCO's 91 ids, alone or followed by those of the panoptic ones."""
 

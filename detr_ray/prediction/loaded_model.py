@@ -24,8 +24,8 @@ from detr_ray.detector.package import ImageSizes, ModelFacts
 from detr_ray.loss import ClassLoss
 from detr_ray.model import DetectionModel
 from detr_ray.model.exportable import reduce_to_inference
-from detr_ray.model.state_dicts import OWN_FORMAT
-from detr_ray.model.weights import PUBLISHED_ROWS, WeightsError, whole_state
+from detr_ray.model.state_dicts import OWN_FORMAT, WeightsError
+from detr_ray.model.weights import PUBLISHED_ROWS, whole_state
 from detr_ray.prediction.found import Prediction
 from detr_ray.prediction.given_images import GivenImage, OpenedImage, is_single, open_images
 from detr_ray.prediction.thresholds import Threshold, label_thresholds

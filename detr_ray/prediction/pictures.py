@@ -10,8 +10,9 @@ import numpy as np
 
 from detr_ray.addresses import join
 from detr_ray.callbacks import Progress
+from detr_ray.data.decoding import decode_image
 from detr_ray.data.image_headers import ImageError
-from detr_ray.data.images import ImageReader, decode_image
+from detr_ray.data.images import ImageReader
 from detr_ray.data.index import DatasetIndex
 from detr_ray.evaluation import DetectionTable
 from detr_ray.locations import list_files, write_bytes

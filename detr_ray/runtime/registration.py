@@ -28,7 +28,7 @@ from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.reporting.tracking_store import run_tracking_uri
 from detr_ray.engine.validation.evaluation_job import evaluation_config, prepare_evaluation
 from detr_ray.evaluation import CocoMetrics
-from detr_ray.model.weights import WeightsError
+from detr_ray.model.state_dicts import WeightsError
 from detr_ray.model_sources import load_model, located
 from detr_ray.runtime.launch import run_prepared_evaluation
 from detr_ray.tracking import public_uri

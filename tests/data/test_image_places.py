@@ -12,7 +12,8 @@ from detr_ray.check import main as check
 from detr_ray.config import load_config
 from detr_ray.data.errors import DataError
 from detr_ray.data.formats import open_split
-from detr_ray.data.images import ImageError, ImageReader
+from detr_ray.data.image_headers import ImageError
+from detr_ray.data.images import ImageReader
 from detr_ray.data.inspection import inspect_images
 from detr_ray.data.packing import write_shards
 from detr_ray.prepare import main as prepare

@@ -13,10 +13,10 @@ from coco_folder import CocoFolder
 from PIL import Image, TiffImagePlugin
 from samples import read_image_size
 
+from detr_ray.data.decoding import decode_image
 from detr_ray.data.formats import open_split
 from detr_ray.data.formats.shards import read_shard_index
 from detr_ray.data.image_headers import MOST_PIXELS, ImageError, read_header
-from detr_ray.data.images import decode_image
 from detr_ray.data.inspection import inspect_images
 from detr_ray.data.packing import write_shards
 

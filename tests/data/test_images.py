@@ -17,9 +17,11 @@ import torchvision.io
 from PIL import Image, ImageOps
 from samples import read_image_size, read_size
 
+from detr_ray.data.decoding import decode_image, reduction
 from detr_ray.data.errors import DataError
 from detr_ray.data.formats.coco import read_coco_index
-from detr_ray.data.images import ImageError, ImageReader, decode_image, reduction
+from detr_ray.data.image_headers import ImageError
+from detr_ray.data.images import ImageReader
 
 HEIGHT, WIDTH = 37, 53
 

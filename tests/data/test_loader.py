@@ -17,9 +17,10 @@ from defaults import augmentation, draw_shapes
 from PIL import Image
 from samples import plain_plan, training_plans
 
+from detr_ray.data.decoding import decode_image
 from detr_ray.data.errors import DataError
 from detr_ray.data.formats.coco import read_coco_index
-from detr_ray.data.images import ImageReader, decode_image
+from detr_ray.data.images import ImageReader
 from detr_ray.data.index import DatasetIndex
 from detr_ray.data.label_map import LabelMap
 from detr_ray.data.loader import BatchLoader, from_table, to_table

@@ -18,7 +18,8 @@ from samples import read_size, training_plans
 from detr_ray.data.errors import DataError
 from detr_ray.data.formats.coco import read_coco_index
 from detr_ray.data.formats.shards import read_shard_index
-from detr_ray.data.images import ImageError, ImageReader
+from detr_ray.data.image_headers import ImageError
+from detr_ray.data.images import ImageReader
 from detr_ray.data.index import COLUMN_TYPES, DatasetIndex
 from detr_ray.data.label_map import LabelMap
 from detr_ray.data.loader import BatchLoader

@@ -22,7 +22,7 @@ from detr_ray.engine.job import code_version, prepare_job
 from detr_ray.engine.stream.batches import LocalBatches
 from detr_ray.engine.validation.evaluation_job import EvaluationResult, prepare_evaluation, run_evaluation
 from detr_ray.model import build_model
-from detr_ray.model.weights import WeightsError
+from detr_ray.model.state_dicts import WeightsError
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ import safetensors.torch
 import torch
 
 from detr_ray.model import checkpoint_file
-from detr_ray.model.checkpoint_file import WeightsError, read_checkpoint, shorten_names
+from detr_ray.model.checkpoint_file import read_checkpoint
+from detr_ray.model.state_dicts import WeightsError, shorten_names
 
 STATE = {"class_embed.bias": torch.arange(4.0), "query_embed.weight": torch.ones(2, 3)}
 

@@ -18,10 +18,11 @@ from detr_ray.config import Config, load_config
 from detr_ray.detector import build_skeleton
 from detr_ray.loss import SetCriterion, build_criterion
 from detr_ray.model import build_model, load_published, published_state_dict, weights
+from detr_ray.model.checkpoint_file import read_checkpoint
 from detr_ray.model.denoising import DenoisingQueries
 from detr_ray.model.dino import Dino
 from detr_ray.model.state_dicts import WeightsError
-from detr_ray.model.weights import find_detector, load_initial_weights, read_checkpoint, whole_state
+from detr_ray.model.weights import find_detector, load_initial_weights, whole_state
 from detr_ray.structures import IMAGENET_PIXELS, Batch, PaddedBatch, StepInfo, to_device
 
 CLASSES = 5

@@ -14,7 +14,8 @@ from torchvision.models import get_model, get_model_weights
 
 from detr_ray.model import build_model, weights
 from detr_ray.model.detr import Detr
-from detr_ray.model.weights import WeightsError, load_backbone_weights, load_initial_weights
+from detr_ray.model.state_dicts import WeightsError
+from detr_ray.model.weights import load_backbone_weights, load_initial_weights
 
 COCO91 = [None, "person", "bicycle", "car", *[None] * 13, "cat", "dog", *[None] * 72]
 

@@ -25,7 +25,7 @@ from detr_ray.detector.package import ModelFacts, read_package, write_package
 from detr_ray.engine.checkpoints.store import CheckpointStore
 from detr_ray.engine.reporting.progress import FitResult
 from detr_ray.model import build_model
-from detr_ray.model.weights import WeightsError
+from detr_ray.model.state_dicts import WeightsError
 from detr_ray.prediction import LoadedModel
 
 

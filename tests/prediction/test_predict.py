@@ -16,10 +16,10 @@ from PIL import Image
 from tiny import tiny_config
 
 import detr_ray
+from detr_ray.data.decoding import decode_image
 from detr_ray.data.image_headers import ImageError
-from detr_ray.data.images import decode_image
 from detr_ray.engine.reporting.progress import FitResult
-from detr_ray.model.weights import WeightsError
+from detr_ray.model.state_dicts import WeightsError
 from detr_ray.prediction import LoadedModel, Prediction
 from detr_ray.prediction.thresholds import label_thresholds
 from detr_ray.runtime.launch import evaluate

@@ -29,7 +29,7 @@ from detr_ray.config import Config, ConfigError
 from detr_ray.data.formats import open_split
 from detr_ray.engine.checkpoints.store import CheckpointStore
 from detr_ray.exporting import ExportSource
-from detr_ray.model.weights import WeightsError
+from detr_ray.model.state_dicts import WeightsError
 from detr_ray.runtime.launch import evaluate, fit
 from detr_ray.runtime.registration import register, register_or_warn
 from detr_ray.runtime.search.results import SearchResult

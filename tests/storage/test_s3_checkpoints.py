@@ -22,7 +22,8 @@ from detr_ray.engine.checkpoints.run_directory import open_run
 from detr_ray.engine.checkpoints.store import CheckpointStore
 from detr_ray.engine.errors import CheckpointError
 from detr_ray.engine.preflight.writing import try_storage, within
-from detr_ray.model.weights import WeightsError, read_checkpoint
+from detr_ray.model.checkpoint_file import read_checkpoint
+from detr_ray.model.state_dicts import WeightsError
 from detr_ray.retries import AccessDenied, NoSuchObject, StorageError
 
 

@@ -23,7 +23,8 @@ from detr_ray.config import SplitConfig
 from detr_ray.data.errors import DataError
 from detr_ray.data.formats import open_split
 from detr_ray.data.formats.shards import read_shard_index
-from detr_ray.data.images import READS_AT_ONCE, ImageError, ImageReader
+from detr_ray.data.image_headers import ImageError
+from detr_ray.data.images import READS_AT_ONCE, ImageReader
 from detr_ray.data.index import DatasetIndex
 from detr_ray.data.label_map import LabelMap
 from detr_ray.data.loader import BatchLoader

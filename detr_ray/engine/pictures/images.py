@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from detr_ray.data.images import ImageError, ImageReader, decode_image
+from detr_ray.data.decoding import decode_image
+from detr_ray.data.image_headers import ImageError
+from detr_ray.data.images import ImageReader
 from detr_ray.data.index import DatasetIndex
 
 

@@ -11,7 +11,9 @@ import numpy as np
 
 from detr_ray.callbacks import Say
 from detr_ray.config import Config, ConfigError
-from detr_ray.data.images import ImageError, ImageReader, decode_image
+from detr_ray.data.decoding import decode_image
+from detr_ray.data.image_headers import ImageError
+from detr_ray.data.images import ImageReader
 from detr_ray.data.index import DatasetIndex
 from detr_ray.data.sample import Crop, Flip, Picture, Place, Resize, SamplePlan, Step
 from detr_ray.data.statistics import count_boxes

@@ -30,7 +30,9 @@ from detr_ray.engine.preflight.findings import Level, Report
 from detr_ray.engine.preflight.memory import check_memory
 from detr_ray.engine.stream.planned_data import PlannedData, refuse_positions_out_of_reach
 from detr_ray.engine.training_step.parameters import refuse_misnamed
-from detr_ray.model.weights import WeightsError, load_backbone_weights, load_initial_weights, read_checkpoint
+from detr_ray.model.checkpoint_file import read_checkpoint
+from detr_ray.model.state_dicts import WeightsError
+from detr_ray.model.weights import load_backbone_weights, load_initial_weights
 
 TRAINING, WEIGHTS = "training", "weights"
 TIMEOUT_S = 5.0

@@ -32,7 +32,8 @@ from detr_ray.engine.stream.planned_data import PlannedData, refuse_positions_ou
 from detr_ray.engine.validation.evaluator import build_evaluator
 from detr_ray.evaluation import CocoMetrics, DetectionTable
 from detr_ray.model.exportable import reduce_to_inference
-from detr_ray.model.weights import PUBLISHED_ROWS, WeightsError, shorten_names, whole_state
+from detr_ray.model.state_dicts import WeightsError, shorten_names
+from detr_ray.model.weights import PUBLISHED_ROWS, whole_state
 
 DECISIVE = (
     "eval.size",
