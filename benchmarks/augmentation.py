@@ -77,7 +77,9 @@ class Sides:
     def ours(self, transforms: list[Any]) -> Callable[[], None]:
         """An epoch of this project's, another one at each call."""
         decides_size = any("detr" in item or "scale_jitter" in item for item in transforms)
-        config = AugmentConfig(transforms=[*transforms, *([] if decides_size else ["detr"])], **LAST)
+        config = AugmentConfig.model_validate(
+            {"transforms": [*transforms, *([] if decides_size else ["detr"])], **LAST}
+        )
         policy = TransformSequence(augmentation_of(config).entries[: len(transforms)])
         ids = np.arange(IMAGES)
         planner = Planner(

@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.baseline.criterion import PlainCriterion
 from benchmarks.harness import Row, alternate
 from detr_ray.config import LossConfig
-from detr_ray.loss import build_criterion
+from detr_ray.loss import SetCriterion, build_criterion
 from detr_ray.structures import LayerOutput, ModelOutput, Target
 
 QUERIES, CLASSES, LAYERS = 100, 91, 6
@@ -37,12 +37,16 @@ def draw_case(images: int, boxes: int) -> tuple[Tensor, Tensor, list[Target]]:
     return logits, predicted, targets
 
 
-def scored(criterion: torch.nn.Module, logits: Tensor, boxes: Tensor, targets: list[Target]) -> Callable[[], float]:
+def scored(
+    criterion: SetCriterion | PlainCriterion, logits: Tensor, boxes: Tensor, targets: list[Target]
+) -> Callable[[], float]:
     """One pass: the total, whose gradient is computed too."""
 
     def once() -> float:
         layers = [LayerOutput(pred_logits=a, pred_boxes=b) for a, b in zip(logits, boxes, strict=True)]
-        losses = criterion(ModelOutput(**layers[-1], aux_outputs=layers[:-1]), targets)
+        last = layers[-1]
+        output = ModelOutput(pred_logits=last["pred_logits"], pred_boxes=last["pred_boxes"], aux_outputs=layers[:-1])
+        losses = criterion(output, targets)
         total = criterion.total(losses)
         torch.autograd.grad(total, (logits, boxes))
         return float(total.detach())

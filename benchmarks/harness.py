@@ -88,7 +88,7 @@ def alternate(runs: Mapping[str, Callable[[], Any]], rounds: int = 5, warmup: in
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(-warmup, rounds):
-        names = list(runs) if number % 2 == 0 else list(reversed(runs))
+        names = list(runs) if number % 2 == 0 else list(runs)[::-1]
         for name in names:
             started = time.perf_counter()
             runs[name]()

@@ -228,12 +228,15 @@ def large_photos(root: Path, scratch: Path) -> list[Row]:
     plans = [samples for step in range(4) for samples in data.plan(1, 0).step(step)]
     whole = BatchLoader(data.train, data.label_map)
     rows = []
+
+    def loaded(loader: BatchLoader) -> list[Any]:
+        return [*loader.load_each(plans)]
+
     for margin in (2.0, 1.0):
         reduced = BatchLoader(data.train, data.label_map, reduce=margin)
         times = alternate(
-            {"reduced": lambda it=reduced: [*it.load_each(plans)], "whole": lambda: [*whole.load_each(plans)]},
-            rounds=3,
-        )  # fmt: skip
+            {"reduced": functools.partial(loaded, reduced), "whole": functools.partial(loaded, whole)}, rounds=3
+        )
         pairs = zip(reduced.load_each(plans), whole.load_each(plans), strict=True)
         difference = np.concatenate(
             [np.abs(a.images.astype(np.int16) - b.images.astype(np.int16)).ravel() for a, b in pairs]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.step import WORKLOADS, draw_batch, train_step
-from detr_ray.engine.context import LocalContext
+from detr_ray.engine.context import WorkerContext
 from detr_ray.engine.training_step.step import StepTimes
 from detr_ray.model.detr import Detr
 
@@ -85,7 +85,7 @@ class PartClocks:
 class _BackwardTimes:
     """Notes when a step's backward pass begins and ends, from the phases that it goes through."""
 
-    def __init__(self, context: LocalContext) -> None:
+    def __init__(self, context: WorkerContext) -> None:
         self.began = self.ended = 0.0
         self._enter = context.enter
         context.enter = self.enter  # type: ignore[method-assign]
@@ -132,6 +132,7 @@ def main() -> None:
     workload, steps = kinds[arguments.workload], arguments.steps
 
     step, batch = train_step(workload, arguments.precision), draw_batch(workload)
+    assert isinstance(step.model, Detr)
     clocks, backward = PartClocks(step.model), _BackwardTimes(step.context)
     wall = 0.0
     for number in range(WARMUP + steps):

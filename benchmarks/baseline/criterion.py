@@ -39,6 +39,8 @@ class PlainMatcher(nn.Module):
 class PlainCriterion(nn.Module):
     """Class, box and cardinality losses of each decoder layer, with weights 1, 5 and 2."""
 
+    class_weight: Tensor
+
     def __init__(
         self, num_classes: int, eos_coef: float = 0.1, ce: float = 1, bbox: float = 5, giou: float = 2
     ) -> None:
@@ -60,7 +62,7 @@ class PlainCriterion(nn.Module):
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         """Weighted sum."""
-        return sum(
+        return sum(  # type: ignore[return-value] # of tensors, which there are
             weight * value
             for name, weight in self.loss_weights.items()
             for key, value in losses.items()

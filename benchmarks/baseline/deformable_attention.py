@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def sample_stacked(value: Tensor, sizes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
+def sample_stacked(value: Tensor, sizes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
     """Reads ``value [B, S, M, D]`` at ``locations [B, Q, M, L, P, 2]`` with ``weights``, as ``[B, Q, M * D]``."""
     batch, _, heads, channels = value.shape
     queries = locations.shape[1]

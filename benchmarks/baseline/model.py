@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FrozenBatchNorm2d
 
+from detr_ray.config import ModelConfig
+
 LAST_STAGE = {8: "layer2", 16: "layer3", 32: "layer4"}
 
 
@@ -177,7 +179,7 @@ class PlainMlp(nn.Module):
 class PlainDetr(nn.Module):
     """DETR with auxiliary outputs and the sine position encoding."""
 
-    def __init__(self, section, num_classes: int) -> None:
+    def __init__(self, section: ModelConfig, num_classes: int) -> None:
         super().__init__()
         dim = section.hidden_dim
         backbone = PlainBackbone(section.backbone, section.backbone_norm, section.backbone_stride)

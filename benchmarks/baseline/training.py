@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.baseline.criterion import PlainCriterion
+from detr_ray.structures import Target
 
 
 class PlainStep:
@@ -33,17 +35,14 @@ class PlainStep:
     ) -> None:
         self.model, self.criterion = model.train(), criterion.train()
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": [p for name, p in trained if "backbone" not in name]},
-                {"params": [p for name, p in trained if "backbone" in name], "lr": lr_backbone},
-            ],
-            lr=lr,
-            weight_decay=1e-4,
-        )
+        groups: list[dict[str, Any]] = [
+            {"params": [p for name, p in trained if "backbone" not in name]},
+            {"params": [p for name, p in trained if "backbone" in name], "lr": lr_backbone},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=1e-4)
         self.clip_max_norm, self.bf16 = clip_max_norm, bf16
 
-    def __call__(self, images: Tensor, mask: Tensor, targets: list[dict]) -> dict[str, float]:
+    def __call__(self, images: Tensor, mask: Tensor, targets: list[Target]) -> dict[str, float]:
         """One step; gives the losses as numbers."""
         with torch.autocast(images.device.type, torch.bfloat16) if self.bf16 else nullcontext():
             outputs = self.model(images, mask)
