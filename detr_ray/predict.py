@@ -29,8 +29,6 @@ prediction.json in the folder says whether all is there."""
 
 _FORMATS = ("coco", "parquet", "csv", "pictures")
 PART_IMAGES = 256
-FEW_IMAGES = 200
-"""Up to so many are predicted in this process, where nothing else is asked for: Ray takes seconds to start."""
 PICTURE_SCORE = 0.5
 """Lowest score that is drawn where the user gives no score at all."""
 
@@ -118,10 +116,11 @@ def _predict_parts(
 ) -> None:
     from detr_ray.engine.context import local_device
     from detr_ray.engine.prediction_job import predict_here, write_parts
+    from detr_ray.runtime.cluster_address import needs_no_ray
 
     if not parts:
         return
-    device = local_device(config.train.use_gpu) if _happens_here(config, len(job.index)) else None
+    device = local_device(config.train.use_gpu) if needs_no_ray(config, len(job.index)) else None
     with _writing_to(folder):
         if device is not None:
             write_parts(job, folder, parts, lambda numbers: predict_here(job, model, numbers, device), say)
@@ -131,16 +130,6 @@ def _predict_parts(
 
         with session_of(config):
             write_parts(job, folder, parts, lambda numbers: predict_on_cluster(job, numbers, config), say)
-
-
-def _happens_here(config: Config, images: int) -> bool:
-    """Whether this process does the work: if it is told to, or if it is done before a Ray of its own has started."""
-    train = config.train
-    if {"launcher", "num_workers"} & train.model_fields_set:
-        return train.launcher == "local"
-    from detr_ray.runtime.cluster_address import cluster_address
-
-    return images <= FEW_IMAGES and cluster_address() is None
 
 
 @contextlib.contextmanager

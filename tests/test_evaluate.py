@@ -9,6 +9,7 @@ import io
 import json
 import os
 import shutil
+import sys
 import threading
 from pathlib import Path
 
@@ -58,6 +59,28 @@ def one_error(capsys: pytest.CaptureFixture[str], checkpoint: object, *arguments
     assert code == 2, out + err
     assert err.startswith("error: ") and err.count("\n") == 1, err
     return err.removeprefix("error: ").strip()
+
+
+def test_few_images_are_evaluated_without_ray(
+    trained: FitResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from detr_ray.runtime import cluster_address, launch
+
+    def started(*_: object) -> None:
+        raise TimeoutError("Ray is started")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setitem(sys.modules, "ray", None)  # which other tests may have started
+    monkeypatch.setattr(launch, "session_of", started)
+    numbers = tmp_path / "numbers.json"
+    arguments = [f"eval.checkpoint={trained.run_path}", "train.use_gpu=false", "--json", str(numbers)]
+    assert command.main(arguments) == 0 and json.loads(numbers.read_text())["metrics"]["AP"] >= 0
+    for asked in ("train.launcher=ray", "train.num_workers=1"):
+        with pytest.raises(TimeoutError):
+            command.main([*arguments, asked])
+    monkeypatch.setattr(cluster_address, "FEW_IMAGES", 7)
+    with pytest.raises(TimeoutError):
+        command.main(arguments)
 
 
 # What is refused before any work

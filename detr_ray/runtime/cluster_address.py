@@ -4,12 +4,34 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+from typing import Any
 
-from detr_ray.config import ConfigError
+from detr_ray.config import Config, ConfigError
 from detr_ray.credentials import without_credentials
 
 _HOST_AND_PORT = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:/\[\]@]+):(\d{1,5})")
 HOW_TO_NAME_IT = "name a running cluster in RAY_ADDRESS (HOST:PORT), or unset it to train on this machine"
+FEW_IMAGES = 200
+"""A model is applied to so many images in this process, if nothing else is asked for: Ray takes seconds to start."""
+
+
+def needs_no_ray(config: Config, images: int) -> bool:
+    """Whether this process applies a model to images by itself: if it is told to, or if they are few.
+
+    Args:
+        config: of an evaluation or a prediction. Few images are left to Ray, too, where it names a launcher or a number
+            of workers, or where there is a cluster or a running Ray.
+        images: how many there are.
+
+    Raises:
+        ConfigError: see `cluster_address`.
+    """
+    train = config.train
+    if {"launcher", "num_workers"} & train.model_fields_set:
+        return train.launcher == "local"
+    ray: Any = sys.modules.get("ray")
+    return images <= FEW_IMAGES and cluster_address() is None and not (ray is not None and ray.is_initialized())
 
 
 def cluster_address() -> str | None:

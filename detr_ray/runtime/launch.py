@@ -26,6 +26,7 @@ from detr_ray.engine.reporting.progress import FitResult
 from detr_ray.engine.reporting.records import open_tracker
 from detr_ray.engine.run_report.at_end import report_at_end, say_how_to_report
 from detr_ray.engine.stream.batches import LocalBatches
+from detr_ray.runtime.cluster_address import needs_no_ray
 from detr_ray.runtime.cluster_check import preflight_nodes
 from detr_ray.runtime.host_process import StoppedBeforeWork, host_process_as_before, stop_signals
 from detr_ray.runtime.session import session_of
@@ -180,7 +181,8 @@ class Runs:
 def evaluate(config: Config, say: Say = lambda line: None) -> EvaluationResult:
     """Evaluates a checkpoint (``eval.checkpoint``) on the validation set.
 
-    The process that calls it is afterwards as it was before; see `host_process_as_before`.
+    The process that calls it is afterwards as it was before; see `host_process_as_before`. Few images need no Ray; see
+    `needs_no_ray`.
 
     Raises:
         ConfigError: there is no such checkpoint, or it does not fit the data.
@@ -210,7 +212,7 @@ def run_prepared_evaluation(
     def on_batches(batches: int) -> None:
         on_images(images_after[min(batches, len(images_after) - 1)])
 
-    if config.train.launcher == "local":
+    if needs_no_ray(config, job.num_images):
         batches = LocalBatches(job.data.plan(1, 0), *job.data.loaders())
         context = LocalContext(_local_device(config, Budget()), say=say, on_step=on_batches)
         result = run_evaluation(job, context, batches)

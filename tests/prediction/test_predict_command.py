@@ -22,6 +22,7 @@ from detr_ray.data.packing import write_shards
 from detr_ray.engine.reporting.progress import FitResult
 from detr_ray.evaluation import DetectionTable, GroundTruth, evaluate_detections
 from detr_ray.prediction.results import ResultFolder
+from detr_ray.runtime import cluster_address
 from detr_ray.runtime.launch import evaluate
 
 
@@ -336,6 +337,7 @@ def test_few_images_are_done_without_ray_unless_it_is_asked_for(
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setitem(sys.modules, "detr_ray.runtime.prediction", None)  # its import fails now
+    monkeypatch.setitem(sys.modules, "ray", None)  # which other tests may have started
     arguments = [str(trained.run_path), *coco, "train.use_gpu=false", "--out"]
     assert command.main([*arguments, str(tmp_path / "few")]) == 0
     assert json.loads((tmp_path / "few" / "prediction.json").read_text())["complete"] is True
@@ -348,7 +350,7 @@ def test_few_images_are_done_without_ray_unless_it_is_asked_for(
     with pytest.raises(ImportError):
         command.main([*arguments, str(tmp_path / "cluster")])
     monkeypatch.delenv("RAY_ADDRESS")
-    monkeypatch.setattr(command, "FEW_IMAGES", 1)
+    monkeypatch.setattr(cluster_address, "FEW_IMAGES", 1)
     with pytest.raises(ImportError):
         command.main([*arguments, str(tmp_path / "many")])
 
