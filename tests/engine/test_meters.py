@@ -9,6 +9,7 @@ import torch
 from tiny import fit_here, tiny_config
 
 from detr_ray.engine.job import TrainJob, prepare_job
+from detr_ray.engine.reporting.progress import step_line
 from detr_ray.engine.stream.batches import LocalBatches
 from detr_ray.structures import IMAGENET_PIXELS, to_device
 from detr_ray.tracking import MemoryTracker
@@ -61,3 +62,14 @@ def test_a_loss_schedule_counts_as_it_was_at_each_step(dataset: Path, tmp_path: 
     fit_here(tiny_config(dataset, tmp_path, *settings, "train.log_every_steps=100"), both)
     assert [step for step, _ in both.history("train/loss")] == [1, 3]
     assert both.history("train/loss")[1][1] == pytest.approx((steps[1] + steps[2]) / 2, rel=1e-6)
+
+
+def test_a_line_of_progress_counts_what_was_left_out() -> None:
+    numbers = {"perf/step_s": 0.5, "perf/images_per_s": 32.0, "perf/data_wait_frac": 0.03, "optim/lr": 1e-4}
+    lines = [
+        step_line(numbers | {"train/skipped_steps": count, "train/bad_images": 3 - count}, 5, 10, 5)
+        for count in (0.0, 1.0, 2.0)
+    ]
+    assert lines[0].endswith("left 2 s  (3 unreadable images left out)")
+    assert lines[1].endswith("(1 update left out: not finite)  (2 unreadable images left out)")
+    assert lines[2].endswith("(2 updates left out: not finite)  (1 unreadable image left out)")

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from detr_ray.callbacks import Say
+from detr_ray.printable import counted
 
 if TYPE_CHECKING:
     from detr_ray.engine.context import LeaveReason
@@ -45,9 +46,9 @@ def step_line(metrics: Mapping[str, float], step: int, total_steps: int, steps_p
         f"left {duration(left)}"
     )
     if metrics["train/skipped_steps"]:
-        line += f"  ({metrics['train/skipped_steps']:.0f} updates left out: not finite)"
+        line += f"  ({counted(round(metrics['train/skipped_steps']), 'update')} left out: not finite)"
     if metrics["train/bad_images"]:
-        line += f"  ({metrics['train/bad_images']:.0f} unreadable images left out)"
+        line += f"  ({counted(round(metrics['train/bad_images']), 'unreadable image')} left out)"
     return line
 
 
