@@ -20,6 +20,11 @@ from detr_ray.engine.hooks import Evaluated
 T = TypeVar("T")
 
 
+def uses_gpu(use_gpu: bool | None) -> bool:
+    """Whether work on this machine uses a GPU: as ``train.use_gpu`` says, or where it is null, if there is one."""
+    return torch.cuda.is_available() if use_gpu is None else use_gpu
+
+
 def local_device(use_gpu: bool | None) -> str:
     """The device of work in this process.
 

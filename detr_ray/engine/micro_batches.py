@@ -233,7 +233,7 @@ class MemoryTrial:
 
 
 def largest_on_gpu(trial: MemoryTrial, limit: int) -> tuple[int, str]:
-    """The largest size that takes at most ``budget`` bytes of a GPU, and a description of the result."""
+    """The largest size that takes at most ``limit`` bytes of a GPU, and a description of the result."""
     device = trial.device
 
     def fits(size: int) -> bool:

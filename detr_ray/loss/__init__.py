@@ -6,13 +6,12 @@ Plain torch and scipy. Knows nothing of the model, the data, workers or tracking
 from __future__ import annotations
 
 from detr_ray.loss.class_losses import ClassLoss, Scores, SoftmaxLoss
-from detr_ray.loss.criterion import ERROR_NAMES, LOSS_NAMES, SetCriterion, build_criterion
+from detr_ray.loss.criterion import ERROR_NAMES, SetCriterion, build_criterion
 from detr_ray.loss.errors import NonFiniteOutputs
 from detr_ray.loss.matcher import HungarianMatcher
 
 __all__ = [
     "ERROR_NAMES",
-    "LOSS_NAMES",
     "ClassLoss",
     "HungarianMatcher",
     "NonFiniteOutputs",

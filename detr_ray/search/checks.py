@@ -52,8 +52,8 @@ def check_search(config: Config, space: SearchSpace, *, is_whole: bool) -> tuple
 
 
 def _settings(config: Config) -> Iterator[str]:
-    """The scheduler's epochs, and the metric."""
-    tune, epochs, every = config.tune, config.train.epochs, config.eval.every_epochs
+    """Memory, the metric, and the scheduler."""
+    tune = config.tune
     if config.train.micro_batch_size == "auto" and not config.train.use_gpu and tune.max_concurrent != 1:
         yield (
             "train.micro_batch_size: auto would count the same free memory for each of the trials that train at the "
@@ -68,8 +68,13 @@ def _settings(config: Config) -> Iterator[str]:
         )
     elif not config.data.has_val and config.data.has_train:
         yield f"tune.metric: {tune.metric} needs validation images: set data.val"
-    if tune.scheduler == "none":
-        return
+    if tune.scheduler != "none":
+        yield from _scheduler(config)
+
+
+def _scheduler(config: Config) -> Iterator[str]:
+    """Epochs and trials of a scheduler that compares trials while they train."""
+    tune, epochs, every = config.tune, config.train.epochs, config.eval.every_epochs
     if every == 0:
         yield f"eval.every_epochs: must not be 0 with tune.scheduler={tune.scheduler}, which compares running trials"
     if tune.scheduler in POPULATIONS:

@@ -7,23 +7,18 @@ from __future__ import annotations
 
 from detr_ray.tracking.mlflow_run import PARENT_TAG
 from detr_ray.tracking.mlflow_tracker import MlflowTracker, holds_records, recorded_uri, send_pending
-from detr_ray.tracking.search_children import BEST_TAG, ChildState, RunState
+from detr_ray.tracking.search_children import ChildState
 from detr_ray.tracking.search_run import SearchRun
 from detr_ray.tracking.sender import Timing
-from detr_ray.tracking.sent_state import Pending
 from detr_ray.tracking.store import default_tracking_uri, public_uri, tracking_uri, viewing_hint
-from detr_ray.tracking.tracker import MemoryTracker, NullTracker, Scalar, Status, Tracker
+from detr_ray.tracking.tracker import MemoryTracker, NullTracker, Status, Tracker
 
 __all__ = [
-    "BEST_TAG",
     "PARENT_TAG",
     "ChildState",
     "MemoryTracker",
     "MlflowTracker",
     "NullTracker",
-    "Pending",
-    "RunState",
-    "Scalar",
     "SearchRun",
     "Status",
     "Timing",

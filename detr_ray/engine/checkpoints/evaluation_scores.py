@@ -24,7 +24,7 @@ def read_scores(run_path: str, measured_on: Mapping[str, Any]) -> Scores:
         measured_on: data and settings of evaluations (`PlannedData.measured_on`); scores of others are left out.
 
     Returns:
-        None of them where none were kept.
+        An empty dictionary if none were kept.
 
     Raises:
         OSError: the file cannot be read, or is damaged.

@@ -96,7 +96,6 @@ class TrainingState:
         Raises:
             RunFailed: the checkpoint does not fit the model, or no checkpoint can be read.
         """
-        first = self._context.rank == 0
         found: list[CheckpointInfo] = []
         info, model_file, training, problem = self._newest_readable(checkpoints.store, found)
         info, problem = self._context.broadcast((info, problem))
@@ -123,7 +122,7 @@ class TrainingState:
             self.ema.num_updates = training.get("ema_updates", 0)
         self.step = info.step
         self.bad_image_ids = set(training.get("bad_image_ids", ()))  # earlier releases stored only a number
-        if first:
+        if self._context.rank == 0:
             epoch = f"step {self.step} (epoch {self.step / self._job.steps_per_epoch:.2f})"
             self._context.say(f"beginning at {epoch} of {info.path}" if forked else f"going on from {epoch}")
         return training

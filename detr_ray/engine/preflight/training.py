@@ -25,7 +25,9 @@ from detr_ray.data.sample import SamplePlan
 from detr_ray.data.statistics import count_boxes
 from detr_ray.detector import build_skeleton
 from detr_ray.engine.checkpoints.found_model import weights_file
+from detr_ray.engine.context import uses_gpu
 from detr_ray.engine.cpu import slow_precision
+from detr_ray.engine.job import total_steps
 from detr_ray.engine.preflight.findings import Level, Report
 from detr_ray.engine.preflight.memory import check_memory
 from detr_ray.engine.stream.planned_data import PlannedData, refuse_positions_out_of_reach
@@ -159,9 +161,7 @@ def check_plan(config: Config, opened: dict[str, DatasetIndex], label_map: Label
         return
     _check_sources(data, report)
     _check_balance(data, report)
-    steps = math.ceil(config.train.epochs * steps_per_epoch)
-    if config.train.max_steps is not None:
-        steps = min(steps, config.train.max_steps)
+    steps = total_steps(config, steps_per_epoch)
     report.add("ok", TRAINING, f"steps: {steps_per_epoch} an epoch, {steps} in all, of {batch} images each")
     left_out = samples % batch
     if left_out > _MOST_LEFT_OUT * samples:
@@ -230,8 +230,7 @@ def _check_balance(data: PlannedData, report: Report) -> None:
 
 def _check_precision(config: Config, report: Report) -> None:
     """Checks the processor of this machine; workers on a cluster may have another one."""
-    on_gpu = torch.cuda.is_available() if config.train.use_gpu is None else config.train.use_gpu
-    line = slow_precision(config.train.precision, "cuda" if on_gpu else "cpu")
+    line = slow_precision(config.train.precision, "cuda" if uses_gpu(config.train.use_gpu) else "cpu")
     if line is not None:
         message, _, advice = line.partition("; ")
         report.add("warning", TRAINING, message, advice)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from detr_ray.config import Config
+from detr_ray.engine.context import uses_gpu
 from detr_ray.runtime.session import ray_session
 from detr_ray.search.reading import POPULATIONS
 
@@ -49,6 +50,5 @@ def trials_on_this_machine(config: Config, workers: int) -> int:
     settings = config.tune
     if config.tune.scheduler in POPULATIONS:
         return settings.trials
-    use_gpu = torch.cuda.is_available() if config.train.use_gpu is None else config.train.use_gpu
-    units = torch.cuda.device_count() if use_gpu else (os.cpu_count() or 1)
+    units = torch.cuda.device_count() if uses_gpu(config.train.use_gpu) else (os.cpu_count() or 1)
     return max(1, min(units // workers, settings.max_concurrent or units, settings.trials))
