@@ -26,6 +26,7 @@ from detr_ray.engine.early_stopping import refuse_unknown_score
 from detr_ray.engine.opened_data import OpenedData, open_data
 from detr_ray.engine.reporting.tracking_store import check_tracking, run_tracking_uri
 from detr_ray.engine.stream.planned_data import PlannedData, refuse_positions_out_of_reach
+from detr_ray.printable import counted
 from detr_ray.retries import reason_of
 
 if TYPE_CHECKING:  # a driver builds neither, and torchvision's models alone take a second to import
@@ -288,5 +289,6 @@ def run_summary(job: TrainJob) -> str:
     return (
         f"run {job.run.name}: {job.data.label_map.num_classes} classes, {len(job.data.train)} images"
         + ("" if job.data.repeats is None else f", {job.data.planner.epoch_samples} samples an epoch (data.balance)")
-        + f", {job.steps_per_epoch} steps an epoch of {train.global_batch_size} images, {job.total_steps} steps in all"
+        + f", {counted(job.steps_per_epoch, 'step')} an epoch of {counted(train.global_batch_size, 'image')}, "
+        + f"{counted(job.total_steps, 'step')} in all"
     )

@@ -18,7 +18,7 @@ from detr_ray.data.errors import DataError
 from detr_ray.data.label_map import LabelMap
 from detr_ray.engine.checkpoints.store import CheckpointStore
 from detr_ray.engine.context import LocalContext
-from detr_ray.engine.job import code_version, prepare_job
+from detr_ray.engine.job import code_version, prepare_job, run_summary
 from detr_ray.engine.stream.batches import LocalBatches
 from detr_ray.engine.validation.evaluation_job import EvaluationResult, prepare_evaluation, run_evaluation
 from detr_ray.model import build_model
@@ -51,6 +51,13 @@ def evaluate_here(config: Config) -> EvaluationResult:
     result = run_evaluation(job, LocalContext(), LocalBatches(job.data.plan(1, 0), *job.data.loaders()))
     assert result is not None
     return result
+
+
+def test_a_run_is_summed_up_in_a_line(dataset: Path, tmp_path: Path) -> None:
+    one = prepare_job(tiny_config(dataset, tmp_path, "data.max_images=8", "run.name=a", "train.epochs=1"), quiet)
+    assert run_summary(one) == "run a: 6 classes, 8 images, 1 step an epoch of 8 images, 1 step in all"
+    more = prepare_job(tiny_config(dataset, tmp_path, "data.max_images=8", "run.name=b", "train.epochs=3"), quiet)
+    assert run_summary(more).endswith("1 step an epoch of 8 images, 3 steps in all")
 
 
 def test_labels_are_contiguous_from_scratch(coco128: Path, tmp_path: Path) -> None:
