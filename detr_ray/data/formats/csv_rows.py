@@ -186,9 +186,9 @@ def explain(folder: Folder) -> str:
             next(read_rows(folder.location(table), folder.text(table)), None)
         except DataError as error:
             return f"{error}."
-    return f"{few(tables)} may each be the table of all boxes: keep one, or call them train.csv and val.csv." * bool(
-        tables
-    )
+    if not tables:
+        return ""
+    return f"{few(tables)} may each be the table of all boxes: keep one, or call them train.csv and val.csv."
 
 
 def _own_tables(folder: Folder) -> list[str]:
