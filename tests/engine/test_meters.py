@@ -8,9 +8,12 @@ import pytest
 import torch
 from tiny import fit_here, tiny_config
 
+from detr_ray.engine.context import LocalContext
 from detr_ray.engine.job import TrainJob, prepare_job
+from detr_ray.engine.reporting.meters import Meters
 from detr_ray.engine.reporting.progress import step_line
 from detr_ray.engine.stream.batches import LocalBatches
+from detr_ray.engine.training_step.step import StepOutcome, StepTimes
 from detr_ray.structures import IMAGENET_PIXELS, to_device
 from detr_ray.tracking import MemoryTracker
 
@@ -73,3 +76,20 @@ def test_a_line_of_progress_counts_what_was_left_out() -> None:
     assert lines[0].endswith("left 2 s  (3 unreadable images left out)")
     assert lines[1].endswith("(1 update left out: not finite)  (2 unreadable images left out)")
     assert lines[2].endswith("(2 updates left out: not finite)  (1 unreadable image left out)")
+
+
+def test_steps_without_losses_do_not_lower_their_means() -> None:
+    meters = Meters(LocalContext(), 8)
+    measured = StepOutcome(losses={"loss": torch.tensor(12.0), "class_error": torch.tensor(50.0)}, num_micro_batches=1)
+    for outcome in (measured, StepOutcome(skipped=True, num_micro_batches=1)):
+        meters.add(outcome)
+    found = meters.metrics(meters.totals(StepTimes()))
+    assert (found["train/loss"], found["train/class_error"], found["train/skipped_steps"]) == (12, 50, 1)
+
+
+def test_an_interval_without_losses_says_none(dataset: Path, tmp_path: Path) -> None:
+    settings = ("optim.lr=1e18", "optim.lr_backbone=1e18", "optim.clip_max_norm=0", "train.on_nonfinite=skip")
+    tracker = MemoryTracker()
+    fit_here(tiny_config(dataset, tmp_path, *settings, "train.log_every_steps=3"), tracker, stop_after=4)
+    logged = [step for step, values in tracker.metrics if "train/skipped_steps" in values]
+    assert logged == [1, 3] and [step for step, _ in tracker.history("train/loss")] == [1]

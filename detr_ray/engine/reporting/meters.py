@@ -19,7 +19,10 @@ from detr_ray.loss import ERROR_NAMES
 
 _PHASES = tuple(f"{field.name}_s" for field in dataclasses.fields(StepTimes))
 """Seconds a phase; ``loss`` without its ending would be the training loss."""
-_COUNTS = ("steps", "seconds", "grad_norm", "skipped", "worker_steps", "padded_pixels", "image_pixels", "bad_images")
+_COUNTS = (
+    "steps", "seconds", "grad_norm", "skipped", "worker_steps", "measured", "padded_pixels", "image_pixels",
+    "bad_images",
+)  # fmt: skip
 
 
 class Meters:
@@ -68,13 +71,18 @@ class Meters:
         return dict(zip((*_COUNTS, *_PHASES, *names), summed, strict=True))
 
     def metrics(self, totals: Mapping[str, float]) -> dict[str, float]:
-        """An interval's `totals` as means under their public names."""
+        """An interval's `totals` as means under their public names.
+
+        Losses are means over the steps that have them: a step whose predictions are not finite has none. If no step has
+        any, they are left out.
+        """
         steps, seconds = max(totals["steps"], 1), max(totals["seconds"], 1e-9)
         worker_steps = max(totals["worker_steps"], 1)
         workers = worker_steps / steps
+        measured = totals["measured"]
         metrics = {
-            f"train/{name}": totals[name] / (worker_steps if name in ERROR_NAMES else steps)
-            for name in self._loss_names
+            f"train/{name}": totals[name] * (1 if name in ERROR_NAMES else workers) / measured
+            for name in (self._loss_names if measured else ())
         }
         metrics |= {
             "train/grad_norm": totals["grad_norm"] / steps,
@@ -96,6 +104,7 @@ class Meters:
             "grad_norm": sum(outcome.grad_norm for outcome in outcomes) * is_first,
             "skipped": sum(outcome.skipped for outcome in outcomes) * is_first,
             "worker_steps": len(outcomes),
+            "measured": sum(bool(outcome.losses) for outcome in outcomes),
             "padded_pixels": sum(outcome.padded_pixels for outcome in outcomes),
             "image_pixels": sum(outcome.image_pixels for outcome in outcomes),
             "bad_images": sum(len(outcome.bad_images) for outcome in outcomes),
