@@ -73,7 +73,7 @@ FROM_SCRATCH = {
     "detr": FromScratch(1_000_000, 30_000),
     # The published models took a tenth of DETR's epochs on COCO. Two stages on generated images of 96 to 128 pixels: AP
     # 0.15 after 2,500 images, 0.35 after 10,000; on drawn blood cells of 192 to 240 pixels (configs/own_data.yaml, 13
-    # objects an image) 0.55 after 1,230, 0.69 after 4,920.
+    # objects an image) 0.57 after 1,230, 0.71 after 4,920.
     "deformable_detr": FromScratch(100_000, 4_000),
     # As Deformable DETR, which it is built on; not measured.
     "dino": FromScratch(100_000, 4_000),

@@ -325,7 +325,7 @@ class FaultyLayer:
 
 
 def _keys(bucket: str, prefix: str) -> list[str]:
-    from moto.core import DEFAULT_ACCOUNT_ID
+    from moto.core.models import DEFAULT_ACCOUNT_ID
     from moto.s3.models import s3_backends
 
     stored = s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets[bucket].keys

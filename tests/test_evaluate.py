@@ -12,6 +12,7 @@ import shutil
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -78,6 +79,14 @@ def test_few_images_are_evaluated_without_ray(
     for asked in ("train.launcher=ray", "train.num_workers=1"):
         with pytest.raises(TimeoutError):
             command.main([*arguments, asked])
+    with monkeypatch.context() as given:
+        given.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+        with pytest.raises(TimeoutError):
+            command.main(arguments)
+    with monkeypatch.context() as given:
+        given.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True))
+        with pytest.raises(TimeoutError):
+            command.main(arguments)
     monkeypatch.setattr(cluster_address, "FEW_IMAGES", 7)
     with pytest.raises(TimeoutError):
         command.main(arguments)

@@ -62,7 +62,7 @@ class PlainCriterion(nn.Module):
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         """Weighted sum."""
-        return sum(  # type: ignore[return-value] # of tensors, which there are
+        return sum(  # type: ignore[return-value] # there is a loss, so the sum is a tensor
             weight * value
             for name, weight in self.loss_weights.items()
             for key, value in losses.items()

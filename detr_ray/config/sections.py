@@ -162,7 +162,8 @@ class TrainConfig(Section):
     """Number format of the forward pass; matching and losses stay in fp32. fp16 needs a GPU."""
     launcher: Literal["ray", "local"] = "ray"
     """`ray`: workers on a Ray cluster, which is started on this machine if there is none. `local`: one worker in this
-    process, for debugging."""
+    process, for debugging. Where neither this nor `train.num_workers` is set and no cluster is named, `evaluate`,
+    `show` and `predict` do up to 200 images in their own process."""
     checkpoint_every_steps: Count | None = None
     """Optimizer steps between two checkpoints, also in the middle of an epoch. null: only at ends of epochs: with each
     validation, and otherwise after at least 100 steps."""

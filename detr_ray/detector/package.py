@@ -31,7 +31,7 @@ from detr_ray.detector import build_skeleton
 from detr_ray.detector.artifact import SavedModel, read_saved_model, stored_config
 from detr_ray.locations import make_folder, read_buffer, write_bytes
 from detr_ray.model.checkpoint_file import changed
-from detr_ray.model.state_dicts import OWN_FORMAT, WeightsError
+from detr_ray.model.state_dicts import OWN_FORMAT, DamagedFileError, WeightsError
 from detr_ray.model.weights import whole_state
 from detr_ray.retries import reason_of
 
@@ -184,7 +184,7 @@ def read_package(folder: str, say: Say = lambda line: None) -> ModelPackage:
     try:
         state = safetensors.torch.load(contents[WEIGHTS_FILE])
     except (safetensors.SafetensorError, ValueError) as error:
-        raise WeightsError(f"{place} is no safetensors file: {error}") from error
+        raise DamagedFileError(f"{place} is no safetensors file: {error}") from error
     try:
         label_map = LabelMap.from_dict(record.label_map)
     except (DataError, KeyError, TypeError) as error:
@@ -236,7 +236,7 @@ def _read_record(folder: str) -> PackageRecord:
     try:
         values = json.loads(data)
     except ValueError as error:
-        raise WeightsError(f"{place} is damaged: no JSON: {error}") from error
+        raise DamagedFileError(f"{place} is damaged: no JSON: {error}") from error
     version = values.get("format_version") if isinstance(values, dict) else None
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise WeightsError(
@@ -269,7 +269,7 @@ def _read(place: str) -> bytes:
     try:
         return read_buffer(place).to_pybytes()
     except FileNotFoundError as error:
-        raise WeightsError(f"{place} is missing: the model package is not whole; copy it again") from error
+        raise DamagedFileError(f"{place} is missing: the model package is not whole; copy it again") from error
     except (OSError, LocationError) as error:
         raise WeightsError(f"{place} cannot be read: {reason_of(error)}") from error
 

@@ -34,10 +34,9 @@ def local_device(use_gpu: bool | None) -> str:
     Raises:
         ConfigError: there is no GPU.
     """
-    there = torch.cuda.is_available()
-    if use_gpu and not there:
+    if use_gpu and not torch.cuda.is_available():
         raise ConfigError("train.use_gpu: true, but torch finds no GPU on this machine")
-    return "cuda" if there and use_gpu is not False else "cpu"
+    return "cuda" if uses_gpu(use_gpu) else "cpu"
 
 
 LeaveReason = Literal["abandoned", "asked", "preempted", "resized"]

@@ -79,7 +79,7 @@ def read_checkpoint(source: str, sha256: str | None = None) -> dict[str, Any]:
     names = label_map.get("names") if isinstance(label_map, Mapping) else None
     ids = label_map.get("category_ids") if isinstance(label_map, Mapping) else None
     if not (isinstance(names, list) and isinstance(ids, list) and isinstance(config, Mapping)):
-        raise WeightsError(f"{source} is damaged: it lacks its label map or its configuration")
+        raise DamagedFileError(f"{source} is damaged: it lacks its label map or its configuration")
     return {**checkpoint, "class_names": list(names), "label_map": label_map, "config": config}
 
 

@@ -20,8 +20,8 @@ def needs_no_ray(config: Config, images: int) -> bool:
     """Whether this process applies a model to images by itself: if it is told to, or if they are few.
 
     Args:
-        config: of an evaluation or a prediction. Few images are left to Ray, too, where it names a launcher or a number
-            of workers, or where there is a cluster or a running Ray.
+        config: of an evaluation or a prediction. Few images are left to Ray, too, where the configuration names a
+            launcher or a number of workers, or where there is a cluster or a running Ray.
         images: how many there are.
 
     Raises:

@@ -50,4 +50,4 @@ def read_confirmation(folder: str, best: str) -> Confirmation | None:
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{place}: cannot be read as what confirmed a configuration: {error}") from error
+        raise ValueError(f"{place}: damaged ({error}); --confirm writes it anew") from error

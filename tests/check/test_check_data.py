@@ -245,7 +245,7 @@ def test_classes_whose_names_are_nearly_alike_are_named(check, tmp_path):
     folder.fill("train", 10)
     folder.fill("val", 3)
     findings = {finding["message"]: finding["names"] for finding in check(folder.write()).report["findings"]}
-    alike = "4 classes are called as another one but for blanks or upper and lower case"
+    alike = "4 classes have names that differ from another's in blanks or case alone"
     assert findings[alike] == ["RBC", "rust spot", "rbc", "Rustspot"]
 
 

@@ -119,7 +119,7 @@ def test_what_is_not_known_is_refused_with_what_each_format_needs(tmp_path):
         (
             ["set/a.jpg", "set/a.json"],
             "set",
-            r"There is .* a\.json: JSON of another kind than COCO's .* export the set",
+            r"There is .* a\.json: not recognised as COCO's .* export the set",
         ),
         (["set/my.zip"], "set", r"There is my\.zip\. Unpack my\.zip first\.$"),
         (["set/a.csv", "set/a.jpg"], "set", r"a\.csv, line 1: neither a header with path, x1, .*, but 1 cells"),

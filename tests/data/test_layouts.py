@@ -279,6 +279,9 @@ def test_tables_with_a_split_in_their_name(tmp_path, coco, names):
         assert_same(open_split(str(root), None, split), open_split(str(coco), None, split))
     (root / names.format("val")).unlink()
     assert len(open_undivided(str(root), None)) == 12
+    (root / names.format("train")).rename(root / "train_val.csv")
+    assert len(open_undivided(str(root), None)) == 12, "not both splits"
+    (root / "train_val.csv").rename(root / names.format("train"))
     text = (root / names.format("train")).read_text(encoding="utf-8-sig")
     (root / names.format("train")).unlink()
     (root / "train").rename(root / "images")
@@ -300,6 +303,9 @@ def test_images_of_a_table_are_found_whatever_their_suffix(tmp_path, coco, form)
         assert_same(open_split(str(root), None, split), open_split(str(coco), None, split))
     name = data_set()["train"][0].name
     (root / "train" / name).with_suffix(".bmp").write_bytes(encoded("BMP"))
+    if "image_id" not in form:
+        assert_same(open_split(str(root), None, "train"), open_split(str(coco), None, "train"))
+        (root / "train" / name).unlink()  # the other file, which may be a mask, is not taken for it
     with pytest.raises(DataError, match=f"the size of 1 of 12 images cannot be read .*{Path(name).stem}"):
         open_split(str(root), None, "train")
 

@@ -85,6 +85,9 @@ def test_steps_without_losses_do_not_lower_their_means() -> None:
         meters.add(outcome)
     found = meters.metrics(meters.totals(StepTimes()))
     assert (found["train/loss"], found["train/class_error"], found["train/skipped_steps"]) == (12, 50, 1)
+    before = {name: value for name, value in meters.totals(StepTimes()).items() if name != "measured"}
+    meters.restart(before)  # of a checkpoint from before steps with losses were counted
+    assert meters.metrics(meters.totals(StepTimes()))["train/loss"] == 6
 
 
 def test_an_interval_without_losses_says_none(dataset: Path, tmp_path: Path) -> None:

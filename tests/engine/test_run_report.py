@@ -295,6 +295,7 @@ def problems_of(past: PastRun, **metrics: list[float]) -> str:
 def test_what_looks_wrong(past: PastRun) -> None:
     assert "failed" in problems_of(past, **{"val/AP": [0.3]})
     assert "ended before its first validation" in problems_of(past)
+    assert "no scores" in problems_of(past, **{"val/seconds": [2.0]}), "there was a validation, of images without boxes"
     without = {**past.record, "fingerprints": {"train": past.record["fingerprints"]["train"]}}
     assert "no validation" in problems_of(dataclasses.replace(past, record=without))
     assert "AP is 0;" in problems_of(past, **{"val/AP": [0.0, 0.0]}) + ";"

@@ -100,5 +100,5 @@ def test_what_was_found_is_kept_for_the_configuration_that_it_is_about(
     write_confirmation(folder, "t003", found)
     assert read_confirmation(folder, "t003") == found and read_confirmation(folder, "t003-g1") is None
     (tmp_path / CONFIRMATION_FILE).write_text('{"run": "t003", "best": []}')
-    with pytest.raises(ValueError, match=r"confirmation\.json: cannot be read as what confirmed a configuration"):
+    with pytest.raises(ValueError, match=r"confirmation\.json: damaged"):
         read_confirmation(folder, "t003")

@@ -18,7 +18,7 @@ from detr_ray.data.errors import DataError, few
 from detr_ray.data.formats.assembly import Reading
 from detr_ray.data.formats.coco import read_coco_index
 from detr_ray.data.formats.folder import SPLIT_NAMES, Folder, read_beginning
-from detr_ray.data.formats.values import words_in
+from detr_ray.data.formats.values import splits_in, words_in
 from detr_ray.data.image_places import name_below
 from detr_ray.data.index import DatasetIndex
 from detr_ray.printable import printable
@@ -29,7 +29,6 @@ NEEDS = (
     "a JSON file of each split or of all, in the folder or in annotations/, with images in images/ or data/"
 )
 
-_OF_SPLITS = {"test", *(name for names in SPLIT_NAMES.values() for name in names)}
 _EXPORTED = "_annotations.coco.json"
 _LOOKS_LIKE_COCO = re.compile(
     rb'(\xef\xbb\xbf)?\s*\{\s*"(info|licenses|images|annotations|categories|type|videos)"\s*:', re.DOTALL
@@ -94,11 +93,11 @@ def find_exported(folder: Folder) -> CocoFolder | None:
     everywhere = [*_json_files(folder, "annotations"), *_json_files(folder, "")]
     places = {}
     for split, names in SPLIT_NAMES.items():
-        found = [file for file in everywhere if words_in(file) & set(names)]
+        found = [file for file in everywhere if splits_in(file) == [split]]
         found += [file for name in names for file in _json_files(folder, name)]
         if found:
             places[split] = _with_images(folder, found, names)
-    others = [file for file in everywhere if not words_in(file) & _OF_SPLITS]
+    others = [file for file in everywhere if len(splits_in(file)) != 1 and "test" not in words_in(file)]
     if not places and others:
         places["all"] = _with_images(folder, others, ("default",))
     return CocoFolder(folder, places) if places else None

@@ -18,7 +18,7 @@ from detr_ray.data.formats import open_images
 from detr_ray.data.formats.assembly import Gathered, Reading, assemble
 from detr_ray.data.formats.folder import SPLIT_NAMES, Folder, SplitTables
 from detr_ray.data.formats.image_names import ImageFinder, count_unused
-from detr_ray.data.formats.values import at_line, check_class_names, read_class_file, to_number, words_in
+from detr_ray.data.formats.values import at_line, check_class_names, read_class_file, splits_in, to_number, words_in
 from detr_ray.data.index import DatasetIndex
 from detr_ray.printable import printable
 
@@ -167,7 +167,7 @@ def find(folder: Folder) -> CsvFolder | None:
     for split, names in SPLIT_NAMES.items():
         places = [place for name in names for place in (f"{name}.csv", f"{name}/{_SPLIT_TABLE}") if folder.has(place)]
         found = [place for place in places if not open_images.is_table(folder, place)]
-        named = [name for name in others if words_in(name) & set(names)]  # train_labels.csv
+        named = [name for name in others if splits_in(name) == [split]]  # train_labels.csv
         if found or len(named) == 1:
             tables[split] = (found or named)[0]
     if not tables:

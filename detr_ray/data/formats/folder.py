@@ -22,7 +22,7 @@ from detr_ray.data.errors import DataError
 from detr_ray.data.image_places import refuse_link_outside
 from detr_ray.locations import at, list_files, list_names, read_bytes
 from detr_ray.printable import printable
-from detr_ray.retries import Patience, reason_of
+from detr_ray.retries import reason_of
 
 IMAGE_SUFFIXES = frozenset({
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".mpo", ".ppm", ".pgm", ".dib",
@@ -190,7 +190,7 @@ def read_beginning(location: str) -> bytes:
             return file.read(_BEGINNING)
 
     try:
-        return at(location, read, Patience(attempts=1))
+        return at(location, read)
     except (OSError, LocationError) as error:
         raise DataError(f"{printable(location)}: {reason_of(error)}") from error
 

@@ -15,6 +15,7 @@ ANNOTATION_FOLDERS = ("Annotations", "annotations", "xmls", "xml", "labels")
 """Names of folders of annotation files."""
 
 _IMAGE_FOLDERS = ("JPEGImages", "images", "Images", "imgs", "data")
+_JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif")
 _DRIVE = re.compile(r"^[A-Za-z]:/")
 
 
@@ -23,7 +24,8 @@ class ImageFinder:
 
     A name is looked for below each of the folders; where it begins with other folders (``/home/me/set/a.jpg``,
     ``C:\set\a.jpg``), these are dropped one by one. If there is no such image, the one is taken whose name differs in
-    its suffix alone, which some tables leave out, or write in other letters.
+    its suffix alone, which some tables leave out, or write in other letters (``.JPG``, ``.jpeg``). ``a.png`` is not
+    taken for ``a.jpg``: it may be a mask.
 
     Args:
         folder: the data set's.
@@ -51,8 +53,10 @@ class ImageFinder:
         return found or next(filter(None, (self._with_suffix(*place) for place in places)), None)
 
     def _with_suffix(self, base: str, rest: str) -> tuple[str, str] | None:
-        """The one image that is called so but for its suffix; None if there is none, or several."""
+        """The one image that is called so but for how its suffix is written; None if there is none, or several."""
         files = self._by_stem.get(posixpath.join(base, stem(rest) if is_image(rest) else rest), [])
+        if is_image(rest):
+            files = [file for file in files if _image_kind(file) == _image_kind(rest)]
         return (base, posixpath.relpath(files[0], base or ".")) if len(files) == 1 else None
 
     def plain(self, name: str) -> str:
@@ -109,6 +113,11 @@ class ImageMatcher:
         if len(found) > 1:
             raise DataError(f"{printable(file)}: may be of {few(found)}: rename or remove one of them")
         return found[0] if found else None
+
+
+def _image_kind(name: str) -> str:
+    suffix = PurePosixPath(name).suffix.lower()
+    return ".jpg" if suffix in _JPEG_SUFFIXES else suffix
 
 
 def _compared(name: str) -> list[str]:

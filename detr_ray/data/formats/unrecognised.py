@@ -5,20 +5,21 @@ from __future__ import annotations
 from detr_ray.data.errors import few
 from detr_ray.data.formats import csv_rows
 from detr_ray.data.formats.folder import SPLIT_NAMES, Folder
-from detr_ray.data.formats.values import class_files
+from detr_ray.data.formats.values import class_files, words_in
 
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".rar", ".7z")
+_LABEL_FOLDERS = {"labels", "Labels"}
 _SPLIT_FOLDERS = tuple(name for names in SPLIT_NAMES.values() for name in names)
 
 
 def hint(folder: Folder) -> str:
     """What the folder seems to hold, and what to do; empty if it cannot be told."""
-    return _of_yolo(folder) or csv_rows.explain(folder) or _of_json(folder) or _of_archives(folder)
+    return csv_rows.explain(folder) or _of_yolo(folder) or _of_json(folder) or _of_archives(folder)
 
 
 def _of_yolo(folder: Folder) -> str:
-    has_classes = bool(class_files(folder, ("", "labels")))
-    if not has_classes and not any("labels" in folder.names(place) for place in ("", *_SPLIT_FOLDERS)):
+    has_classes = bool(class_files(folder, ("", *_LABEL_FOLDERS)))
+    if not has_classes and not any(_LABEL_FOLDERS & set(folder.names(place)) for place in ("", *_SPLIT_FOLDERS)):
         return ""
     if not folder.images():
         return "It looks like YOLO's labels without their images: put these into `images`, beside `labels`."
@@ -32,12 +33,12 @@ def _of_yolo(folder: Folder) -> str:
 
 def _of_json(folder: Folder) -> str:
     found = [f"{place}/{name}".lstrip("/") for place in ("", *_SPLIT_FOLDERS) for name in folder.names(place)]
-    found = [name for name in found if name.lower().endswith(".json")]
+    found = [name for name in found if name.lower().endswith(".json") and "test" not in words_in(name)]
     if not found:
         return ""
     return (
-        f"{few(found, 2)}: JSON of another kind than COCO's (there are LabelMe's, VIA's, CreateML's and Label Studio's "
-        "own): export the set as COCO, YOLO or Pascal VOC."
+        f"{few(found, 2)}: not recognised as COCO's (LabelMe, VIA, CreateML and Label Studio have JSON of their own): "
+        "export the set as COCO, YOLO or Pascal VOC."
     )
 
 

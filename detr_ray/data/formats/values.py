@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from detr_ray.data.errors import DataError, few, shown
-from detr_ray.data.formats.folder import Folder
+from detr_ray.data.formats.folder import SPLIT_NAMES, Folder
 from detr_ray.printable import printable
 
 _DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+(e[+-]?\d+)?", re.IGNORECASE)
@@ -22,6 +22,12 @@ def at_line(location: str, line: int) -> str:
 def words_in(file: str) -> set[str]:
     """The words in a file's name: instances, train and json in ``annotations/instances_train.json``."""
     return set(re.split(r"[^a-z]+", posixpath.basename(file).lower()))
+
+
+def splits_in(file: str) -> list[str]:
+    """The splits that a file's name tells: train in ``train_labels.csv``, both in ``train_val.csv``."""
+    words = words_in(file)
+    return [split for split, names in SPLIT_NAMES.items() if words & set(names)]
 
 
 def to_number(text: str, where: str) -> float:

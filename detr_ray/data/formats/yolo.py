@@ -215,8 +215,9 @@ def find(folder: Folder) -> YoloFolder | None:
 
 def _class_places() -> list[str]:
     """Folders that labelling tools write their list of classes into."""
-    names = [name for of_split in SPLIT_NAMES.values() for name in of_split]
-    return ["labels", *(place for name in names for place in (f"labels/{name}", f"{name}/labels", name))]
+    names, folders = [name for of_split in SPLIT_NAMES.values() for name in of_split], _LABEL_FOLDERS.values()
+    of_splits = [place for name in names for labels in folders for place in (f"{labels}/{name}", f"{name}/{labels}")]
+    return [*folders, *of_splits, *names]
 
 
 def _lists_by_name(folder: Folder) -> dict[str, list[str]]:

@@ -12,6 +12,7 @@ from detr_ray.callbacks import Say
 from detr_ray.config import Config, ConfigError
 from detr_ray.detector import Detector
 from detr_ray.detector.postprocess import postprocess
+from detr_ray.engine.context import local_device
 from detr_ray.engine.pictures.of_data import row_of_image
 from detr_ray.engine.pictures.request import Drawn, PictureRequest
 from detr_ray.engine.stream.batches import LocalBatches
@@ -143,7 +144,7 @@ def queries_picture(config: Config, request: PictureRequest, say: Say) -> Drawn:
     ]
     count = scores.shape[1]
     title = f"Centres of the boxes that {len(queries)} of {count} queries predict in {counted(len(boxes), 'image')}, "
-    title += "of which each square is one; "
+    title += "one square a query; "
     if _chooses_queries(detector):
         title += "query 0 begins with the encoder's best proposal, query 1 with the next; "
     title += end_of(job.checkpoint)
@@ -254,8 +255,7 @@ def _chooses_queries(detector: Detector) -> bool:
 @torch.no_grad()
 def _predictions(job: EvaluationJob, detector: Detector) -> tuple[np.ndarray, np.ndarray]:
     """Boxes ``[N, Q, 4]`` and best scores ``[N, Q]`` of every query in the first images of the validation set."""
-    use_gpu = torch.cuda.is_available() and job.data.config.train.use_gpu is not False
-    device = torch.device("cuda" if use_gpu else "cpu")
+    device = torch.device(local_device(job.data.config.train.use_gpu))
     model = detector.model.eval().to(device)
     source = LocalBatches(job.data.plan(1, 0), *job.data.loaders())
     boxes: list[Tensor] = []

@@ -237,7 +237,7 @@ def _check_classes(
     alike = _names_alike([name for _, name in categories])
     if alike:
         report.add(
-            "warning", LABELS, f"{len(alike)} classes are called as another one but for blanks or upper and lower case",
+            "warning", LABELS, f"{len(alike)} classes have names that differ from another's in blanks or case alone",
             "where the same is meant, write the name alike in all annotations: they are learnt as different classes",
             alike,
         )  # fmt: skip

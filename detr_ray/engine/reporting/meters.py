@@ -46,6 +46,8 @@ class Meters:
             carried: its sums so far (`totals`), if an earlier process began it.
         """
         self._carried = dict(carried or {}) if self._context.rank == 0 else {}
+        if "worker_steps" in self._carried:  # those of a checkpoint from before this was counted
+            self._carried.setdefault("measured", self._carried["worker_steps"])
         self._outcomes: list[StepOutcome] = []
         self._started = time.perf_counter()
 
@@ -73,8 +75,8 @@ class Meters:
     def metrics(self, totals: Mapping[str, float]) -> dict[str, float]:
         """An interval's `totals` as means under their public names.
 
-        Losses are means over the steps that have them: a step whose predictions are not finite has none. If no step has
-        any, they are left out.
+        Losses are means over the steps that have them: a step has none of a micro-batch whose predictions are not
+        finite. If no step has any, they are left out.
         """
         steps, seconds = max(totals["steps"], 1), max(totals["seconds"], 1e-9)
         worker_steps = max(totals["worker_steps"], 1)

@@ -92,7 +92,9 @@ def _of_training(run: PastRun) -> Iterator[Problem]:
 def _of_scores(run: PastRun) -> Iterator[Problem]:
     scores = run.history.metrics.get("val/AP") if run.history is not None else None
     if scores is None:
-        if run.history is not None:
+        if run.history is not None and "val/seconds" in run.history.metrics:
+            yield "There were no scores", "the validation images have no boxes: give data.val some that have"
+        elif run.history is not None:
             yield _unvalidated(run)
         return
     values = scores[1]

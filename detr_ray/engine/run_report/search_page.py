@@ -135,12 +135,11 @@ def _confirmed(searched: Searched) -> list[str]:
     first = searched.config.run.seed + FIRST_SEED
     both = [found.best, found.default]
     rows = [
-        [f"seed {first + number}", *(f"{sample[number]:.4f}" if number < len(sample) else "" for sample in both)]
-        for number in range(max(map(len, both)))
+        [f"seed {seed}", f"{best:.4f}", f"{default:.4f}"]
+        for seed, (best, default) in enumerate(zip(*both, strict=True), first)
     ]
     rows.append(["mean", *(f"{statistics.fmean(sample):.4f}" for sample in both)])
-    if min(map(len, both)) > 1:
-        rows.append(["standard deviation", *(f"{statistics.stdev(sample):.4f}" for sample in both)])
+    rows.append(["standard deviation", *(f"{statistics.stdev(sample):.4f}" for sample in both)])
     metric = searched.config.tune.metric
     runs = [confirmation_run(kind, first) for kind in ("best", "default")]
     return [

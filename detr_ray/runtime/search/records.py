@@ -33,6 +33,7 @@ from detr_ray.search.trials import TRIALS_FILE, Mode, Trial, run_name
 from detr_ray.tracking.search_children import ChildState, RunState
 from detr_ray.tracking.search_run import SearchRun
 from detr_ray.tracking.sender import Timing
+from detr_ray.tracking.tracker import Status
 from detr_ray.viz.figure import png_bytes
 from detr_ray.viz.search_pictures import history, parallel_coordinates
 
@@ -81,6 +82,7 @@ class SearchRecords:
         self._page_with: Callable[[Confirmation | None], str] | None = None
         self._tracking_uri = tracking_uri
         self._run: SearchRun | None = None
+        self._status: Status = "FINISHED"
         self._run_uids: dict[str, str] = {}
         self._reconciled_at = 0.0
         if tracking_uri is None:
@@ -166,7 +168,8 @@ class SearchRecords:
         self._run.log_bytes(read_bytes(join(self._directory.path, TRIALS_FILE)), TRIALS_FILE)
         self.progress()
         failed = ending == "failed" or (ending != "stopped" and self._book.best is None)
-        self._run.close("KILLED" if ending == "stopped" else "FAILED" if failed else "FINISHED", self._children())
+        self._status = "KILLED" if ending == "stopped" else "FAILED" if failed else "FINISHED"
+        self._run.close(self._status, self._children())
 
     def confirmed(self, found: Confirmation) -> None:
         """Keeps what confirms the best configuration, and brings it onto the page. Call it after `end`.
@@ -184,7 +187,7 @@ class SearchRecords:
                 self._replace_page(self._page_with(found).encode())
         except Exception as error:
             logger.exception("what confirms the best configuration could not be written")
-            self._say(f"WARNING: the report of the search could not be written: {error}; it stays without the verdict")
+            self._say(f"WARNING: what confirms the best configuration could not be brought into the report: {error}")
 
     def _replace_page(self, content: bytes) -> None:
         """Replaces the page about the search, in its folder and in MLflow, which has recorded its end already."""
@@ -192,7 +195,7 @@ class SearchRecords:
         if self._tracking_uri is not None:
             run = self._open_run(self._tracking_uri)
             run.log_bytes(content, REPORT)
-            run.close("FINISHED", self._children())
+            run.close(self._status, self._children())
 
     def _open_run(self, tracking_uri: str) -> SearchRun:
         """The search's MLflow run; the same one again after it was closed."""
@@ -244,7 +247,11 @@ class SearchRecords:
     def _confirmation(self) -> Confirmation | None:
         """What an earlier process found of the configuration that is the best one now."""
         best = self.best
-        return None if best is None else read_confirmation(self._directory.path, best.run_name)
+        try:
+            return None if best is None else read_confirmation(self._directory.path, best.run_name)
+        except (OSError, ValueError) as error:
+            self._say(f"WARNING: the report stays without what confirmed the best configuration: {error}")
+            return None
 
     def _children(self) -> list[ChildState]:
         best = self.best

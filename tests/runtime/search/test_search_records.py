@@ -109,8 +109,8 @@ class StoredRun:
         ends: how it was closed, each time.
     """
 
-    stored: ClassVar[list[tuple[str, bytes]]] = []
-    ends: ClassVar[list[str]] = []
+    stored: ClassVar[list[tuple[str, bytes]]]
+    ends: ClassVar[list[str]]
 
     def __init__(self, folder: Path, **settings: object) -> None:
         assert settings["uri"] == "sqlite:///mlflow.db" and settings["uid"], "each time the same run"
@@ -140,9 +140,10 @@ def plain_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_page_tells_whether_the_best_configuration_is_better_or_only_lucky(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    StoredRun.stored, StoredRun.ends = [], []
     monkeypatch.setattr(records, "SearchRun", StoredRun)
     search = Ended(tmp_path, "run.seed=7", tracking_uri="sqlite:///mlflow.db")
-    search.end()
+    search.end("stopped")
     assert "tune --config ... --resume tune.name=mine --confirm 4" in search.read("report.html")
     better = compare([0.62, 0.63, 0.61, 0.64], [0.58, 0.59, 0.6, 0.57])
     search.records.confirmed(better)
@@ -154,7 +155,7 @@ def test_the_page_tells_whether_the_best_configuration_is_better_or_only_lucky(
     ):  # fmt: skip
         assert expected in page, expected
     assert "not shown to be better" not in page and "--confirm" not in page and search.said == []
-    assert StoredRun.stored[-1] == ("report.html", page.encode()) and StoredRun.ends == ["FINISHED"] * 2
+    assert StoredRun.stored[-1] == ("report.html", page.encode()) and StoredRun.ends == ["KILLED"] * 2
     search.records.confirmed(compare([0.62, 0.63], [0.58, 0.59]))
     assert "not shown to be better than the default one" in search.read("report.html")
 
@@ -173,8 +174,9 @@ def test_a_resumed_search_keeps_what_confirms_the_trial_that_is_still_the_best(t
     assert "the best is t003" in page and "by more than noise" not in page and "--confirm 4" in page
     (search.folder / "confirmation.json").write_text('{"run": "t003"}')
     search.records.end("finished", {"best.yaml": ""}, 90.0)
-    assert search.said[-1].endswith("mine/confirmation.json: cannot be read as what confirmed a configuration: 'best'")
+    assert search.said[-1].endswith("mine/confirmation.json: damaged ('best'); --confirm writes it anew")
+    assert "the best is t003" in search.read("report.html")
     (search.folder / "confirmation.json").unlink()
     (search.folder / "confirmation.json").mkdir()
     search.records.confirmed(compare([0.62] * 4, [0.58] * 4))
-    assert search.said[-1].startswith("WARNING: the report of the search could not be written")
+    assert search.said[-1].startswith("WARNING: what confirms the best configuration could not be")
