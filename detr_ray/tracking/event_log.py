@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from detr_ray.locations import sync
+from detr_ray.tracking.whole_files import sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class EventLog:
         self._dropped = 0
         self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         self._torn = self._ends_in_the_middle_of_a_line()
-        sync(str(self.path.parent))
+        sync_folder(self.path.parent)
 
     def append(self, kind: str, **fields: Any) -> None:
         """Writes one event, stamped with the wall-clock time."""

@@ -8,8 +8,8 @@ from typing import Any
 
 from detr_ray.credentials import without_credentials
 from detr_ray.printable import shortened
-from detr_ray.tracking.database_file import create_database_whole
 from detr_ray.tracking.store import artifact_location, sqlite_path, sqlite_uri
+from detr_ray.tracking.whole_files import create_database_whole
 
 logger = logging.getLogger(__name__)
 

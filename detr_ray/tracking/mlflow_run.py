@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from detr_ray.locations import write_bytes
 from detr_ray.printable import shortened
 from detr_ray.tracking.mlflow_client import UID_TAG, first_line, made_experiment, open_client, run_of_uid
 from detr_ray.tracking.store import public_uri
+from detr_ray.tracking.whole_files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class RunSettings:
     def save(self, folder: Path) -> None:
         """Writes the settings into a folder, without passwords, so that ``send_pending`` finds the run later."""
         content = asdict(self) | {"tracking_uri": public_uri(self.tracking_uri)}
-        write_bytes(str(folder / _SETTINGS_NAME), json.dumps(content, indent=1).encode())
+        write_whole(folder / _SETTINGS_NAME, json.dumps(content, indent=1))
 
     @classmethod
     def load(cls, folder: Path) -> RunSettings | None:

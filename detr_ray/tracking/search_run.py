@@ -14,13 +14,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from detr_ray.callbacks import Say
-from detr_ray.locations import write_bytes
 from detr_ray.tracking.mlflow_client import open_client
 from detr_ray.tracking.mlflow_tracker import MlflowTracker
 from detr_ray.tracking.search_children import ChildRuns, ChildState, refuse_ambiguous
 from detr_ray.tracking.sender import Timing, error_text
 from detr_ray.tracking.store import public_uri
 from detr_ray.tracking.tracker import Scalar, Status, artifact_path
+from detr_ray.tracking.whole_files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ class SearchRun:
             return
         file = self._files / path
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(str(file), content)
+        write_whole(file, content)
         self._tracker.log_file(file, path.rpartition("/")[0])
         self._stored[path] = content
 

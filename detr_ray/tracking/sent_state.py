@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from detr_ray.locations import write_bytes
 from detr_ray.tracking.event_log import LOG_NAME
+from detr_ray.tracking.whole_files import write_whole
 
 STATE_NAME = "sent.json"
 
@@ -109,7 +109,7 @@ class SentState:
     def save(self, folder: Path) -> None:
         """Writes the state."""
         content = {name: getattr(self, name) for name in self.__slots__}
-        write_bytes(str(folder / STATE_NAME), json.dumps(content).encode())
+        write_whole(folder / STATE_NAME, json.dumps(content))
 
 
 def _begins_a_line(file: BinaryIO, offset: int) -> bool:

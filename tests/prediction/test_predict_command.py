@@ -357,7 +357,12 @@ def test_few_images_are_done_without_ray_unless_it_is_asked_for(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_gpu_that_is_not_there_is_refused(
-    trained: FitResult, coco: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: FitResult,
+    coco: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)  # which other tests may have started
     assert command.main([trained.run_path, *coco, "--out", str(tmp_path / "out"), "train.use_gpu=true"]) == 2
     assert "error: train.use_gpu: true, but torch finds no GPU on this machine" in capsys.readouterr().err

@@ -363,7 +363,7 @@ def test_a_first_run_makes_its_database_and_prints_nothing(tmp_path: Path) -> No
 
 
 def test_a_database_made_by_halves_never_appears(tmp_path: Path) -> None:
-    from detr_ray.tracking.database_file import create_database_whole
+    from detr_ray.tracking.whole_files import create_database_whole
 
     made_by_halves = threading.Event()
 
