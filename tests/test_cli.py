@@ -286,19 +286,14 @@ def test_command_is_dispatched_with_its_arguments(name, capsys):
     )
 
 
-def test_a_run_is_read_back_without_the_model():
-    code = (
-        "import sys, detr_ray.engine.past_run; "
-        "print(*{'torch', 'torchvision', 'mlflow', 'ray', 'detr_ray.model'} & sys.modules.keys())"
-    )
-    done = run_python(code=code)
-    assert (done.stdout.strip(), done.returncode) == ("", 0), done.stderr
-
-
-def test_the_driver_of_a_run_imports_neither_the_model_nor_what_only_workers_need():
-    code = (
-        "import sys, detr_ray.runtime.launch; "
-        "print(*{'torchvision', 'torch._dynamo', 'scipy', 'mlflow', 'detr_ray.model'} & sys.modules.keys())"
-    )
-    done = run_python(code=code)
+@pytest.mark.parametrize(
+    ("module", "needless"),
+    [
+        ("detr_ray.engine.past_run", {"torch", "torchvision", "mlflow", "ray", "detr_ray.model"}),
+        ("detr_ray.runtime.launch", {"torchvision", "torch._dynamo", "scipy", "mlflow", "detr_ray.model"}),
+    ],
+    ids=["a run that is read back", "the driver of a run"],
+)
+def test_what_others_need_is_not_imported(module, needless):
+    done = run_python(code=f"import sys, {module}; print(*({needless!r} & sys.modules.keys()))")
     assert (done.stdout.strip(), done.returncode) == ("", 0), done.stderr

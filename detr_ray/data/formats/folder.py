@@ -62,6 +62,7 @@ class Folder:
         self._names: dict[str, dict[str, None]] = {}
         self._files: dict[str, tuple[str, ...]] = {}
         self._texts: dict[str, str] = {}
+        self._first_lines: dict[str, str] = {}
 
     def location(self, name: str) -> str:
         """Path or URI of what lies at ``name`` below the folder; the folder itself for an empty name."""
@@ -104,11 +105,15 @@ class Folder:
 
     def first_line(self, name: str) -> str:
         """The first line of a text file, which may be large; see `text`."""
-        if name not in self._texts:
-            raw = read_beginning(self.location(name))
-            if not any(raw.startswith(mark) for mark, encoding in _BYTE_ORDER_MARKS if encoding != "utf-8-sig"):
-                return decode_text(self.location(name), raw.partition(b"\n")[0])
-        return self.text(name).split("\n", 1)[0]
+        if name not in self._first_lines:
+            self._first_lines[name] = self._read_first_line(name)
+        return self._first_lines[name]
+
+    def _read_first_line(self, name: str) -> str:
+        raw = read_beginning(self.location(name))
+        if any(raw.startswith(mark) for mark, encoding in _BYTE_ORDER_MARKS if encoding != "utf-8-sig"):
+            return self.text(name).split("\n", 1)[0]
+        return decode_text(self.location(name), raw.partition(b"\n")[0])
 
     def texts(self, names: Sequence[str], progress: Progress | None = None) -> Iterator[str]:
         """The contents of many text files, read in threads, in their order; see `text` and `contents`."""

@@ -6,9 +6,10 @@ from detr_ray.data.errors import few
 from detr_ray.data.formats import csv_rows
 from detr_ray.data.formats.folder import SPLIT_NAMES, Folder
 from detr_ray.data.formats.values import class_files, words_in
+from detr_ray.data.formats.yolo import LABEL_FOLDERS
 
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".rar", ".7z")
-_LABEL_FOLDERS = {"labels", "Labels"}
+_LABEL_FOLDERS = set(LABEL_FOLDERS.values())
 _SPLIT_FOLDERS = tuple(name for names in SPLIT_NAMES.values() for name in names)
 
 

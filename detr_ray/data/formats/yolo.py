@@ -35,7 +35,8 @@ from detr_ray.printable import printable
 NAME = "yolo"
 NEEDS = "YOLO: data.yaml (or classes.txt) with folders of images and of labels"
 
-_LABEL_FOLDERS = {"images": "labels", "Images": "Labels"}
+LABEL_FOLDERS = {"images": "labels", "Images": "Labels"}
+"""Name of a folder of images -> that of the folder beside it with their labels."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class YoloFolder:
                 continue
             found = self.folder.images(source)
             inner = posixpath.join(source, "images")
-            has_inner = not _LABEL_FOLDERS.keys() & set(source.split("/")) and bool(found)
+            has_inner = not LABEL_FOLDERS.keys() & set(source.split("/")) and bool(found)
             folders.append(inner if has_inner and all(name.startswith(f"{inner}/") for name in found) else source)
             images += found
         root = folders[0] if len(set(folders)) == 1 else posixpath.commonpath(folders) if "" not in folders else ""
@@ -215,7 +216,7 @@ def find(folder: Folder) -> YoloFolder | None:
 
 def _class_places() -> list[str]:
     """Folders that labelling tools write their list of classes into."""
-    names, folders = [name for of_split in SPLIT_NAMES.values() for name in of_split], _LABEL_FOLDERS.values()
+    names, folders = [name for of_split in SPLIT_NAMES.values() for name in of_split], LABEL_FOLDERS.values()
     of_splits = [place for name in names for labels in folders for place in (f"{labels}/{name}", f"{name}/{labels}")]
     return [*folders, *of_splits, *names]
 
@@ -232,7 +233,7 @@ def _sources_by_name(folder: Folder) -> dict[str, list[str]]:
     sources = {}
     for split, names in SPLIT_NAMES.items():
         for name in names:
-            places = (*(f"{inner}/{name}" for inner in _LABEL_FOLDERS), f"{name}/images", name)
+            places = (*(f"{inner}/{name}" for inner in LABEL_FOLDERS), f"{name}/images", name)
             found = next((place for place in places if folder.has(place) and not is_image(place)), None)
             if found is not None:
                 sources[split] = [found]
@@ -248,16 +249,16 @@ def label_names(image: str) -> list[str]:
     """Where the label file of an image may lie."""
     parts = stem(image).split("/")
     names = []
-    place = max((place for place, part in enumerate(parts[:-1]) if part in _LABEL_FOLDERS), default=None)
+    place = max((place for place, part in enumerate(parts[:-1]) if part in LABEL_FOLDERS), default=None)
     if place is not None:
-        names.append("/".join([*parts[:place], _LABEL_FOLDERS[parts[place]], *parts[place + 1 :]]) + ".txt")
+        names.append("/".join([*parts[:place], LABEL_FOLDERS[parts[place]], *parts[place + 1 :]]) + ".txt")
     return [*names, stem(image) + ".txt"]
 
 
 def _listed_labels(folder: Folder, labels: Mapping[str, str]) -> list[str]:
     """All label files in the folders that hold those of the images."""
     folders = {
-        posixpath.dirname(name) for name in labels.values() if set(_LABEL_FOLDERS.values()) & set(name.split("/")[:-1])
+        posixpath.dirname(name) for name in labels.values() if set(LABEL_FOLDERS.values()) & set(name.split("/")[:-1])
     }
     return [
         posixpath.join(above, name)
