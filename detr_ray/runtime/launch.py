@@ -23,15 +23,13 @@ from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.hooks import Budget, JobHooks
 from detr_ray.engine.job import TrainJob, prepare_job, run_summary
 from detr_ray.engine.reporting.progress import FitResult
-from detr_ray.engine.reporting.records import open_tracker
-from detr_ray.engine.run_report.at_end import report_at_end, say_how_to_report
+from detr_ray.engine.run_report.at_end import say_how_to_report
 from detr_ray.engine.stream.batches import LocalBatches
 from detr_ray.runtime.cluster_address import needs_no_ray
 from detr_ray.runtime.cluster_check import preflight_nodes
 from detr_ray.runtime.host_process import StoppedBeforeWork, host_process_as_before, stop_signals
 from detr_ray.runtime.session import session_of
 from detr_ray.runtime.workers import Workers
-from detr_ray.tracking import Status
 
 if TYPE_CHECKING:
     # Only workers need the model, the loss and the loop: torchvision alone takes a second to import.
@@ -234,21 +232,13 @@ def _workers(job: EvaluationJob, say: Say) -> Iterator[Workers]:
 
 def _fit_here(job: TrainJob, hooks: JobHooks, budget: Budget, say: Say) -> FitResult:
     """Runs the loop in this process."""
-    from detr_ray.engine.loop import TrainingLoop
+    from detr_ray.engine.recorded_training import run_training
 
     batches = LocalBatches(job.data.plan(1, 0), *job.data.loaders())
-    tracker = open_tracker(job)
-    status: Status = "FAILED"
-    try:
-        with stop_signals(hooks.should_stop) as signals:
-            device = _local_device(job.config, budget)
-            context = LocalContext(device, say, signals.asked, hooks.on_evaluation, hooks.should_abandon, hooks.on_step)
-            result = TrainingLoop(job, context, batches, tracker).run()
-            report_at_end(job, result, tracker, say)
-        status = "KILLED" if result.status == "stopped" else "FINISHED"
-        return result
-    finally:
-        tracker.finish(status)
+    with stop_signals(hooks.should_stop) as signals:
+        device = _local_device(job.config, budget)
+        context = LocalContext(device, say, signals.asked, hooks.on_evaluation, hooks.should_abandon, hooks.on_step)
+        return run_training(job, context, batches)
 
 
 def _local_device(config: Config, budget: Budget) -> str:

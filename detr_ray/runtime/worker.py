@@ -21,16 +21,13 @@ from detr_ray.engine.distributed import DistributedContext
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.hooks import Evaluated
 from detr_ray.engine.job import TrainJob
-from detr_ray.engine.loop import TrainingLoop
+from detr_ray.engine.recorded_training import run_training
 from detr_ray.engine.reporting.progress import FitResult
-from detr_ray.engine.reporting.records import open_tracker
-from detr_ray.engine.run_report.at_end import report_at_end
 from detr_ray.engine.validation.evaluation_job import EvaluationJob, run_evaluation
 from detr_ray.runtime.cores import usable_cores
 from detr_ray.runtime.datasets import RayBatches
 from detr_ray.runtime.heartbeat import ANSWER_WITHIN_S, WorkerHeartbeat
 from detr_ray.runtime.job_status import Task
-from detr_ray.tracking import NullTracker, Status, Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -158,25 +155,12 @@ def _do(task: Task, context: RayContext, data_tasks: int) -> dict[str, Any]:
     try:
         with context.at_work():
             if isinstance(job, TrainJob):
-                return {"result": _train(job, context, batches)}
+                return {"result": run_training(job, context, batches)}
             return {"result": run_evaluation(job, context, batches)}
     except RunFailed as error:
         if not error.agreed:
             raise
         return {"failed": str(error)}
-
-
-def _train(job: TrainJob, context: RayContext, batches: RayBatches) -> FitResult:
-    tracker: Tracker = open_tracker(job) if context.rank == 0 else NullTracker()
-    status: Status = "FAILED"
-    try:
-        result = TrainingLoop(job, context, batches, tracker).run()
-        if context.rank == 0:
-            report_at_end(job, result, tracker, context.say)
-        status = "FINISHED" if result.status != "stopped" else "KILLED"
-        return result
-    finally:
-        tracker.finish(status)
 
 
 def _whole_job(task: Task) -> Any:
