@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from detr_ray.engine.context import WorkerContext
+from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.job import TrainJob
 from detr_ray.engine.loop import TrainingLoop
 from detr_ray.engine.reporting.progress import FitResult
-from detr_ray.engine.reporting.records import open_tracker
+from detr_ray.engine.reporting.records import FAILURE_TAG, open_tracker
 from detr_ray.engine.run_report.at_end import report_at_end
 from detr_ray.engine.stream.batches import BatchSource
 from detr_ray.tracking import NullTracker, Status, Tracker
@@ -34,5 +35,9 @@ def run_training(job: TrainJob, context: WorkerContext, batches: BatchSource) ->
             report_at_end(job, result, tracker, context.say)
         status = "KILLED" if result.status == "stopped" else "FINISHED"
         return result
+    except Exception as error:
+        reason = str(error) if isinstance(error, RunFailed) else f"{type(error).__name__}: {error}"
+        tracker.set_tags({FAILURE_TAG: reason})
+        raise
     finally:
         tracker.finish(status)

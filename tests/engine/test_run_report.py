@@ -20,6 +20,7 @@ from tiny import make_dataset
 from detr_ray import report
 from detr_ray.config import ConfigError, DataConfig, load_config
 from detr_ray.config.data_sections import GenerateConfig, SourceConfig, SplitConfig
+from detr_ray.engine import recorded_training
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.hooks import JobHooks
 from detr_ray.engine.job import prepare_job
@@ -288,12 +289,12 @@ def test_two_runs_side_by_side(past: PastRun) -> None:
 
 def problems_of(past: PastRun, **metrics: list[float]) -> str:
     logged = {name: (np.arange(1, len(values) + 1), np.array(values)) for name, values in metrics.items()}
-    history = RunHistory(logged, {}, [Session(0, 1, "FAILED")])
+    history = RunHistory(logged, {"run.failed": "no <b> image"}, [Session(0, 1, "FAILED")])
     return "; ".join(what for what, _ in find_problems(dataclasses.replace(past, history=history), None, None))
 
 
 def test_what_looks_wrong(past: PastRun) -> None:
-    assert "failed" in problems_of(past, **{"val/AP": [0.3]})
+    assert "The run failed: no <b> image;" in problems_of(past, **{"val/AP": [0.1]}) + ";"
     assert "ended before its first validation" in problems_of(past)
     assert "no scores" in problems_of(past, **{"val/seconds": [2.0]}), "there was a validation, of images without boxes"
     without = {**past.record, "fingerprints": {"train": past.record["fingerprints"]["train"]}}
@@ -365,7 +366,11 @@ def test_only_whole_trainings_of_their_own_get_one_and_a_failure_is_a_warning(tr
     assert tracker.files == []
 
 
-def test_a_training_that_is_stopped_or_fails_says_how_to_get_a_report(trained: Observed, tmp_path: Path) -> None:
+def test_a_training_that_is_stopped_or_fails_says_how_to_get_a_report(
+    trained: Observed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records: list[MemoryTracker] = []
+    monkeypatch.setattr(recorded_training, "open_tracker", lambda job: records.append(MemoryTracker()) or records[-1])
     assert trained.job.config.data.root is not None
     root = Path(trained.job.config.data.root)
     keys = ("tracking.report=true", *without_validation(root))
@@ -378,4 +383,6 @@ def test_a_training_that_is_stopped_or_fails_says_how_to_get_a_report(trained: O
     with pytest.raises(RunFailed, match="not finite"):
         run_job(fails, say=said.append)
     assert f"`python -m detr_ray.report {tmp_path}/fails`" in said[-1]
+    assert [record.status for record in records] == ["KILLED", "FAILED"]
+    assert records[0].tags == {} and "not finite" in records[1].tags["run.failed"]
     assert list(tmp_path.glob("*/report.html")) == []

@@ -16,6 +16,9 @@ from detr_ray.tracking.run_progress import ProgressTracker, RunProgress
 if TYPE_CHECKING:
     from detr_ray.engine.job import TrainJob
 
+FAILURE_TAG = "run.failed"
+"""Why a run failed. The tag stays when the run goes on, and says something only where its last session failed."""
+
 
 def open_tracker(job: TrainJob) -> Tracker:
     """The tracker of a run's rank 0, with the run's configuration and origin already in it.

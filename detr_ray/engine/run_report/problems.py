@@ -9,6 +9,7 @@ import numpy as np
 from detr_ray.architectures import published_values
 from detr_ray.data.errors import few
 from detr_ray.engine.past_run import PastRun
+from detr_ray.engine.reporting.records import FAILURE_TAG
 from detr_ray.evaluation import CocoMetrics
 from detr_ray.evaluation.error_breakdown import ErrorBreakdown
 from detr_ray.printable import counted
@@ -52,10 +53,11 @@ def find_problems(run: PastRun, metrics: CocoMetrics | None, errors: ErrorBreakd
 
 
 def _ended_badly(run: PastRun) -> Iterator[Problem]:
-    sessions = run.history.sessions if run.history is not None else []
-    if sessions and sessions[-1].status == "FAILED":
+    history = run.history
+    if history is not None and history.sessions and history.sessions[-1].status == "FAILED":
+        reason = f": {history.tags[FAILURE_TAG]}" if FAILURE_TAG in history.tags else ""
         again = "goes on from the last checkpoint" if run.checkpoints else "begins it again"
-        yield "The run failed", f"the same command with its run.name {again}"
+        yield f"The run failed{reason}", f"the same command with its run.name {again}"
     if not run.checkpoints:
         yield "There is no checkpoint", "train on, or look into the log why none could be written"
 
