@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from detr_ray.coco_numbers import COCO_NUMBERS
 from detr_ray.engine.validation import scoring
-from detr_ray.evaluation.coco_metrics import SUMMARY, CocoMetrics
+from detr_ray.evaluation.coco_metrics import CocoMetrics
 
 
 def script_scores(patch: pytest.MonkeyPatch, values: Mapping[str, Sequence[float]]) -> list[int]:
@@ -26,7 +27,7 @@ def script_scores(patch: pytest.MonkeyPatch, values: Mapping[str, Sequence[float
 
     class Scripted:
         def __init__(self, evaluator: Any, detections: Any, known: dict[str, float], step: int, limit_s: float) -> None:
-            summary: dict[str, float | None] = dict.fromkeys(SUMMARY, 0.0)
+            summary: dict[str, float | None] = dict.fromkeys(COCO_NUMBERS, 0.0)
             summary |= {name: given[len(steps)] for name, given in values.items()}
             steps.append(step)
             scores = CocoMetrics(summary, {}, {}, 4, 4, len(detections))

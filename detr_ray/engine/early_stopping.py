@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from detr_ray.coco_numbers import COCO_METRICS
 from detr_ray.config import Config, ConfigError
 from detr_ray.engine.context import WorkerContext
 from detr_ray.engine.errors import RunFailed
-from detr_ray.evaluation.coco_metrics import SUMMARY
 from detr_ray.printable import counted
 from detr_ray.retries import reason_of
 
@@ -116,10 +116,9 @@ def refuse_unknown_score(config: Config, class_names: Iterable[str | None]) -> N
     section = config.train.early_stopping
     if section is None:
         return
-    general = [f"val/{name}" for name in SUMMARY]
     classes = [name for name in class_names if name is not None]
-    if section.metric not in general and section.metric not in {f"val/AP/{name}" for name in classes}:
+    if section.metric not in COCO_METRICS and section.metric not in {f"val/AP/{name}" for name in classes}:
         raise ConfigError(
-            f"train.early_stopping.metric: validations give no {section.metric}; there are {', '.join(general)}, and "
-            f"val/AP/NAME for a class ({', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''})"
+            f"train.early_stopping.metric: validations give no {section.metric}; there are {', '.join(COCO_METRICS)}, "
+            f"and val/AP/NAME for a class ({', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''})"
         )

@@ -10,28 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from detr_ray.coco_numbers import COCO_NUMBERS
 from detr_ray.evaluation.detections import DetectionTable
 from detr_ray.evaluation.ground_truth import GroundTruth
 from detr_ray.evaluation.grouped import group_by_category
 from detr_ray.evaluation.precision_recall import MAX_DETECTIONS, Curves, precision_recall_curves
 from detr_ray.evaluation.score_quality import describe_scores, measure_scores, scores_table
 from detr_ray.printable import printable
-
-SUMMARY: dict[str, str] = {
-    "AP": "precision, IoU 0.50:0.95, all areas",
-    "AP50": "precision, IoU 0.50, all areas",
-    "AP75": "precision, IoU 0.75, all areas",
-    "APs": "precision, IoU 0.50:0.95, small objects",
-    "APm": "precision, IoU 0.50:0.95, medium objects",
-    "APl": "precision, IoU 0.50:0.95, large objects",
-    "AR1": "recall, IoU 0.50:0.95, 1 detection an image and category",
-    "AR10": "recall, IoU 0.50:0.95, 10 detections",
-    "AR100": "recall, IoU 0.50:0.95, 100 detections",
-    "ARs": "recall, IoU 0.50:0.95, small objects",
-    "ARm": "recall, IoU 0.50:0.95, medium objects",
-    "ARl": "recall, IoU 0.50:0.95, large objects",
-}
-"""Name and meaning of the twelve numbers, in pycocotools' order."""
 
 _IOU_50, _IOU_75 = 0, 5
 
@@ -41,7 +26,7 @@ class CocoMetrics:
     """Scores of a set of detections; None where there is no ground truth.
 
     Attributes:
-        summary: the twelve numbers under the names of ``SUMMARY``, in 0..1.
+        summary: the twelve numbers under the names of `COCO_NUMBERS`, in 0..1.
         category_ap: AP of each category, by name, in the order of the category ids.
         category_ap50: AP at IoU 0.5 of each category, likewise.
         images: number of images.
@@ -70,7 +55,7 @@ class CocoMetrics:
 
     def table(self) -> str:
         """The twelve numbers, one a line, then the counts of images, boxes and detections."""
-        lines = [f"{name:<6}{_number(self.summary[name])}   {meaning}" for name, meaning in SUMMARY.items()]
+        lines = [f"{name:<6}{_number(self.summary[name])}   {meaning}" for name, meaning in COCO_NUMBERS.items()]
         scored = f"{self.images:,} images, {self.boxes:,} annotated boxes, {self.detections:,} detections"
         return "\n".join([*lines, scored])
 
@@ -147,7 +132,7 @@ def _summary(curves: Curves) -> dict[str, float | None]:
     of_each += [precision[area] for area in ("small", "medium", "large")]
     of_each += [first[limit] for limit in MAX_DETECTIONS]
     of_each += [recall[area] for area in ("small", "medium", "large")]
-    return {name: _mean(values) for name, values in zip(SUMMARY, of_each, strict=True)}
+    return {name: _mean(values) for name, values in zip(COCO_NUMBERS, of_each, strict=True)}
 
 
 def _check_images(detections: DetectionTable, ground_truth: GroundTruth) -> None:

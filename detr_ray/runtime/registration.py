@@ -17,6 +17,7 @@ from typing import Any
 
 from detr_ray.addresses import MLFLOW_SCHEMES, is_uri, join, parent, resolve
 from detr_ray.callbacks import Say
+from detr_ray.coco_numbers import COCO_METRICS
 from detr_ray.config import Config, ConfigError
 from detr_ray.config.loading import config_from_dict
 from detr_ray.data.errors import DataError
@@ -38,7 +39,6 @@ from detr_ray.tracking.logged_model import NewVersion, add_version
 from detr_ray.tracking.registry import (
     CHECKPOINT,
     MEASURED_ON,
-    NUMBERS,
     PACKAGE_SHA256,
     REASON,
     WEIGHTS_SHA256,
@@ -77,7 +77,7 @@ class _Candidate:
     @property
     def metrics(self) -> dict[str, float]:
         known = self.facts.evaluation.get("metrics") or {}
-        return {name: known[name] for name in NUMBERS if name in known}
+        return {name: known[name] for name in COCO_METRICS if name in known}
 
     @property
     def measured_on(self) -> dict[str, Any]:

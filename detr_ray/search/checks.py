@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from detr_ray.coco_numbers import COCO_METRICS
 from detr_ray.config import Config, ConfigError, TuneConfig
 from detr_ray.config.messages import shown
 from detr_ray.search.distributions import Distribution, is_number
@@ -15,11 +16,6 @@ from detr_ray.search.searchable import is_changeable
 
 if TYPE_CHECKING:
     from detr_ray.search.space import SearchSpace
-
-METRICS = tuple(
-    f"val/{name}" for name in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-)
-"""What every validation reports, beside ``val/AP/<category>``."""
 
 # If constraints refuse all of this many draws, almost nothing is left to search.
 DRAWS_TRIED = 200
@@ -60,10 +56,10 @@ def _settings(config: Config) -> Iterator[str]:
             "same time on one machine's CPUs; give a number, or set tune.max_concurrent=1, or train.use_gpu=true "
             "(each worker has a GPU of its own)"
         )
-    known = tune.metric in METRICS or (tune.metric.startswith("val/AP/") and len(tune.metric) > len("val/AP/"))
+    known = tune.metric in COCO_METRICS or (tune.metric.startswith("val/AP/") and len(tune.metric) > len("val/AP/"))
     if not known:
         yield (
-            f"tune.metric: {tune.metric} is never reported; there are {', '.join(METRICS)}, and val/AP/NAME for a "
+            f"tune.metric: {tune.metric} is never reported; there are {', '.join(COCO_METRICS)}, and val/AP/NAME for a "
             "category"
         )
     elif not config.data.has_val and config.data.has_train:

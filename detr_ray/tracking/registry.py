@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from detr_ray.coco_numbers import COCO_METRICS
 from detr_ray.printable import shortened
 from detr_ray.tracking.mlflow_client import first_line, open_client, set_environment
 from detr_ray.tracking.reachability import UnreachableError, UnusableError, try_store
@@ -22,9 +23,6 @@ CHAMPION = "champion"
 """The alias of the version that is in use."""
 
 AP = "val/AP"
-_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-NUMBERS = tuple(f"val/{name}" for name in _NAMES)
-"""Tags: COCO's twelve numbers, in their usual order."""
 MEASURED_ON = "measured_on"
 """Tag: JSON of what the numbers were measured with and on. Only equal ones are compared."""
 MEASURED_ANEW = "champion.measured_anew"
@@ -94,7 +92,7 @@ class ModelVersion:
     @property
     def metrics(self) -> dict[str, float]:
         """COCO's twelve numbers when it was registered, without missing ones."""
-        return {name: float(self.tags[name]) for name in NUMBERS if name in self.tags}
+        return {name: float(self.tags[name]) for name in COCO_METRICS if name in self.tags}
 
     @property
     def measured_on(self) -> dict[str, Any]:
@@ -241,7 +239,7 @@ class ModelRegistry:
     def compare(self, first: str | int, second: str | int) -> Comparison:
         """The numbers of two versions side by side."""
         a, b = self.version(first), self.version(second)
-        names = [name for name in NUMBERS if name in a.metrics or name in b.metrics]
+        names = [name for name in COCO_METRICS if name in a.metrics or name in b.metrics]
         metrics = {name: (a.metrics.get(name), b.metrics.get(name)) for name in names}
         return Comparison(a, b, metrics, bool(a.measured_on) and a.measured_on == b.measured_on)
 

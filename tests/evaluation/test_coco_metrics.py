@@ -12,8 +12,8 @@ import pytest
 from plain_coco import assert_equal_to_the_last_bit, plain_pycocotools
 from pycocotools.coco import COCO
 
+from detr_ray.coco_numbers import COCO_NUMBERS
 from detr_ray.evaluation import CocoMetrics, DetectionTable, GroundTruth, evaluate_detections
-from detr_ray.evaluation.coco_metrics import SUMMARY
 
 THREE_SIZES = [[10.0, 10.0, 20.0, 20.0], [40.0, 40.0, 60.0, 60.0], [100.0, 100.0, 200.0, 200.0]]
 
@@ -99,7 +99,7 @@ def test_equals_a_plain_pycocotools_script_on_real_annotations(coco128_file: Pat
     plain = plain_pycocotools(COCO(str(coco128_file)), found)
     metrics = evaluate_detections(truth, found)
 
-    assert list(metrics.summary) == list(SUMMARY)
+    assert list(metrics.summary) == list(COCO_NUMBERS)
     assert_equal_to_the_last_bit(metrics, plain, truth)
     assert 0.05 < metrics.summary["AP"] < 0.95
     assert metrics.images == 128
@@ -212,7 +212,7 @@ def test_metric_names_and_tables() -> None:
     }
     assert set(metrics.as_metrics("test/")) == {name.replace("val/", "test/") for name in named}
     table = metrics.table()
-    assert [line.split()[0] for line in table.splitlines()[:12]] == list(SUMMARY)
+    assert [line.split()[0] for line in table.splitlines()[:12]] == list(COCO_NUMBERS)
     assert " 0.667 " in table.splitlines()[0]
     assert table.splitlines()[-1] == "1 images, 3 annotated boxes, 2 detections"
     best_first = metrics.category_table().splitlines()

@@ -25,6 +25,7 @@ from detr_ray import evaluate as evaluate_command
 from detr_ray import registry as registry_command
 from detr_ray.addresses import local_path
 from detr_ray.cli import refuse_idle_keys
+from detr_ray.coco_numbers import COCO_METRICS
 from detr_ray.config import Config, ConfigError
 from detr_ray.data.formats import open_split
 from detr_ray.engine.checkpoints.store import CheckpointStore
@@ -35,7 +36,7 @@ from detr_ray.runtime.registration import register, register_or_warn
 from detr_ray.runtime.search.results import SearchResult
 from detr_ray.runtime.search.search import register_best
 from detr_ray.search.trials import Trial
-from detr_ray.tracking.registry import NUMBERS, WEIGHTS_SHA256, ModelRegistry, ModelVersion, RegistryError
+from detr_ray.tracking.registry import WEIGHTS_SHA256, ModelRegistry, ModelVersion, RegistryError
 
 Configured = Callable[..., Config]
 
@@ -81,7 +82,7 @@ def test_a_version_says_what_it_is_and_where_it_is_from(folder: Path, store: Mod
     version = store.version(1)
     (best,) = CheckpointStore(f"{folder}/runs/first/checkpoints").checkpoints()
     assert best.metrics is not None and version.is_champion
-    assert version.metrics == {name: value for name, value in best.metrics.items() if name in NUMBERS}
+    assert version.metrics == {name: value for name, value in best.metrics.items() if name in COCO_METRICS}
     assert "val/AP" in version.metrics and version.measured_on == best.measured_on
     index = {split: open_split(str(folder / "data"), None, split) for split in ("train", "val")}
     for split, data in index.items():

@@ -14,9 +14,7 @@ from search.spaces import faults, searching, space_of
 
 from detr_ray.config import Schedule, config_from_dict
 from detr_ray.config.yaml_format import parse_yaml
-from detr_ray.evaluation.coco_metrics import SUMMARY
 from detr_ray.search import SearchSpace
-from detr_ray.search.checks import METRICS
 from detr_ray.search.searchable import NOT_SEARCHED, fault_of_key
 
 RATE = {"optim.lr": {"loguniform": [1e-5, 1e-3]}}
@@ -179,10 +177,6 @@ def test_a_value_that_needs_another_parameter_is_no_fault() -> None:
     space = {"optim.schedule": {"choice": ["multistep"]}, "optim.milestones": [{"uniform": [5, 9]}]}
     assert space_of(space).warnings == ()
     assert "must name at least one epoch" in faults({"optim.schedule": {"choice": ["multistep"]}})[0]
-
-
-def test_metrics_are_those_of_the_evaluation() -> None:
-    assert tuple(f"val/{name}" for name in SUMMARY) == METRICS
 
 
 def test_keys_that_are_not_searched_exist_and_say_why() -> None:

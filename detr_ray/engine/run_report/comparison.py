@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from detr_ray.coco_numbers import COCO_NUMBERS
 from detr_ray.config import flatten
 from detr_ray.engine.past_run import PastRun
 from detr_ray.engine.pictures.of_evaluation import errors_picture
@@ -9,7 +10,6 @@ from detr_ray.engine.pictures.of_run import curves_of
 from detr_ray.engine.reporting.progress import duration
 from detr_ray.engine.run_report import page
 from detr_ray.engine.run_report.report import Reported
-from detr_ray.evaluation.coco_metrics import SUMMARY
 from detr_ray.viz.curves import training_figure
 
 _MOST_CATEGORIES = 40
@@ -71,7 +71,7 @@ def _settings(first: PastRun, second: PastRun) -> list[str]:
 
 def _scores(first: Reported, second: Reported) -> list[str]:
     rows = []
-    for name, meaning in SUMMARY.items():
+    for name, meaning in COCO_NUMBERS.items():
         one, other = (_score(reported, name) for reported in (first, second))
         rows.append([name, _text(one), _text(other), _difference(one, other), meaning])
     for metric, meaning in (("train/loss", "training loss at the end"), ("perf/images_per_s", "images a second")):

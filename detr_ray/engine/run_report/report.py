@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from matplotlib.figure import Figure
 
 from detr_ray.addresses import join, parent
+from detr_ray.coco_numbers import COCO_NUMBERS
 from detr_ray.config import Config, flatten
 from detr_ray.data.index import DatasetIndex
 from detr_ray.engine.checkpoints.run_directory import CONFIG, absolute_storage
@@ -32,7 +33,6 @@ from detr_ray.engine.run_report import page
 from detr_ray.engine.run_report.problems import find_problems
 from detr_ray.engine.stream.planned_data import PlannedData
 from detr_ray.evaluation import CocoMetrics, evaluate_detections
-from detr_ray.evaluation.coco_metrics import SUMMARY
 from detr_ray.evaluation.error_breakdown import ErrorBreakdown, break_down_errors
 from detr_ray.evaluation.suspicious import find_suspicious
 from detr_ray.locations import write_bytes
@@ -264,7 +264,7 @@ def _scores(reported: Reported) -> list[str]:
     if reported.found is None or reported.metrics is None:
         return [page.paragraph("What its best weights found was not kept (tracking.report=false, or no validation).")]
     metrics = reported.metrics
-    rows = [[name, _number(metrics.summary[name]) or "n/a", SUMMARY[name]] for name in SUMMARY]
+    rows = [[name, _number(metrics.summary[name]) or "n/a", COCO_NUMBERS[name]] for name in COCO_NUMBERS]
     return [
         page.paragraph(f"The best weights, on {metrics.images:,} validation images.", pale=True),
         page.table(rows, ["number", "value", "meaning"]),
