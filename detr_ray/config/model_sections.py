@@ -99,7 +99,8 @@ class ModelConfig(Section):
     """Normalise before each part of a transformer layer instead of after it (`detr` alone)."""
     num_queries: Count = 100
     """Number of queries: the largest number of objects that the model can find in one image. `deformable_detr` has 300
-    by default, `dino` 900."""
+    by default, `dino` 900. The encoder of `dino` learns only at the cells of feature maps that became queries: from
+    random weights, on small images, give it as many queries as an image has cells."""
     num_feature_levels: Annotated[Count, Field(le=8)] | None = None
     """Feature maps that `deformable_detr` and `dino` read: the last three stages of the backbone that
     `model.backbone_stride` leaves from stride 8 on, or fewer, and then maps of half the resolution of the one before.
