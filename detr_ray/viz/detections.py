@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from detr_ray.box_arrays import xywh_to_xyxy
 from detr_ray.config.errors import ConfigError
+from detr_ray.viz.text_places import Place, text_place
 
 # Suffix of the file name -> format, and largest side in pixels (JPEG's limit for formats without a limit).
 _FORMATS = {
@@ -117,14 +118,18 @@ def _draw(cell: Image.Image, scale: float, truth: DrawnBoxes | None, found: Draw
     draw = ImageDraw.Draw(cell)
     for corners in [] if truth is None else _corners(truth, scale, size):
         draw.rectangle(corners, outline=_ANNOTATION, width=1)
+    corners_of = _corners(found, scale, size)
+    for corners, name in zip(corners_of, found.names, strict=True):
+        draw.rectangle(corners, outline=_colour_of(name), width=2)
     font = ImageFont.load_default(size=12)
-    for number, (corners, name) in enumerate(zip(_corners(found, scale, size), found.names, strict=True)):
-        colour = _colour_of(name)
-        draw.rectangle(corners, outline=colour, width=2)
+    taken: list[Place] = []
+    for number, (corners, name) in enumerate(zip(corners_of, found.names, strict=True)):
         text = name if found.scores is None else f"{name} {found.scores[number]:.2f}"
-        place = (corners[0] + 2, max(0.0, corners[1]))
-        draw.rectangle(draw.textbbox(place, text, font=font), fill=colour)
-        draw.text(place, text, fill=(0, 0, 0), font=font)
+        left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+        place = text_place(corners, (right - left + 2, bottom - top + 2), taken, (0, 0, *size))
+        taken.append(place)
+        draw.rectangle(place, fill=_colour_of(name))
+        draw.text((place[0] + 1 - left, place[1] + 1 - top), text, fill=(0, 0, 0), font=font)
     return cell
 
 

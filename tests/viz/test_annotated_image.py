@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from detr_ray.viz.annotated_image import draw_boxes, figure_of, image_grid, show_image, text_place
+from detr_ray.viz.annotated_image import draw_boxes, figure_of, image_grid, show_image
 from detr_ray.viz.curves import RunCurves, schedules_figure
 from detr_ray.viz.figure import end_of, new_figure, write_title
+from detr_ray.viz.text_places import text_place
 
 ROOM = (0.0, 0.0, 100.0, 80.0)
 

@@ -31,3 +31,18 @@ def test_boxes_outside_the_image_are_clipped() -> None:
     image = np.zeros((20, 20, 3), np.uint8)
     outside = DrawnBoxes(np.array([[-5.0, -5.0, 100.0, 100.0], [30.0, 30.0, 5.0, 5.0]]), ["a", "b"], np.ones(2))
     assert detection_grid([image], [outside], [outside]).size == (272, 272)
+
+
+def test_texts_of_boxes_at_one_place_do_not_cover_each_other() -> None:
+    image = np.zeros((128, 128, 3), np.uint8)
+    none = DrawnBoxes(np.zeros((0, 4)), [])
+    boxes = np.array([[30.0, 40.0, 60.0, 40.0]])
+    one, other = DrawnBoxes(boxes, ["cat"]), DrawnBoxes(boxes, ["otter"])
+    both = DrawnBoxes(np.repeat(boxes, 2, axis=0), ["cat", "otter"])
+    alone = [np.asarray(detection_grid([image], [none], [found])) for found in (one, other)]
+    picture = np.asarray(detection_grid([image], [none], [both]))
+    for cell in alone:
+        colours, counts = np.unique(cell.reshape(-1, 3), axis=0, return_counts=True)
+        is_bright = colours.max(1) == 255
+        colour = colours[is_bright][counts[is_bright].argmax()]
+        assert (picture == colour).all(-1).sum() > 100, "pixels behind the text; the outline may be the other box's"
