@@ -15,14 +15,14 @@ COMMANDS = {
     "evaluate": "score a checkpoint on a validation set",
     "predict": "find objects on images with a trained model",
     "check": "look for problems in data, storage and tracking before a run",
-    "prepare": "generate a data set, or pack one into shards",
+    "prepare": "draw a data set, or convert one: COCO, YOLO, shards",
     "watch": "follow a run that is being trained",
     "show": "draw a picture of data, a model, an evaluation or a run",
     "report": "write the report of a run, or of two side by side",
     "registry": "show and change the versions of the registered model",
     "export": "write a model as a file for other runtimes: ONNX, torch.export",
     "serve": "serve a model over HTTP with Ray Serve",
-    "send": "send records that the tracking store did not take",
+    "send": "send metrics to MLflow that could not be sent during training",
 }
 """Modules with a ``main(argv) -> int``, and what each does."""
 

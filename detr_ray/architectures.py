@@ -75,7 +75,8 @@ FROM_SCRATCH = {
     # 0.15 after 2,500 images, 0.35 after 10,000; on drawn blood cells of 192 to 240 pixels (configs/own_data.yaml, 13
     # objects an image) 0.57 after 1,230, 0.71 after 4,920.
     "deformable_detr": FromScratch(100_000, 4_000),
-    # As Deformable DETR, which it is built on; not measured.
+    # Measured: on 250 drawn images of 96 to 128 pixels AP 0.08 after 2,500, as two-stage Deformable DETR in the same
+    # schedule; 126 photographs at 128 pixels by heart: 0.03 to 0.16 after 5,000, where two-stage Deformable DETR has 0.4.
     "dino": FromScratch(100_000, 4_000),
 }
 """Value of ``model.architecture`` -> what it needs; the check command compares it with the length of a training."""

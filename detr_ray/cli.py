@@ -180,6 +180,13 @@ def refuse_idle_keys(arguments: argparse.Namespace, is_used: bool) -> None:
         raise ConfigError(f"{given[0]}: changes nothing: {arguments.source} says itself what it was trained with")
 
 
+def of_model(config: Config, model: str | None) -> Config:
+    """The configuration with the model that the command line names, if it names one, as ``eval.checkpoint``."""
+    if model is None:
+        return config
+    return config.model_copy(update={"eval": config.eval.model_copy(update={"checkpoint": model})})
+
+
 def _escape_unknown_characters() -> None:
     """Lets output escape characters that the terminal's encoding does not have, instead of raising an error."""
     for stream in (sys.stdout, sys.stderr):
@@ -187,12 +194,17 @@ def _escape_unknown_characters() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def usage(arguments: str = "") -> str:
+    """The usage line of a command with these arguments of its own."""
+    return " ".join(["%(prog)s", *([arguments] if arguments else []), "[--config FILE]... [options] [key=value]..."])
+
+
 def _parser(
     name: str, description: str, add_arguments: Callable[[argparse.ArgumentParser], object] | None
 ) -> argparse.ArgumentParser:
     parser = _Parser(
         prog=f"python -m detr_ray.{name}", description=description, formatter_class=_Help, add_help=False,
-        allow_abbrev=False, usage="%(prog)s [--config FILE]... [options] [key=value]...",
+        allow_abbrev=False, usage=usage(),
     )  # fmt: skip
     parser.add_argument("-h", "--help", action="store_true", help="show this help, with all keys")
     parser.add_argument(

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from detr_ray.cli import EXIT_FAILED, count, run_command, say, share, write_result
+from detr_ray.cli import EXIT_FAILED, count, of_model, run_command, say, share, usage, write_result
 from detr_ray.config import Config
 from detr_ray.progress_bar import ProgressBar
 
@@ -18,19 +18,21 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """Score a checkpoint on the validation set: COCO's 12 numbers, and the AP of each category.
 
-eval.checkpoint names the checkpoint: a run's folder, a checkpoint in it, a model package, a registered model
-(models:/NAME@ALIAS), or DETR weights (path or URL). Image sizes, precision and data that are not given are those of the
-run."""
+MODEL is a run's folder, a checkpoint in it, a model package, a registered model (models:/NAME@ALIAS), or weights of a
+published model (path or URL); without it, eval.checkpoint names it. Image sizes, precision and data that are not given
+are those of the run."""
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = usage("[MODEL]")
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="the model; left out: eval.checkpoint")
     parser.add_argument("--json", metavar="FILE", type=_file, help="write the numbers to this file")
     parser.add_argument(
         "--detections", metavar="FILE", type=_file, help="write all detections to this file, as COCO results"
     )
     parser.add_argument(
         "--scores", metavar="FILE", type=_file,
-        help="write what scores mean to this file: precision, recall, F1 and best threshold of each category",
+        help="write precision, recall, F1 and best threshold of each category to this file (JSON)",
     )  # fmt: skip
     parser.add_argument(
         "--picture", metavar="FILE", type=_file, help="draw the first images with their boxes into this file (PNG)"
@@ -54,6 +56,9 @@ def _file(text: str) -> str:
 
 
 def _evaluate(config: Config, arguments: argparse.Namespace) -> int:
+    config = of_model(config, arguments.model)
+    config.checkpoint_to_evaluate()  # refused before modules are imported that take seconds
+
     from detr_ray.engine.preflight.writing import check_outputs
 
     if arguments.picture:
@@ -131,9 +136,7 @@ def _picture(job: EvaluationJob, result: EvaluationResult, arguments: argparse.N
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m detr_ray.evaluate``."""
-    return run_command(
-        "evaluate", DESCRIPTION, _evaluate, argv, add_arguments=_arguments, check=Config.checkpoint_to_evaluate
-    )
+    return run_command("evaluate", DESCRIPTION, _evaluate, argv, add_arguments=_arguments)
 
 
 if __name__ == "__main__":

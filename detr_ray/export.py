@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
-from detr_ray.cli import refuse_idle_keys, run_command, say
+from detr_ray.cli import refuse_idle_keys, run_command, say, usage
 from detr_ray.config import Config, ConfigError
 
-DESCRIPTION = """Export a model into a file that runs without this package. SOURCE is what load_model takes: a run's
-folder, a checkpoint, models:/NAME@ALIAS, a published file or its URL.
+DESCRIPTION = """Export a model into a file that runs without this package. MODEL is a run's folder, a
+checkpoint, models:/NAME@ALIAS, a published file or its URL.
 
 --to onnx: batches of normalised images of any size with their padding mask, in ONNX. --to onnx-image: one plain image
 of any size, in ONNX, with resizing, normalisation and pixel boxes inside. --to torch: as onnx, as an archive of
@@ -20,14 +20,15 @@ with. The file is kept only if it gives what the model gives, which is tried at 
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", nargs="?", help="the model; see above")
+    parser.usage = usage("MODEL --to FORMAT --out FILE")
+    parser.add_argument("source", metavar="MODEL", nargs="?", help="the model; see above")
     parser.add_argument("--to", metavar="FORMAT", help="onnx, onnx-image, torch or published")
     parser.add_argument("--out", metavar="FILE", help="the file to write; a path or URI")
 
 
 def _export(config: Config, arguments: argparse.Namespace) -> int:
     if not arguments.source:
-        raise ConfigError("SOURCE is missing: python -m detr_ray.export SOURCE --to FORMAT --out FILE")
+        raise ConfigError("MODEL is missing: python -m detr_ray.export MODEL --to FORMAT --out FILE")
     if not arguments.out:
         raise ConfigError("--out: is missing; name the file to write")
 

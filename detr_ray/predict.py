@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from detr_ray.cli import count, run_command, say, share
+from detr_ray.cli import count, run_command, say, share, usage
 from detr_ray.config import Config, ConfigError
 from detr_ray.printable import counted
 
@@ -34,6 +34,7 @@ PICTURE_SCORE = 0.5
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = usage("[MODEL] --images IMAGES... --out FOLDER")
     parser.add_argument("model", metavar="MODEL", nargs="?", help="the model; left out: eval.checkpoint")
     parser.add_argument(
         "--images", metavar="IMAGES", nargs="+", help="files, folders, patterns, a COCO file, or shards"

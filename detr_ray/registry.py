@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from detr_ray.cli import run_command, say
+from detr_ray.cli import run_command, say, usage
 from detr_ray.config import Config, ConfigError
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ does not answer; 2: there is no such version, checkpoint or store."""
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = usage("ACTION [VERSION|CHECKPOINT]...")
     parser.add_argument("action", nargs="?", choices=sorted(_ACTIONS), metavar="ACTION", help="what to do, see above")
     parser.add_argument("what", nargs="*", metavar="VERSION|CHECKPOINT", help="which, see above")
     parser.add_argument("--json", action="store_true", help="print JSON for programs, and not a table")

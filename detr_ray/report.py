@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from detr_ray.cli import EXIT_FAILED, run_command, say, write_result
+from detr_ray.cli import EXIT_FAILED, run_command, say, usage, write_result
 from detr_ray.config import Config, ConfigError
 from detr_ray.data.errors import DataError
 
@@ -24,7 +24,7 @@ RUN is the run's folder; with a second RUN, both are compared. Training writes t
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "%(prog)s RUN [RUN] [--config FILE]... [options] [key=value]..."
+    parser.usage = usage("RUN [RUN]")
     parser.add_argument("runs", metavar="RUN", nargs="*", help="folder of a run, on a disk or in a bucket")
     parser.add_argument(
         "--out",

@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from detr_ray.cli import count, refuse_idle_keys, run_command, say
+from detr_ray.cli import count, refuse_idle_keys, run_command, say, usage
 from detr_ray.config import Config, ConfigError
 
-DESCRIPTION = """Serve a model over HTTP with Ray Serve, until Ctrl-C. SOURCE is what load_model takes: a run's folder,
-a checkpoint, models:/NAME@ALIAS, a published file or its URL.
+DESCRIPTION = """Serve a model over HTTP with Ray Serve, until Ctrl-C. MODEL is a run's folder, a checkpoint,
+models:/NAME@ALIAS, a published file or its URL.
 
 GET / is a page to drop an image on, GET /health says that it runs, POST /predict takes an image file, or JSON:
 {"image": "<base64>" or ["<base64>", ...], "threshold": 0.5, "top_k": 10}. Images of several requests go through the
@@ -29,7 +29,8 @@ def _port(text: str) -> int:
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", nargs="?", help="the model; see above")
+    parser.usage = usage("MODEL")
+    parser.add_argument("source", metavar="MODEL", nargs="?", help="the model; see above")
     parser.add_argument(
         "--host", metavar="ADDRESS", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine)"
     )
@@ -63,7 +64,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _serve(config: Config, arguments: argparse.Namespace) -> int:
     if not arguments.source:
-        raise ConfigError("SOURCE is missing: python -m detr_ray.serve SOURCE")
+        raise ConfigError("MODEL is missing: python -m detr_ray.serve MODEL")
     most = arguments.max_replicas or arguments.replicas
     if most < arguments.replicas:
         raise ConfigError(f"--max-replicas: {most} is less than --replicas ({arguments.replicas})")

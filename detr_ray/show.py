@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from detr_ray.cli import EXIT_FAILED, count, run_command, say, share, write_result
+from detr_ray.cli import EXIT_FAILED, count, of_model, run_command, say, share, usage, write_result
 from detr_ray.config import Config, ConfigError
 from detr_ray.engine.pictures.request import Drawn, PictureRequest
 from detr_ray.progress_bar import ProgressBar
@@ -138,14 +138,16 @@ PICTURES: dict[str, tuple[str, Draw]] = {
 }
 """What can be shown: its meaning, and what draws it."""
 
+_OF_DATA = ("batch", "sample", "augmentation", "data")
+
 _PROGRAMS = ("xdg-open", "display", "gm", "eog", "xv")
 """The programs that Pillow has show a picture on Linux."""
 
 _WIDTH = max(map(len, PICTURES))
 DESCRIPTION = """Draw a picture, and write it into a file (--out) or open it in a window.
 
-batch, sample and data show the data that the configuration names. The others show a model or a run, which
-eval.checkpoint names as for the evaluate command; training, schedules and times need a run's folder there.
+batch, sample, augmentation and data show the data that the configuration names. The others show MODEL, as the evaluate
+command takes it; training, schedules and times need a run's folder.
 
 WHAT is one of
 """ + "\n".join(f"  {name:<{_WIDTH}}  {meaning}" for name, (meaning, _) in PICTURES.items())
@@ -153,14 +155,15 @@ WHAT is one of
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     default = PictureRequest()
-    parser.usage = "%(prog)s WHAT [--config FILE]... [options] [key=value]..."
+    parser.usage = usage("WHAT [MODEL]")
     parser.add_argument("what", metavar="WHAT", nargs="?", help="what to draw, see above")
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="the model or run; left out: eval.checkpoint")
     parser.add_argument(
         "--out", metavar="FILE", help="write the picture into this file (png, svg, pdf, jpg, webp) and open no window"
     )
     parser.add_argument(
         "--images", metavar="N", type=count, default=default.images,
-        help=f"most images in the picture (default {default.images})",
+        help=f"how many images the picture shows at most (default {default.images})",
     )  # fmt: skip
     parser.add_argument(
         "--image", metavar="IMAGE",
@@ -205,6 +208,8 @@ def _show(config: Config, arguments: argparse.Namespace) -> int:
         given = "nothing is named" if arguments.what is None else f"{arguments.what!r} is not known"
         given += f" (did you mean {like[0]}?)" if like else ""
         raise ConfigError(f"WHAT: {given}; it is one of {', '.join(PICTURES)}")
+    if arguments.model is not None and arguments.what in _OF_DATA:
+        raise ConfigError(f"MODEL: {arguments.what} shows the data that the configuration names, and no model")
     if arguments.out is None:
         _refuse_window(_why_no_window())
     else:
@@ -213,7 +218,7 @@ def _show(config: Config, arguments: argparse.Namespace) -> int:
     request = PictureRequest(
         arguments.images, arguments.image, arguments.step, tuple(arguments.point), arguments.layer, arguments.score
     )
-    drawn = PICTURES[arguments.what][1](config, request)
+    drawn = PICTURES[arguments.what][1](of_model(config, arguments.model), request)
     for line in drawn.lines:
         say(line)
     return _open(drawn.figure) if arguments.out is None else _write(drawn.figure, arguments.out)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from detr_ray.cli import EXIT_FAILED, run_command, say
+from detr_ray.cli import EXIT_FAILED, run_command, say, usage
 from detr_ray.config import Config, ConfigError
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ BEGIN_WITHIN_S = 600.0
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = usage("[RUN]")
     parser.add_argument("run", metavar="RUN", nargs="?", help="the run's folder or address")
     parser.add_argument("--once", action="store_true", help="say how far the run is, and stop")
 

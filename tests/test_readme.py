@@ -16,6 +16,8 @@ import pytest
 from ports import free_port
 from tiny import TINY, make_dataset
 
+from detr_ray.config import load_config
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text().replace("\\\n", " ")
 BLOCKS = re.findall(r"^ {4}(\S.*)$", README, re.MULTILINE)
@@ -28,9 +30,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
     shutil.copytree(ROOT / "configs", folder / "configs")
     dataset = make_dataset(folder / "runs" / "quickstart-data")
-    for split in ("train", "val"):
-        shutil.copy(dataset / "annotations" / f"instances_{split}2017.json", folder / f"{split}.json")
-        shutil.copytree(dataset / f"{split}2017", folder / "images", dirs_exist_ok=True)
+    shutil.copytree(dataset / "train2017", folder / "FOLDER" / "train2017")
+    (folder / "FOLDER" / "annotations").mkdir()
+    name = "instances_train2017.json"
+    shutil.copy(dataset / "annotations" / name, folder / "FOLDER" / "annotations" / name)
     shutil.copytree(dataset / "val2017", folder / "photos")
     return folder
 
@@ -40,6 +43,16 @@ def test_the_readme_has_the_commands_that_a_stranger_needs() -> None:
         "train", "check", "evaluate", "predict", "watch", "prepare", "tune", "show", "report", "registry",
     }  # fmt: skip
     assert [line.split()[1] for line in BLOCKS if line.startswith("make ")] == ["quickstart", "test"]
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "training.md"], ids=lambda page: page.name)
+def test_trainings_that_need_more_than_a_test_has_are_configured_well(page: Path) -> None:
+    lines = re.findall(r"^ {4}(.*detr_ray\.train .*)$", page.read_text().replace("\\\n", " "), re.MULTILINE)
+    assert lines
+    for line in lines:
+        words = shlex.split(line.partition("detr_ray.train ")[2])
+        assert words.pop(0) == "--config"
+        load_config(ROOT / words[0], words[1:]).check_training()
 
 
 def test_every_make_target_exists() -> None:
@@ -54,9 +67,7 @@ def test_every_command_does_what_it_says(folder: Path, monkeypatch: pytest.Monke
     assert run("train", ["--config", "configs/quickstart.yaml", "run.name=NAME"], *same_data) == 0
     for line in [line for line in OURS if ".tune" not in line]:
         _, _, module, *arguments = shlex.split(line)
-        extra = same_data if "quickstart" in line else ("data.root=null",)
-        if "eval.checkpoint=" in line:
-            extra = ()  # the run says which data
+        extra = same_data if "quickstart" in line else ()
         code = run(module.removeprefix("detr_ray."), arguments, *extra)
         printed = capsys.readouterr()
         assert code == 0, f"{line}\n{printed.out}\n{printed.err}"

@@ -145,14 +145,14 @@ class TrainConfig(Section):
     """Images of one optimizer step, over all workers. Each worker gets a share of them; shares need not be equal."""
     micro_batch_size: CountOrAuto | None = None
     """Largest number of images in one forward pass. A worker with a larger share accumulates gradients over several
-    passes. Changes memory, not results. null: the whole share in one pass. `auto`: the largest number for which the
-    largest batch of the plan fits into memory, tried out before the first step: on a GPU in nine tenths of its free
-    memory, on CPUs in half of the machine's (or the container's), which its workers share. A search over CPUs needs a
-    number, or `tune.max_concurrent=1`."""
+    passes. Changes memory; results only by padding, and with `model.backbone_norm=batch`. null: the whole share in one
+    pass. `auto`: the largest number for which the largest batch of the plan fits into memory, tried out before the
+    first step: on a GPU in nine tenths of its free memory, on CPUs in half of the machine's (or the container's), which
+    its workers share. A search over CPUs needs a number, or `tune.max_concurrent=1`."""
     num_workers: CountOrRange | None = None
     """Number of training workers. `[least, most]`: as many as the cluster has room for; workers are added and removed
-    as nodes come and go, and batches and results stay the same. null: one for each GPU of the cluster, or one if there
-    is no GPU."""
+    as nodes come and go, and samples and their order stay the same. null: one for each GPU of the cluster, or one if
+    there is no GPU."""
     use_gpu: bool | None = None
     """Train on GPUs. null: if there are any."""
     worker_resource: Text | None = None
