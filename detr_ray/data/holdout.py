@@ -3,21 +3,27 @@
 A hash of an image's name and the seed decides on which side it is, so adding images later does not move the others.
 Images of one group (frames of one video) are on the same side. The hash gives each class its share only on average. If
 a class would be on one side alone, one of its groups is moved: the group with the smallest hash to validation, or the
-one with the largest to training. Only such a group can move back when images are added.
+one with the largest to training, if no other class has it alone there. Only such a group can move back when images are
+added.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from detr_ray.data.errors import DataError
 from detr_ray.data.index import DatasetIndex
+from detr_ray.data.known_folders import without_known_folders
 from detr_ray.printable import printable
+
+_ROUNDS = 10
+"""Moving a group for one class may take the last one of another; so often it is looked at again."""
 
 
 @dataclass(frozen=True)
@@ -57,24 +63,24 @@ class Holdout:
             is_val[hashes.argmin()] = True
         if is_val.all():
             is_val[hashes.argmax()] = False
-        for members in _groups_of_classes(index, group_of):
-            if len(members) > 1 and len(set(is_val[members].tolist())) == 1:
-                is_missing = not is_val[members[0]]
-                moved = members[hashes[members].argmin() if is_missing else hashes[members].argmax()]
-                is_val[moved] = is_missing
+        _move_missing(is_val, hashes, [members for members in _groups_of_classes(index, group_of) if len(members) > 1])
         return is_val[group_of]
 
     def _groups(self, names: list[str], source: str) -> Iterator[str]:
         """The group of each image; one of its own is called after its file."""
         if self.group_by is None:
-            yield from names
+            # Known folders are left out: a table may name an image with or without them.
+            yield from map(without_known_folders, names)
             return
         pattern, num_matches = re.compile(self.group_by), 0
         for name in names:
             match = pattern.search(name)
             num_matches += match is not None
             # No text of a match equals that of a name after this character, which names cannot have.
-            yield f"\0{name}" if match is None else "\0".join(text or "" for text in match.groups() or (match[0],))
+            if match is None:
+                yield f"\0{without_known_folders(name)}"
+            else:
+                yield "\0".join(text or "" for text in match.groups() or (match[0],))
         if not num_matches:
             raise DataError(
                 f"{source}: data.split.group_by ({self.group_by}) matches no file name; the first is "
@@ -85,6 +91,38 @@ class Holdout:
         """A number in 0..1 for a group."""
         digest = hashlib.sha256(f"{self.seed}\0{group}".encode()).digest()
         return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _move_missing(is_val: np.ndarray, hashes: np.ndarray, classes: Sequence[np.ndarray]) -> None:
+    """Moves groups, in place, until each class is on both sides.
+
+    Args:
+        is_val: ``[G]`` bool, which groups are for validation.
+        hashes: ``[G]``.
+        classes: the groups of each class, two at least.
+    """
+    counts = [[int((is_val[members] == side).sum()) for side in (False, True)] for members in classes]
+    if all(map(all, counts)):
+        return
+    times_moved: Counter[int] = Counter()
+    classes_of: defaultdict[int, list[int]] = defaultdict(list)
+    for number, members in enumerate(classes):
+        for group in members.tolist():
+            classes_of[group].append(number)
+    for _ in range(_ROUNDS):
+        for number, members in enumerate(classes):
+            if all(counts[number]):
+                continue
+            side = int(counts[number][0] == 0)
+            in_order = members[np.argsort(-hashes[members] if side else hashes[members])].tolist()
+            moved = next((one for one in in_order if all(counts[other][side] > 1 for other in classes_of[one])), None)
+            if moved is None:  # the class that it is taken from is looked at again
+                moved = min(in_order, key=times_moved.__getitem__)
+            times_moved[moved] += 1
+            is_val[moved] = not side
+            for other in classes_of[moved]:
+                counts[other][side] -= 1
+                counts[other][1 - side] += 1
 
 
 def _groups_of_classes(index: DatasetIndex, group_of: np.ndarray) -> Iterator[np.ndarray]:

@@ -119,7 +119,7 @@ def test_images_of_one_split_alone_are_counted_as_not_annotated(tmp_path):
         (folder / image.name).with_suffix(".xml").write_text(voc_xml(image), encoding="utf-8")
     put_images(tmp_path / "test", data_set()["val"])
     index = open_split(str(tmp_path), None, "train")
-    assert index.file_names.to_pylist() == ["train/cam00/train ü00.jpg", "train/cam01/train ü01.png"]
+    assert index.file_names.to_pylist() == ["cam00/train ü00.jpg", "cam01/train ü01.png"]
     assert "images_not_annotated" not in index.problems
     put_images(tmp_path / "train/cam01", data_set()["val"][:2])
     assert open_split(str(tmp_path), None, "train").problems["images_not_annotated"] == 2

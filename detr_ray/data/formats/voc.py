@@ -9,7 +9,7 @@ the lines of ``classes.txt``; without it, all names of all files in alphabetical
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -20,6 +20,7 @@ from detr_ray.data.formats.image_names import ANNOTATION_FOLDERS, ImageMatcher, 
 from detr_ray.data.formats.values import at_line, read_class_file
 from detr_ray.data.formats.voc_file import VocImage, read_annotation
 from detr_ray.data.index import DatasetIndex
+from detr_ray.data.known_folders import KNOWN_FOLDERS
 from detr_ray.printable import printable
 
 NAME = "voc"
@@ -71,7 +72,7 @@ class VocFolder:
         found = set(filter(None, images))
         if not found:
             raise DataError(self._advice(contents[0], len(contents), source))
-        root = _root(self.files[split], images)
+        root = _root(found)
         gathered = Gathered()
         owners: dict[str, str] = {}
         for content, image in zip(contents, images, strict=True):
@@ -140,16 +141,14 @@ def _wanted(content: VocImage) -> str:
     return content.stated_name.replace("\\", "/").rpartition("/")[2] or f"{posixpath.basename(stem(content.file))}.jpg"
 
 
-def _root(files: Sequence[str], images: Sequence[str | None]) -> str:
-    """The folder that names of images are relative to: that in which they lie, or that in which their folders lie."""
-    is_one = len(set(map(posixpath.dirname, files))) == 1
-    return posixpath.commonpath(
-        {
-            "" if not is_one and posixpath.dirname(image) == posixpath.dirname(file) else posixpath.dirname(image)
-            for file, image in zip(files, images, strict=True)
-            if image is not None
-        }
-    )
+def _root(images: Iterable[str]) -> str:
+    """The folder that names of images are relative to: the last known folder that all images lie in, or the set's.
+
+    Other folders do not count, so that names stay what they are when images are added in a new one.
+    """
+    folders = posixpath.commonpath({posixpath.dirname(image) for image in images}).split("/")
+    known = [place for place, folder in enumerate(folders, 1) if folder.lower() in KNOWN_FOLDERS]
+    return "/".join(folders[: known[-1]]) if known else ""
 
 
 def find(folder: Folder) -> VocFolder | None:
