@@ -112,7 +112,7 @@ class DatasetIndex:
         sources: the data sets that this one is merged from (`merging.py`); None where it is one.
         problems: numbers of things that were corrected or left out; the keys are those of `PROBLEMS`. The reader counts
             some; those that the columns show are added when the index is made.
-        fingerprint: sha256 of the content, the same wherever and in whichever format the data set lies.
+        fingerprint: sha256 of the content: the same wherever it lies, and in each format that gives images these names.
     """
 
     image_ids: np.ndarray
