@@ -247,6 +247,8 @@ class DatasetIndex:
     def take(self, rows: np.ndarray) -> DatasetIndex:
         """Some of the images with their annotations, as a data set of its own.
 
+        What the reader counted in ``problems`` stays the whole set's number.
+
         Args:
             rows: ``[n]`` rows of the index, rising.
         """
@@ -274,7 +276,6 @@ class DatasetIndex:
             first_box=first_box,
             shards=shards,
             sources=sources,
-            problems={key: n for key, n in self.problems.items() if key not in _box_problems(self)},
         )
 
     def without_annotations(self) -> DatasetIndex:

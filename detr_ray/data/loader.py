@@ -34,6 +34,12 @@ _COLUMNS: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
 }
 
 
+def padded_size(samples: Sequence[SamplePlan], multiple: int) -> tuple[int, int]:
+    """Height and width of the batch of some samples: those of the largest, rounded up to a multiple of some pixels."""
+    height, width = (-(-max(sample.size[side] for sample in samples) // multiple) * multiple for side in (0, 1))
+    return height, width
+
+
 class BatchLoader:
     """Makes padded batches of planned samples.
 
@@ -93,9 +99,7 @@ class BatchLoader:
 
     def _assemble(self, samples: Sequence[SamplePlan], reads: Sequence[Callable[[], bytes]]) -> PaddedBatch:
         """The batch of the samples whose images are being read."""
-        height, width = (
-            -(-max(sample.size[side] for sample in samples) // self.pad_multiple) * self.pad_multiple for side in (0, 1)
-        )
+        height, width = padded_size(samples, self.pad_multiple)
         # Channels last, as decoders leave pixels and as convolutions take them: rows are copied whole.
         pixels = np.empty((len(samples), height, width, 3), np.uint8)
         loaded: list[Instances] = []

@@ -35,6 +35,9 @@ def test_steps_and_shapes_are_those_of_training(check, tmp_path, monkeypatch):
     assert "a step of the largest batch takes about" in messages[2]
     one_by_one = check(root, "train.num_workers=null", "train.micro_batch_size=3").messages("ok", "training")
     assert "forward pass 2 x 48x64 (one worker" in one_by_one[1]
+    padded = check(root, "data.pad_multiple=50", "eval.batch_size=3").messages("ok", "training")
+    assert "largest training image 48x64 " in padded[1]
+    assert "forward pass 2 x 50x100 (2 workers); in validation 3 x 48x64" in padded[1]
 
 
 def test_transforms_that_do_not_end_before_the_training_are_named(check, tmp_path):
@@ -45,6 +48,9 @@ def test_transforms_that_do_not_end_before_the_training_are_named(check, tmp_pat
     assert not any(
         "until_epoch" in m for m in check(root, transforms, "train.epochs=10").messages("warning", "training")
     )
+    twice = "data.augment.transforms=[photometric: {until_epoch: 400}, photometric: {until_epoch: 5}, detr]"
+    messages = check(root, twice, "train.epochs=9").messages("warning", "training")
+    assert any("photometric (until_epoch: 400) would be on until the end" in m for m in messages)
 
 
 def test_what_an_epoch_takes_is_counted(check, tmp_path):

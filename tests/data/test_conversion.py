@@ -167,4 +167,28 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path):
         convert(indexes, str(root), "coco")
     with pytest.raises(DataError, match=r"s3://bucket/x: give a folder of this machine"):
         convert(indexes, "s3://bucket/x", "yolo")
-    assert [path.name for path in tmp_path.iterdir()] == ["odd"]
+    (tmp_path / "a file").write_text("")
+    for below in ("out", "between/out"):
+        with pytest.raises(DataError, match=r"/a file is a file, not a folder: give another folder than .*/out$"):
+            convert(indexes, str(tmp_path / "a file" / below), "coco")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a file", "odd"]
+    (tmp_path / ".out.partial").mkdir()
+    with pytest.raises(DataError, match=r"/\.out\.partial exists: an attempt was killed, or one is running; delete it"):
+        convert(indexes, str(tmp_path / "out"), "coco")
+
+
+def test_every_name_of_a_class_can_be_written(tmp_path):
+    """Also one with what YAML takes for a line break; without such, they stay as people read them."""
+    names = ["Größe", "点 1", "next\x85line", "a\u2028b", "a\ufeffb", "\U0001f600", "no", "tab\t"]
+    (tmp_path / "a.jpg").write_bytes(encoded())
+    content = {
+        "images": [{"id": 1, "file_name": "a.jpg", "height": SIZE[0], "width": SIZE[1]}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 0, "bbox": [4, 4, 9, 9], "area": 81, "iscrowd": 0}],
+    }
+    for number, some in enumerate((names[:2], names)):
+        categories = [{"id": place, "name": name} for place, name in enumerate(some)]
+        (tmp_path / "set.json").write_text(json.dumps(content | {"categories": categories}))
+        index = read_coco_index(str(tmp_path / "set.json"), str(tmp_path))
+        convert({"train": index}, str(tmp_path / f"{number}"), "yolo")
+        assert_same(tmp_path / f"{number}", {"train": index})
+    assert "Größe" in (tmp_path / "0" / "data.yaml").read_text() and "点 1" in (tmp_path / "0/data.yaml").read_text()

@@ -78,8 +78,8 @@ def convert(
         raise DataError(f"{target} exists already: give a new or an empty folder")
     partial = target.parent / f".{target.name}.partial"
     named = {split: _with_plain_names(index) for split, index in indexes.items()}
+    _make_parents(target)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
     except FileExistsError as error:
         raise DataError(f"{partial} exists: an attempt was killed, or one is running; delete it") from error
@@ -100,6 +100,16 @@ def convert(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return num_bytes
+
+
+def _make_parents(folder: Path) -> None:
+    for above in folder.parents:
+        if above.is_file():
+            raise DataError(f"{above} is a file, not a folder: give another folder than {folder}")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{folder} cannot be written: {error}") from error
 
 
 def _with_plain_names(index: DatasetIndex) -> DatasetIndex:

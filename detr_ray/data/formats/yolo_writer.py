@@ -48,6 +48,8 @@ def write_annotations(indexes: Mapping[str, DatasetIndex], folder: Path) -> None
         "names": dict(enumerate(name for _, name in categories))
     }
     text = yaml.safe_dump(about, allow_unicode=True, sort_keys=False)
+    if yaml.safe_load(text) != about:  # PyYAML reads U+0085 as a line break that it wrote as it is
+        text = yaml.safe_dump(about, sort_keys=False)
     (folder / "data.yaml").write_text(text, encoding="utf-8")
     (folder / IDS_NAME).write_bytes(dump_ids([category_id for category_id, _ in categories], splits))
 

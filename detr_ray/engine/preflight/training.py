@@ -20,6 +20,7 @@ from detr_ray.data.balance import takings, takings_of_sources
 from detr_ray.data.errors import DataError
 from detr_ray.data.index import DatasetIndex
 from detr_ray.data.label_map import LabelMap
+from detr_ray.data.loader import padded_size
 from detr_ray.data.planner import split_global_batch
 from detr_ray.data.sample import SamplePlan
 from detr_ray.data.statistics import count_boxes
@@ -255,7 +256,7 @@ def _check_shapes(data: PlannedData, steps: int, report: Report) -> tuple[np.nda
         largest = max([largest, *(sample.size for sample in batch)], key=math.prod)
         for rank in range(workers or 1):
             for part in split_global_batch(batch, workers or 1, rank, most):
-                largest_batch = max(largest_batch, _padded(part), key=math.prod)
+                largest_batch = max(largest_batch, _padded(part, config.data.pad_multiple), key=math.prod)
     count, height, width = largest_batch
     share = f"{workers} workers" if workers else "one worker; more workers share it"
     share += "; cut as memory allows" if config.train.micro_batch_size == "auto" else ""
@@ -270,16 +271,16 @@ def _check_shapes(data: PlannedData, steps: int, report: Report) -> tuple[np.nda
     return np.array(samples, np.int64), largest_batch
 
 
-def _padded(samples: tuple[SamplePlan, ...]) -> tuple[int, int, int]:
+def _padded(samples: tuple[SamplePlan, ...], multiple: int = 1) -> tuple[int, int, int]:
     """Number of images, height and width of a padded batch."""
-    return len(samples), max(s.size[0] for s in samples), max(s.size[1] for s in samples)
+    return len(samples), *padded_size(samples, multiple)
 
 
 def _check_ends(config: Config, report: Report) -> None:
     """Checks that transforms that are to end do so before the training does."""
     epochs = config.train.epochs
-    ends = {transform.name: getattr(transform, "until_epoch", None) for transform in config.data.augment.transforms}
-    late = [f"{name} (until_epoch: {end})" for name, end in ends.items() if end is not None and end >= epochs]
+    ends = [(t.name, getattr(t, "until_epoch", None)) for t in config.data.augment.transforms]
+    late = [f"{name} (until_epoch: {end})" for name, end in ends if end is not None and end >= epochs]
     if late:
         report.add(
             "warning", TRAINING,
