@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,7 +30,8 @@ from format_sets import (
 )
 
 from detr_ray.data.errors import DataError
-from detr_ray.data.formats import Reading, first_image, open_split, open_undivided
+from detr_ray.data.formats import Reading, first_image, image_names, open_split, open_undivided
+from detr_ray.data.formats.folder import stem
 from detr_ray.data.images import ImageReader
 
 
@@ -109,6 +111,17 @@ def test_equal_names_in_parallel_folders_are_told_apart(tmp_path):
     shutil.copy(tmp_path / "JPEGImages/cam1/f.jpg", tmp_path / "JPEGImages/cam1/f.png")
     with pytest.raises(DataError, match=r"Annotations/cam1/f\.xml: may be of .*cam1/f\.jpg, .*cam1/f\.png: rename"):
         open_undivided(str(tmp_path), None)
+
+
+def test_frames_of_many_videos_are_matched_without_comparing_all_with_all(monkeypatch):
+    frames = [f"v{video}/{frame}" for video in range(40) for frame in range(5)]
+    folder = SimpleNamespace(images=lambda: [f"JPEGImages/{frame}.jpg" for frame in frames])
+    split: list[str] = []
+    monkeypatch.setattr(image_names, "stem", lambda name: (split.append(name), stem(name))[1])
+    matcher = image_names.ImageMatcher(folder, [f"Annotations/{frame}.xml" for frame in frames])
+    found = [matcher.find(f"Annotations/{frame}.xml") for frame in frames]
+    assert found == [f"JPEGImages/{frame}.jpg" for frame in frames]
+    assert len(split) <= 2 * len(frames), "each name is looked at once"
 
 
 def test_images_of_one_split_alone_are_counted_as_not_annotated(tmp_path):

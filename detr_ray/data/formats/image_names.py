@@ -92,9 +92,12 @@ class ImageMatcher:
         images = folder.images()
         usual = [name for name in images if posixpath.dirname(name) in beside or _kind(name) < len(_IMAGE_FOLDERS)]
         self.images = usual or images
-        self._by_name: dict[str, list[str]] = {}
+        self._by_parts: dict[tuple[str, ...], list[str]] = {}
         for name in self.images:
-            self._by_name.setdefault(posixpath.basename(stem(name)), []).append(name)
+            self._by_parts.setdefault(_compared(name), []).append(name)
+        self._by_last: dict[str, list[tuple[str, ...]]] = {}
+        for parts in self._by_parts:
+            self._by_last.setdefault(parts[-1], []).append(parts)
 
     def find(self, file: str) -> str | None:
         """The image of a file; None if there is none.
@@ -104,11 +107,12 @@ class ImageMatcher:
         """
         parts = _compared(file)
         fits: dict[tuple[int, int], list[str]] = {}
-        for name in self._by_name.get(parts[-1], []):
-            others = _compared(name)
+        # Frames of many videos have the same names: these are gone through only where no folders are the same.
+        for others in [parts] if parts in self._by_parts else self._by_last.get(parts[-1], []):
             shared = min(len(parts), len(others))
             if parts[-shared:] == others[-shared:]:
-                fits.setdefault((abs(len(parts) - len(others)), _kind(name)), []).append(name)
+                for name in self._by_parts[others]:
+                    fits.setdefault((abs(len(parts) - len(others)), _kind(name)), []).append(name)
         found = fits[min(fits)] if fits else []
         if len(found) > 1:
             raise DataError(f"{printable(file)}: may be of {few(found)}: rename or remove one of them")
@@ -120,10 +124,10 @@ def _image_kind(name: str) -> str:
     return ".jpg" if suffix in _JPEG_SUFFIXES else suffix
 
 
-def _compared(name: str) -> list[str]:
+def _compared(name: str) -> tuple[str, ...]:
     """The parts of a name that a file has in common with its image."""
     *above, last = stem(name).split("/")
-    return [*(part for part in above if part not in ANNOTATION_FOLDERS and part not in _IMAGE_FOLDERS), last]
+    return *(part for part in above if part not in ANNOTATION_FOLDERS and part not in _IMAGE_FOLDERS), last
 
 
 def _kind(name: str) -> int:
