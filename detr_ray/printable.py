@@ -34,6 +34,17 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
+def is_encodable(text: str) -> bool:
+    """Whether text can be written as UTF-8: it has no half of a surrogate pair, as names in other encodings get."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _escaped(character: str) -> str:
     if unicodedata.category(character) not in _HIDDEN and character not in _TURNING:
         return character

@@ -195,6 +195,28 @@ def test_xml_that_is_taken_and_counted(tmp_path):
     assert index.file_names.to_pylist() == ["a.jpg", "c.jpg"], "an image that is missing is found when it is read"
 
 
+def test_a_learnable_box_stays_beside_a_crowd_of_the_same_place(tmp_path):
+    crowd = voc_object().replace("<bndbox>", "<difficult>1</difficult><bndbox>")
+    files = {"train/a.jpg": encoded(), "train/a.xml": voc(crowd + voc_object() + crowd), "val/a.xml": voc()}
+    index = read(put(tmp_path, files))
+    assert index.is_crowd.tolist() == [True, False] and index.problems["rows_repeated"] == 1
+
+
+SIDES_OF_NO_IMAGE = ("3000000000", "1e12", "inf", "nan", "0", "-5")
+
+
+def test_sizes_that_no_image_has_are_read_from_the_header(tmp_path):
+    header, row = "path,x1,y1,x2,y2,class,width,height\n", "{},1,2,9,9,cat,{},48\n"
+    names = {f"{number}.jpg": side for number, side in enumerate(SIDES_OF_NO_IMAGE)}
+    sizes = {name: f"<width>{side}</width><height>48</height>" for name, side in names.items()}
+    voc_files = {f"train/{name[0]}.xml": voc(voc_object(), sizes[name], name) for name in names}
+    table = header + "".join(row.format(name, side) for name, side in names.items())
+    images = {f"train/{name}": encoded(size=(48, 64)) for name in names}
+    for form, files in {"voc": voc_files | {"val/a.xml": voc()}, "csv": {"train.csv": table, "val.csv": table}}.items():
+        index = read(put(tmp_path / form, images | files))
+        assert index.widths.tolist() == [64] * len(names) and not index.problems
+
+
 def test_lists_that_do_not_fit_are_refused_or_counted(tmp_path):
     files = {"Annotations/a.xml": voc(voc_object()), "JPEGImages/a.jpg": encoded(), "ImageSets/Main/val.txt": "a 1"}
     root = put(tmp_path, files | {"ImageSets/Main/train.txt": "a\ngone\n"})

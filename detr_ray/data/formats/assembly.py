@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from detr_ray.callbacks import Progress
 from detr_ray.data.errors import DataError, few
+from detr_ray.data.formats.folder import refuse_other_encoding
 from detr_ray.data.image_sizes import read_sizes
 from detr_ray.data.images import ImageReader, StoredNames
 from detr_ray.data.index import MOST_PIXELS_A_SIDE, DatasetIndex
@@ -52,7 +53,7 @@ class Gathered:
 
     Attributes:
         in_fractions: whether boxes are fractions of the image's sides; else pixels.
-        drop_repeated: whether a repeated box of an image, with the same class, is counted once.
+        drop_repeated: whether a repeated box of an image, with the same class and alike a crowd or not, is kept once.
         names: a name for each image, below the images' folder.
         sizes: (height, width) as stated; None if it has to be read from the image's header.
         image_of: for each box, the place of its image in ``names``.
@@ -112,18 +113,19 @@ def assemble(
         reading: what happens with images whose size cannot be read.
 
     Raises:
-        DataError: no images; or the size of one cannot be read, unless such are skipped.
+        DataError: no images; the name of one is not UTF-8; or its size cannot be read, unless such are skipped.
     """
     if not gathered.names:
         raise DataError(f"{source}: no image in it")
     order = sorted(range(len(gathered.names)), key=gathered.names.__getitem__)
     place_of = np.empty(len(order), np.int64)
     place_of[order] = np.arange(len(order))
+    refuse_other_encoding(images_root, gathered.names)
     names = pa.array([gathered.names[i] for i in order], pa.string())
     stated = [gathered.sizes[i] for i in order]
-    sizes, unread = complete_sizes(stated, StoredNames(names, images_root, follow_links), source, reading)
-    is_kept = np.asarray((sizes > 0).all(axis=1) & (sizes <= MOST_PIXELS_A_SIDE).all(axis=1))
-    gathered.count("images_without_size", unread)
+    sizes, _ = complete_sizes(stated, StoredNames(names, images_root, follow_links), source, reading)
+    is_kept = np.asarray((sizes > 0).all(axis=1))
+    gathered.count("images_without_size", int((~is_kept).sum()))
 
     image_of = place_of[np.array(gathered.image_of, np.int64)]
     rows = np.argsort(image_of, kind="stable")
@@ -158,7 +160,7 @@ def complete_sizes(
     """Sizes of images, read from their headers where they are not stated.
 
     Args:
-        stated: (height, width) of each; None where its header is to be read.
+        stated: (height, width) of each; None where its header is to be read, as it is where no image has this size.
         stored: where they lie.
         source: what to call the data set in messages.
         reading: what happens with images whose size cannot be read.
@@ -170,7 +172,7 @@ def complete_sizes(
         DataError: the size of one cannot be read, unless such are skipped.
     """
     sizes = np.array([size or (0, 0) for size in stated], np.int64).reshape(-1, 2)
-    missing = [place for place, size in enumerate(stated) if size is None]
+    missing = np.flatnonzero(((sizes <= 0) | (sizes > MOST_PIXELS_A_SIDE)).any(axis=1)).tolist()
     if not missing:
         return sizes, 0
     sizes[missing], faults = read_sizes(ImageReader(stored), missing, reading.progress("read the sizes of"))
@@ -212,7 +214,9 @@ def _finite_and_first(gathered: Gathered, rows: np.ndarray) -> np.ndarray:
     if gathered.drop_repeated:
         seen = set()
         for place, row in enumerate(rows.tolist()):
-            key = (gathered.image_of[row], gathered.category_ids[row], gathered.corners[row])
+            key = (
+                gathered.image_of[row], gathered.category_ids[row], gathered.corners[row], gathered.is_crowd[row],
+            )  # fmt: skip
             if stays[place] and key in seen:
                 stays[place] = False
                 gathered.count("rows_repeated")

@@ -23,7 +23,7 @@ from detr_ray.addresses import LocationError, check_address, is_remote, join, lo
 from detr_ray.callbacks import Progress
 from detr_ray.data.errors import DataError
 from detr_ray.data.formats.coco import read_coco_images
-from detr_ray.data.formats.folder import Folder, is_image
+from detr_ray.data.formats.folder import Folder, is_image, refuse_other_encoding
 from detr_ray.data.formats.shards import INDEX_NAME, read_shard_index
 from detr_ray.data.image_sizes import read_sizes
 from detr_ray.data.images import ImageReader, StoredNames
@@ -59,11 +59,12 @@ def open_bare_images(
         progress: called with the number of images whose size was read, and of all.
 
     Raises:
-        DataError: there are none, or what was given is something else.
+        DataError: there are none, what was given is something else, or the name of one is not UTF-8.
     """
     try:
         for location in (*given, *([] if root is None else [root])):
             check_address(location)
+            refuse_other_encoding(location)
             if location.lower().startswith(("http://", "https://")):
                 raise DataError(
                     f"{printable(location)}: images behind web addresses are not listed here; download them, or name a "
@@ -156,7 +157,9 @@ def _matches(name: str, pattern: str) -> bool:
 
 def _of_files(files: Sequence[str], progress: Progress | None) -> BareImages:
     root = _common_folder(files)
-    names = pa.array([_below(root, file) for file in files], pa.string())
+    below = [_below(root, file) for file in files]
+    refuse_other_encoding(root, below)
+    names = pa.array(below, pa.string())
     # The user named these files or folders: links among them were meant.
     stored = StoredNames(names, root, follow_links=True)
     reader = ImageReader(stored)

@@ -18,7 +18,15 @@ from detr_ray.data.formats import open_images
 from detr_ray.data.formats.assembly import Gathered, Reading, assemble
 from detr_ray.data.formats.folder import SPLIT_NAMES, Folder, SplitTables
 from detr_ray.data.formats.image_names import ImageFinder, count_unused
-from detr_ray.data.formats.values import at_line, check_class_names, read_class_file, splits_in, to_number, words_in
+from detr_ray.data.formats.values import (
+    at_line,
+    check_class_names,
+    read_class_file,
+    splits_in,
+    to_number,
+    to_size,
+    words_in,
+)
 from detr_ray.data.index import DatasetIndex
 from detr_ray.printable import printable
 
@@ -290,10 +298,7 @@ def _box(values: Mapping[str, str], where: str) -> tuple[float, float, float, fl
 
 def _size(values: Mapping[str, str], where: str) -> tuple[int, int] | None:
     """(height, width) where the row states it."""
-    if not values.get("width") or not values.get("height"):
-        return None
-    height, width = (to_number(values[name], where) for name in ("height", "width"))
-    return (int(height), int(width)) if height >= 1 and width >= 1 else None
+    return to_size(values.get("height", ""), values.get("width", ""), where)
 
 
 def _read_class_table(location: str, text: str) -> tuple[tuple[int, str], ...]:

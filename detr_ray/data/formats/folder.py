@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import os
 import posixpath
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -21,7 +21,7 @@ from detr_ray.callbacks import Progress
 from detr_ray.data.errors import DataError
 from detr_ray.data.image_places import refuse_link_outside
 from detr_ray.locations import at, list_files, list_names, read_bytes
-from detr_ray.printable import printable
+from detr_ray.printable import is_encodable, printable
 from detr_ray.retries import reason_of
 
 IMAGE_SUFFIXES = frozenset({
@@ -141,9 +141,10 @@ class Folder:
         """The bytes of a file.
 
         Raises:
-            DataError: it is not there or cannot be read, or a link leads out of the folder.
+            DataError: it is not there or cannot be read, a link leads out of the folder, or its name is not UTF-8.
         """
         location = self.location(name)
+        refuse_other_encoding(location)
         try:
             if not is_uri(self.root) and not self.follow_links:
                 refuse_link_outside(self.root, name, printable(location))
@@ -187,8 +188,9 @@ def read_beginning(location: str) -> bytes:
     """The first mebibyte of a file.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: it cannot be read, or its name is not UTF-8.
     """
+    refuse_other_encoding(location)
 
     def read(file_system: fs.FileSystem, path: str) -> bytes:
         with file_system.open_input_stream(path) as file:
@@ -198,6 +200,24 @@ def read_beginning(location: str) -> bytes:
         return at(location, read)
     except (OSError, LocationError) as error:
         raise DataError(f"{printable(location)}: {reason_of(error)}") from error
+
+
+def refuse_other_encoding(location: str, names: Iterable[str] = ()) -> None:
+    """Refuses files whose name is not UTF-8, as archives from Windows may have: neither Arrow nor JSON can hold it.
+
+    Args:
+        location: of a file or folder.
+        names: files below that folder.
+
+    Raises:
+        DataError: one has such a name.
+    """
+    if is_encodable(location):
+        odd = next((name for name in names if not is_encodable(name)), None)
+        if odd is None:
+            return
+        location = join(location, odd)
+    raise DataError(f"{printable(location)}: its name is not UTF-8: rename it, or all by convmv -f CP1252 -t UTF-8")
 
 
 def is_image(name: str) -> bool:

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from detr_ray.data.errors import DataError, few, shown
+from detr_ray.printable import is_encodable
 
 Record = dict[str, Any]
 
@@ -185,10 +186,10 @@ class Records:
         if not all(map(str.strip, values)):
             self.blame(f"has no {key!r}: it is empty", lambda record: record[key].strip(), advice)
         # Single surrogates come from names whose bytes were not UTF-8; files and terminals do not accept them.
-        if not all(map(_is_encodable, values)):
+        if not all(map(is_encodable, values)):
             self.blame(
                 f"has a {key!r} with half of a surrogate pair in it",
-                lambda record: _is_encodable(record[key]),
+                lambda record: is_encodable(record[key]),
                 "It was not UTF-8 when the file was written: correct the name (and the image file's)",
                 key,
             )
@@ -297,13 +298,3 @@ def _float(value: int | float | None) -> float:
         return math.nan if value is None else float(value)
     except OverflowError:
         return math.inf
-
-
-def _is_encodable(text: str) -> bool:
-    if text.isascii():
-        return True
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from detr_ray.data.errors import DataError, few, shown
 from detr_ray.data.formats.folder import SPLIT_NAMES, Folder
+from detr_ray.data.index import MOST_PIXELS_A_SIDE
 from detr_ray.printable import printable
 
 _DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+(e[+-]?\d+)?", re.IGNORECASE)
@@ -44,6 +45,18 @@ def to_number(text: str, where: str) -> float:
     if _DECIMAL_COMMA.fullmatch(text.strip()):
         raise DataError(f"{where}: {shown(text)} has a decimal comma: write decimal points ({text.replace(',', '.')})")
     raise DataError(f"{where}: {shown(text)} is not a number")
+
+
+def to_size(height: str, width: str, where: str) -> tuple[int, int] | None:
+    """(height, width) of an image; None where one is empty, or is that of no image: some tools write 0.
+
+    Raises:
+        DataError: one is no number.
+    """
+    if not height or not width:
+        return None
+    sides = to_number(height, where), to_number(width, where)
+    return (int(sides[0]), int(sides[1])) if all(1 <= side <= MOST_PIXELS_A_SIDE for side in sides) else None
 
 
 def to_class_number(text: str, names: Sequence[str], where: str, listed_in: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from detr_ray.data.errors import DataError, shown
-from detr_ray.data.formats.values import at_line, to_number
+from detr_ray.data.formats.values import at_line, to_number, to_size
 from detr_ray.data.formats.xml_elements import Element, parse_xml
 from detr_ray.printable import printable
 
@@ -81,12 +81,11 @@ def _number(box: Element, tag: str, name: str, location: str) -> float:
 
 
 def _size(content: Element, location: str) -> tuple[int, int] | None:
-    """(height, width) where the file states it; some tools write 0."""
+    """(height, width) where the file states it."""
     size = content.first("size")
-    if size is None or not size.value("height") or not size.value("width"):
+    if size is None:
         return None
-    height, width = (to_number(size.value(tag), at_line(location, size.line)) for tag in ("height", "width"))
-    return (int(height), int(width)) if height >= 1 and width >= 1 else None
+    return to_size(size.value("height"), size.value("width"), at_line(location, size.line))
 
 
 def _first_pixel(content: Element) -> int:

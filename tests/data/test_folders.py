@@ -1,0 +1,55 @@
+"""Folders of data sets with what a file system may hold: names that are not UTF-8, folders that cannot be listed.
+
+Run alone: ``pytest tests/data/test_folders.py``. What bad files give is in ``test_bad_formats.py``.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from coco_folder import encoded
+
+from detr_ray.data.errors import DataError
+from detr_ray.data.formats import open_split, open_undivided
+from detr_ray.data.formats.bare_images import open_bare_images
+
+ODD = os.fsdecode(b"T\xfcr")  # as archives from Windows have it
+YOLO = {"data.yaml": "train: images\nval: images\nnames: [cat]\n", "images/a.jpg": encoded(), "labels/a.txt": ""}
+VOC = "<annotation><object><name>cat</name><bndbox>{}</bndbox></object></annotation>".format(
+    "".join(f"<{side}>{place}</{side}>" for side, place in (("xmin", 1), ("ymin", 2), ("xmax", 9), ("ymax", 9)))
+)
+
+
+def put(root: Path, files: dict[str, str | bytes]) -> Path:
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        (YOLO | {f"images/{ODD}.jpg": encoded()}, r"images/T\\udcfcr\.jpg"),
+        (YOLO | {f"images/{ODD}.jpg": encoded(), f"labels/{ODD}.txt": ""}, r"labels/T\\udcfcr\.txt"),
+        (YOLO | {f"images/{ODD}/b.jpg": encoded()}, r"images/T\\udcfcr/b\.jpg"),
+        ({f"Annotations/{ODD}.xml": VOC, f"JPEGImages/{ODD}.jpg": encoded()}, r"Annotations/T\\udcfcr\.xml"),
+        ({"Annotations/a.xml": VOC, f"JPEGImages/{ODD}/a.jpg": encoded()}, r"JPEGImages/T\\udcfcr"),
+        ({f"{ODD}.csv": "a.jpg,1,2,9,9,cat", "a.jpg": encoded()}, r"T\\udcfcr\.csv"),
+    ],
+)
+def test_names_that_are_not_utf8_are_refused(tmp_path, files, named):
+    root = put(tmp_path / "set", files)
+    with pytest.raises(DataError, match=rf"{named}: its name is not UTF-8: rename it"):
+        open_split(str(root), None, "train") if "data.yaml" in files else open_undivided(str(root), None)
+
+
+def test_images_for_prediction_with_such_names_are_refused(tmp_path):
+    root = put(tmp_path, {f"{ODD}.jpg": encoded(), f"{ODD}/a.jpg": encoded(), "b/c.jpg": encoded()})
+    for given in (root, root / f"{ODD}.jpg", root / ODD):
+        with pytest.raises(DataError, match=r"T\\udcfcr.*: its name is not UTF-8: rename it"):
+            open_bare_images([str(given)])
+    assert len(open_bare_images([str(root / "b")]).index) == 1
