@@ -5,6 +5,7 @@ Run alone: ``pytest tests/data/test_folders.py``. What bad files give is in ``te
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def put(root: Path, files: dict[str, str | bytes]) -> Path:
         (YOLO | {f"images/{ODD}.jpg": encoded(), f"labels/{ODD}.txt": ""}, r"labels/T\\udcfcr\.txt"),
         (YOLO | {f"images/{ODD}/b.jpg": encoded()}, r"images/T\\udcfcr/b\.jpg"),
         ({f"Annotations/{ODD}.xml": VOC, f"JPEGImages/{ODD}.jpg": encoded()}, r"Annotations/T\\udcfcr\.xml"),
-        ({"Annotations/a.xml": VOC, f"JPEGImages/{ODD}/a.jpg": encoded()}, r"JPEGImages/T\\udcfcr"),
+        ({"Annotations/a.xml": VOC, f"JPEGImages/{ODD}/a.jpg": encoded()}, r"JPEGImages/T\\udcfcr/a\.jpg"),
         ({f"{ODD}.csv": "a.jpg,1,2,9,9,cat", "a.jpg": encoded()}, r"T\\udcfcr\.csv"),
     ],
 )
@@ -53,3 +54,42 @@ def test_images_for_prediction_with_such_names_are_refused(tmp_path):
         with pytest.raises(DataError, match=r"T\\udcfcr.*: its name is not UTF-8: rename it"):
             open_bare_images([str(given)])
     assert len(open_bare_images([str(root / "b")]).index) == 1
+
+
+@pytest.mark.parametrize(
+    ("files", "closed"),
+    [
+        (YOLO, "images/y"),
+        (YOLO, "labels"),
+        (YOLO, "images"),
+        (YOLO, ""),
+        ({"Annotations/a.xml": VOC, "JPEGImages/a.jpg": encoded()}, "JPEGImages"),
+        ({"Annotations/a.xml": VOC, "JPEGImages/a.jpg": encoded()}, "Annotations"),
+        ({"labels.csv": "a.jpg,1,2,9,9,cat", "a.jpg": encoded()}, "more/images"),
+    ],
+)
+@pytest.mark.parametrize("error", [errno.EACCES, errno.EIO])
+def test_folders_that_cannot_be_listed_are_refused(tmp_path, monkeypatch, files, closed, error):
+    """By replacing what lists them, as tests may run as a user who may list everything."""
+    root = put(tmp_path, files)
+    place = root / closed
+    place.mkdir(parents=True, exist_ok=True)
+
+    def refuse(listing):
+        def listed(path):
+            if os.fspath(path) == str(place):
+                raise OSError(error, os.strerror(error), str(path))
+            return listing(path)
+
+        return listed
+
+    for name in ("scandir", "listdir"):
+        monkeypatch.setattr(os, name, refuse(getattr(os, name)))
+    with pytest.raises(DataError, match=rf"^{place}: cannot be listed: {os.strerror(error)}$"):
+        open_split(str(root), None, "train") if "data.yaml" in files else open_undivided(str(root), None)
+
+
+def test_folders_of_disks_and_archives_are_not_looked_into(tmp_path):
+    files = {"labels.csv": "a.jpg,1,2,9,9,cat", "a.jpg": encoded(), "lost+found/b.jpg": b"", "__MACOSX/c.jpg": b""}
+    index = open_undivided(str(put(tmp_path, files)), None)
+    assert index.file_names.to_pylist() == ["a.jpg"] and not index.problems

@@ -31,6 +31,8 @@ IMAGE_SUFFIXES = frozenset({
 SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation")}
 """Names that exports use for the folders and files of a split."""
 
+_OF_SYSTEMS = frozenset({"__MACOSX", "lost+found"})
+"""Folders of archives and disks, which hold no data; the second cannot be listed by users."""
 _LOCAL_THREADS = 8
 _REMOTE_THREADS = 64
 _GROUP_FILES = 512
@@ -69,7 +71,11 @@ class Folder:
         return join(self.root, name) if name else self.root
 
     def names(self, below: str = "") -> Collection[str]:
-        """Sorted names of files and folders directly in a folder below; none where there is no such folder."""
+        """Sorted names of files and folders directly in a folder below; none where there is no such folder.
+
+        Raises:
+            DataError: it cannot be listed.
+        """
         if below not in self._names:
             self._names[below] = dict.fromkeys(sorted(filter(_is_visible, self._list_names(below))))
         return self._names[below]
@@ -80,7 +86,11 @@ class Folder:
         return not name or last in self.names(above)
 
     def files(self, below: str = "") -> tuple[str, ...]:
-        """All files below a folder, sorted, as paths below the root."""
+        """All files below a folder, sorted, as paths below the root.
+
+        Raises:
+            DataError: it, or a folder in it, cannot be listed.
+        """
         if below not in self._files:
             whole = self._files.get("")
             if whole is not None:
@@ -158,22 +168,20 @@ class Folder:
 
     def _list_names(self, below: str) -> list[str]:
         location = self.location(below)
-        if is_uri(location):
-            return list_names(location)
         try:
-            return [path.name for path in Path(location).iterdir()]
-        except (FileNotFoundError, NotADirectoryError):
+            return list_names(location) if is_uri(location) else [path.name for path in Path(location).iterdir()]
+        except (OSError, LocationError) as error:
+            _refuse_unlisted(location, error)
             return []
 
     def _list_files(self, below: str) -> Iterator[str]:
         location = self.location(below)
         if is_uri(location):
-            found = (file.name for file in list_files(location))
-            yield from (posixpath.join(below, name) for name in found if all(map(_is_visible, name.split("/"))))
+            yield from (posixpath.join(below, name) for name in _stored_files(location))
             return
         seen = set()
         # Links to folders are followed here and refused where a file is read, by a message that says why.
-        for path, folders, files in os.walk(location, followlinks=True):
+        for path, folders, files in os.walk(location, onerror=_refuse_unwalked, followlinks=True):
             folders[:] = [name for name in folders if _is_visible(name)]
             real = os.path.realpath(path)
             if real in seen:
@@ -249,7 +257,33 @@ def decode_text(location: str, raw: bytes) -> str:
 
 
 def _is_visible(name: str) -> bool:
-    return not name.startswith(".") and name != "__MACOSX"
+    return not name.startswith(".") and name not in _OF_SYSTEMS
+
+
+def _stored_files(location: str) -> list[str]:
+    """Names of the visible files below a folder in a bucket."""
+    try:
+        found = [file.name for file in list_files(location)]
+    except (OSError, LocationError) as error:
+        _refuse_unlisted(location, error)
+        return []
+    return [name for name in found if all(map(_is_visible, name.split("/")))]
+
+
+def _refuse_unwalked(error: OSError) -> None:
+    _refuse_unlisted(str(error.filename), error)
+
+
+def _refuse_unlisted(location: str, error: OSError | LocationError) -> None:
+    """Refuses a folder that is there and cannot be listed: its images would be missing without a word.
+
+    Raises:
+        DataError: the error is not that there is no such folder.
+    """
+    if isinstance(error, LocationError):
+        raise DataError(str(error)) from error
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise DataError(f"{printable(location)}: cannot be listed: {reason_of(error)}") from error
 
 
 @dataclass(frozen=True)

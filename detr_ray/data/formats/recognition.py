@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from pyarrow.fs import FileType
 
@@ -16,6 +16,7 @@ from detr_ray.data.formats.unrecognised import hint
 from detr_ray.data.index import DatasetIndex
 from detr_ray.locations import file_info
 from detr_ray.printable import printable
+from detr_ray.retries import reason_of
 
 
 class DataSet(Protocol):
@@ -60,16 +61,12 @@ def find_data_set(root: str, name: str | None, follow_links: bool) -> DataSet:
         follow_links: whether links in it may lead out of it.
 
     Raises:
-        DataError: it is in none of the formats, or looks like several; says what each needs.
+        DataError: it is in none of the formats, or looks like several; says what each needs; or it cannot be listed.
     """
     folder = Folder(root, follow_links)
     if name is not None:
         return _of_format(folder, name)
-    try:
-        found = _recognised(folder)
-        names = folder.names()
-    except (OSError, LocationError):
-        names, found = [], {}
+    found = _recognised(folder)
     if len(found) == 1:
         return next(iter(found.values()))
     if found:
@@ -77,9 +74,9 @@ def find_data_set(root: str, name: str | None, follow_links: bool) -> DataSet:
             f"{printable(root)} looks like {' and '.join(found)}: say which it is by data.format={next(iter(found))}, "
             "or remove what is of the other format"
         )
+    names = folder.names()
     if not names:
         _refuse_what_is_empty(folder)
-        return coco_folder.CocoFolder(folder, {})  # unreachable: trying to read a file says why
     advice = _advice(folder)
     if not advice:
         needs = ";\n".join(f"  {known.NEEDS}" for known in _FORMATS)
@@ -97,17 +94,17 @@ def _recognised(folder: Folder) -> dict[str, DataSet]:
     return found if exported is None else {coco_folder.NAME: exported}
 
 
-def _refuse_what_is_empty(folder: Folder) -> None:
+def _refuse_what_is_empty(folder: Folder) -> NoReturn:
     """Refuses a folder without anything in it.
 
     Raises:
-        DataError: it is empty, not there, or a file.
+        DataError: it is empty, not there, or a file, or cannot be read.
     """
     root = printable(folder.root)
     try:
         kind = file_info(folder.root).type
-    except (OSError, LocationError):
-        return
+    except (OSError, LocationError) as error:
+        raise DataError(f"{root}: cannot be read: {reason_of(error)}") from error
     if kind == FileType.NotFound:
         raise DataError(f"{root}: there is no such folder; data.root is the folder of a data set")
     if kind == FileType.File:
@@ -135,7 +132,7 @@ def _holds_data_set(folder: Folder, name: str) -> bool:
     try:
         found = _recognised(inner)
         images = [data.first_image(split) for data in found.values() for split in data.splits]
-    except (DataError, OSError, LocationError, ValueError):
+    except ValueError:  # a DataError, or a name that is not text
         return False
     return any(image is not None and inner.has(image) for image in images)
 
@@ -144,12 +141,9 @@ def _of_format(folder: Folder, name: str) -> DataSet:
     known = next((known for known in _FORMATS if name == known.NAME), None)
     if known is None:
         raise DataError(f"data.format: {name!r} is not known; one of {', '.join(NAMES)}")
-    try:
-        found = known.find(folder)
-        if found is None and known is coco_folder:
-            found = coco_folder.find_exported(folder)
-    except OSError as error:
-        raise DataError(f"{printable(folder.root)}: cannot be listed: {error}") from error
+    found = known.find(folder)
+    if found is None and known is coco_folder:
+        found = coco_folder.find_exported(folder)
     if found is None and known is not coco_folder:
         raise DataError(
             f"{printable(folder.root)} is not in the format of data.format={name}; what it needs is {known.NEEDS}"
