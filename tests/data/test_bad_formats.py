@@ -153,6 +153,8 @@ VOC_FILES = {
     "<annotations>\n</annotations>": r"<annotations>, not <annotation>, and is CVAT's own XML: export as COCO 1\.0",
     "<a>" * 200: "a.xml, line 1: elements are nested too deeply",
     b'<?xml version="1.0" encoding="zip"?><annotation/>': "a.xml, line 1: not text in the encoding that it declares",
+    b'<?xml version="1.0" encoding="punycode"?><annotation/>': "a.xml, line 1: not text in the encoding that it",
+    b'<?xml version="1.0" encoding="unicode_escape"?><a>\\ud800</a>': "line 1: not text in the encoding .* surrogates",
     b"<annotation>\n\xff</annotation>": "a.xml, line 2: not UTF-8 text",
 }
 
@@ -228,6 +230,7 @@ def test_lists_that_do_not_fit_are_refused_or_counted(tmp_path):
 
 # CSV
 
+LONG = "x" * (1 << 17) + "x,0"  # a cell of more than the csv module takes
 CSV_ROWS = {
     "": r"train\.csv: the table is empty",
     "a.jpg,1,2,9": r"line 1: neither a header with path, x1, .* nor a row of these 6 cells, but 4 cells",
@@ -246,6 +249,7 @@ CSV_ROWS = {
     "../../secret.jpg,1,2,9,9,cat": r"the size of 1 of 1 images cannot be read",
     'a.jpg,1,2,9,9,"cat\n': r"train\.csv, line 1: not CSV: unexpected end of data",
     b"a.jpg,1,2,9,9,T\xfcr": r"train\.csv, line 1: not UTF-8 text",
+    "\n\na.jpg,1,2,9": r"train\.csv, line 3: neither a header with .*, but 4 cells",
     "a.jpg,,,,,": r"no row of train\.csv, val\.csv has a class",
 }
 
@@ -266,11 +270,15 @@ def test_classes_that_are_not_listed_are_refused(tmp_path):
     (root / "classes.txt").unlink()
     for content, message in {
         "cat": "line 1: 1 cells: a row is name, number", "cat,0\ndog,0": "line 2: class number 0 is there twice",
-        "cat,0\ndog,x": "line 2: 'x' is not a number of a class",
+        "cat,0\ndog,x": "line 2: 'x' is not a number of a class", "cat,²": "line 1: '²' is not a number of a class",
+        "\ncat,0\ndog,²": "line 3: '²' is not a number", "cat,99999999999999999999": "line 1: '9+' is not .* 18 digits",
+        f"cat,0\ndog,{'1' * 5000}": "line 2: '1+.* is not a number", LONG: "line 1: not CSV: field larger than",
     }.items():  # fmt: skip
         with pytest.raises(DataError, match=rf"classes\.csv, {message}"):
             read(put(root, {"classes.csv": content}))
-    assert read(put(root, {"classes.csv": "name,id\ncow,7\ncat,3"})).categories == ((3, "cat"), (7, "cow"))
+    assert read(put(root, {"classes.csv": "\nname,id\ncow,7\ncat,3"})).categories == ((3, "cat"), (7, "cow"))
+    most = 10**18 - 1
+    assert read(put(root, {"classes.csv": f"cow,{most}\ncat,3"})).categories == ((3, "cat"), (most, "cow"))
 
 
 def test_tables_that_are_taken_and_counted(tmp_path):
@@ -297,6 +305,36 @@ def test_tables_that_are_taken_and_counted(tmp_path):
         "images_without_size": 1, "images_without_boxes": 1,
     }  # fmt: skip
     assert index.file_names.to_pylist() == ["a.jpg", "b.jpg"] and index.categories == ((0, "cat"),)
+
+
+@pytest.mark.parametrize(
+    ("start", "encoding"), [("\n\n", "utf-8"), (" \r\n\r\n", "utf-8-sig"), ("\r\t\r", "utf-8"), ("\n", "utf-16")]
+)
+def test_blank_lines_before_a_table_do_not_matter(tmp_path, start, encoding):
+    images = {"images/a.jpg": encoded()}
+    for form, text in {
+        "csv": "a.jpg,1,2,9,9,cat\n", "csv_header": "path;x1;y1;x2;y2;class\na.jpg;1;2;9;9;cat\n",
+        "open_images": HEADER + "a,cat,0.1,0.5,0.1,0.5,0\n",
+    }.items():  # fmt: skip
+        root = put(tmp_path / form, images | {"labels.csv": (start + text).encode(encoding)})
+        index = open_undivided(str(root), None)
+        assert index.file_names.to_pylist() == ["a.jpg"] and index.categories == ((0, "cat"),)
+
+
+@pytest.mark.parametrize(
+    ("tables", "said"),
+    [
+        (
+            {"labels.csv": ",1,2,9,9,cat"},
+            r"labels\.csv is not recognised as a table of boxes: it begins with a",
+        ),
+        ({"a.csv": "a.jpg,1,2,9,9,cat", "b.csv": "a.jpg,1,2,9,9,cat"}, r"a\.csv, b\.csv may each be the table of all"),
+        ({"labels.csv": LONG}, r"labels\.csv, line 1: not CSV: field larger than field limit"),
+    ],
+)
+def test_tables_that_are_not_taken_for_a_set_are_named(tmp_path, tables, said):
+    with pytest.raises(DataError, match=said):
+        open_undivided(str(put(tmp_path, tables | {"a.jpg": encoded()})), None)
 
 
 # Open Images
@@ -335,11 +373,11 @@ def test_classes_of_open_images_that_are_refused_or_missing(tmp_path):
     assert read(root).categories == ((0, "cat"), (1, "dog"))
     for content, message in {
         "/m/1,cat\n/m/1,dog": r"boxable\.csv, line 2: class '/m/1' is there twice", "/m/1": "line 1: 1 cells: a row is",
-        "/m/1,cat\n/m/2, ": "class 1 has no name", "": "lists no classes",
+        "/m/1,cat\n/m/2, ": "class 1 has no name", "": "lists no classes", f"\n{LONG}": "line 2: not CSV: field larger",
     }.items():  # fmt: skip
         with pytest.raises(DataError, match=message):
             read(put(root, {"class-descriptions-boxable.csv": content}))
-    put(root, {"class-descriptions-boxable.csv": "LabelName,DisplayName\n" + CLASSES})
+    put(root, {"class-descriptions-boxable.csv": "\r\nLabelName,DisplayName\n" + CLASSES})
     assert read(root).categories == ((0, "cat"), (1, "dog"))
     (root / "class-descriptions-boxable.csv").unlink()
     assert read(root).categories == ((0, "/m/1"), (1, "/m/2"))

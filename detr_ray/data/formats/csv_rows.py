@@ -8,7 +8,6 @@ class. A row without box and class is an image without boxes. Categories are the
 from __future__ import annotations
 
 import csv
-import io
 import posixpath
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from dataclasses import dataclass
 from detr_ray.data.errors import DataError, few, shown
 from detr_ray.data.formats import open_images
 from detr_ray.data.formats.assembly import Gathered, Reading, assemble
-from detr_ray.data.formats.folder import SPLIT_NAMES, Folder, SplitTables
+from detr_ray.data.formats.csv_lines import numbered_rows
+from detr_ray.data.formats.folder import SPLIT_NAMES, Folder, SplitTables, first_line_of
 from detr_ray.data.formats.image_names import ImageFinder, count_unused
 from detr_ray.data.formats.values import (
     at_line,
@@ -57,6 +57,7 @@ _COLUMNS = {
     "height": ("height", "image_height", "img_height"),
 }
 _ORDER = ("path", "x1", "y1", "x2", "y2", "class")
+_MOST_DIGITS = 18  # of a number of 64 bits, whatever they are
 _DELIMITERS = (";", "\t", ",")
 
 
@@ -196,6 +197,11 @@ def explain(folder: Folder) -> str:
             return f"{error}."
     if not tables:
         return ""
+    if len(tables) == 1:
+        return (
+            f"{few(tables)} is not recognised as a table of boxes: it begins with a header of {', '.join(_ORDER)}, or "
+            "with a row of these 6 cells."
+        )
     return f"{few(tables)} may each be the table of all boxes: keep one, or call them train.csv and val.csv."
 
 
@@ -221,27 +227,21 @@ def read_rows(location: str, text: str) -> Iterator[Row]:
     Raises:
         DataError: a row with another number of cells than the first, or a table that is not one of boxes.
     """
-    first = next((line for line in text.splitlines() if line.strip()), None)
-    if first is None:
+    first = first_line_of(text)
+    if not first:
         raise DataError(f"{printable(location)}: the table is empty")
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(first), strict=True)
     columns: dict[str, int] | None = None
     width = 0
-    try:
-        for cells in reader:
-            if not any(map(str.strip, cells)):
+    for line, cells in numbered_rows(location, text, _delimiter(first)):
+        where = at_line(location, line)
+        if columns is None:
+            width, columns = len(cells), _by_header(cells)
+            if columns is not None:
                 continue
-            if columns is None:
-                width, columns = len(cells), _by_header(cells)
-                if columns is not None:
-                    continue
-                columns = _by_order(cells, location)
-            where = at_line(location, reader.line_num)
-            if len(cells) != width:
-                raise DataError(f"{where}: {len(cells)} cells, the first row has {width}{_comma_advice(cells, width)}")
-            yield Row(reader.line_num, {name: cells[place].strip() for name, place in columns.items()})
-    except csv.Error as error:
-        raise DataError(f"{at_line(location, reader.line_num)}: not CSV: {error}") from error
+            columns = _by_order(cells, where)
+        if len(cells) != width:
+            raise DataError(f"{where}: {len(cells)} cells, the first row has {width}{_comma_advice(cells, width)}")
+        yield Row(line, {name: cells[place].strip() for name, place in columns.items()})
 
 
 def _by_header(cells: Sequence[str]) -> dict[str, int] | None:
@@ -257,8 +257,7 @@ def _places(cells: Sequence[str]) -> dict[str, int]:
     return {name: given.index(word) for name, word in found.items() if word is not None}
 
 
-def _by_order(cells: Sequence[str], location: str) -> dict[str, int]:
-    where = at_line(location, 1)
+def _by_order(cells: Sequence[str], where: str) -> dict[str, int]:
     if len(cells) > 2 and all(cell.strip()[:1].isalpha() for cell in cells[1:]):
         missing = [name for name in _ORDER if name not in _places(cells)]
         raise DataError(
@@ -304,19 +303,22 @@ def _size(values: Mapping[str, str], where: str) -> tuple[int, int] | None:
 def _read_class_table(location: str, text: str) -> tuple[tuple[int, str], ...]:
     """Categories of rows name, number."""
     categories = {}
-    first = text.split("\n", 1)[0]
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(first))
-    for cells in filter(None, reader):
-        where = at_line(location, reader.line_num)
+    for place, (line, cells) in enumerate(numbered_rows(location, text, _delimiter(first_line_of(text)))):
+        where = at_line(location, line)
         if len(cells) != 2:
             raise DataError(f"{where}: {len(cells)} cells: a row is name, number")
-        if not cells[1].strip().isdigit():
-            if reader.line_num == 1:
-                continue  # a header
-            raise DataError(f"{where}: {shown(cells[1])} is not a number of a class: a row is name, number")
-        if int(cells[1]) in categories:
-            raise DataError(f"{where}: class number {int(cells[1])} is there twice: give each class its own")
-        categories[int(cells[1])] = cells[0].strip()
+        given = cells[1].strip()
+        if place == 0 and not given.isdigit():
+            continue  # a header
+        if not given.isdecimal() or len(given) > _MOST_DIGITS:
+            raise DataError(
+                f"{where}: {shown(given)} is not a number of a class, of at most {_MOST_DIGITS} digits: a row is name, "
+                "number"
+            )
+        number = int(given)
+        if number in categories:
+            raise DataError(f"{where}: class number {number} is there twice: give each class its own")
+        categories[number] = cells[0].strip()
     return tuple(zip(categories, check_class_names(list(categories.values()), location), strict=True))
 
 
@@ -325,4 +327,7 @@ def _delimiter(line: str) -> str:
 
 
 def _cells(line: str, delimiter: str) -> list[str]:
-    return next(csv.reader([line], delimiter=delimiter), [])
+    try:
+        return next(csv.reader([line], delimiter=delimiter), [])
+    except csv.Error:  # a cell of more than 128 KiB; reading the table says so
+        return []

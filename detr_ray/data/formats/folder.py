@@ -7,8 +7,10 @@ archives leave (``.DS_Store``, ``._a.jpg``, ``__MACOSX``).
 from __future__ import annotations
 
 import codecs
+import io
 import os
 import posixpath
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -44,6 +46,7 @@ _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+_TO_FIRST_LINE = re.compile(rb"(?:\xef\xbb\xbf)?\s*[^\r\n]*")
 
 
 class Folder:
@@ -114,7 +117,7 @@ class Folder:
         return self._texts[name]
 
     def first_line(self, name: str) -> str:
-        """The first line of a text file, which may be large; see `text`."""
+        """The first line of a text file, which may be large, that is not blank; see `text`."""
         if name not in self._first_lines:
             self._first_lines[name] = self._read_first_line(name)
         return self._first_lines[name]
@@ -122,8 +125,10 @@ class Folder:
     def _read_first_line(self, name: str) -> str:
         raw = read_beginning(self.location(name))
         if any(raw.startswith(mark) for mark, encoding in _BYTE_ORDER_MARKS if encoding != "utf-8-sig"):
-            return self.text(name).split("\n", 1)[0]
-        return decode_text(self.location(name), raw.partition(b"\n")[0])
+            return first_line_of(self.text(name))
+        beginning = _TO_FIRST_LINE.match(raw)
+        assert beginning is not None, "it matches nothing, too"
+        return first_line_of(decode_text(self.location(name), beginning[0]))
 
     def texts(self, names: Sequence[str], progress: Progress | None = None) -> Iterator[str]:
         """The contents of many text files, read in threads, in their order; see `text` and `contents`."""
@@ -237,6 +242,11 @@ def stem(name: str) -> str:
     """A path without its last suffix."""
     above, slash, last = name.rpartition("/")
     return above + slash + (last.rpartition(".")[0] or last)
+
+
+def first_line_of(text: str) -> str:
+    """The first line that is not blank, without its end; empty if there is none."""
+    return next((line.rstrip("\r\n") for line in io.StringIO(text, newline="") if line.strip()), "")
 
 
 def decode_text(location: str, raw: bytes) -> str:

@@ -11,16 +11,16 @@ Source: https://storage.googleapis.com/openimages/web/download_v7.html (the form
 
 from __future__ import annotations
 
-import csv
-import io
 import posixpath
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 from detr_ray.data.errors import DataError, few, shown
 from detr_ray.data.formats.assembly import Gathered, Reading, assemble, refuse_pixels
-from detr_ray.data.formats.folder import SPLIT_NAMES, Folder, SplitTables, stem
+from detr_ray.data.formats.csv_lines import numbered_rows
+from detr_ray.data.formats.folder import SPLIT_NAMES, Folder, SplitTables, first_line_of, stem
 from detr_ray.data.formats.values import at_line, check_class_names, to_number, words_in
 from detr_ray.data.index import DatasetIndex
 from detr_ray.printable import printable
@@ -159,24 +159,18 @@ def _only(names: list[str], image: str, where: str) -> str:
 
 
 def _header(text: str) -> list[str]:
-    return [cell.strip() for cell in text.split("\n", 1)[0].split(",")]
+    return [cell.strip() for cell in first_line_of(text).split(",")]
 
 
 def _rows(folder: Folder, table: str) -> Iterator[tuple[int, dict[str, str]]]:
     """Numbers of the lines of a table, and their values by column."""
     location, text = folder.location(table), folder.text(table)
     header = _header(text)
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        for cells in reader:
-            if reader.line_num == 1 or not any(map(str.strip, cells)):
-                continue
-            if len(cells) != len(header):
-                where = at_line(location, reader.line_num)
-                raise DataError(f"{where}: {len(cells)} cells, the header has {len(header)}: complete the row")
-            yield reader.line_num, dict(zip(header, map(str.strip, cells), strict=True))
-    except csv.Error as error:
-        raise DataError(f"{at_line(location, reader.line_num)}: not CSV: {error}") from error
+    for line, cells in islice(numbered_rows(location, text), 1, None):
+        if len(cells) != len(header):
+            where = at_line(location, line)
+            raise DataError(f"{where}: {len(cells)} cells, the header has {len(header)}: complete the row")
+        yield line, dict(zip(header, map(str.strip, cells), strict=True))
 
 
 def _box(row: Mapping[str, str], where: str) -> tuple[float, float, float, float] | None:
@@ -197,11 +191,10 @@ def _box(row: Mapping[str, str], where: str) -> tuple[float, float, float, float
 def _read_descriptions(location: str, text: str) -> dict[str, str]:
     """Names of classes by their ids, of rows id, name; a header is left out."""
     names: dict[str, str] = {}
-    reader = csv.reader(io.StringIO(text, newline=""))
-    for cells in reader:
-        if not any(map(str.strip, cells)) or (reader.line_num == 1 and cells[0].strip() == "LabelName"):
+    for place, (line, cells) in enumerate(numbered_rows(location, text)):
+        if place == 0 and cells[0].strip() == "LabelName":
             continue
-        where = at_line(location, reader.line_num)
+        where = at_line(location, line)
         if len(cells) != 2:
             raise DataError(f"{where}: {len(cells)} cells: a row is the class's id, its name")
         if cells[0].strip() in names:

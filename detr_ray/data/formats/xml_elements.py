@@ -70,9 +70,11 @@ def _decode(location: str, raw: bytes) -> str:
     if declared is None or declared[1].lower().startswith(b"utf"):
         return decode_text(location, raw)
     try:
-        return raw.decode(declared[1].decode())
-    except (LookupError, UnicodeDecodeError) as error:
+        text = raw.decode(declared[1].decode())
+        text.encode()  # Python's own encodings may give halves of surrogate pairs
+    except (LookupError, ValueError) as error:
         raise DataError(f"{at_line(location, 1)}: not text in the encoding that it declares: {error}") from error
+    return text
 
 
 class _Builder:
