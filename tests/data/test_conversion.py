@@ -146,6 +146,100 @@ def test_rows_that_were_changed_since_are_what_counts(tmp_path):
             open_split(str(root), None, "train")
 
 
+def one_set(root: Path, box: list[float]) -> Path:
+    """A YOLO data set of one image, made from COCO: two boxes with areas of outlines, a plain one, a crowd."""
+    (root / "images").mkdir(parents=True)
+    (root / "images" / "a.jpg").write_bytes(encoded())
+    boxes = [(box, 300.5, 0), ([8, 6, 20, 20], 401, 0), ([30, 20, 9, 9], 81, 0), ([0, 0, 9, 9], 81, 1)]
+    content = {
+        "images": [{"id": 4, "file_name": "a.jpg", "height": SIZE[0], "width": SIZE[1]}],
+        "annotations": [
+            {"id": 10 + i, "image_id": 4, "category_id": 7, "bbox": b, "area": area, "iscrowd": crowd}
+            for i, (b, area, crowd) in enumerate(boxes)
+        ],
+        "categories": [{"id": 7, "name": "old"}, {"id": 9, "name": "new"}],
+    }
+    (root / "set.json").write_text(json.dumps(content))
+    convert({"train": read_coco_index(str(root / "set.json"), str(root / "images"))}, str(root / "yolo"), "yolo")
+    return root / "yolo"
+
+
+@pytest.mark.parametrize("box", [[10, 10, 20, 20], [50, 40, 30, 20]], ids=["inside", "over the border"])
+def test_a_row_that_was_changed_replaces_what_is_stored_of_its_box(tmp_path, box):
+    root = one_set(tmp_path, box)
+    label = root / "labels/train/a.txt"
+    rows = label.read_text().splitlines()
+    for first, category_id, xywh in (
+        ("1 0.5 0.5 0.25 0.25", 9, [24, 18, 16, 12]),
+        ("0 0.5 0.5 0.25 0.25", 7, [24, 18, 16, 12]),
+        ("1" + rows[0][1:], 9, [50, 40, 14, 8] if box[0] == 50 else box),
+    ):
+        label.write_text("\n".join([first, *rows[1:]]))
+        index = open_split(str(root), None, "train")
+        assert index.annotation_ids.tolist() == [14, 11, 12, 13]
+        assert index.category_ids.tolist() == [category_id, 7, 7, 7]
+        assert index.boxes_xywh_px.tolist() == [xywh, [8, 6, 20, 20], [30, 20, 9, 9], [0, 0, 9, 9]]
+        assert index.areas.tolist() == [xywh[2] * xywh[3], 401, 81, 81]
+        assert index.is_crowd.tolist() == [False, False, False, True]
+        assert index.problems["annotation_ids_renumbered"] == 1
+    label.write_text("\n".join([rows[2], *rows[:2]]))  # in another order
+    index = open_split(str(root), None, "train")
+    assert index.boxes_xywh_px[[0, 2]].tolist() == [[30, 20, 9, 9], [8, 6, 20, 20]]
+    assert index.areas[[0, 2]].tolist() == [81, 400] and index.problems["annotation_ids_renumbered"] == 2
+    # Other programs write six digits.
+    label.write_text("\n".join(" ".join([r[0], *(f"{float(v):.6f}" for v in r.split()[1:])]) for r in rows))
+    index = open_split(str(root), None, "train")
+    assert index.annotation_ids.tolist() == [10, 11, 12, 13] and "annotation_ids_renumbered" not in index.problems
+    assert index.boxes_xywh_px[0].tolist() == box and index.areas.tolist() == [300.5, 401, 81, 81]
+
+
+def change(list_name: str, key: str, *values: object):
+    def apply(part: dict) -> None:
+        for record, value in zip(part[list_name], values, strict=False):
+            record[key] = value
+            if value is Ellipsis:
+                del record[key]
+
+    return apply
+
+
+BROKEN_IDS = {
+    "no iscrowd": change("annotations", "iscrowd", ...), "no area": change("annotations", "area", ...),
+    "null for iscrowd": change("annotations", "iscrowd", None), "text for area": change("annotations", "area", "9"),
+    "null for area": change("annotations", "area", None), "NaN": change("annotations", "area", float("nan")),
+    "an area with too many digits": change("annotations", "area", 10**400),
+    "another image": change("annotations", "image_id", 5), "nulls in a box": change("annotations", "bbox", [None] * 4),
+    "a number as text": change("annotations", "in_label_file", "no"), "another box": change("annotations", "id", 99),
+    "an id twice": change("images", "annotation_ids", [10, 10, 11, 12, 13]),
+    "part of an id": change("images", "annotation_ids", [10, 11, 12.5, 13]),
+    "text for ids": change("images", "annotation_ids", "1234"),
+    "null for an id": change("images", "annotation_ids", [10, None]),
+    **{f"{key} {size}": change("images", key, size) for key, size in (("height", 0), ("width", -4), ("height", 2**40))},
+    "an image twice": lambda part: part["images"].append(part["images"][0] | {"id": 5, "annotation_ids": []}),
+    "a box of the image before": lambda part: part["images"].append(
+        {**part["images"][0], "id": 5, "file_name": "b", "annotation_ids": [part["images"][0]["annotation_ids"].pop(0)]}
+    ),
+}  # fmt: skip
+
+
+def test_ids_that_were_changed_by_hand_are_refused(tmp_path):
+    root = one_set(tmp_path, [10, 10, 20, 20])
+    written = (root / "ids.json").read_text()
+    for what, apply in BROKEN_IDS.items():
+        content = json.loads(written)
+        apply(content["splits"]["train"])
+        (root / "ids.json").write_text(json.dumps(content))
+        with pytest.raises(DataError) as refused:
+            open_split(str(root), None, "train")
+        assert "/ids.json: not what prepare wrote: delete it, and" in str(refused.value), what
+    for category_ids in ([7, 7], [7, 9.5], [7, None]):
+        (root / "ids.json").write_text(json.dumps(json.loads(written) | {"category_ids": category_ids}))
+        with pytest.raises(DataError, match=r"/ids\.json: not what prepare wrote"):
+            open_split(str(root), None, "train")
+    (root / "ids.json").write_text(written)
+    assert open_split(str(root), None, "train").annotation_ids.tolist() == [10, 11, 12, 13]
+
+
 def test_what_cannot_be_written_leaves_nothing(tmp_path):
     root = tmp_path / "odd"
     indexes = odd_set(root)

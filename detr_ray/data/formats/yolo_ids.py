@@ -2,7 +2,8 @@
 
 ``ids.json`` is written when a data set is converted. It holds the ids of images, boxes and categories, and, in COCO's
 format, the boxes that rows cannot express: crowds, boxes without area, boxes that end outside of their image, areas of
-outlines. Other programs ignore it. Rows that were changed since then keep their new values and get new ids.
+outlines. Other programs ignore it. What it holds of a box counts while the box's row still says the same: rows that
+were changed since then keep their new values and get new ids.
 """
 
 from __future__ import annotations
@@ -14,14 +15,19 @@ from typing import Any
 
 import numpy as np
 
+from detr_ray.box_arrays import cxcywh_to_xyxy
 from detr_ray.data.errors import DataError
+from detr_ray.data.formats.assembly import fractions_to_xywh_px
 from detr_ray.data.formats.folder import Folder
 from detr_ray.data.formats.json_records import Records, parse_json
-from detr_ray.data.index import DatasetIndex
+from detr_ray.data.index import MOST_PIXELS_A_SIDE, DatasetIndex
 from detr_ray.printable import printable
 
 IDS_NAME = "ids.json"
 FORMAT = 1
+
+_SAME = 1e-6
+"""Fraction of a side, and pixels, by which a box may differ from its row: other programs write rows with six digits."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,8 @@ class _Rows:
         known = [*table.entries, *(i for ids in table.annotation_ids.values() for i in ids)]
         self._next_id = max(known, default=0) + 1
         self._found: list[dict[str, Any]] = []
+        self._stored: list[tuple[int, int]] = []
+        """Place in ``_found`` of each stored entry that has a row, and this row."""
         self.num_renumbered = 0
 
     def add(self, i: int, name: str) -> None:
@@ -85,6 +93,11 @@ class _Rows:
         with_row = [number for number in ids if number not in entries or entries[number]["in_label_file"]]
         if len(with_row) == len(rows):
             row_of = dict(zip(with_row, rows, strict=True))
+            self._stored += [
+                (place, row_of[number])
+                for place, number in enumerate(ids, len(self._found))
+                if number in entries and number in row_of
+            ]
             self._found += [entries.get(number) or self._of_row(i, row_of[number], number) for number in ids]
             return
         # The label file was changed: its rows replace the stored entries.
@@ -104,7 +117,7 @@ class _Rows:
     def columns(self) -> dict[str, np.ndarray]:
         """The annotations as columns."""
         found = self._found
-        return {
+        columns = {
             "annotation_ids": np.array([entry["id"] for entry in found], np.int64),
             "annotated_ids": np.array([entry["image_id"] for entry in found], np.int64),
             "category_ids": np.array([entry["category_id"] for entry in found], np.int64),
@@ -112,6 +125,43 @@ class _Rows:
             "areas": np.array([entry["area"] for entry in found], np.float64),
             "is_crowd": np.array([entry["iscrowd"] for entry in found], bool),
         }
+        self._replace_changed(columns)
+        return columns
+
+    def _replace_changed(self, columns: dict[str, np.ndarray]) -> None:
+        """Puts rows in the place of the stored entries that were written otherwise."""
+        index, (places, rows) = self._index, np.array(self._stored, np.int64).reshape(-1, 2).T
+        image_of = np.searchsorted(index.first_box, rows, side="right") - 1
+        sides = np.stack([index.widths, index.heights], axis=1)[image_of].astype(np.float64)
+        categories = np.array(self._table.category_ids, np.int64)[index.category_ids[rows]]
+        _, written = rows_of(columns["boxes_xywh_px"][places], sides)
+        nearness = _SAME * (np.concatenate([sides, sides], axis=1) + 1)
+        differs = (np.abs(written - index.boxes_xywh_px[rows]) > nearness).any(axis=1)
+        is_changed = differs | (categories != columns["category_ids"][places])
+        places, rows = places[is_changed], rows[is_changed]
+        columns["annotation_ids"][places] = self._next_id + np.arange(len(places))
+        columns["category_ids"][places] = categories[is_changed]
+        columns["boxes_xywh_px"][places] = index.boxes_xywh_px[rows]
+        columns["areas"][places] = index.areas[rows]
+        columns["is_crowd"][places] = index.is_crowd[rows]
+        self.num_renumbered += len(places)
+
+
+def rows_of(boxes_xywh_px: np.ndarray, widths_heights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What label files say of boxes, which are clipped to their images.
+
+    Args:
+        boxes_xywh_px: ``[A, 4]`` left, top, width, height in pixels.
+        widths_heights: ``[A, 2]`` float64, width and height of each box's image.
+
+    Returns:
+        ``[A, 4]`` centre and size as fractions of the image's sides; ``[A, 4]`` the box in pixels that is read from it.
+    """
+    left_top, ends = boxes_xywh_px[:, :2], boxes_xywh_px[:, :2] + boxes_xywh_px[:, 2:]
+    start, end = left_top.clip(0, widths_heights), ends.clip(0, widths_heights)
+    extent = np.where((start == left_top) & (end == ends), boxes_xywh_px[:, 2:], end - start)
+    rows = np.concatenate([(start + extent / 2) / widths_heights, extent / widths_heights], axis=1)
+    return rows, fractions_to_xywh_px(cxcywh_to_xyxy(rows), widths_heights)
 
 
 def annotation_of(index: DatasetIndex, i: int, row: int) -> dict[str, Any]:
@@ -141,28 +191,47 @@ def read_ids(folder: Folder, split: str) -> IdTable | None:
         raise broken
     try:
         part = content["splits"].get(split)
-        if part is None:
-            return None
-        images = Records(location, "image", part["images"])
-        names, ids = images.texts("file_name"), images.ids().tolist()
-        entries = Records(location, "annotation", part["annotations"])
-        entries.boxes("bbox")
-        entries.optional_floats("area")
-        entries.optional_flags("iscrowd")
-        entries.integers("image_id")
-        entries.values("in_label_file")
-        if not set(entries.integers("category_id").tolist()) <= set(content["category_ids"]):
-            raise broken
-        sizes = zip(images.integers("height").tolist(), images.integers("width").tolist(), strict=True)
-        return IdTable(
-            tuple(int(i) for i in content["category_ids"]),
-            dict(zip(names, ids, strict=True)),
-            dict(zip(names, sizes, strict=True)),
-            {record["file_name"]: list(map(int, record["annotation_ids"])) for record in images.records},
-            dict(zip(entries.ids().tolist(), entries.records, strict=True)),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return None if part is None else _table(location, content["category_ids"], part)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise broken from error
+
+
+def _table(location: str, category_ids: list[Any], part: dict[str, Any]) -> IdTable:
+    """The ids of a split from its part of the file.
+
+    Raises:
+        ValueError: ids that are no numbers, or used twice; an annotation of an image that does not list it; a box or an
+            area that is not finite; a size that no image has. So do the other errors that wrong types lead to.
+    """
+    categories = Records(location, "category", [{"id": number} for number in category_ids]).ids().tolist()
+    images = Records(location, "image", part["images"])
+    names, image_ids = images.texts("file_name"), images.ids().tolist()
+    sizes = np.stack([images.integers("height"), images.integers("width")], axis=1)
+    listed = [list(numbers) for numbers in images.values("annotation_ids")]
+    Records(location, "annotation", [{"id": number} for numbers in listed for number in numbers]).ids()
+    image_of = {number: image_id for image_id, numbers in zip(image_ids, listed, strict=True) for number in numbers}
+    entries = Records(location, "annotation", part["annotations"])
+    numbers, (_, num_unflagged) = entries.ids().tolist(), entries.optional_flags("iscrowd")
+    entries.optional_floats("area")  # refuses what is no number
+    is_sound = (
+        len(set(names)) == len(names)
+        and ((sizes > 0) & (sizes <= MOST_PIXELS_A_SIDE)).all()
+        and [image_of[number] for number in numbers] == entries.integers("image_id").tolist()
+        and set(entries.integers("category_id").tolist()) <= set(categories)
+        and np.isfinite(entries.boxes("bbox")).all()
+        and np.isfinite(np.array(entries.values("area"), np.float64)).all()
+        and num_unflagged == 0
+        and set(map(type, entries.values("in_label_file"))) <= {bool}
+    )
+    if not is_sound:
+        raise ValueError("contradicts itself")
+    return IdTable(
+        tuple(categories),
+        dict(zip(names, image_ids, strict=True)),
+        dict(zip(names, ((height, width) for height, width in sizes.tolist()), strict=True)),
+        dict(zip(names, listed, strict=True)),
+        dict(zip(numbers, entries.records, strict=True)),
+    )
 
 
 def dump_ids(category_ids: list[int], splits: Mapping[str, dict[str, Any]]) -> bytes:

@@ -12,12 +12,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from detr_ray.box_arrays import cxcywh_to_xyxy
 from detr_ray.data.errors import DataError
 from detr_ray.data.formats import yolo
-from detr_ray.data.formats.assembly import fractions_to_xywh_px
 from detr_ray.data.formats.folder import is_image, stem
-from detr_ray.data.formats.yolo_ids import IDS_NAME, annotation_of, dump_ids
+from detr_ray.data.formats.yolo_ids import IDS_NAME, annotation_of, dump_ids, rows_of
 from detr_ray.data.index import DatasetIndex
 from detr_ray.printable import printable
 
@@ -90,13 +88,8 @@ def _rows(index: DatasetIndex) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
     counts = np.diff(index.first_box)
     sizes = np.stack([np.repeat(index.widths, counts), np.repeat(index.heights, counts)], axis=1).astype(np.float64)
-    start = index.boxes_xywh_px[:, :2].clip(0, sizes)
-    end = (index.boxes_xywh_px[:, :2] + index.boxes_xywh_px[:, 2:]).clip(0, sizes)
-    inside = (start == index.boxes_xywh_px[:, :2]) & (end == index.boxes_xywh_px[:, :2] + index.boxes_xywh_px[:, 2:])
-    extent = np.where(inside, index.boxes_xywh_px[:, 2:], end - start)
-    rows = np.concatenate([(start + extent / 2) / sizes, extent / sizes], axis=1)
-    boxes = fractions_to_xywh_px(cxcywh_to_xyxy(rows), sizes)
-    has_row = ~index.is_crowd & (extent > 0).all(axis=1)
+    rows, boxes = rows_of(index.boxes_xywh_px, sizes)
+    has_row = ~index.is_crowd & (rows[:, 2:] > 0).all(axis=1)
     is_exact = has_row & (boxes == index.boxes_xywh_px).all(axis=1) & (boxes[:, 2] * boxes[:, 3] == index.areas)
     return rows, has_row, is_exact
 
