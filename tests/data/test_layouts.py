@@ -119,9 +119,11 @@ def test_frames_of_many_videos_are_matched_without_comparing_all_with_all(monkey
     split: list[str] = []
     monkeypatch.setattr(image_names, "stem", lambda name: (split.append(name), stem(name))[1])
     matcher = image_names.ImageMatcher(folder, [f"Annotations/{frame}.xml" for frame in frames])
-    found = [matcher.find(f"Annotations/{frame}.xml") for frame in frames]
-    assert found == [f"JPEGImages/{frame}.jpg" for frame in frames]
-    assert len(split) <= 2 * len(frames), "each name is looked at once"
+    for above in ("", "more/"):
+        found = [matcher.find(f"Annotations/{above}{frame}.xml") for frame in frames]
+        assert found == [f"JPEGImages/{frame}.jpg" for frame in frames]
+    assert matcher.find("Annotations/other/0.xml") is None
+    assert len(split) <= 3 * len(frames) + 1, "each name is looked at once"
 
 
 def test_images_of_one_split_alone_are_counted_as_not_annotated(tmp_path):

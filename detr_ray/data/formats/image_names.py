@@ -5,6 +5,7 @@ from __future__ import annotations
 import posixpath
 import re
 from collections.abc import Collection, Iterable, Sequence
+from functools import cached_property
 from pathlib import PurePosixPath
 
 from detr_ray.data.errors import DataError, few
@@ -95,9 +96,6 @@ class ImageMatcher:
         self._by_parts: dict[tuple[str, ...], list[str]] = {}
         for name in self.images:
             self._by_parts.setdefault(_compared(name), []).append(name)
-        self._by_last: dict[str, list[tuple[str, ...]]] = {}
-        for parts in self._by_parts:
-            self._by_last.setdefault(parts[-1], []).append(parts)
 
     def find(self, file: str) -> str | None:
         """The image of a file; None if there is none.
@@ -107,16 +105,24 @@ class ImageMatcher:
         """
         parts = _compared(file)
         fits: dict[tuple[int, int], list[str]] = {}
-        # Frames of many videos have the same names: these are gone through only where no folders are the same.
-        for others in [parts] if parts in self._by_parts else self._by_last.get(parts[-1], []):
-            shared = min(len(parts), len(others))
-            if parts[-shared:] == others[-shared:]:
-                for name in self._by_parts[others]:
-                    fits.setdefault((abs(len(parts) - len(others)), _kind(name)), []).append(name)
+        # Looked up rather than compared one by one: frames of thousands of videos have the same names.
+        shorter = (parts[start:] for start in range(1, len(parts)))
+        for others in [parts] if parts in self._by_parts else [*shorter, *self._longer.get(parts, [])]:
+            for name in self._by_parts.get(others, []):
+                fits.setdefault((abs(len(parts) - len(others)), _kind(name)), []).append(name)
         found = fits[min(fits)] if fits else []
         if len(found) > 1:
-            raise DataError(f"{printable(file)}: may be of {few(found)}: rename or remove one of them")
+            raise DataError(f"{printable(file)}: may be of {few(sorted(found))}: rename or remove one of them")
         return found[0] if found else None
+
+    @cached_property
+    def _longer(self) -> dict[tuple[str, ...], list[tuple[str, ...]]]:
+        """The parts of the images' names by what they end with."""
+        found: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+        for parts in self._by_parts:
+            for start in range(1, len(parts)):
+                found.setdefault(parts[start:], []).append(parts)
+        return found
 
 
 def _image_kind(name: str) -> str:
