@@ -77,8 +77,8 @@ def test_folders_that_cannot_be_listed_are_refused(tmp_path, monkeypatch, files,
 
     def refuse(listing):
         def listed(path):
-            if os.fspath(path) == str(place):
-                raise OSError(error, os.strerror(error), str(path))
+            if f"{os.fspath(path)}/".startswith(f"{place}/"):  # nor can be what is in it
+                raise OSError(error, os.strerror(error), os.fspath(path))
             return listing(path)
 
         return listed

@@ -64,6 +64,7 @@ def find_data_set(root: str, name: str | None, follow_links: bool) -> DataSet:
         DataError: it is in none of the formats, or looks like several; says what each needs; or it cannot be listed.
     """
     folder = Folder(root, follow_links)
+    names = folder.names()  # first, so that it is the root that is named if it cannot be listed
     if name is not None:
         return _of_format(folder, name)
     found = _recognised(folder)
@@ -74,7 +75,6 @@ def find_data_set(root: str, name: str | None, follow_links: bool) -> DataSet:
             f"{printable(root)} looks like {' and '.join(found)}: say which it is by data.format={next(iter(found))}, "
             "or remove what is of the other format"
         )
-    names = folder.names()
     if not names:
         _refuse_what_is_empty(folder)
     advice = _advice(folder)
