@@ -60,6 +60,7 @@ MODULES = (
     "detr_ray/engine/run_report/run_data.py",
     "detr_ray/data/grouping.py",
     "detr_ray/data/formats/__init__.py",
+    "detr_ray/data/formats/csv_lines.py",
     "detr_ray/data/formats/open_images.py",
     "detr_ray/data/formats/image_names.py",
     "detr_ray/data/formats/coco_folder.py",
