@@ -64,9 +64,12 @@ def find_data_set(root: str, name: str | None, follow_links: bool) -> DataSet:
         DataError: it is in none of the formats, or looks like several; says what each needs; or it cannot be listed.
     """
     folder = Folder(root, follow_links)
-    names = folder.names()  # first, so that it is the root that is named if it cannot be listed
     if name is not None:
         return _of_format(folder, name)
+    try:
+        names = folder.names()  # first, so that it is the root that is named
+    except DataError as error:
+        raise DataError(f"{error}; data.train.annotations and data.train.images need no listing") from error
     found = _recognised(folder)
     if len(found) == 1:
         return next(iter(found.values()))
