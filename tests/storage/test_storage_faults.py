@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -96,11 +97,19 @@ def test_a_half_written_checkpoint_is_replaced_by_a_role_that_may_not_delete(dat
     assert latest is not None and torch.equal(bucket.store.load(latest, "model.pt")["w"], torch.ones(3))
 
 
+def wait_for_scores() -> None:
+    """On a busy machine scoring may take longer than the steps after it."""
+    for thread in threading.enumerate():
+        if thread.name == "scoring":
+            thread.join(60)
+
+
 def test_scores_that_cannot_be_noted_are_noted_later(dataset: Path, bucket: Bucket) -> None:
     """Meanwhile their checkpoint is kept, and known to be the best."""
     manifest = f"PUT {bucket.checkpoints}/step_00000003/manifest"
     context = Disturbed(
-        detecting_on_validation_images_3=bucket.deny(manifest), writing_a_checkpoint_5=bucket.allow,
+        detecting_on_validation_images_3=bucket.deny(manifest), writing_a_checkpoint_4=wait_for_scores,
+        writing_a_checkpoint_5=bucket.allow,
         detecting_on_validation_images_6=bucket.deny("PUT", "LIST", "DELETE"),
     )  # fmt: skip
     tracker = MemoryTracker()
