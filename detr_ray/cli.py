@@ -38,6 +38,7 @@ _USER_ERRORS = (
 )
 
 _OVERRIDE = re.compile(r"(--)?[A-Za-z_]\w*(\.\w+)+=|[A-Za-z_]\w*=\{")
+_BARE_KEY = re.compile(r"[a-z_]+=")
 _KEY = re.compile(r"(--)?[a-z]\w*(\.\w+)+")
 
 _WHICH_STORE = ("tracking.uri", "run.storage")
@@ -180,10 +181,16 @@ def refuse_idle_keys(arguments: argparse.Namespace, is_used: bool) -> None:
         raise ConfigError(f"{given[0]}: changes nothing: {arguments.source} says itself what it was trained with")
 
 
-def of_model(config: Config, model: str | None) -> Config:
-    """The configuration with the model that the command line names, if it names one, as ``eval.checkpoint``."""
+def with_model(config: Config, model: str | None) -> Config:
+    """The configuration with the model that the command line names, if it names one, as ``eval.checkpoint``.
+
+    Raises:
+        ConfigError: it looks like a key without its section.
+    """
     if model is None:
         return config
+    if _BARE_KEY.match(model) and not Path(model).exists():
+        raise ConfigError(f"{model}: neither a model nor a key with its section, such as train.epochs=3")
     return config.model_copy(update={"eval": config.eval.model_copy(update={"checkpoint": model})})
 
 
@@ -196,7 +203,7 @@ def _escape_unknown_characters() -> None:
 
 def usage(arguments: str = "") -> str:
     """The usage line of a command with these arguments of its own."""
-    return " ".join(["%(prog)s", *([arguments] if arguments else []), "[--config FILE]... [options] [key=value]..."])
+    return f"%(prog)s {arguments}{' ' if arguments else ''}[--config FILE]... [options] [key=value]..."
 
 
 def _parser(

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from detr_ray.cli import EXIT_FAILED, count, of_model, run_command, say, share, usage, write_result
+from detr_ray.cli import EXIT_FAILED, count, run_command, say, share, usage, with_model, write_result
 from detr_ray.config import Config
 from detr_ray.progress_bar import ProgressBar
 
@@ -56,7 +56,7 @@ def _file(text: str) -> str:
 
 
 def _evaluate(config: Config, arguments: argparse.Namespace) -> int:
-    config = of_model(config, arguments.model)
+    config = with_model(config, arguments.model)
     config.checkpoint_to_evaluate()  # refused before modules are imported that take seconds
 
     from detr_ray.engine.preflight.writing import check_outputs

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from detr_ray.cli import EXIT_FAILED, count, of_model, run_command, say, share, usage, write_result
+from detr_ray.cli import EXIT_FAILED, count, run_command, say, share, usage, with_model, write_result
 from detr_ray.config import Config, ConfigError
 from detr_ray.engine.pictures.request import Drawn, PictureRequest
 from detr_ray.progress_bar import ProgressBar
@@ -210,6 +210,9 @@ def _show(config: Config, arguments: argparse.Namespace) -> int:
         raise ConfigError(f"WHAT: {given}; it is one of {', '.join(PICTURES)}")
     if arguments.model is not None and arguments.what in _OF_DATA:
         raise ConfigError(f"MODEL: {arguments.what} shows the data that the configuration names, and no model")
+    config = with_model(config, arguments.model)
+    if arguments.what not in _OF_DATA:
+        config.checkpoint_to_evaluate()  # refused before modules are imported that take seconds
     if arguments.out is None:
         _refuse_window(_why_no_window())
     else:
@@ -218,7 +221,7 @@ def _show(config: Config, arguments: argparse.Namespace) -> int:
     request = PictureRequest(
         arguments.images, arguments.image, arguments.step, tuple(arguments.point), arguments.layer, arguments.score
     )
-    drawn = PICTURES[arguments.what][1](of_model(config, arguments.model), request)
+    drawn = PICTURES[arguments.what][1](config, request)
     for line in drawn.lines:
         say(line)
     return _open(drawn.figure) if arguments.out is None else _write(drawn.figure, arguments.out)

@@ -79,9 +79,9 @@ class HoldoutConfig(Section):
     seed: Seed = 0
     """Another seed gives another division of the images."""
     group_by: Text | None = None
-    """Regular expression that is searched in file names. Images with the same match, or the same text in its
-    parentheses, are on the same side: `^(video\\d+)_` keeps the frames of a video together. null: each image by
-    itself."""
+    """Regular expression that is searched in file names, without folders such as `images` and `train`. Images with the
+    same match, or the same text in its parentheses, are on the same side: `^(video\\d+)_` keeps the frames of a video
+    together. null: each image by itself."""
 
     def rules(self) -> Iterator[Violation]:
         """The expression must be one."""

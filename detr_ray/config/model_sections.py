@@ -57,7 +57,7 @@ class ModelConfig(Section):
     """Architecture of the detector. `detr`: Carion et al. 2020. `deformable_detr`: Zhu et al. 2020; reads several
     feature maps at few points, and learns in a tenth of the epochs. `dino`: Zhang et al. 2022; the same with queries
     that the encoder places and denoising in training. As published it needs the fewest epochs on COCO; on some hundred
-    images from random weights, `deformable_detr` with `two_stage` was better here."""
+    images from random weights, `deformable_detr` with `two_stage` learned more (docs/your_data.md)."""
     backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
     """Network that computes image features."""
     backbone_norm: Literal["frozen", "batch"] = "frozen"

@@ -353,8 +353,8 @@ class Config(Section):
         """
         if self.eval.checkpoint is None:
             raise ConfigError(
-                "eval.checkpoint: is missing: give a run's folder, a checkpoint, models:/NAME@ALIAS, or DETR weights "
-                "(path or URL)"
+                "eval.checkpoint: is missing: name the model as an argument or by this key: a run's folder, a "
+                "checkpoint, models:/NAME@ALIAS, or weights of a published model (path or URL)"
             )
         return self.eval.checkpoint
 

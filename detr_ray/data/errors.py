@@ -15,6 +15,10 @@ class DataError(ValueError):
     """Data that cannot be used; the message names the file and the ids, and says what to do."""
 
 
+class UnlistedError(DataError):
+    """A folder that is there and cannot be listed."""
+
+
 def few(items: Sequence[Any], most: int = 5) -> str:
     """A list for a message, shortened to its first entries, on one line."""
     text = ", ".join(printable(str(item)) for item in items[:most])

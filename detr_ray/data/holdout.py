@@ -3,8 +3,8 @@
 A hash of an image's name and the seed decides on which side it is, so adding images later does not move the others.
 Images of one group (frames of one video) are on the same side. The hash gives each class its share only on average. If
 a class would be on one side alone, one of its groups is moved: the group with the smallest hash to validation, or the
-one with the largest to training, if no other class has it alone there. Only such a group can move back when images are
-added.
+one with the largest to training, if no other class has it alone there. Adding images can
+change which group is moved; all others stay.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from detr_ray.data.known_folders import without_known_folders
 from detr_ray.printable import printable
 
 _ROUNDS = 10
-"""Moving a group for one class may take the last one of another; so often it is looked at again."""
+"""Most passes over the classes: moving a group for one class may take the last one of another."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class Holdout:
 
     def is_val(self, index: DatasetIndex) -> np.ndarray:
         """``[I]`` bool: which images are for validation."""
-        names = index.file_names.to_pylist()
+        # Known folders are left out: a table may name an image with or without them.
+        names = list(map(without_known_folders, index.file_names.to_pylist()))
         groups, group_of = np.unique(np.array(list(self._groups(names, index.source))), return_inverse=True)
         if len(groups) < 2:
             what = "one image" if len(names) == 1 else f"one group, {printable(str(groups[0]))!r}"
@@ -69,18 +70,14 @@ class Holdout:
     def _groups(self, names: list[str], source: str) -> Iterator[str]:
         """The group of each image; one of its own is called after its file."""
         if self.group_by is None:
-            # Known folders are left out: a table may name an image with or without them.
-            yield from map(without_known_folders, names)
+            yield from names
             return
         pattern, num_matches = re.compile(self.group_by), 0
         for name in names:
             match = pattern.search(name)
             num_matches += match is not None
             # No text of a match equals that of a name after this character, which names cannot have.
-            if match is None:
-                yield f"\0{without_known_folders(name)}"
-            else:
-                yield "\0".join(text or "" for text in match.groups() or (match[0],))
+            yield f"\0{name}" if match is None else "\0".join(text or "" for text in match.groups() or (match[0],))
         if not num_matches:
             raise DataError(
                 f"{source}: data.split.group_by ({self.group_by}) matches no file name; the first is "
@@ -94,7 +91,7 @@ class Holdout:
 
 
 def _move_missing(is_val: np.ndarray, hashes: np.ndarray, classes: Sequence[np.ndarray]) -> None:
-    """Moves groups, in place, until each class is on both sides.
+    """Moves groups, in place, until each class is on both sides, if it can be; in at most `_ROUNDS` passes.
 
     Args:
         is_val: ``[G]`` bool, which groups are for validation.

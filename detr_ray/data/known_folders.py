@@ -1,12 +1,22 @@
-"""Names of folders that data sets put their images into, which say nothing about an image."""
+"""Usual names of the folders of images, of annotations, and of splits, which say nothing about an image."""
 
 from __future__ import annotations
 
+SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation")}
+"""Names that exports use for the folders and files of a split."""
+
+ANNOTATION_FOLDERS = ("Annotations", "annotations", "xmls", "xml", "labels")
+"""Names of folders of annotation files."""
+
+IMAGE_FOLDERS = ("JPEGImages", "images", "Images", "imgs", "data")
+"""Names of folders of images, the surest first."""
+
 KNOWN_FOLDERS = {
-    "images", "image", "imgs", "img", "jpegimages", "data", "obj_train_data", "annotations", "labels", "xmls", "xml",
-    "train", "training", "train2017", "val", "valid", "validation", "val2017",
-}  # fmt: skip
-"""In lower case."""
+    name.lower()
+    for names in (*SPLIT_NAMES.values(), ANNOTATION_FOLDERS, IMAGE_FOLDERS, ("train2017", "val2017"))
+    for name in names
+} | {"image", "img", "photos", "pictures", "obj_train_data"}
+"""All of them, and others, in lower case."""
 
 
 def without_known_folders(path: str) -> str:

@@ -35,7 +35,7 @@ def run_training(job: TrainJob, context: WorkerContext, batches: BatchSource) ->
             report_at_end(job, result, tracker, context.say)
         status = "KILLED" if result.status == "stopped" else "FINISHED"
         return result
-    except Exception as error:
+    except BaseException as error:
         reason = str(error) if isinstance(error, RunFailed) else f"{type(error).__name__}: {error}"
         tracker.set_tags({FAILURE_TAG: reason})
         raise

@@ -95,6 +95,8 @@ def show_out(place: Place) -> None:
     code, _, err = place.call("show", "--config", place.file(), "batch", "--out", place.folder / "a.txt")
     assert code == 2 and ".png" in err
     assert "MODEL: batch shows the data" in place.call("show", "batch", place.run)[2]
+    assert "eval.checkpoint: is missing" in place.call("show", "training", "--out", place.folder / "a.png")[2]
+    assert "epochs=3: neither a model nor a key" in place.call("show", "training", "epochs=3")[2]
     assert "WHAT: 'btach' is not known (did you mean batch?)" in place.call("show", "btach")[2]
     opened: list[Image.Image] = []
     place.patch.setattr(ImageShow, "show", lambda image, title: bool(opened.append(image)) or len(opened) > 1)

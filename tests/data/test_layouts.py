@@ -113,7 +113,7 @@ def test_equal_names_in_parallel_folders_are_told_apart(tmp_path):
         open_undivided(str(tmp_path), None)
 
 
-def test_frames_of_many_videos_are_matched_without_comparing_all_with_all(monkeypatch):
+def test_frames_of_many_videos_are_matched_with_one_look_at_each_name(monkeypatch):
     frames = [f"v{video}/{frame}" for video in range(40) for frame in range(5)]
     folder = SimpleNamespace(images=lambda: [f"JPEGImages/{frame}.jpg" for frame in frames])
     split: list[str] = []

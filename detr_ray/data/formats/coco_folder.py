@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from detr_ray.data.errors import DataError, few
 from detr_ray.data.formats.assembly import Reading
 from detr_ray.data.formats.coco import read_coco_index
-from detr_ray.data.formats.folder import SPLIT_NAMES, Folder, read_beginning
+from detr_ray.data.formats.folder import Folder, read_beginning
 from detr_ray.data.formats.values import splits_in, words_in
 from detr_ray.data.image_places import name_below
 from detr_ray.data.index import DatasetIndex
+from detr_ray.data.known_folders import SPLIT_NAMES
 from detr_ray.printable import printable
 
 NAME = "coco"

@@ -16,7 +16,7 @@ from detr_ray.data.errors import DataError, few, shown
 from detr_ray.data.formats import open_images
 from detr_ray.data.formats.assembly import Gathered, Reading, assemble
 from detr_ray.data.formats.csv_lines import numbered_rows
-from detr_ray.data.formats.folder import SPLIT_NAMES, Folder, SplitTables, first_line_of
+from detr_ray.data.formats.folder import Folder, SplitTables, first_line_of
 from detr_ray.data.formats.image_names import ImageFinder, count_unused
 from detr_ray.data.formats.values import (
     at_line,
@@ -28,6 +28,7 @@ from detr_ray.data.formats.values import (
     words_in,
 )
 from detr_ray.data.index import DatasetIndex
+from detr_ray.data.known_folders import SPLIT_NAMES
 from detr_ray.printable import printable
 
 NAME = "csv"
@@ -199,8 +200,8 @@ def explain(folder: Folder) -> str:
         return ""
     if len(tables) == 1:
         return (
-            f"{few(tables)} is not recognised as a table of boxes: it begins with a header of {', '.join(_ORDER)}, or "
-            "with a row of these 6 cells."
+            f"{few(tables)} is no table of boxes: such a table begins with a header of {', '.join(_ORDER)}, or with "
+            "a row of these 6 cells, the first not empty."
         )
     return f"{few(tables)} may each be the table of all boxes: keep one, or call them train.csv and val.csv."
 

@@ -20,7 +20,7 @@ from pyarrow import fs
 
 from detr_ray.addresses import LocationError, is_remote, is_uri, join, resolve
 from detr_ray.callbacks import Progress
-from detr_ray.data.errors import DataError
+from detr_ray.data.errors import DataError, UnlistedError
 from detr_ray.data.image_places import refuse_link_outside
 from detr_ray.locations import at, list_files, list_names, read_bytes
 from detr_ray.printable import is_encodable, printable
@@ -30,9 +30,6 @@ IMAGE_SUFFIXES = frozenset({
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".mpo", ".ppm", ".pgm", ".dib",
     ".avif", ".jp2",
 })  # fmt: skip
-SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation")}
-"""Names that exports use for the folders and files of a split."""
-
 _OF_SYSTEMS = frozenset({"__MACOSX", "lost+found"})
 """Folders of archives and disks, which hold no data; the second cannot be listed by users."""
 _LOCAL_THREADS = 8
@@ -127,7 +124,7 @@ class Folder:
         if any(raw.startswith(mark) for mark, encoding in _BYTE_ORDER_MARKS if encoding != "utf-8-sig"):
             return first_line_of(self.text(name))
         beginning = _TO_FIRST_LINE.match(raw)
-        assert beginning is not None, "it matches nothing, too"
+        assert beginning is not None, "the pattern also matches empty text"
         return first_line_of(decode_text(self.location(name), beginning[0]))
 
     def texts(self, names: Sequence[str], progress: Progress | None = None) -> Iterator[str]:
@@ -230,7 +227,10 @@ def refuse_other_encoding(location: str, names: Iterable[str] = ()) -> None:
         if odd is None:
             return
         location = join(location, odd)
-    raise DataError(f"{printable(location)}: its name is not UTF-8: rename it, or all by convmv -f CP1252 -t UTF-8")
+    raise DataError(
+        f"{printable(location)}: its name is not UTF-8: rename it, or all by "
+        "convmv -r --notest -f CP1252 -t UTF-8 FOLDER"
+    )
 
 
 def is_image(name: str) -> bool:
@@ -288,12 +288,13 @@ def _refuse_unlisted(location: str, error: OSError | LocationError) -> None:
     """Refuses a folder that is there and cannot be listed: its images would be missing without a word.
 
     Raises:
-        DataError: the error is not that there is no such folder.
+        UnlistedError: the error is not that there is no such folder.
+        DataError: no folder can have this location.
     """
     if isinstance(error, LocationError):
         raise DataError(str(error)) from error
     if not isinstance(error, FileNotFoundError | NotADirectoryError):
-        raise DataError(f"{printable(location)}: cannot be listed: {reason_of(error)}") from error
+        raise UnlistedError(f"{printable(location)}: cannot be listed: {reason_of(error)}") from error
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,9 @@ from pathlib import PurePosixPath
 
 from detr_ray.data.errors import DataError, few
 from detr_ray.data.formats.folder import Folder, is_image, stem
+from detr_ray.data.known_folders import ANNOTATION_FOLDERS, IMAGE_FOLDERS
 from detr_ray.printable import printable
 
-ANNOTATION_FOLDERS = ("Annotations", "annotations", "xmls", "xml", "labels")
-"""Names of folders of annotation files."""
-
-_IMAGE_FOLDERS = ("JPEGImages", "images", "Images", "imgs", "data")
 _JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif")
 _DRIVE = re.compile(r"^[A-Za-z]:/")
 
@@ -91,7 +88,7 @@ class ImageMatcher:
     def __init__(self, folder: Folder, files: Iterable[str]) -> None:
         beside = {posixpath.dirname(file) for file in files}
         images = folder.images()
-        usual = [name for name in images if posixpath.dirname(name) in beside or _kind(name) < len(_IMAGE_FOLDERS)]
+        usual = [name for name in images if posixpath.dirname(name) in beside or _kind(name) < len(IMAGE_FOLDERS)]
         self.images = usual or images
         self._by_parts: dict[tuple[str, ...], list[str]] = {}
         for name in self.images:
@@ -133,13 +130,13 @@ def _image_kind(name: str) -> str:
 def _compared(name: str) -> tuple[str, ...]:
     """The parts of a name that a file has in common with its image."""
     *above, last = stem(name).split("/")
-    return *(part for part in above if part not in ANNOTATION_FOLDERS and part not in _IMAGE_FOLDERS), last
+    return *(part for part in above if part not in ANNOTATION_FOLDERS and part not in IMAGE_FOLDERS), last
 
 
 def _kind(name: str) -> int:
     """In which kind of folder of images one lies; the number of kinds if in none."""
     above = PurePosixPath(name).parts[:-1]
-    return min((_IMAGE_FOLDERS.index(part) for part in above if part in _IMAGE_FOLDERS), default=len(_IMAGE_FOLDERS))
+    return min((IMAGE_FOLDERS.index(part) for part in above if part in IMAGE_FOLDERS), default=len(IMAGE_FOLDERS))
 
 
 def count_unused(images: Iterable[str], used: Collection[str], used_elsewhere: Iterable[str]) -> int:

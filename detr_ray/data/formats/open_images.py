@@ -20,9 +20,10 @@ from itertools import islice
 from detr_ray.data.errors import DataError, few, shown
 from detr_ray.data.formats.assembly import Gathered, Reading, assemble, refuse_pixels
 from detr_ray.data.formats.csv_lines import numbered_rows
-from detr_ray.data.formats.folder import SPLIT_NAMES, Folder, SplitTables, first_line_of, stem
+from detr_ray.data.formats.folder import Folder, SplitTables, first_line_of, stem
 from detr_ray.data.formats.values import at_line, check_class_names, to_number, words_in
 from detr_ray.data.index import DatasetIndex
+from detr_ray.data.known_folders import SPLIT_NAMES
 from detr_ray.printable import printable
 
 NAME = "open_images"

@@ -8,7 +8,7 @@ from typing import NoReturn, Protocol
 from pyarrow.fs import FileType
 
 from detr_ray.addresses import LocationError
-from detr_ray.data.errors import DataError, few
+from detr_ray.data.errors import DataError, UnlistedError, few
 from detr_ray.data.formats import coco_folder, csv_rows, open_images, shard_folder, voc, yolo
 from detr_ray.data.formats.assembly import Reading
 from detr_ray.data.formats.folder import Folder
@@ -64,12 +64,12 @@ def find_data_set(root: str, name: str | None, follow_links: bool) -> DataSet:
         DataError: it is in none of the formats, or looks like several; says what each needs; or it cannot be listed.
     """
     folder = Folder(root, follow_links)
-    if name is not None:
-        return _of_format(folder, name)
     try:
         names = folder.names()  # first, so that it is the root that is named
-    except DataError as error:
-        raise DataError(f"{error}; data.train.annotations and data.train.images need no listing") from error
+    except UnlistedError as error:
+        raise UnlistedError(f"{error}; data.train.annotations and data.train.images need no listing") from error
+    if name is not None:
+        return _of_format(folder, name)
     found = _recognised(folder)
     if len(found) == 1:
         return next(iter(found.values()))
@@ -135,6 +135,8 @@ def _holds_data_set(folder: Folder, name: str) -> bool:
     try:
         found = _recognised(inner)
         images = [data.first_image(split) for data in found.values() for split in data.splits]
+    except UnlistedError:
+        raise
     except ValueError:  # a DataError, or a name that is not text
         return False
     return any(image is not None and inner.has(image) for image in images)

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from detr_ray.data.formats.assembly import Reading
-from detr_ray.data.formats.folder import SPLIT_NAMES, Folder
+from detr_ray.data.formats.folder import Folder
 from detr_ray.data.formats.shards import INDEX_NAME, read_shard_index
 from detr_ray.data.index import DatasetIndex
+from detr_ray.data.known_folders import SPLIT_NAMES
 
 NAME = "shards"
 NEEDS = "shards: train/index.parquet and val/index.parquet, as the prepare command writes them"

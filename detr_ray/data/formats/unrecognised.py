@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from detr_ray.data.errors import few
 from detr_ray.data.formats import csv_rows
-from detr_ray.data.formats.folder import SPLIT_NAMES, Folder
+from detr_ray.data.formats.folder import Folder
 from detr_ray.data.formats.values import class_files, words_in
 from detr_ray.data.formats.yolo import LABEL_FOLDERS
+from detr_ray.data.known_folders import SPLIT_NAMES
 
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".rar", ".7z")
 _LABEL_FOLDERS = set(LABEL_FOLDERS.values())

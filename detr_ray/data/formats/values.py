@@ -7,8 +7,9 @@ import re
 from collections.abc import Sequence
 
 from detr_ray.data.errors import DataError, few, shown
-from detr_ray.data.formats.folder import SPLIT_NAMES, Folder
+from detr_ray.data.formats.folder import Folder
 from detr_ray.data.index import MOST_PIXELS_A_SIDE
+from detr_ray.data.known_folders import SPLIT_NAMES
 from detr_ray.printable import printable
 
 _DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+(e[+-]?\d+)?", re.IGNORECASE)

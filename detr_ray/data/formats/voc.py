@@ -11,16 +11,16 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, takewhile
 
 from detr_ray.data.errors import DataError, shown
 from detr_ray.data.formats.assembly import Gathered, Reading, assemble
-from detr_ray.data.formats.folder import SPLIT_NAMES, Folder, stem
-from detr_ray.data.formats.image_names import ANNOTATION_FOLDERS, ImageMatcher, count_unused
+from detr_ray.data.formats.folder import Folder, stem
+from detr_ray.data.formats.image_names import ImageMatcher, count_unused
 from detr_ray.data.formats.values import at_line, read_class_file
 from detr_ray.data.formats.voc_file import VocImage, read_annotation
 from detr_ray.data.index import DatasetIndex
-from detr_ray.data.known_folders import KNOWN_FOLDERS
+from detr_ray.data.known_folders import ANNOTATION_FOLDERS, KNOWN_FOLDERS, SPLIT_NAMES
 from detr_ray.printable import printable
 
 NAME = "voc"
@@ -142,13 +142,12 @@ def _wanted(content: VocImage) -> str:
 
 
 def _root(images: Iterable[str]) -> str:
-    """The folder that names of images are relative to: the last known folder that all images lie in, or the set's.
+    """The folder that names of images are relative to: the known folders that the paths of all of them begin with.
 
     Other folders do not count, so that names stay what they are when images are added in a new one.
     """
     folders = posixpath.commonpath({posixpath.dirname(image) for image in images}).split("/")
-    known = [place for place, folder in enumerate(folders, 1) if folder.lower() in KNOWN_FOLDERS]
-    return "/".join(folders[: known[-1]]) if known else ""
+    return "/".join(takewhile(lambda folder: folder.lower() in KNOWN_FOLDERS, folders))
 
 
 def find(folder: Folder) -> VocFolder | None:

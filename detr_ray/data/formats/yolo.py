@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from detr_ray.data.errors import DataError, few
 from detr_ray.data.formats.assembly import Gathered, Reading, assemble, refuse_pixels
-from detr_ray.data.formats.folder import SPLIT_NAMES, Folder, is_image, stem
+from detr_ray.data.formats.folder import Folder, is_image, stem
 from detr_ray.data.formats.image_names import ImageFinder
 from detr_ray.data.formats.values import (
     CLASS_FILES,
@@ -30,6 +30,7 @@ from detr_ray.data.formats.values import (
 from detr_ray.data.formats.yolo_file import find_data_file, read_data_file
 from detr_ray.data.formats.yolo_ids import IDS_NAME, IdTable, read_ids
 from detr_ray.data.index import DatasetIndex
+from detr_ray.data.known_folders import SPLIT_NAMES
 from detr_ray.printable import printable
 
 NAME = "yolo"

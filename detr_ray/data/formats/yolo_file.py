@@ -12,8 +12,9 @@ import yaml
 
 from detr_ray.addresses import is_uri
 from detr_ray.data.errors import DataError, few, shown
-from detr_ray.data.formats.folder import SPLIT_NAMES, Folder
+from detr_ray.data.formats.folder import Folder
 from detr_ray.data.formats.values import check_class_names
+from detr_ray.data.known_folders import SPLIT_NAMES
 from detr_ray.printable import printable
 
 _USUAL_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")

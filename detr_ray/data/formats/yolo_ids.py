@@ -2,8 +2,8 @@
 
 ``ids.json`` is written when a data set is converted. It holds the ids of images, boxes and categories, and, in COCO's
 format, the boxes that rows cannot express: crowds, boxes without area, boxes that end outside of their image, areas of
-outlines. Other programs ignore it. What it holds of a box counts while the box's row still says the same: rows that
-were changed since then keep their new values and get new ids.
+outlines. Other programs ignore it. An entry is used only if the row of its box is unchanged. Changed rows keep
+their values and get new ids.
 """
 
 from __future__ import annotations

@@ -265,13 +265,13 @@ def _check_shapes(data: PlannedData, steps: int, report: Report) -> tuple[np.nda
         f"{count} x {height}x{width} ({share})"
     )
     if plan.evaluation:
-        count, height, width = max((_padded(part) for part in plan.evaluation), key=math.prod)
+        count, height, width = max((_padded(part, 1) for part in plan.evaluation), key=math.prod)
         message += f"; in validation {count} x {height}x{width}"
     report.add("ok", TRAINING, message)
     return np.array(samples, np.int64), largest_batch
 
 
-def _padded(samples: tuple[SamplePlan, ...], multiple: int = 1) -> tuple[int, int, int]:
+def _padded(samples: tuple[SamplePlan, ...], multiple: int) -> tuple[int, int, int]:
     """Number of images, height and width of a padded batch."""
     return len(samples), *padded_size(samples, multiple)
 
