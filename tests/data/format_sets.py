@@ -59,6 +59,15 @@ def data_set() -> dict[str, list[Picture]]:
     return {"train": pictures("train", 12), "val": pictures("val", 5)}
 
 
+def put(root: Path, files: dict[str, str | bytes]) -> Path:
+    """Writes files below a folder, by their paths."""
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return root
+
+
 def put_images(folder: Path, images: Sequence[Picture]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for image in images:

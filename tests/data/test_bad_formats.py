@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from coco_folder import encoded
+from format_sets import put
 from PIL import Image
 
 from detr_ray.config import DataConfig
@@ -19,14 +20,6 @@ from detr_ray.data.index import DatasetIndex
 from detr_ray.engine.opened_data import ConfiguredData
 
 YAML = "train: images\nval: images\nnames: [cat, dog]\n"
-
-
-def put(root: Path, files: dict[str, str | bytes]) -> Path:
-    for name, content in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return root
 
 
 def read(root: Path, split: str = "train", skip: bool = False) -> DatasetIndex:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import errno
 import os
-from pathlib import Path
 
 import pytest
 from coco_folder import encoded
+from format_sets import put
 
 from detr_ray.data.errors import DataError
 from detr_ray.data.formats import open_split, open_undivided
@@ -21,14 +21,6 @@ YOLO = {"data.yaml": "train: images\nval: images\nnames: [cat]\n", "images/a.jpg
 VOC = "<annotation><object><name>cat</name><bndbox>{}</bndbox></object></annotation>".format(
     "".join(f"<{side}>{place}</{side}>" for side, place in (("xmin", 1), ("ymin", 2), ("xmax", 9), ("ymax", 9)))
 )
-
-
-def put(root: Path, files: dict[str, str | bytes]) -> Path:
-    for name, content in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return root
 
 
 @pytest.mark.parametrize(
