@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data.format_sets import data_set, put_images, voc_xml
+from format_sets import data_set, put_images, voc_xml
 
 from detr_ray.data.formats import open_undivided
 from detr_ray.data.holdout import Holdout
