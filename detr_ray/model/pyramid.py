@@ -124,14 +124,24 @@ class InputProjection(nn.Sequential):
             source_padding: ``[B, h, w]`` bool, True on padding; None where nothing is padded.
             padding: the same of the result.
         """
-        convolution, norm = self
+        norm = self[1]
         assert isinstance(norm, nn.GroupNorm)
         projected: Tensor
         if padding is None or source_padding is None or not self.ignore_padding:
-            projected = norm(convolution(source))
+            projected = norm(self._convolved(source))
         else:
-            projected = _norm_without(padding, convolution(blank_padding(source, source_padding)), norm)
+            projected = _norm_without(padding, self._convolved(blank_padding(source, source_padding)), norm)
         return projected
+
+    def _convolved(self, source: Tensor) -> Tensor:
+        convolution = self[0]
+        assert isinstance(convolution, nn.Conv2d)
+        if convolution.kernel_size == (1, 1) or source.device.type != "cpu":
+            return convolution(source)
+        # In bf16 on CPUs with AMX, torch 2.14 gives wrong values for maps one or two columns wide, as the coarsest ones
+        # of small images are. These maps are tiny, so the parameters' precision costs nothing.
+        with torch.autocast("cpu", enabled=False):
+            return convolution(source.to(convolution.weight.dtype))
 
 
 def _norm_without(padding: Tensor, features: Tensor, norm: nn.GroupNorm) -> Tensor:

@@ -295,3 +295,20 @@ def test_bf16_keeps_boxes_and_logits_in_full_precision() -> None:
     }
     measure = criterion(**ALL)
     measure.total(measure(output, targets(2, 1))).backward()
+
+
+@pytest.mark.parametrize("size", [(3, 1), (3, 2), (4, 2), (6, 2), (2, 3)])
+def test_maps_of_one_or_two_columns_are_projected_in_bf16(size: tuple[int, int]) -> None:
+    """With AMX, torch's own convolution gives NaN or something else there."""
+    torch.manual_seed(0)
+    project = input_projections([64], 2, 64)[1]
+    source = torch.randn(2, 64, *size).contiguous(memory_format=torch.channels_last)
+    exact = project(source)
+    exact.square().sum().backward()
+    gradient = project[0].weight.grad.clone()
+    project.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = project(source)
+    found.float().square().sum().backward()
+    torch.testing.assert_close(found.float(), exact, atol=0.05, rtol=0.05)
+    torch.testing.assert_close(project[0].weight.grad, gradient, atol=1.0, rtol=0.1)
