@@ -95,6 +95,10 @@ def _convolve(
         mask: ``[B, h, w]``, True on padding that the convolution must not see; None for none.
     """
     out: Tensor
+    if _is_misread_in_bf16(x, conv):
+        with torch.autocast("cpu", enabled=False):
+            out = _convolve(x.float(), conv, norm, shortcut, relu, mask)
+        return out.to(torch.get_autocast_dtype("cpu"))
     if conv.kernel_size != (1, 1):
         x = blank_padding(x, mask)
     if isinstance(norm, FrozenBatchNorm2d):
@@ -105,6 +109,12 @@ def _convolve(
     if shortcut is not None:
         out += shortcut
     return F.relu(out, inplace=True) if relu else out
+
+
+def _is_misread_in_bf16(x: Tensor, conv: nn.Conv2d) -> bool:
+    """Whether torch 2.14 gives wrong values on CPUs with AMX: strided convolutions of maps one or two columns wide."""
+    is_strided = conv.stride != (1, 1) and conv.kernel_size != (1, 1)
+    return is_strided and x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and x.shape[-1] <= 2
 
 
 def _folded(conv: nn.Conv2d, norm: FrozenBatchNorm2d) -> tuple[Tensor, Tensor]:
