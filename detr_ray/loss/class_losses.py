@@ -69,8 +69,13 @@ class ClassLoss(Protocol):
         """
         ...
 
-    def normaliser(self, counts: Sequence[int], num_queries: int) -> float:
-        """What images with these numbers of boxes add to the divisor of the summed loss."""
+    def normaliser(self, counts: Sequence[int], num_queries: int | None = None) -> float:
+        """What images with these numbers of boxes add to the divisor of the summed loss.
+
+        Args:
+            counts: boxes of each image.
+            num_queries: of the model, where the caller knows it.
+        """
         ...
 
     def finds_object(self, logits: Tensor) -> Tensor:
@@ -128,8 +133,14 @@ class SoftmaxLoss:
         nll = F.nll_loss(activations.flatten(0, 2), classes, weight=class_weights, reduction="none")
         return nll.view(activations.shape[0], -1).sum(1)
 
-    def normaliser(self, counts: Sequence[int], num_queries: int) -> float:
-        """Sum of the class weights of all queries' target classes."""
+    def normaliser(self, counts: Sequence[int], num_queries: int | None = None) -> float:
+        """Sum of the class weights of all queries' target classes.
+
+        Raises:
+            ValueError: the number of queries is not known.
+        """
+        if num_queries is None:
+            raise ValueError("the criterion was built without num_queries, and has seen no output yet")
         matched = sum(min(count, num_queries) for count in counts)
         return matched + self.eos_coef * (len(counts) * num_queries - matched)
 

@@ -71,8 +71,7 @@ class SetCriterion(nn.Module):
         self.matcher = matcher
         self.sources = tuple(sources)
         self._loss_weights = dict(zip(LOSS_NAMES, (ce, bbox, giou), strict=True))
-        self._set_weights = {"": 1.0} | {f"_{layer}": 1.0 for layer in range(num_layers - 1)}
-        self._set_weights |= dict.fromkeys(more_suffixes, 1.0)
+        self._suffixes = ("", *(f"_{layer}" for layer in range(num_layers - 1)), *more_suffixes)
         self.at_epoch(0.0)
 
     @property
@@ -89,11 +88,7 @@ class SetCriterion(nn.Module):
     @property
     def weights(self) -> dict[str, float]:
         """Weight of every loss in the total, of all layers and sets, as of the last ``at_epoch``."""
-        return {
-            name + suffix: weight * set_weight
-            for suffix, set_weight in self._set_weights.items()
-            for name, weight in self.loss_weights.items()
-        }
+        return {name + suffix: weight for suffix in self._suffixes for name, weight in self.loss_weights.items()}
 
     def normalisers(self, counts: Sequence[int]) -> tuple[float, ...]:
         """What images with these numbers of boxes add to the normalisers, two for each prediction set.
@@ -136,7 +131,7 @@ class SetCriterion(nn.Module):
                     f"the model predicts {one.logits.shape[-1]} logits a query, the criterion expects "
                     f"{self.class_loss.num_logits} for {self.num_classes} classes"
                 )
-        self._set_weights = {suffix: one.weight for one in sets for suffix in (one.suffixes[-1], *one.suffixes[:-1])}
+        self._suffixes = tuple(suffix for one in sets for suffix in (one.suffixes[-1], *one.suffixes[:-1]))
         activations = [self.class_loss.activate(one.logits) for one in sets]
         all_pairs = self.matcher.match(sets, activations, self.class_loss)
         if normalisers is None:
@@ -152,11 +147,7 @@ class SetCriterion(nn.Module):
         """Weighted sum of the losses of all layers and sets, with the weights of the last ``at_epoch``."""
         parts = []
         for name, weight in self.loss_weights.items():
-            layers = [
-                losses[name + suffix] if set_weight == 1 else set_weight * losses[name + suffix]
-                for suffix, set_weight in self._set_weights.items()
-            ]
-            parts.append(weight * torch.stack(layers).sum())
+            parts.append(weight * torch.stack([losses[name + suffix] for suffix in self._suffixes]).sum())
         return torch.stack(parts).sum()
 
     def _losses(
@@ -218,12 +209,17 @@ def build_criterion(
         num_classes: classes without no-object.
         num_layers: decoder layers that ``criterion.weights`` names before the first call. None: those of the section
             ``model`` that the output has, or 6.
-        num_queries: of the model; the class loss softmax needs it to count normalisers before the first call.
-        cfg_model: the section ``model``, if ``cfg`` is a section. It tells which prediction sets there are besides the
-            decoder's layers. None: no others.
+        num_queries: of the model; the class loss softmax needs it to count normalisers before the first call. None:
+            that of the section ``model``.
+        cfg_model: the section ``model``, if ``cfg`` is a section. It tells the defaults of the section ``loss``, and
+            which prediction sets there are besides the decoder's layers. None: DETR's, and no others.
     """
     loss: Any = getattr(cfg, "loss", cfg)
     model: Any = getattr(cfg, "model", cfg_model)
+    if model is not None and hasattr(loss, "for_architecture"):
+        loss = loss.for_architecture(getattr(model, "architecture", "detr"))
+    if num_queries is None:
+        num_queries = getattr(model, "num_queries", None)
     if num_layers is None:
         num_layers = getattr(model, "decoder_layers", 6) if getattr(model, "aux_loss", True) else 1
     class_loss = _class_loss(loss, num_classes)

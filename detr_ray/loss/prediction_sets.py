@@ -42,7 +42,6 @@ class PredictionSet:
         boxes_cxcywh: ``[L, B, Q, 4]`` float32 in 0..1.
         targets: what the queries are to find.
         pairs: which query is to find which target; None where the matcher decides.
-        weight: factor of all losses of this set in the total, beside the losses' own weights.
         repeats: how many queries are to find each target; the normalisers are multiplied by it.
     """
 
@@ -51,7 +50,6 @@ class PredictionSet:
     boxes_cxcywh: Tensor
     targets: FlatTargets
     pairs: Matches | None = None
-    weight: float = 1.0
     repeats: int = 1
 
 
@@ -82,8 +80,6 @@ class DecoderLayers:
 
     def normalisers(self, counts: Sequence[int], class_loss: ClassLoss) -> tuple[float, float]:
         """The number of boxes, and the class loss's own."""
-        if self._num_queries is None:
-            raise ValueError("the criterion was built without num_queries, and has seen no output yet")
         return float(sum(counts)), class_loss.normaliser(counts, self._num_queries)
 
     def predictions(self, outputs: ModelOutput, targets: Sequence[Target]) -> PredictionSet:
@@ -99,7 +95,7 @@ class CountedByBoxes:
 
     def normalisers(self, counts: Sequence[int], class_loss: ClassLoss) -> tuple[float, float]:
         """The number of boxes, and the class loss's own, which must not depend on the number of queries."""
-        return float(sum(counts)), class_loss.normaliser(counts, 0)
+        return float(sum(counts)), class_loss.normaliser(counts)
 
 
 class EncoderCells(CountedByBoxes):
@@ -172,7 +168,7 @@ class OneToMany:
     def normalisers(self, counts: Sequence[int], class_loss: ClassLoss) -> tuple[float, float]:
         """The number of boxes with their copies, and the class loss's own."""
         repeated = [count * self.copies for count in counts]
-        return float(sum(repeated)), class_loss.normaliser(repeated, 0)
+        return float(sum(repeated)), class_loss.normaliser(repeated)
 
     def predictions(self, outputs: ModelOutput, targets: Sequence[Target]) -> PredictionSet | None:
         """The predictions under ``one_to_many_outputs``; names of their losses end with ``_one2many``."""

@@ -68,7 +68,7 @@ class FocalLoss:
         """Loss of the matched labels' logits."""
         return self.alpha * (-logits).sigmoid() ** self.gamma * F.softplus(-logits)
 
-    def normaliser(self, counts: Sequence[int], num_queries: int) -> float:
+    def normaliser(self, counts: Sequence[int], num_queries: int | None = None) -> float:
         """The number of boxes."""
         return float(sum(counts))
 

@@ -13,29 +13,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detr_ray.architectures import published_values
 from detr_ray.model.attention import MultiheadAttention
 from detr_ray.model.deformable_attention import DeformableAttention
+from detr_ray.model.feed_forward import FeedForward
 from detr_ray.model.pyramid import Pyramid
 
 if TYPE_CHECKING:
     from detr_ray.config import ModelConfig
-
-
-class FeedForward(nn.Module):
-    """The part that encoder and decoder layers share: a perceptron after the attention, and dropout."""
-
-    linear1: nn.Linear
-    linear2: nn.Linear
-    dropout: nn.Dropout
-
-    def feed_forward(self, x: Tensor) -> Tensor:
-        """The perceptron's output, without the residual connection."""
-        out: Tensor = self.linear2(self.dropout(F.relu(self.linear1(x))))
-        return out
 
 
 class DeformableEncoderLayer(FeedForward):

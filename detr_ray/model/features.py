@@ -64,6 +64,20 @@ class Backbone(nn.Module):
         return mask[:, ::stride, ::stride]
 
 
+def is_misread_in_bf16(features: Tensor, convolution: nn.Conv2d) -> bool:
+    """Whether torch 2.14 gives wrong values on CPUs with AMX: strided convolutions of maps one or two columns wide.
+
+    The coarsest maps of small images are that narrow. They are tiny, so fp32 costs nothing.
+
+    Args:
+        features: ``[B, C, h, w]``, which ``convolution`` is to read.
+        convolution: is run under autocast.
+    """
+    is_strided = convolution.stride != (1, 1) and convolution.kernel_size != (1, 1)
+    on_cpu = features.device.type == "cpu"
+    return is_strided and on_cpu and torch.is_autocast_enabled("cpu") and features.shape[-1] <= 2
+
+
 def blank_padding(features: Tensor, padding: Tensor | None) -> Tensor:
     """Features with 0 on padding.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from detr_ray.model.deformable_attention import MapSizes
-from detr_ray.model.features import FeatureLevel, blank_padding, shrink_mask
+from detr_ray.model.features import FeatureLevel, blank_padding, is_misread_in_bf16, shrink_mask
 
 
 @dataclass(frozen=True)
@@ -136,12 +136,10 @@ class InputProjection(nn.Sequential):
     def _convolved(self, source: Tensor) -> Tensor:
         convolution = self[0]
         assert isinstance(convolution, nn.Conv2d)
-        if convolution.kernel_size == (1, 1) or source.device.type != "cpu":
+        if not is_misread_in_bf16(source, convolution):
             return convolution(source)
-        # In bf16 on CPUs with AMX, torch 2.14 gives wrong values for maps one or two columns wide, as the coarsest ones
-        # of small images are. These maps are tiny, so the parameters' precision costs nothing.
         with torch.autocast("cpu", enabled=False):
-            return convolution(source.to(convolution.weight.dtype))
+            return convolution(source.float())
 
 
 def _norm_without(padding: Tensor, features: Tensor, norm: nn.GroupNorm) -> Tensor:

@@ -7,13 +7,13 @@ Position vectors are added to queries and keys at every attention, never to valu
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detr_ray.model.attention import MultiheadAttention
+from detr_ray.model.feed_forward import FeedForward
 
 
-class EncoderLayer(nn.Module):
+class EncoderLayer(FeedForward):
     """Self-attention between cells, then a feed-forward network.
 
     Args:
@@ -38,9 +38,9 @@ class EncoderLayer(nn.Module):
         """One layer: cells ``[B, S, dim]``, positions ``[B or 1, S, dim]``, allowed ``[B, 1, 1, S]`` -> cells."""
         if self.pre_norm:
             cells = cells + self.dropout(self._attend(self.norm1(cells), positions, allowed))
-            return cells + self.dropout(self._feed_forward(self.norm2(cells)))
+            return cells + self.dropout(self.feed_forward(self.norm2(cells)))
         cells = self.norm1(cells + self.dropout(self._attend(cells, positions, allowed)))
-        out: Tensor = self.norm2(cells + self.dropout(self._feed_forward(cells)))
+        out: Tensor = self.norm2(cells + self.dropout(self.feed_forward(cells)))
         return out
 
     def _attend(self, cells: Tensor, positions: Tensor, allowed: Tensor | None) -> Tensor:
@@ -48,12 +48,8 @@ class EncoderLayer(nn.Module):
         out: Tensor = self.self_attn(placed, placed, cells, allowed)
         return out
 
-    def _feed_forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.linear2(self.dropout(F.relu(self.linear1(x))))
-        return out
 
-
-class DecoderLayer(nn.Module):
+class DecoderLayer(FeedForward):
     """Self-attention between queries, attention from queries to cells, then a feed-forward network.
 
     Args:
@@ -95,20 +91,16 @@ class DecoderLayer(nn.Module):
             objects = objects + self.dropout(self._attend(self.norm1(objects), query_positions))
             asked = self.norm2(objects) + query_positions
             objects = objects + self.dropout(self.multihead_attn(asked, placed_memory, memory, allowed))
-            return objects + self.dropout(self._feed_forward(self.norm3(objects)))
+            return objects + self.dropout(self.feed_forward(self.norm3(objects)))
         objects = self.norm1(objects + self.dropout(self._attend(objects, query_positions)))
         asked = objects + query_positions
         objects = self.norm2(objects + self.dropout(self.multihead_attn(asked, placed_memory, memory, allowed)))
-        out: Tensor = self.norm3(objects + self.dropout(self._feed_forward(objects)))
+        out: Tensor = self.norm3(objects + self.dropout(self.feed_forward(objects)))
         return out
 
     def _attend(self, objects: Tensor, query_positions: Tensor) -> Tensor:
         placed = objects + query_positions
         out: Tensor = self.self_attn(placed, placed, objects)
-        return out
-
-    def _feed_forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.linear2(self.dropout(F.relu(self.linear1(x))))
         return out
 
 

@@ -79,6 +79,7 @@ MODULES = (
     "detr_ray/model/deformable_attention.py",
     "detr_ray/model/deformable_detr.py",
     "detr_ray/model/deformable_transformer.py",
+    "detr_ray/model/feed_forward.py",
     "detr_ray/model/denoising.py",
     "detr_ray/model/dino.py",
     "detr_ray/model/heads.py",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d
 
-from detr_ray.model.features import Backbone, blank_padding
+from detr_ray.model.features import Backbone, blank_padding, is_misread_in_bf16
 from detr_ray.structures import IMAGENET_PIXELS
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _convolve(
         mask: ``[B, h, w]``, True on padding that the convolution must not see; None for none.
     """
     out: Tensor
-    if _is_misread_in_bf16(x, conv):
+    if is_misread_in_bf16(x, conv):
         with torch.autocast("cpu", enabled=False):
             out = _convolve(x.float(), conv, norm, shortcut, relu, mask)
         return out.to(torch.get_autocast_dtype("cpu"))
@@ -109,12 +109,6 @@ def _convolve(
     if shortcut is not None:
         out += shortcut
     return F.relu(out, inplace=True) if relu else out
-
-
-def _is_misread_in_bf16(x: Tensor, conv: nn.Conv2d) -> bool:
-    """Whether torch 2.14 gives wrong values on CPUs with AMX: strided convolutions of maps one or two columns wide."""
-    is_strided = conv.stride != (1, 1) and conv.kernel_size != (1, 1)
-    return is_strided and x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and x.shape[-1] <= 2
 
 
 def _folded(conv: nn.Conv2d, norm: FrozenBatchNorm2d) -> tuple[Tensor, Tensor]:
