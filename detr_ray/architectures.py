@@ -50,6 +50,7 @@ PUBLISHED: dict[str, dict[str, Mapping[str, Any]]] = {
             "position_offset": 0.0,
         },
         "loss": {"class_loss": "focal", "cost_class": 2.0},
+        "eval": {"max_detections": 300},
     },
 }
 """Value of ``model.architecture`` -> section -> values of the published model, where they are not the section's

@@ -50,6 +50,13 @@ class Section(BaseModel):
             if name not in self.model_fields_set or getattr(self, name) is None:
                 self.__dict__[name] = value  # the section is frozen once it is made
 
+    def with_defaults(self, values: Mapping[str, Any]) -> Self:
+        """The same section with other defaults; the keys that have them still count as not given."""
+        section = self.model_copy()
+        section.__dict__.update({name: value for name, value in values.items() if name not in self.model_fields_set})
+        section.fill()
+        return section
+
     def rules(self) -> Iterator[Violation]:
         """Yields the broken rules of this section."""
         yield from ()

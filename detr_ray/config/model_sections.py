@@ -194,6 +194,9 @@ class ModelConfig(Section):
         copies = published.get("one_to_many_copies")
         if copies not in (None, self.one_to_many_copies) and not self.one_to_many_queries:
             yield Violation(("one_to_many_copies", "one_to_many_queries"), "needs model.one_to_many_queries above 0")
+        for name in ("denoising_label_noise", "denoising_box_noise"):
+            if published.get(name) not in (None, getattr(self, name)) and not self.denoising_queries:
+                yield Violation((name, "denoising_queries"), "needs model.denoising_queries above 0")
 
 
 class LossConfig(Section):
@@ -237,12 +240,7 @@ class LossConfig(Section):
 
     def for_architecture(self, architecture: str) -> Self:
         """The same section with an architecture's published values for the keys that were not given."""
-        section = self.model_copy()
-        for name, value in PUBLISHED[architecture]["loss"].items():
-            if name not in self.model_fields_set:
-                section.__dict__[name] = value
-        section.fill()
-        return section
+        return self.with_defaults(PUBLISHED[architecture]["loss"])
 
     def rules(self) -> Iterator[Violation]:
         """At least one matching cost must not be 0."""

@@ -244,7 +244,8 @@ class EvalConfig(Section):
     """What the evaluate command evaluates: a run's folder (its best checkpoint), a checkpoint, a model package, a
     registered model (`models:/NAME@ALIAS`), or a path or URL of DETR weights."""
     max_detections: Count = 100
-    """Number of detections kept for each image, highest scores first. COCO's metrics are defined for 100."""
+    """Number of detections kept for each image, highest scores first, of all classes together (COCO's metrics look at
+    the best 100 of each class). `dino` has 300 by default, as published."""
 
     def rules(self) -> Iterator[Violation]:
         """The short side must not exceed the long side."""
@@ -300,8 +301,10 @@ class Config(Section):
     tune: TuneConfig = TuneConfig()
 
     def fill(self) -> None:
-        """The loss's defaults are those of the architecture."""
-        self.__dict__["loss"] = self.loss.for_architecture(self.model.architecture)
+        """The defaults of loss and evaluation are those of the architecture."""
+        architecture = self.model.architecture
+        self.__dict__["loss"] = self.loss.for_architecture(architecture)
+        self.__dict__["eval"] = self.eval.with_defaults(PUBLISHED[architecture].get("eval", {}))
 
     def rules(self) -> Iterator[Violation]:
         """The warm-up must end before the run; early stopping needs validations; the class loss and compiling must

@@ -162,7 +162,8 @@ def _cells_around(locations: Tensor, num_cells: int, layout: _Layout) -> _Cells:
     torch.minimum(near, layout.extent, out=near)
     is_near = near == places
     corner = torch.minimum(torch.floor(near, out=places), layout.extent - 1, out=places)
-    x, y = corner.to(torch.int32).unbind(-1)
+    # NaN is no whole number: its cell could be anywhere in memory. What is read at the border becomes NaN by weights.
+    x, y = corner.to(torch.int32).clamp_(min=-1).unbind(-1)
     images = torch.arange(batch, dtype=torch.int32, device=device).view(-1, 1, 1, 1, 1)
     head = torch.arange(heads, dtype=torch.int32, device=device).view(-1, 1, 1)
     upper_left = (y * (layout.stride * heads)).add_(x, alpha=heads)

@@ -90,6 +90,8 @@ class DeformableDetr(DetectionModel):
         self.transformer = transformer
         self.two_stage = hasattr(transformer, "enc_output")
         self.box_refine, self.look_forward_twice = box_refine, look_forward_twice
+        if not box_refine:
+            self.advice_on_twins = ": a model with heads for each layer needs model.box_refine=true"
         self.mixed_query_selection = mixed_query_selection
         self.one_to_many_queries = one_to_many_queries
         self.aux_loss = aux_loss

@@ -39,7 +39,7 @@ class WeightNames:
     def classes_in(self, state: Mapping[str, Tensor]) -> int | None:
         """Classes without no-object of the first class head in a state dict; None where it has no such head."""
         bias = state.get(f"{self.class_heads[0]}.bias")
-        return None if bias is None else len(bias) - self.has_no_object
+        return None if bias is None or bias.dim() != 1 else len(bias) - self.has_no_object
 
     def is_class_row(self, name: str) -> bool:
         """Whether a tensor has a row a class."""
@@ -55,8 +55,10 @@ class DetectionModel(nn.Module):
         pixels: statistics for the normalisation of images.
         weight_names: the tensors that depend on the data set or on settings.
         aux_loss: whether the output has the predictions of every decoder layer, not only of the last.
+        advice_on_twins: end of the error about a file where names of `published_twins` have different values.
     """
 
+    advice_on_twins: str = ""
     num_classes: int
     num_queries: int
     pixels: PixelStatistics

@@ -7,6 +7,7 @@ layers share under several names (`Dino.published_twins`). Knows nothing of loss
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import TYPE_CHECKING, Any, Self
 
@@ -136,9 +137,9 @@ class Dino(DetectionModel):
         self.aux_loss = aux_loss
         self.transformer = transformer
         dim = transformer.level_embed.shape[1]
-        # One head for all layers; in lists, because of the published names.
-        self.class_embed = nn.ModuleList([new_class_head(dim, num_classes)])
-        self.bbox_embed = nn.ModuleList([new_box_head(dim)])
+        # One head for all layers, at first equal to the encoder's; in lists, because of the published names.
+        self.class_embed = nn.ModuleList([copy.deepcopy(transformer.enc_out_class_embed)])
+        self.bbox_embed = nn.ModuleList([copy.deepcopy(transformer.enc_out_bbox_embed)])
         self.label_enc = nn.Embedding(num_classes + 1, dim)
         self.input_proj = input_projections(backbone.channels, num_levels, dim, ignore_padding=ignore_padding)
         self.backbone = nn.ModuleList([backbone, position_encoding])

@@ -6,13 +6,13 @@ all other names are the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
 from detr_ray.model.detection_model import DetectionModel
-from detr_ray.model.state_dicts import WeightsError, shorten_names
+from detr_ray.model.state_dicts import WeightsError, is_counter, shorten_names
 
 _MEASURED = ("total_params", "total_ops")
 """Suffixes of entries that a profiler left in some published files."""
@@ -21,17 +21,20 @@ _MEASURED = ("total_params", "total_ops")
 def load_published(model: DetectionModel, state: Mapping[str, Tensor]) -> None:
     """Loads a state dict with published names, strictly: no name may be missing or unknown.
 
+    Batch norm's counters are an exception: those that are missing become 0, and those of frozen norms are left out.
+
     Raises:
         WeightsError: names or shapes are not this model's, or two names of one tensor have different values.
     """
-    missing = sorted(published_state_dict(model).keys() - state.keys())
+    known = model.state_dict()
+    missing = sorted(name for name in published_state_dict(model).keys() - state.keys() if not is_counter(name))
     own = under_own_names(model, state, "the state dict")
-    strangers = sorted(own.keys() - model.state_dict().keys())
+    strangers = sorted(name for name in own.keys() - known.keys() if not is_counter(name))
     for names, what in ((missing, "lacks"), (strangers, "has more,")):
         if names:
             raise WeightsError(f"the state dict is none of this model: it {what} {shorten_names(names)}")
     try:
-        model.load_state_dict(own)
+        model.load_state_dict({name: own[name] for name in known if name in own} | missing_counters(model, own))
     except RuntimeError as error:
         raise WeightsError(f"the state dict is none of this model: {error}") from error
 
@@ -42,8 +45,19 @@ def published_state_dict(model: DetectionModel) -> dict[str, Tensor]:
     return state | {twin: state[name] for twin, name in model.published_twins.items()}
 
 
+def missing_counters(model: DetectionModel, state: Collection[str]) -> dict[str, Tensor]:
+    """Zeros for the model's batch norm counters that are not in a state dict."""
+    return {
+        name: torch.zeros_like(value, device="cpu")
+        for name, value in model.state_dict().items()
+        if is_counter(name) and name not in state
+    }
+
+
 def under_own_names(model: DetectionModel, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """A state dict with one name for each tensor of the model, and without what a profiler left in it.
+    """A state dict with one name for each tensor of the model, and without what is never read.
+
+    That is what a profiler left in it, and further rows of a table of labels (DINO's files may have such ones).
 
     Args:
         model: the model; only its names count.
@@ -63,6 +77,11 @@ def under_own_names(model: DetectionModel, state: Mapping[str, Tensor], source: 
         others = shorten_names([twins[twin] for twin in differing])
         raise WeightsError(
             f"{source} has other values for {shorten_names(differing)} than for {others}, which are the same "
-            "tensors of this model"
+            f"tensors of this model{model.advice_on_twins}"
         )
-    return {name: value for name, value in state.items() if name not in twins and not name.endswith(_MEASURED)}
+    own = {name: value for name, value in state.items() if name not in twins and not name.endswith(_MEASURED)}
+    classes = model.weight_names.classes_in(own)
+    for name in model.weight_names.class_tables:
+        if name in own and classes is not None:
+            own[name] = own[name][: classes + 1]
+    return own

@@ -27,6 +27,9 @@ _DEEPEST = 3
 _NAMES_SHOWN = 6
 
 
+_COUNTER = ".num_batches_tracked"
+
+
 class WeightsError(ValueError):
     """Weights that cannot be read or do not fit; the message names the file and what to do."""
 
@@ -48,6 +51,11 @@ class StateDict:
     tensors: dict[str, Tensor]
     prefix: str
     beside: tuple[str, ...]
+
+
+def is_counter(name: str) -> bool:
+    """Whether a tensor only counts batch norm's batches: nothing reads it, and many files lack it."""
+    return name.endswith(_COUNTER)
 
 
 def shorten_names(names: Sequence[str]) -> str:

@@ -18,14 +18,13 @@ from torchvision.models import get_model_weights
 from detr_ray.model.backbones.resnet import resnets_with
 from detr_ray.model.checkpoint_file import read_checkpoint
 from detr_ray.model.detection_model import DetectionModel, WeightNames
-from detr_ray.model.published import under_own_names
-from detr_ray.model.state_dicts import StateDict, WeightsError, shorten_names, without_prefix
+from detr_ray.model.published import missing_counters, under_own_names
+from detr_ray.model.state_dicts import StateDict, WeightsError, is_counter, shorten_names, without_prefix
 from detr_ray.printable import printable
 
 PUBLISHED_ROWS = (91, 250)
 """Classes of the published weights: COCO's 91 ids, alone or followed by those of the panoptic ones."""
 
-_COUNTER = ".num_batches_tracked"
 _NUMBERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _NAMES_SHOWN = 6
 
@@ -82,14 +81,14 @@ def load_backbone_weights(model: DetectionModel, source: str, backbone: str) -> 
     own = model.body.state_dict()
     stored = checkpoint["ema"] if checkpoint.get("ema") is not None else checkpoint["model"]
     state = without_prefix(stored, own, source).tensors
-    wanted = [name for name in own if name in state or not name.endswith(_COUNTER)]
+    wanted = [name for name in own if name in state or not is_counter(name)]
     missing = [name for name in wanted if name not in state]
     if any(model.weight_names.backbone in name for name in stored):
         raise WeightsError(f"{source} is no {backbone}: it holds DETR weights, which model.init_from takes")
     if missing:
         raise WeightsError(f"{source} is no {backbone}; it lacks {shorten_names(missing)}")
     kept = {name.split(".")[0] for name in own}
-    strangers = [name for name in state if name.split(".")[0] in kept and name not in own and _COUNTER not in name]
+    strangers = [name for name in state if name.split(".")[0] in kept and name not in own and not is_counter(name)]
     if strangers:
         raise WeightsError(f"{source} is no {backbone}: it has more, {shorten_names(strangers)}")
     _refuse_other_shapes(source, {name: (state[name], own[name]) for name in wanted}, "is model.backbone the same?")
@@ -152,11 +151,11 @@ def load_initial_weights(
         weights=weights,
         loaded=tuple(name for name, part in fitting.items() if not part.note),
         rebuilt={name: part.note for name, part in fitting.items() if part.note},
-        missing=tuple(name for name in own if name not in state and not name.endswith(_COUNTER)),
+        missing=tuple(name for name in own if name not in state and not is_counter(name)),
         unused=tuple(
             name
             for name in [*(found.prefix + name for name in state if name not in own), *found.beside]
-            if not name.endswith(_COUNTER)
+            if not is_counter(name)
         ),
     )
 
@@ -201,8 +200,8 @@ def whole_state(model: DetectionModel, found: StateDict, source: str) -> dict[st
     """
     own, state = model.state_dict(), found.tensors
     parts = {name.split(".")[0] for name in own}
-    missing = [name for name in own if name not in state and not name.endswith(_COUNTER)]
-    strangers = [name for name in state if name not in own and name.split(".")[0] in parts and _COUNTER not in name]
+    missing = [name for name in own if name not in state and not is_counter(name)]
+    strangers = [name for name in state if name not in own and name.split(".")[0] in parts and not is_counter(name)]
     _refuse_other_shapes(
         source,
         {name: (state[name], own[name]) for name in own if name in state},
@@ -214,8 +213,7 @@ def whole_state(model: DetectionModel, found: StateDict, source: str) -> dict[st
             raise WeightsError(f"{source} does not fit the model section: {what} {shorten_names(names)}")
     used = {name: state[name] for name in own if name in state}
     _refuse_unusable_values(source, used)
-    counters = {name: torch.zeros_like(own[name], device="cpu") for name in own if name not in used}
-    return used | counters
+    return used | missing_counters(model, used)
 
 
 @dataclass(frozen=True)
@@ -325,7 +323,7 @@ def _refuse_other_backbone(source: str, body: str, own: Collection[str], state: 
         state: the file's names.
     """
     mine, theirs = (
-        {name.removeprefix(body) for name in names if name.startswith(body) and not name.endswith(_COUNTER)}
+        {name.removeprefix(body) for name in names if name.startswith(body) and not is_counter(name)}
         for names in (own, state)
     )
     kept = {name.split(".")[0] for name in mine}
@@ -348,7 +346,7 @@ def _refuse_unusable_values(source: str, state: Mapping[str, Tensor]) -> None:
     With NaN or infinity, training would fail at its first step, far from the cause. Whole numbers are quantised
     weights, which are useless without their scales.
     """
-    values = {name: value for name, value in state.items() if not name.endswith(_COUNTER)}
+    values = {name: value for name, value in state.items() if not is_counter(name)}
     odd = {name: value for name, value in values.items() if not _is_plain(value)}
     if odd:
         value = next(iter(odd.values()))

@@ -58,6 +58,15 @@ def test_later_layers_win_key_by_key(write):
     assert load_config([second, first]).optim.lr == 1e-3
 
 
+def test_an_architecture_has_its_own_number_of_detections(write):
+    dino = ["model.architecture=dino"]
+    assert (load_config().eval.max_detections, load_config(None, dino).eval.max_detections) == (100, 300)
+    assert load_config(None, [*dino, "eval.max_detections=100"]).eval.max_detections == 100
+    config = load_config(None, [*dino, "eval.size=64"])
+    assert (config.eval.size, config.eval.max_detections) == (64, 300)
+    assert load_config(write("whole.yaml", config.to_yaml())) == config
+
+
 def test_null_for_a_section_says_nothing_about_its_keys(write):
     first = write("first.yaml", "train: {epochs: 7}\ndata: {augment: {flip: 0.25}}\n")
     second = write("second.yaml", "train:\ndata:\n  augment:\nmodel: null\n")

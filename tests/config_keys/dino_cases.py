@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from config_keys.registry import Place, shows
 from observing import Observed
+
+from detr_ray.config import ConfigError
 
 QUERIES = 9
 
@@ -39,3 +42,6 @@ def noise(place: Place) -> None:
             assert bool(moved.all() if boxes_move else not moved.any())
             changed = labels != target["labels"]
             assert bool(changed.any() if labels_move else not changed.any()) or count == 0
+    for key in (label_noise, box_noise):
+        with pytest.raises(ConfigError, match=f"{key}: needs model.denoising_queries above 0"):
+            place.config("model.architecture=dino", "model.denoising_queries=0", f"{key}=0.3")

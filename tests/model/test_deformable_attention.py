@@ -170,3 +170,19 @@ def test_maps_seen_in_inference_can_be_trained_on_afterwards(attention: Deformab
     with torch.inference_mode():
         attention(*arguments)
     attention(*arguments).sum().backward()
+
+
+@pytest.mark.parametrize("heads", [1, 3, 4])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_places_that_are_no_numbers_are_not_read_from_foreign_memory(heads: int, value: float) -> None:
+    """They reach the loss as NaN, or count as outside of the maps."""
+    generator = torch.Generator().manual_seed(0)
+    cells = torch.randn(1, sum(height * width for height, width in SIZES), heads, 8, generator=generator)
+    locations = torch.rand(1, 2, heads, len(SIZES), POINTS, 2, generator=generator)
+    weights = torch.rand(1, 2, heads, len(SIZES), POINTS, generator=generator)
+    locations[0, 0] = value
+    inputs = [part.requires_grad_() for part in (cells, locations, weights)]
+    read = sample_bag(inputs[0], SIZES, inputs[1], inputs[2])
+    read.sum().backward()
+    assert bool(read[0, 0].isnan().all() if value != value else not read[0, 0].any())
+    assert bool(read[0, 1].isfinite().all() and read[0, 1].any())

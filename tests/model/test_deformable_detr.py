@@ -107,6 +107,9 @@ def test_a_state_dict_that_is_not_the_models_is_refused() -> None:
         load_published(model, {name: value for name, value in state.items() if name != twin})
     with pytest.raises(WeightsError, match=r"has more, query_embed\.weight"):
         load_published(model, {**state, "query_embed.weight": torch.zeros(3)})
+    refined = published_state_dict(tiny(box_refine=True))
+    with pytest.raises(WeightsError, match=r"needs model\.box_refine=true"):
+        load_published(tiny(), refined)
 
 
 @VARIANTS
@@ -279,7 +282,7 @@ def test_first_weights_are_the_published_ones() -> None:
     torch.manual_seed(0)
     for changes, sizes in (({}, [-2.0]), (REFINE, [-2.0, 0.0, 0.0]), (TWO_STAGE, [0.0] * 4)):
         model = build_model(configured(**changes).model, CLASSES)
-        assert [float(head.layers[-1].bias[3]) for head in model.bbox_embed] == sizes
+        assert [head.layers[-1].bias[3].item() for head in model.bbox_embed] == sizes
         assert all(not head.layers[-1].weight.any() for head in model.bbox_embed)
         for head in model.class_embed:
             torch.testing.assert_close(head.bias.sigmoid(), torch.full((CLASSES,), 0.01))

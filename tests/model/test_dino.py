@@ -14,9 +14,10 @@ import pytest
 import torch
 from given_maps import predicted_from, take_maps_as_they_are
 
-from detr_ray.config import Config, load_config
+from detr_ray.config import Config, LossConfig, ModelConfig, load_config
 from detr_ray.detector import build_skeleton
 from detr_ray.loss import SetCriterion, build_criterion
+from detr_ray.loss.sigmoid_losses import FocalLoss
 from detr_ray.model import build_model, load_published, published_state_dict, weights
 from detr_ray.model.checkpoint_file import read_checkpoint
 from detr_ray.model.denoising import DenoisingQueries
@@ -139,6 +140,56 @@ def test_a_published_file_is_evaluated_whole(tmp_path: Path) -> None:
     found = whole_state(model, find_detector(checkpoint, model, "whole.pth"), "whole.pth")
     assert found.keys() == model.state_dict().keys()
     assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
+
+
+def test_rows_of_the_label_table_that_no_label_has_are_left_out(tmp_path: Path) -> None:
+    """The published code gives its table the size of COCO's, whatever the number of classes."""
+    model, other = tiny(), build_model(configured().model, CLASSES)
+    state = published_state_dict(model)
+    state["label_enc.weight"] = torch.cat((state["label_enc.weight"], torch.full((86, 32), torch.nan)))
+    load_published(other, state)
+    assert torch.equal(other.label_enc.weight, model.label_enc.weight)
+    torch.save({"model": state}, tmp_path / "large.pth")
+    found = find_detector(read_checkpoint(str(tmp_path / "large.pth")), model, "large.pth")
+    assert torch.equal(whole_state(model, found, "large.pth")["label_enc.weight"], model.label_enc.weight)
+    report = load_initial_weights(other, str(tmp_path / "large.pth"), ["a", "b", "c", "d", "e"])
+    assert "label_enc.weight" in report.loaded
+    with pytest.raises(WeightsError, match=r"label_enc\.weight"):
+        load_published(other, {**state, "label_enc.weight": torch.zeros(4, 32)})
+
+
+def test_counters_of_batch_norm_need_not_be_in_a_published_file() -> None:
+    model, other = tiny(), build_model(configured().model, CLASSES)
+    without = {name: value for name, value in published_state_dict(model).items() if "num_batches" not in name}
+    load_published(other, without)
+    assert other.state_dict()["backbone.0.body.bn1.num_batches_tracked"] == 0
+    frozen = build_model(configured(backbone_norm="frozen").model, CLASSES)
+    load_published(frozen, published_state_dict(model))
+    assert torch.equal(frozen.label_enc.weight, model.label_enc.weight)
+
+
+def test_the_decoders_heads_start_as_copies_of_the_encoders() -> None:
+    model = build_model(configured().model, CLASSES)
+    assert isinstance(model, Dino)
+    pairs = ((model.class_embed[0], "enc_out_class_embed"), (model.bbox_embed[0], "enc_out_bbox_embed"))
+    for decoders, name in pairs:
+        encoders = model.transformer.get_submodule(name).state_dict()
+        for key, value in decoders.state_dict().items():
+            assert torch.equal(value, encoders[key]) and value.data_ptr() != encoders[key].data_ptr()
+
+
+def test_sections_alone_make_the_same_criterion() -> None:
+    """Without values that were filled in from the whole configuration."""
+    config = Config(model=ModelConfig(architecture="dino"))
+    given = (build_criterion(config, CLASSES), build_criterion(LossConfig(), CLASSES, cfg_model=config.model))
+    for made in given:
+        assert isinstance(made.class_loss, FocalLoss) and made.matcher.cost_class == 2
+        assert made.normalisers([2, 1]) == (3.0,) * 6
+    assert given[0].weights == given[1].weights
+    alone = build_criterion(LossConfig(), CLASSES, cfg_model=ModelConfig(num_queries=7))
+    assert alone.normalisers([2]) == (2.0, 2 + 0.1 * 5)
+    with pytest.raises(ValueError, match="without num_queries"):
+        build_criterion(LossConfig(), CLASSES).normalisers([2])
 
 
 @pytest.mark.parametrize("counts", [(0, 0), (2, 0), (3, 1)])
