@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -143,15 +144,15 @@ class Denoising(CountedByBoxes):
 
 def _pairs_of_groups(counts: Sequence[int], groups: int, queries: int, layers: int) -> Matches:
     """Pairs query ``i`` of each group with box ``i`` of its image, in every layer."""
-    boxes = torch.tensor(counts).repeat_interleave(groups)  # of each image and group
-    place = torch.arange(groups * sum(counts)) - (boxes.cumsum(0) - boxes).repeat_interleave(boxes)
-    first_query = (torch.arange(groups) * queries).repeat(len(counts)).repeat_interleave(boxes)
-    images = torch.arange(len(counts)).repeat_interleave(groups).repeat_interleave(boxes)
-    first_target = torch.tensor((0, *counts[:-1])).cumsum(0)
+    boxes = np.repeat(counts, groups)  # of each image and group
+    place = np.arange(groups * sum(counts)) - np.repeat(boxes.cumsum() - boxes, boxes)
+    first_query = np.repeat(np.tile(np.arange(groups) * queries, len(counts)), boxes)
+    images = np.repeat(np.repeat(np.arange(len(counts)), groups), boxes)
+    first_target = np.cumsum((0, *counts[:-1]))
     return Matches(
-        images=images,
-        queries=(first_query + place).expand(layers, -1),
-        targets=(first_target[images] + place).expand(layers, -1),
+        images=torch.from_numpy(images),
+        queries=torch.from_numpy(first_query + place).expand(layers, -1),
+        targets=torch.from_numpy(first_target[images] + place).expand(layers, -1),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,7 +51,7 @@ def flatten_targets(targets: Sequence[Target], device: torch.device) -> FlatTarg
                 f"got {list(labels.shape)} and {list(boxes.shape)}"
             )
     counts = tuple(target["labels"].shape[0] for target in targets)
-    images = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    images = torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
     return FlatTargets(
         labels=torch.cat([target["labels"] for target in targets]).to(device, torch.int64, non_blocking=True),
         boxes_cxcywh=torch.cat([target["boxes"] for target in targets]).to(device, torch.float32, non_blocking=True),
