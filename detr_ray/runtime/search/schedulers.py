@@ -87,9 +87,15 @@ class ByName(Unsaved, FIFOScheduler):  # type: ignore[misc]
         self._complete(trial.config["trial"], result)
 
     def tell_again(self, trial: Trial) -> None:
-        """Passes on the evaluations of a trial from an earlier process."""
+        """Passes on the evaluations of a trial from an earlier process; what was decided then stays decided."""
         self._add(trial.name)
         results = [{"epoch": epoch, "value": value} for epoch, _, value in trial.history]
+        if isinstance(self._scheduler, MedianStoppingRule):
+            # Asked, it would compare them with evaluations that came later, and fail at the next one of a trial that it
+            # would have stopped. Its `on_trial_complete` only notes them.
+            for result in results:
+                self._complete(trial.name, result)
+            return
         last = results.pop() if trial.state == "finished" and results else None
         for result in results:
             self._decide(trial.name, result)

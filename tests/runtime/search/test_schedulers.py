@@ -164,6 +164,21 @@ def test_median_stops_what_is_worse_than_half_of_the_others() -> None:
     assert [search.epoch("t004", 0.45) for _ in range(3)] == ["CONTINUE"] * 3
 
 
+def test_a_resumed_search_decides_about_new_evaluations_alone() -> None:
+    """Its bad start was seen by nobody when it was evaluated; the others came later."""
+    search = Search(settings("tune.scheduler=median"))
+    slow = search.begin()
+    assert [search.epoch(slow, value) for value in (0.1, 0.2)] == ["CONTINUE"] * 2
+    others = [search.begin() for _ in range(3)]
+    for name in others:
+        assert [search.epoch(name, 0.5) for _ in range(3)] == ["CONTINUE"] * 3
+    search.trials = {name: search.trials[name] for name in (*others, slow)}  # as if it had been created last
+    search.resume()
+    assert [search.epoch(slow, 0.9), search.epoch(others[0], 0.4)] == ["CONTINUE"] * 2
+    search.begin()
+    assert search.epoch("t004", 0.1) == "STOP", "those of the earlier process are compared with"
+
+
 @pytest.mark.parametrize("kind", ["asha", "median"])
 def test_a_trial_that_fails_before_its_first_evaluation_disturbs_nothing(kind: str) -> None:
     search = Search(settings(f"tune.scheduler={kind}"))
