@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Literal
 
 from detr_ray.addresses import join
 from detr_ray.locations import read_bytes, write_bytes
@@ -13,12 +12,18 @@ FIRST_SEED = 1000
 """Added to ``run.seed``, so that no trial had the same seed."""
 CONFIRMATION_FILE = "confirmation.json"
 
-Kind = Literal["best", "default"]
+DEFAULT = "default"
+"""Stands for the unchanged configuration where runs are named."""
 
 
-def confirmation_run(kind: Kind, seed: int) -> str:
-    """Name of the run that trains one of the two configurations with a seed."""
-    return f"confirm-{kind}-{seed}"
+def confirmation_run(configuration: str, seed: int) -> str:
+    """Name of the run that trains one of the two configurations with a seed.
+
+    Args:
+        configuration: name of the run that had the best one (a resumed search may find a better one), or `DEFAULT`.
+        seed: its ``run.seed``.
+    """
+    return f"confirm-{configuration}-{seed}"
 
 
 def write_confirmation(folder: str, best: str, found: Confirmation) -> None:

@@ -19,7 +19,7 @@ from detr_ray.engine.run_report.problems import Problem
 from detr_ray.engine.run_report.report import data_places
 from detr_ray.printable import counted, shortened
 from detr_ray.search.confirmation import Confirmation, fewest_seeds
-from detr_ray.search.confirmed import FIRST_SEED, confirmation_run
+from detr_ray.search.confirmed import DEFAULT, FIRST_SEED, confirmation_run
 from detr_ray.search.tables import ENDED, Ending, state_counts
 from detr_ray.search.trials import Trial
 
@@ -141,7 +141,7 @@ def _confirmed(searched: Searched) -> list[str]:
     rows.append(["mean", *(f"{statistics.fmean(sample):.4f}" for sample in both)])
     rows.append(["standard deviation", *(f"{statistics.stdev(sample):.4f}" for sample in both)])
     metric = searched.config.tune.metric
-    runs = [confirmation_run(kind, first) for kind in ("best", "default")]
+    runs = [confirmation_run(name, first) for name in (searched.best.run_name, DEFAULT)]
     return [
         page.paragraph(found.verdict),
         page.table(rows, [metric, f"best ({searched.best.run_name})", "default"], numbers_from=1),

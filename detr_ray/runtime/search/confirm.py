@@ -12,9 +12,10 @@ from detr_ray.engine.job import prepare_job
 from detr_ray.engine.reporting.tracking_store import recorded_in
 from detr_ray.runtime.host_process import host_process_as_before
 from detr_ray.runtime.launch import Runs
+from detr_ray.runtime.search.directory import locked_search
 from detr_ray.runtime.search.results import SearchResult
 from detr_ray.search.confirmation import Confirmation, compare
-from detr_ray.search.confirmed import FIRST_SEED, Kind, confirmation_run
+from detr_ray.search.confirmed import DEFAULT, FIRST_SEED, confirmation_run
 from detr_ray.search.space import with_values
 
 
@@ -33,7 +34,8 @@ def confirm(
     """Compares the best configuration of a search with the unchanged one.
 
     Each training is a run in the search's folder, recorded where the search is, as a child of its MLflow run. Finished
-    ones are not trained again. The page about the search gets the verdict.
+    ones are not trained again. The page about the search gets the verdict. The search is locked meanwhile: another
+    process that went on with it would write its files, too.
 
     Args:
         config: of the search.
@@ -44,16 +46,18 @@ def confirm(
 
     Raises:
         Stopped: the user stopped it.
+        ConfigError: another process has locked the search.
         RunFailed: a training cannot go on, or its last evaluation has no such metric.
     """
-    assert result.best_values is not None, "a search without a result has nothing to confirm"
-    kinds: dict[Kind, Config] = {"best": with_values(config, result.best_values), "default": with_values(config, {})}
-    measured: dict[Kind, list[float]] = {"best": [], "default": []}
-    with Runs(Budget(), say, says_how_to_resume=False) as runs:
+    assert result.best is not None and result.best_values is not None, "it has nothing to confirm without a result"
+    best = result.best.run_name
+    compared = {best: with_values(config, result.best_values), DEFAULT: with_values(config, {})}
+    measured: dict[str, list[float]] = {name: [] for name in compared}
+    with locked_search(result.path, result.name, say), Runs(Budget(), say, says_how_to_resume=False) as runs:
         for number in range(seeds):
-            for kind, chosen in kinds.items():
+            for which, chosen in compared.items():
                 seed = config.run.seed + FIRST_SEED + number
-                name = confirmation_run(kind, seed)
+                name = confirmation_run(which, seed)
                 run = {"run.name": name, "run.storage": result.path, "run.seed": seed}
                 job = prepare_job(_recorded(with_values(chosen, run), result), say)
                 before = sum(map(len, measured.values()))
@@ -63,11 +67,11 @@ def confirm(
                 value = done.metrics.get(config.tune.metric)
                 if value is None:
                     raise RunFailed(f"{name}: its last evaluation gave no {config.tune.metric} that could be compared")
-                measured[kind].append(value)
+                measured[which].append(value)
                 say(f"{name}: {config.tune.metric} {value:.4f}")
-    found = compare(measured["best"], measured["default"], config.tune.mode)
-    if result.on_confirmed is not None:
-        result.on_confirmed(found)
+        found = compare(measured[best], measured[DEFAULT], config.tune.mode)
+        if result.on_confirmed is not None:
+            result.on_confirmed(found)
     return found
 
 

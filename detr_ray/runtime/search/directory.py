@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import json
 import uuid
@@ -43,8 +44,8 @@ class SearchDirectory:
         name: of the search.
         path: absolute folder or URI.
         search_id: globally unique.
-        trials: trials of an earlier process.
-        population: state of the population from an earlier process; None if there was none.
+        trials: trials of an earlier process; they are read when the search is locked.
+        population: state of the population from an earlier process, likewise; None if there was none.
         record: of a new search, what `locked` writes first; None for one that exists.
     """
 
@@ -61,20 +62,27 @@ class SearchDirectory:
         return self.record is not None
 
     @contextlib.contextmanager
-    def locked(self, say: Say) -> Iterator[None]:
+    def locked(self, say: Say) -> Iterator[SearchDirectory]:
         """Locks the search for this process, and makes the folder of a new one.
 
+        Yields:
+            The search with the trials and the population that earlier processes left.
+
         Raises:
-            ConfigError: another process has locked or just begun it, or the storage cannot be used.
+            ConfigError: another process has locked or just begun it, a file of it is damaged, or the storage cannot be
+                used.
         """
-        with contextlib.ExitStack() as stack:
+        if self.is_new:
+            with storage_errors(self.path):
+                make_folder(self.path)
+        with locked_search(self.path, self.name, say):
             with storage_errors(self.path):
                 if self.is_new:
-                    make_folder(self.path)
-                stack.enter_context(held(self.path, self.name, say))
-                if self.is_new:
                     self._begin()
-            yield
+                    now = self
+                else:  # not before: the process that has held the lock until now may have written them last
+                    now = dataclasses.replace(self, trials=_trials(self.path), population=_read(self.path, _POPULATION))
+            yield now
 
     def _begin(self) -> None:
         if _read(self.path, SEARCH_RECORD) is not None:
@@ -134,11 +142,32 @@ def open_search(config: Config, fingerprints: Mapping[str, str], *, resume: bool
                 f"tune.name: the search {name!r} in {path} was begun differently; choose another tune.name, or give "
                 "the same values:\n  " + "\n  ".join(differences)
             )
-        try:
-            trials = read_trials(path)
-        except ValueError as error:
-            raise ConfigError(f"tune.name: {error}") from error
-        return SearchDirectory(name, path, stored["search_id"], tuple(trials), _read(path, _POPULATION))
+        return SearchDirectory(name, path, stored["search_id"])
+
+
+@contextlib.contextmanager
+def locked_search(path: str, name: str, say: Say) -> Iterator[None]:
+    """Locks a search for this process.
+
+    Args:
+        path: its folder.
+        name: its name.
+        say: shows the user a line.
+
+    Raises:
+        ConfigError: another process has locked it, or the storage cannot be used.
+    """
+    with contextlib.ExitStack() as stack:
+        with storage_errors(path):
+            stack.enter_context(held(path, name, say))
+        yield
+
+
+def _trials(path: str) -> tuple[Trial, ...]:
+    try:
+        return tuple(read_trials(path))
+    except ValueError as error:
+        raise ConfigError(f"tune.name: {error}") from error
 
 
 def _refuse_a_training(path: str) -> None:

@@ -80,11 +80,11 @@ def run_search(
         logging.getLogger(name).setLevel(logging.ERROR)
     with contextlib.ExitStack() as stack:
         if not directory.is_new:
-            stack.enter_context(directory.locked(say))
+            directory = stack.enter_context(directory.locked(say))
         stack.enter_context(search_session(config))
         capacity = capacity_for(config)
         if directory.is_new:  # what the cluster refuses leaves no folder
-            stack.enter_context(directory.locked(say))
+            directory = stack.enter_context(directory.locked(say))
         result = _Search(config, space, opened, directory, capacity, say, on_progress).run()
     if config.tracking.register and result.status != "stopped" and result.best is not None:
         register_best(config, result, say)

@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 from tiny import make_dataset, tiny_config
 
-from detr_ray.config import load_config
+from detr_ray.config import ConfigError, load_config
 from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.hooks import JobHooks
 from detr_ray.engine.job import TrainJob
 from detr_ray.engine.reporting.progress import FitResult
 from detr_ray.runtime.launch import Runs
 from detr_ray.runtime.search import confirm
+from detr_ray.runtime.search.directory import locked_search
+from detr_ray.search import Trial
 from detr_ray.search.confirmation import Confirmation
 
 
@@ -48,23 +50,50 @@ def half_way(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def result_in(folder: str, **more: Any) -> Any:
     return SimpleNamespace(
-        best_values={"optim.lr": 1e-3}, path=folder, tracking_uri=None, parent_run=None, on_confirmed=None, **more
+        name="mine",
+        best=Trial("t003"),
+        best_values={"optim.lr": 1e-3},
+        path=folder,
+        tracking_uri=None,
+        parent_run=None,
+        on_confirmed=None,
+        **more,
     )
 
 
 @pytest.mark.usefixtures("half_way")
-def test_it_tells_how_many_trainings_are_done() -> None:
+def test_it_tells_how_many_trainings_are_done(tmp_path: Path) -> None:
     done: list[float] = []
     config = load_config(None, ["data.root=/data"])
-    confirm.confirm(config, result_in("/runs/search"), 2, lambda line: None, done.append)
+    confirm.confirm(config, result_in(str(tmp_path)), 2, lambda line: None, done.append)
     assert done == [0.5, 1.5, 2.5, 3.5]
 
 
 @pytest.mark.usefixtures("half_way")
-def test_an_evaluation_without_the_metric_is_named() -> None:
+def test_an_evaluation_without_the_metric_is_named(tmp_path: Path) -> None:
     config = load_config(None, ["data.root=/data", "tune.metric=val/AP/cat"])
-    with pytest.raises(RunFailed, match="confirm-best-1042: its last evaluation gave no val/AP/cat"):
-        confirm.confirm(config, result_in("/runs/search"), 2, lambda line: None)
+    with pytest.raises(RunFailed, match="confirm-t003-1042: its last evaluation gave no val/AP/cat"):
+        confirm.confirm(config, result_in(str(tmp_path)), 2, lambda line: None)
+
+
+@pytest.mark.usefixtures("half_way")
+def test_nobody_else_writes_the_search_until_the_verdict_is_there(tmp_path: Path) -> None:
+    config = load_config(None, ["data.root=/data"])
+    with locked_search(str(tmp_path), "mine", print), pytest.raises(ConfigError, match=r"mine.* is being written by"):
+        confirm.confirm(config, result_in(str(tmp_path)), 1, print)
+
+    def is_locked(_: object) -> None:
+        with pytest.raises(ConfigError, match="is being written by"), locked_search(str(tmp_path), "mine", print):
+            pass
+        told.append(True)
+
+    told: list[bool] = []
+    result = result_in(str(tmp_path))
+    result.on_confirmed = is_locked
+    confirm.confirm(config, result, 1, print, is_locked)
+    assert told == [True] * 3, "in both trainings, and when the page is written"
+    with locked_search(str(tmp_path), "mine", print):
+        pass
 
 
 def test_it_trains_both_with_a_new_seed_and_records_them_beside_the_search(
@@ -73,6 +102,7 @@ def test_it_trains_both_with_a_new_seed_and_records_them_beside_the_search(
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     data = make_dataset(tmp_path / "data", num_train=8, num_val=2)
     config = tiny_config(data, tmp_path, "train.epochs=1", "tune.metric=val/AR100", "run.seed=7")
+    (tmp_path / "search").mkdir()
     result = result_in(str(tmp_path / "search"))
     result.tracking_uri, result.parent_run = f"sqlite:///{tmp_path}/mlflow.db", "the search"
     jobs: list[tuple[TrainJob, JobHooks]] = []
@@ -91,7 +121,7 @@ def test_it_trains_both_with_a_new_seed_and_records_them_beside_the_search(
     found = confirm.confirm(config, result, 1, said.append)
     assert told == [found], "for the page about the search"
     assert [(job.run.name, job.config.run.seed, job.config.optim.lr) for job, _ in jobs] == [
-        ("confirm-best-1007", 1007, 1e-3), ("confirm-default-1007", 1007, config.optim.lr),
+        ("confirm-t003-1007", 1007, 1e-3), ("confirm-default-1007", 1007, config.optim.lr),
     ]  # fmt: skip
     for job, hooks in jobs:
         assert (job.tracking_uri, hooks.parent_run) == (result.tracking_uri, "the search") and hooks.gets_report
@@ -103,3 +133,8 @@ def test_it_trains_both_with_a_new_seed_and_records_them_beside_the_search(
     again = confirm.confirm(config, result, 1, said.append)
     assert again == found
     assert [end.status for end in ends] == ["finished"] * 2 + ["nothing to do"] * 2, "not trained again"
+    # The search went on, and found a better trial.
+    result.best, result.best_values = Trial("t005", generation=1), {"optim.lr": 2e-3}
+    confirm.confirm(config, result, 1, said.append)
+    assert [job.run.name for job, _ in jobs[4:]] == ["confirm-t005-g1-1007", "confirm-default-1007"]
+    assert [end.status for end in ends[4:]] == ["finished", "nothing to do"]

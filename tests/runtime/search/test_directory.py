@@ -25,14 +25,18 @@ def config(folder: Path, *overrides: str, space: dict[str, Any] = RATE, name: st
 
 
 def begin(folder: Path, *overrides: str) -> SearchDirectory:
-    made = open_search(config(folder, *overrides), DATA, resume=False)
-    with made.locked(print):
+    with open_search(config(folder, *overrides), DATA, resume=False).locked(print) as made:
         return made
 
 
+def go_on(folder: Path) -> SearchDirectory:
+    with open_search(config(folder), DATA, resume=True).locked(print) as found:
+        return found
+
+
 def refused(wanted: Config, *, resume: bool, data: dict[str, str] = DATA) -> str:
-    with pytest.raises(ConfigError) as caught:
-        open_search(wanted, data, resume=resume)
+    with pytest.raises(ConfigError) as caught, open_search(wanted, data, resume=resume).locked(print):
+        pass
     (error,) = caught.value.errors
     assert error.startswith("tune.name: ")
     return error
@@ -60,11 +64,19 @@ def test_one_goes_on_with_its_trials_and_its_population(tmp_path: Path) -> None:
     made = begin(tmp_path)
     trials = [Trial("t000", {"optim.lr": 1e-4}, "finished").measured(1, 4, 0.5, "max"), Trial("t001")]
     write_trials(made.path, trials)
-    again = open_search(config(tmp_path), DATA, resume=True)
-    assert again == SearchDirectory("mine", made.path, made.search_id, tuple(trials), None)
+    assert go_on(tmp_path) == SearchDirectory("mine", made.path, made.search_id, tuple(trials), None)
     made.write_population({"decided_epoch": 3, "moves": [], "members": {}})
-    again = open_search(config(tmp_path), DATA, resume=True)
+    again = go_on(tmp_path)
     assert again.population == {"decided_epoch": 3, "moves": [], "members": {}} and again.trials == tuple(trials)
+
+
+def test_what_its_last_process_wrote_before_it_ended_is_known(tmp_path: Path) -> None:
+    made = begin(tmp_path)
+    opened = open_search(config(tmp_path), DATA, resume=True)
+    write_trials(made.path, [Trial("t000", state="failed")])
+    made.write_population({"decided_epoch": 2})
+    with opened.locked(print) as found:
+        assert [trial.state for trial in found.trials] == ["failed"] and found.population == {"decided_epoch": 2}
 
 
 def test_one_of_an_earlier_release_goes_on_where_a_key_did_not_exist(tmp_path: Path) -> None:

@@ -149,7 +149,8 @@ def test_the_page_tells_whether_the_best_configuration_is_better_or_only_lucky(
     search.records.confirmed(better)
     page = search.read("report.html")
     for expected in (
-        f"<p>{better.verdict}</p></header>", "difference +0.0400, p = 0.0286", "best (t000)", "confirm-default-1007",
+        f"<p>{better.verdict}</p></header>", "difference +0.0400, p = 0.0286", "best (t000)",
+        "confirm-t000-1007 and confirm-default-1007",
         '<td>seed 1008</td><td class="number">0.6300</td><td class="number">0.5900</td>',
         '<td>mean</td><td class="number">0.6250</td><td class="number">0.5850</td>',
     ):  # fmt: skip
