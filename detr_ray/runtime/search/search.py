@@ -18,6 +18,7 @@ from detr_ray.config import Config, ConfigError
 from detr_ray.data.index import DatasetIndex
 from detr_ray.engine.opened_data import OpenedData, open_data
 from detr_ray.engine.reporting.tracking_store import check_tracking, run_tracking_uri
+from detr_ray.runtime.cluster_check import preflight_nodes
 from detr_ray.runtime.host_process import StopSignals, host_process_as_before, stop_signals
 from detr_ray.runtime.search.capacity import Capacity, capacity_for
 from detr_ray.runtime.search.control import Control
@@ -65,7 +66,8 @@ def run_search(
         on_progress: told how many trials are over, with the done parts of those that train, several times a second.
 
     Raises:
-        ConfigError: the space or a setting cannot be used, the data does not fit, or the name is taken.
+        ConfigError: the space or a setting cannot be used, the data does not fit, the name is taken, or a node cannot
+            use the storage.
         DataError: the data is not usable.
     """
     space = SearchSpace.from_config(config)
@@ -82,6 +84,7 @@ def run_search(
         if not directory.is_new:
             directory = stack.enter_context(directory.locked(say))
         stack.enter_context(search_session(config))
+        preflight_nodes(config, directory.path, say)  # here once, and not by each trial, which would fail by it
         capacity = capacity_for(config)
         if directory.is_new:  # what the cluster refuses leaves no folder
             directory = stack.enter_context(directory.locked(say))

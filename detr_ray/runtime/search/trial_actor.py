@@ -140,9 +140,16 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]
         return self._training.next_result()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Sets another trial, which begins with the next step and uses the workers of the previous one."""
+        """Sets another trial, which begins with the next step and uses the workers of the previous one.
+
+        Raises:
+            RuntimeError: the previous one did not give up its run. Ray Tune then ends this actor with its workers.
+        """
         _leave_tunes_folder()
-        self._end_training()
+        previous = self._start.trial
+        # Workers take a step within this time, or are ended.
+        if not self._end_training(within_s := self._setup.base.train.stall_timeout_s + ENDED_WITHIN_S):
+            raise RuntimeError(f"{previous}, whose workers it was to get, has not given up its run for {within_s:g} s")
         self._start = Start.of_config(new_config)
         return True
 
@@ -155,10 +162,11 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]
         self._end_training()
         self._runs.__exit__()
 
-    def _end_training(self) -> None:
-        if self._training is not None:
-            self._training.end()
-            self._training = None
+    def _end_training(self, within_s: float = ENDED_WITHIN_S) -> bool:
+        """Abandons the trial's run, if there is one; returns whether it has ended."""
+        ended = self._training is None or self._training.end(within_s)
+        self._training = None
+        return ended
 
 
 def _leave_tunes_folder() -> None:
@@ -227,11 +235,16 @@ class Training:
             if result["generation"] == self._generation or result["done"]:
                 return result
 
-    def end(self) -> None:
-        """Abandons the run, and waits for its end."""
+    def end(self, within_s: float) -> bool:
+        """Abandons the run, waits for its end, and returns whether it has ended.
+
+        Args:
+            within_s: how long to wait.
+        """
         self._given_up = True
-        self._thread.join(ENDED_WITHIN_S)
+        self._thread.join(within_s)
         self._line.end()
+        return not self._thread.is_alive()
 
     def _work(self) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -74,6 +75,17 @@ def test_a_cluster_that_does_not_answer_leaves_no_search(
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     assert "no cluster answers at 127.0.0.1:1" in refused(RATE, "tune.name=mine")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_storage_that_a_trial_cannot_use_is_refused_by_the_search(
+    refused: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a job of ``ray job submit --working-dir .`` whose ``run.storage`` is the default."""
+    monkeypatch.setattr(search, "search_session", lambda config: contextlib.nullcontext())
+    storage = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1" / "runs"
+    line = refused(RATE, "tune.name=mine", f"run.storage={storage}")
+    assert line.startswith(f"run.storage: {storage}/mine is in the copy of the working folder") and "s3://" in line
     assert list(tmp_path.iterdir()) == []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -249,6 +250,36 @@ def test_a_trial_has_the_store_of_the_driver(monkeypatch: pytest.MonkeyPatch, tm
         actor = TrialActor.__new__(TrialActor)
         actor.setup(Start("t000", {}).to_config(), dataclasses.replace(setup, environment_uri=on_driver))
         assert os.environ.get("MLFLOW_TRACKING_URI") == on_driver
+
+
+class LongStep(OneRun):
+    """A run that looks only after its step whether it is given up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stepping, self.given_up = threading.Event(), threading.Event()
+
+    def run(self, job: Any, hooks: JobHooks) -> SimpleNamespace:
+        assert self.stepping.wait(20) and hooks.should_abandon()
+        self.given_up.set()
+        return SimpleNamespace(status="stopped")
+
+
+def test_workers_are_handed_on_after_their_run_was_given_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TUNE_ORIG_WORKING_DIR", str(tmp_path))
+    monkeypatch.setattr(trial_actor, "ENDED_WITHIN_S", 0.01)
+    place = Place(monkeypatch, last_round=0)
+    base: Any = SimpleNamespace(train=SimpleNamespace(stall_timeout_s=0.2))
+    actor = TrialActor.__new__(TrialActor)
+    actor.setup(Start("t000", {}).to_config(), dataclasses.replace(place.setup, base=base))
+    actor._runs = place.runs = runs = LongStep()
+    actor._training = Training(actor._setup, actor._start, actor._runs, place.log)
+    with pytest.raises(RuntimeError, match=r"t000, whose workers it was to get, has not given up its run for 0\.21 s"):
+        actor.reset_config(Start("t001", {}).to_config())
+    runs.stepping.set()
+    assert runs.given_up.wait(20), "it ends all the same, after its step"
+    actor._training = Training(actor._setup, actor._start, actor._runs, place.log)
+    assert actor.reset_config(Start("t001", {}).to_config()) and actor._start.trial == "t001"
 
 
 @pytest.mark.parametrize(
