@@ -84,8 +84,7 @@ class Book:
             step: step to continue from.
         """
         history = tuple(entry for entry in donor.history if entry[1] <= step)
-        moved = dataclasses.replace(self._trials[name], values=dict(values), generation=generation)
-        return self._keep(moved.with_history(history, self._mode))
+        return self._keep(self._trials[name].moved(values, generation, history, step, self._mode))
 
     def set_path(self, name: str, run_path: str) -> None:
         """Notes where a trial's run is."""

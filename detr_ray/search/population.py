@@ -214,9 +214,14 @@ class Population:
         move = self._move_of(trial, generation)
         return [*self.ancestry(move.donor, move.donor_generation), (move.step, move.new)]
 
-    def run_of(self, trial: str, step: int) -> tuple[str, int]:
-        """The run that took a step of a trial's training, its own or an ancestor's: (trial, number of moves before)."""
-        generation = self.members[trial].generation
+    def run_of(self, trial: str, generation: int, step: int) -> tuple[str, int]:
+        """The run that took a step of a run's training, the run itself or an ancestor: (trial, number of moves before).
+
+        Args:
+            trial: any of the population.
+            generation: the number of its moves before the run.
+            step: which step.
+        """
         while generation and step <= (move := self._move_of(trial, generation)).step:
             trial, generation = move.donor, move.donor_generation
         return trial, generation

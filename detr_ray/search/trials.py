@@ -38,7 +38,7 @@ class Trial:
         epoch: epochs trained.
         step: optimizer steps taken.
         value: the metric of the last validation.
-        best: the best so far.
+        best: the best so far, also of runs that it was moved away from.
         best_epoch: epoch of this value.
         history: (epoch, step, metric) of each validation.
         seconds: time that it trained, over all attempts.
@@ -46,6 +46,8 @@ class Trial:
         attempts: number of starts.
         failures: number of those that failed.
         generation: number of exploits that it went through; its run is ``<name>-g<generation>`` from the first on.
+        left: (generation, epoch, step, metric) of the best validation that is not in ``history`` any more, because it
+            was moved; None if it never was.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Trial:
     attempts: int = 0
     failures: int = 0
     generation: int = 0
+    left: tuple[int, float, int, float] | None = None
 
     @property
     def is_over(self) -> bool:
@@ -92,11 +95,37 @@ class Trial:
             history: (epoch, step, metric) of each, at least one.
             mode: whether a larger or a smaller value is better.
         """
-        best = _better(mode)(history, key=lambda entry: entry[2])
+        known = history if self.left is None else (*history, self.left[1:])
+        best = _better(mode)(known, key=lambda entry: entry[2])
         epoch, step, value = history[-1]
         return dataclasses.replace(
             self, epoch=epoch, step=step, value=value, best=best[2], best_epoch=best[0], history=history
         )
+
+    def moved(
+        self,
+        values: Mapping[str, Any],
+        generation: int,
+        history: tuple[tuple[float, int, float], ...],
+        step: int,
+        mode: Mode,
+    ) -> Trial:
+        """The trial after it was moved to another trial's weights.
+
+        Args:
+            values: its new parameters.
+            generation: number of its moves, including this one.
+            history: (epoch, step, metric) of each validation of the weights, which are now its own.
+            step: of the weights. Of what was measured on its former weights, the best one up to this step stays known;
+                later ones depend on how far it was ahead of others when it was moved.
+            mode: whether a larger or a smaller value is better.
+        """
+        measured = [(self.generation, *entry) for entry in self.history if entry[1] <= step]
+        left = _better(mode)(
+            measured if self.left is None else (self.left, *measured), key=lambda entry: entry[3], default=None
+        )
+        moved = dataclasses.replace(self, values=dict(values), generation=generation, left=left)
+        return moved.with_history(history, mode)
 
 
 def trial_name(number: int) -> str:
@@ -156,4 +185,5 @@ def _trial(entry: Mapping[str, Any]) -> Trial:
     if entry["state"] not in STATES:
         raise ValueError(f"unknown state {entry['state']!r}")
     history = tuple((epoch, step, value) for epoch, step, value in entry["history"])
-    return Trial(**{**entry, "history": history})
+    left = None if entry.get("left") is None else tuple(entry["left"])
+    return Trial(**{**entry, "history": history, "left": left})

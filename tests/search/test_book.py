@@ -116,7 +116,7 @@ def test_a_resumed_search_goes_on_with_what_is_not_over(tmp_path: Path) -> None:
 def test_a_moved_trial_has_the_past_of_its_donor(tmp_path: Path) -> None:
     for mode, best in (("max", (0.9, 1)), ("min", (0.3, 2))):
         book = Book(str(tmp_path / mode), mode, 1)
-        for name, values in (("t000", (0.9, 0.3, 0.1)), ("t001", (0.2, 0.05, 0.95))):
+        for name, values in (("t000", (0.9, 0.3, 0.1)), ("t001", (0.5, 0.4, 0.95))):
             book.add({"lr": name})
             book.start(name)
             for epoch, value in enumerate(values, 1):
@@ -127,6 +127,25 @@ def test_a_moved_trial_has_the_past_of_its_donor(tmp_path: Path) -> None:
         assert (moved.epoch, moved.step, moved.value) == (2, 8, 0.3) and (moved.best, moved.best_epoch) == best
         assert (moved.values, moved.generation, moved.state) == ({"lr": "new"}, 1, "running")
         assert book["t000"].history[-1] == (3, 12, 0.1) and book["t000"].generation == 0
+
+
+def test_a_moved_trial_keeps_the_best_that_it_had_reached(tmp_path: Path) -> None:
+    for sign, mode in ((1, "max"), (-1, "min")):
+        book = Book(str(tmp_path / mode), mode, 1)
+        for name, values in (("t000", (0.2, 0.3, 0.4)), ("t001", (0.7, 0.1, 0.9)), ("t002", (0.5, 0.5, 0.5))):
+            book.add({"lr": name})
+            book.start(name)
+            for epoch, value in enumerate(values, 1):
+                book.measure(name, epoch, epoch * 4, sign * value)
+        book.move("t001", {"lr": "new"}, 1, book["t000"], 8)
+        moved = kept(tmp_path / mode, book)[1]
+        assert moved.left == (0, 1, 4, sign * 0.7) and moved.value == sign * 0.3
+        assert (moved.best, moved.best_epoch) == (sign * 0.7, 1) and book.best == moved, "not the 0.9 after the round"
+        book.measure("t001", 3, 12, sign * 0.6)
+        book.move("t001", {"lr": "newer"}, 2, book["t002"], 12)
+        again = Book(str(tmp_path / mode), mode, 1, kept(tmp_path / mode, book))["t001"]
+        assert again.left == (0, 1, 4, sign * 0.7) and again.best == sign * 0.7
+        assert again.measured(4, 16, sign * 0.8, mode).best == sign * 0.8
 
 
 def test_seconds_are_those_of_all_attempts(tmp_path: Path, clock: list[float]) -> None:

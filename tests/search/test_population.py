@@ -276,10 +276,10 @@ def test_ancestry_follows_the_weights() -> None:
     assert made.ancestry("t001") == [(0, {"lr": 1000.0}), (10, first[0].new), (30, third[0].new)]
     assert made.ancestry("t003") == [*made.ancestry("t001"), (40, fourth[0].new)]
     assert fourth[0].generation == 2 and fourth[0].donor_generation == 1
-    assert [made.run_of("t003", step) for step in (5, 10, 11, 30, 31, 40, 41)] == [
+    assert [made.run_of("t003", made.members["t003"].generation, step) for step in (5, 10, 11, 30, 31, 40, 41)] == [
         ("t003", 0), ("t003", 0), ("t000", 1), ("t000", 1), ("t001", 1), ("t001", 1), ("t003", 2),
     ]  # fmt: skip
-    assert made.run_of("t002", 40) == ("t002", 0)
+    assert made.run_of("t002", 0, 40) == ("t002", 0)
 
 
 def test_the_seed_decides() -> None:

@@ -67,7 +67,8 @@ def measured_best(trial: Trial, population: Population | None) -> Trial:
     """The trial with the run that measured the best value of a trial.
 
     A moved trial has its donor's measurements up to the move. If the best is one of them, the weights are the donor's,
-    of its run at that time, also if it was moved itself since then.
+    of its run at that time, also if it was moved itself since then. If it was better before it was moved, the weights
+    are those of the run that it left.
 
     Args:
         trial: one with a measurement.
@@ -78,8 +79,12 @@ def measured_best(trial: Trial, population: Population | None) -> Trial:
     """
     if population is None or trial.name not in population.members:
         return trial
-    step = next(step for _, step, value in trial.history if value == trial.best)
-    name, generation = population.run_of(trial.name, step)
+    runs = [(trial.generation, step, value) for _, step, value in trial.history]
+    if trial.left is not None:
+        left, _, at, measured = trial.left
+        runs.append((left, at, measured))
+    generation, step = next((generation, step) for generation, step, value in runs if value == trial.best)
+    name, generation = population.run_of(trial.name, generation, step)
     _, values = population.ancestry(name, generation)[-1]
     return dataclasses.replace(trial, name=name, generation=generation, values=values)
 

@@ -88,6 +88,9 @@ def test_the_best_weights_of_a_moved_trial_may_be_those_of_its_donor() -> None:
         assert (best.run_name, best.values) == ("t000", {"optim.lr": 1.0, "loss.giou": 2.0}) and best.best == 0.5
     own = inherited.measured(2, 10, 0.75, "max")
     assert measured_best(own, population).run_name == "t001-g1"
+    left = dataclasses.replace(inherited, best=0.75, left=(0, 1, 5, 0.75))
+    best = measured_best(left, population)
+    assert (best.run_name, best.values) == ("t001", {"optim.lr": 4.0, "loss.giou": 3.0}), "before it was moved"
     assert measured_best(own, None) == own
 
 
