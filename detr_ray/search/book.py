@@ -1,4 +1,7 @@
-"""The trials of a running search: the next one, and the state of each, saved after each change."""
+"""The trials of a running search: the next one, and the state of each, saved after each change.
+
+If the storage fails, the search goes on, and the trials are written again some seconds later.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from detr_ray.callbacks import Say
+from detr_ray.retries import reason_of
 from detr_ray.search.trials import Mode, State, Trial, best_trial, trial_name, write_trials
+
+AGAIN_AFTER_S = 10.0
+"""After a storage error, the trials are written again after this time at the earliest."""
 
 
 class Book:
@@ -19,16 +27,29 @@ class Book:
         mode: whether a larger or a smaller metric is better.
         max_failures: how often a failed trial is restarted.
         trials: those of an earlier process.
+        say: shows the user a line.
+
+    Raises:
+        OSError: the trials cannot be written; later errors of this kind are only said.
     """
 
-    def __init__(self, folder: str, mode: Mode, max_failures: int, trials: Iterable[Trial] = ()) -> None:
+    def __init__(
+        self,
+        folder: str,
+        mode: Mode,
+        max_failures: int,
+        trials: Iterable[Trial] = (),
+        say: Say = lambda line: None,
+    ) -> None:
         self._folder = folder
         self._mode = mode
         self._max_failures = max_failures
         self._trials = {trial.name: _not_running(trial) for trial in trials}
+        self._say = say
         self._began: dict[str, float] = {}
+        self._failed_at: float | None = None  # when the trials could not be written; None if the file has all of them
         self.num_results = sum(len(trial.history) for trial in self._trials.values())
-        write_trials(folder, self._trials.values())
+        self.save()
 
     @property
     def trials(self) -> list[Trial]:
@@ -109,10 +130,38 @@ class Book:
         again = again and failures <= self._max_failures
         return self.end(name, "waiting" if again else "failed", problem)
 
+    def save(self) -> None:
+        """Writes the trials.
+
+        Raises:
+            OSError: the storage fails.
+        """
+        write_trials(self._folder, self.trials)
+        if self._failed_at is not None:
+            self._say(f"the trials are written to {self._folder} again")
+        self._failed_at = None
+
+    def save_again(self) -> None:
+        """Writes the trials if that failed some time ago."""
+        if self._failed_at is not None and time.monotonic() - self._failed_at >= AGAIN_AFTER_S:
+            self._try_to_save()
+
     def _keep(self, trial: Trial) -> Trial:
         self._trials[trial.name] = trial
-        write_trials(self._folder, self.trials)
+        if self._failed_at is None:
+            self._try_to_save()
         return trial
+
+    def _try_to_save(self) -> None:
+        try:
+            self.save()
+        except OSError as error:
+            if self._failed_at is None:
+                self._say(
+                    f"WARNING: the trials cannot be written to {self._folder} ({reason_of(error)}); the search goes "
+                    "on, and it is tried again"
+                )
+            self._failed_at = time.monotonic()
 
     def _up_to_now(self, trial: Trial) -> Trial:
         began = self._began.get(trial.name)

@@ -50,6 +50,35 @@ def test_every_change_is_written(tmp_path: Path) -> None:
     assert book.counts == {"stopped early": 1, "refused": 1}
 
 
+def test_a_storage_that_fails_for_a_while_loses_nothing(tmp_path: Path, clock: list[float]) -> None:
+    said: list[str] = []
+    book = Book(str(tmp_path), "max", 1, say=said.append)
+    book.add({"lr": 1.0})
+    file = tmp_path / "trials.json"
+    (tmp_path / "kept").mkdir()
+    file.rename(tmp_path / "kept" / "trials.json")
+    (file / "in the way").mkdir(parents=True)
+    book.start("t000")
+    book.measure("t000", 1, 4, 0.5)
+    (warning,) = said
+    assert warning.startswith(f"WARNING: the trials cannot be written to {tmp_path} (") and book["t000"].best == 0.5
+    (file / "in the way").rmdir()
+    file.rmdir()
+    clock[0] += 9
+    book.set_path("t000", "/runs/t000")
+    book.save_again()
+    assert not file.exists(), "a storage that fails is not asked several times a second"
+    clock[0] += 1
+    book.save_again()
+    found = kept(tmp_path, book)[0]
+    assert (found.best, found.run_path) == (0.5, "/runs/t000") and said[1:] == [
+        f"the trials are written to {tmp_path} again"
+    ]
+    file.unlink()
+    book.save_again()
+    assert not file.exists(), "nothing is left to write"
+
+
 def test_the_best_follows_the_mode(tmp_path: Path) -> None:
     for mode, best in (("max", "t001"), ("min", "t000")):
         book = Book(str(tmp_path / mode), mode, 1)

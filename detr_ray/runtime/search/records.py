@@ -146,7 +146,10 @@ class SearchRecords:
         self._run.log_progress(self._book.num_results, self.metric, None if best is None else best.best, counts)
         if time.monotonic() - self._reconciled_at > RECONCILE_EVERY_S:
             self._reconciled_at = time.monotonic()
-            self._run.reconcile(self._children())
+            try:
+                self._run.reconcile(self._children())
+            except OSError as error:  # a run's record; the next call may read it
+                logger.info("the runs of the trials cannot be read: %s", reason_of(error))
 
     def end(self, ending: Ending, texts: dict[str, str], seconds: float) -> None:
         """Records how the search ended, with its pictures. Waits only some seconds for an unreachable store.

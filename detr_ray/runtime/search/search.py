@@ -16,8 +16,10 @@ from ray import tune
 from detr_ray.callbacks import Say
 from detr_ray.config import Config, ConfigError
 from detr_ray.data.index import DatasetIndex
+from detr_ray.engine.errors import RunFailed
 from detr_ray.engine.opened_data import OpenedData, open_data
 from detr_ray.engine.reporting.tracking_store import check_tracking, run_tracking_uri
+from detr_ray.retries import reason_of
 from detr_ray.runtime.cluster_check import preflight_nodes
 from detr_ray.runtime.host_process import StopSignals, host_process_as_before, stop_signals
 from detr_ray.runtime.search.capacity import Capacity, capacity_for
@@ -69,6 +71,7 @@ def run_search(
         ConfigError: the space or a setting cannot be used, the data does not fit, the name is taken, or a node cannot
             use the storage.
         DataError: the data is not usable.
+        RunFailed: the storage failed, and what the search found or decided could not be written.
     """
     space = SearchSpace.from_config(config)
     for warning in space.warnings:
@@ -88,7 +91,13 @@ def run_search(
         capacity = capacity_for(config)
         if directory.is_new:  # what the cluster refuses leaves no folder
             directory = stack.enter_context(directory.locked(say))
-        result = _Search(config, space, opened, directory, capacity, say, on_progress).run()
+        try:
+            result = _Search(config, space, opened, directory, capacity, say, on_progress).run()
+        except OSError as error:
+            raise RunFailed(
+                f"the files of the search in {directory.path} cannot be used: {reason_of(error)}; once they can, the "
+                f"same command with --resume tune.name={directory.name} goes on"
+            ) from error
     if config.tracking.register and result.status != "stopped" and result.best is not None:
         register_best(config, result, say)
     return result
@@ -159,7 +168,8 @@ class _Search:
         self._deadline = (
             None if self._settings.time_budget_s is None else time.monotonic() + self._settings.time_budget_s
         )
-        self._book = Book(directory.path, self._settings.mode, self._settings.max_trial_failures, directory.trials)
+        failures = self._settings.max_trial_failures
+        self._book = Book(directory.path, self._settings.mode, failures, directory.trials, say)
         self._control = Control(say)
         self._population = new_population(config, space)
         if self._population is not None and directory.population is not None:
@@ -204,6 +214,7 @@ class _Search:
             self._control.end()
             if watch is not None:
                 watch.end_all()
+            self._book.save()
             if self._moves is not None:
                 self._moves.save()
             best = self._records.best

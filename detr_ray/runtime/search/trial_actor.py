@@ -197,8 +197,11 @@ class _Log:
         if self._folder is None:
             logger.info("%s: %s", self.trial, line)
             return
-        with self._lock, Path(self._folder, "logs", f"{self.trial}.log").open("a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%H:%M:%S')} {line}\n")
+        try:
+            with self._lock, Path(self._folder, "logs", f"{self.trial}.log").open("a", encoding="utf-8") as file:
+                file.write(f"{time.strftime('%H:%M:%S')} {line}\n")
+        except OSError as error:  # a full disk: the trial trains on without its log
+            logger.warning("%s: %s (not in its log: %s)", self.trial, line, error)
 
 
 class Training:

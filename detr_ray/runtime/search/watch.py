@@ -134,6 +134,7 @@ class SearchWatch(Unsaved, tune.Callback):  # type: ignore[misc]
             self._say(f"{why}: stopping {self._book.counts['running']} trials, each with a checkpoint")
             self._control.stop()
         self._control.exchange()
+        self._book.save_again()
         self._end_waiting()
         self._on_progress(self._trials_done())
         if self._changed and time.monotonic() - self._shown_at > TABLE_EVERY_S:
