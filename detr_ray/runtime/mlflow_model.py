@@ -24,9 +24,9 @@ def load(folder: str) -> Answer:
         asked = image_requests(texts, threshold, top_k, limits)
         found = answers(model, asked, model.config.eval.batch_size)
         for one in found:
-            if isinstance(one, RequestError):
+            if isinstance(one, Exception):
                 raise one
-        return [one for one in found if not isinstance(one, RequestError)]
+        return [one for one in found if not isinstance(one, Exception)]
 
     return answer
 

@@ -11,6 +11,9 @@ from matplotlib.figure import Figure
 
 from detr_ray.viz.figure import figure_bytes
 
+MOST_LISTED = 20
+"""Lines of a list that are shown."""
+
 _MIME = {"svg": "image/svg+xml", "png": "image/png", "jpg": "image/jpeg"}
 
 _STYLE = """
@@ -190,7 +193,7 @@ def problems(found: Sequence[tuple[str, str]]) -> str:
     return f"<ul>{items}</ul>"
 
 
-def listing(lines: Sequence[str], most: int = 20) -> str:
-    """Plain lines, of which the first are shown."""
-    more = f"<li>and {len(lines) - most} more</li>" if len(lines) > most else ""
-    return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines[:most]) + more + "</ul>"
+def listing(lines: Sequence[str]) -> str:
+    """Plain lines, of which the first `MOST_LISTED` are shown."""
+    more = f"<li>and {len(lines) - MOST_LISTED} more</li>" if len(lines) > MOST_LISTED else ""
+    return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines[:MOST_LISTED]) + more + "</ul>"

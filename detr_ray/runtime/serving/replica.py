@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import importlib.resources
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 from ray import serve
 from starlette.requests import ClientDisconnect, Request
@@ -16,7 +15,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from detr_ray.model.state_dicts import WeightsError
 from detr_ray.prediction import LoadedModel
-from detr_ray.prediction.answers import answers
+from detr_ray.prediction.answers import Answer, answers
 from detr_ray.prediction.requests import UNSUPPORTED, ImageRequest, Limits, RequestError, from_image, from_json
 from detr_ray.runtime.serving.settings import Batching
 
@@ -90,7 +89,7 @@ class Replica:
             )
         found = await asyncio.gather(*map(self._detect, asked))
         for answer in found:
-            if isinstance(answer, RequestError):
+            if isinstance(answer, Exception):
                 raise answer
         return JSONResponse({"predictions": found})
 
@@ -107,7 +106,7 @@ class Replica:
         return b"".join(parts)
 
     @serve.batch  # type: ignore[untyped-decorator]
-    async def _detect(self, asked: list[ImageRequest]) -> list[dict[str, Any] | RequestError]:
+    async def _detect(self, asked: list[ImageRequest]) -> list[Answer]:
         """Answers images of one or several requests; in a thread, so that health checks are answered meanwhile."""
         return await asyncio.to_thread(answers, self._model, asked, self._most, self._device)
 
