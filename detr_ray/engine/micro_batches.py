@@ -67,6 +67,7 @@ def micro_batch_size(job: TrainJob, context: WorkerContext, state: TrainingState
         "devices": sorted({device for _, device, _ in workers}),
         "workers": context.world_size,
         "channels_last": job.config.train.channels_last,
+        "recompute_encoder": job.config.train.recompute_encoder,
     }
     known = context.broadcast(_read(job.run.path, key) if context.rank == 0 else None)
     if known is not None:
@@ -316,7 +317,8 @@ def _worded(trial: MemoryTrial, size: int, needed: dict[int, int], limit: int, w
         raise RunFailed(
             f"train.micro_batch_size: one image of the largest planned size ({trial.shape(least)}) takes "
             f"{needed[least] / 1e9:.1f} GB, and {limit / 1e9:.1f} GB of {what} can be used; lower "
-            "data.augment.max_size and scales, take a smaller model, or train.precision=bf16"
+            "data.augment.max_size and scales, take a smaller model, train.precision=bf16 or "
+            "train.recompute_encoder=true"
         )
     return size, (
         f"the largest planned batch of that ({trial.shape(size)}) takes {needed[size] / 1e9:.1f} of the "

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from detr_ray.architectures import published_values
 from detr_ray.model.attention import MultiheadAttention
 from detr_ray.model.deformable_attention import DeformableAttention
+from detr_ray.model.encoder_layers import EncoderLayers
 from detr_ray.model.feed_forward import FeedForward
 from detr_ray.model.pyramid import Pyramid
 
@@ -104,24 +105,13 @@ class DeformableDecoderLayer(FeedForward):
         return out
 
 
-class DeformableEncoder(nn.Module):
-    """Encoder layers one after the other.
-
-    Args:
-        layers: the layers.
-    """
-
-    def __init__(self, layers: list[DeformableEncoderLayer]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
+class DeformableEncoder(EncoderLayers):
+    """Encoder layers one after the other."""
 
     def forward(self, pyramid: Pyramid) -> Tensor:
         """The encoded cells ``[B, S, dim]``."""
         references = pyramid.in_each_map(pyramid.centres()).expand(pyramid.cells.shape[0], -1, -1, -1)
-        cells = pyramid.cells
-        for layer in self.layers:
-            cells = layer(cells, pyramid, references)
-        return cells
+        return self.encoded(pyramid.cells, pyramid, references)
 
 
 class DeformableDecoder(nn.Module):

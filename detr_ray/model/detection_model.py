@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
+from detr_ray.model.encoder_layers import EncoderLayers
 from detr_ray.model.features import Backbone
 from detr_ray.structures import Batch, LayerOutput, ModelOutput, PixelStatistics
 
@@ -95,6 +96,12 @@ class DetectionModel(nn.Module):
         if mode:
             _evaluate_frozen(self)
         return self
+
+    def recompute_encoder(self) -> None:
+        """Has the backward pass compute the encoder's inner values again, instead of keeping them: less memory."""
+        for module in self.modules():
+            if isinstance(module, EncoderLayers):
+                module.recompute = True
 
     def inputs_of(self, batch: Batch) -> tuple[Any, ...]:
         """The arguments of ``forward`` for a batch."""

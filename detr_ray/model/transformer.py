@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from detr_ray.model.attention import MultiheadAttention
+from detr_ray.model.encoder_layers import EncoderLayers
 from detr_ray.model.feed_forward import FeedForward
 
 
@@ -104,7 +105,7 @@ class DecoderLayer(FeedForward):
         return out
 
 
-class Encoder(nn.Module):
+class Encoder(EncoderLayers):
     """Encoder layers one after the other; with pre-norm, a last normalisation (``norm``).
 
     Args:
@@ -113,14 +114,12 @@ class Encoder(nn.Module):
     """
 
     def __init__(self, layers: list[EncoderLayer], norm: nn.LayerNorm | None) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
+        super().__init__(layers)
         self.norm = norm
 
     def forward(self, cells: Tensor, positions: Tensor, allowed: Tensor | None) -> Tensor:
         """Cells ``[B, S, dim]`` -> memory ``[B, S, dim]``."""
-        for layer in self.layers:
-            cells = layer(cells, positions, allowed)
+        cells = self.encoded(cells, positions, allowed)
         return cells if self.norm is None else self.norm(cells)
 
 

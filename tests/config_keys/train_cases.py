@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from scripted_scores import script_scores
 from detr_ray.config import ConfigError
 from detr_ray.engine import loop
 from detr_ray.engine.errors import RunFailed
+from detr_ray.model.transformer import EncoderLayer
 from detr_ray.runtime.launch import fit
 
 
@@ -102,6 +105,27 @@ def compile_model(place: Place) -> None:
         seen = place.train("train.compile=true", stop_after=1)
         place.train(stop_after=1)
     assert [model for model, _ in compiled] == [seen.models[0]] and compiled[0][1] == {"dynamic": False}
+
+
+@shows("train.recompute_encoder")
+def recompute_encoder(place: Place) -> None:
+    """The encoder's layers run a second time in the backward pass."""
+    runs: dict[str, int] = {}
+    for value in ("false", "true"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(EncoderLayer, "forward", counting(EncoderLayer.forward, runs, value))
+            place.train(f"train.recompute_encoder={value}", f"run.name={value}", stop_after=1)
+    assert runs["true"] == 2 * runs["false"]
+    with pytest.raises(ConfigError, match=r"train\.recompute_encoder: must be false with train\.compile"):
+        place.config("train.recompute_encoder=true", "train.compile=true")
+
+
+def counting(forward: Callable[..., Any], runs: dict[str, int], name: str) -> Callable[..., Any]:
+    def counted(*arguments: Any) -> Any:
+        runs[name] = runs.get(name, 0) + 1
+        return forward(*arguments)
+
+    return counted
 
 
 @shows("train.channels_last")

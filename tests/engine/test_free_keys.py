@@ -165,6 +165,7 @@ CASES = {
     ),
     "micro-batches": Case(("train.micro_batch_size",), ("train.micro_batch_size=2",), (nearly_same_weights,)),
     "no channels last": Case(("train.channels_last",), ("train.channels_last=false",), (nearly_same_weights,)),
+    "encoder computed twice": Case(("train.recompute_encoder",), ("train.recompute_encoder=true",)),
     "compiled": Case(("train.compile",), ("train.compile=true",), (nearly_same_weights,), (pytest.mark.slow,)),
     "checkpoints": Case(
         ("train.checkpoint_every_steps", "train.keep_last"),

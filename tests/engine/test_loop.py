@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from detr_ray.engine.job import prepare_job
 from detr_ray.engine.loop import TrainingLoop
 from detr_ray.engine.stream.batches import LocalBatches
 from detr_ray.engine.training_step.step import compiled
+from detr_ray.model.detr import Detr
 from detr_ray.tracking import MemoryTracker
 
 
@@ -243,6 +245,22 @@ def test_an_unreadable_image_counts_once_however_often_it_is_met(tmp_path: Path)
     other = tiny_config(dataset, tmp_path, *settings, "train.log_every_steps=1000", "run.name=b")
     with pytest.raises(RunFailed, match=r"2 different images could not be read, more than data\.max_bad_images=1"):
         fit_here(other)
+
+
+def test_a_gpu_that_is_too_small_is_an_error_that_says_what_to_set(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Raised here by hand, as torch does on a GPU."""
+
+    def run_out(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines.")
+
+    monkeypatch.setattr(Detr, "forward", run_out)
+    with pytest.raises(RunFailed) as failure:
+        fit_here(tiny_config(dataset, tmp_path))
+    for part in ("step 0: ", " pixels do not fit", "train.micro_batch_size=auto", "train.recompute_encoder=true",
+                 "Tried to allocate 2.00 GiB."):  # fmt: skip
+        assert part in str(failure.value)
 
 
 def test_images_that_were_unreadable_before_an_interruption_count(tmp_path: Path) -> None:

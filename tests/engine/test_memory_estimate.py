@@ -67,6 +67,16 @@ def test_weights_gradients_moments_and_the_average_are_counted() -> None:
     assert averaged.batch < 0.5 * plain.batch, "and keeps nothing"
 
 
+@pytest.mark.parametrize("overrides", [(), TWO_STAGE, DINO], ids=["detr", "deformable_detr", "dino"])
+def test_an_encoder_that_is_computed_twice_keeps_what_one_layer_does(overrides: tuple[str, ...]) -> None:
+    def batch(layers: int, *more: str) -> int:
+        config = configured(*overrides, f"model.encoder_layers={layers}", *more)
+        return step_memory(config, CLASSES, (2, 64, 96), BOXES).batch
+
+    recompute = "train.recompute_encoder=true"
+    assert batch(4, recompute) == pytest.approx(batch(1), rel=0.02) and batch(4, recompute) < 0.97 * batch(4)
+
+
 def test_a_batch_that_does_not_fit_is_a_warning_with_the_size_that_does(monkeypatch: pytest.MonkeyPatch) -> None:
     config, shape = configured(*DINO), (4, 64, 64)
     need = step_memory(config, CLASSES, shape, BOXES)

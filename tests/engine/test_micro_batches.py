@@ -175,7 +175,7 @@ def test_all_workers_take_the_smallest_answer_and_share_their_machine(
     assert micro_batch_size(job, Two(say=lines.append), TrainingState(job, LocalContext())) == 1
     assert "of the other" in lines[0] and memory.tried
     assert json.loads((tmp_path / "a" / "micro_batch.json").read_text()) == {
-        "devices": ["cpu"], "workers": 2, "channels_last": True, "size": 1
+        "devices": ["cpu"], "workers": 2, "channels_last": True, "recompute_encoder": False, "size": 1
     }  # fmt: skip
     limits = []
     monkeypatch.setattr(micro_batches, "_largest_on_cpu", lambda trial, limit: limits.append(limit) or (1, ""))

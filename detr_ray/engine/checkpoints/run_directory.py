@@ -54,6 +54,7 @@ FREE_KEYS = (
     "train.log_every_steps",
     "train.compile",
     "train.channels_last",
+    "train.recompute_encoder",
     "train.on_nonfinite",
     "train.max_nonfinite_steps",
     "train.worker_resource",

@@ -46,6 +46,8 @@ class TrainingState:
         self._job, self._context = job, context
         detector = job.build_detector()
         self.model = detector.model.to(context.device)
+        if config.train.recompute_encoder:
+            self.model.recompute_encoder()
         self.criterion = detector.criterion.to(context.device)
         if config.train.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)

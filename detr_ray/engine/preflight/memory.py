@@ -53,6 +53,23 @@ def step_memory(config: Config, num_classes: int, shape: tuple[int, int, int], b
     """
     model = build_skeleton(config.model, num_classes).train()
     freeze(model, group_rates(model, config.optim), config.optim.freeze)
+    own = [*model.parameters(), *model.buffers()]
+    kept, images = _kept_by_forward(model, config, shape, boxes)
+    if config.train.recompute_encoder and config.model.encoder_layers:
+        everything = kept
+        model.recompute_encoder()
+        kept, _ = _kept_by_forward(model, config, shape, boxes)
+        # The backward pass has the inner values of one layer at a time.
+        kept += (everything - kept) // config.model.encoder_layers
+    weights = sum(map(_bytes, own))
+    trained = sum(_bytes(value) for value in own if value.requires_grad)
+    return StepMemory(
+        fixed=weights * (2 if config.optim.ema_decay else 1) + 3 * trained, batch=int(_BESIDE * kept) + images
+    )
+
+
+def _kept_by_forward(model: DetectionModel, config: Config, shape: tuple[int, int, int], boxes: int) -> tuple[int, int]:
+    """Bytes that a forward pass keeps for the backward pass, and bytes of the images."""
     mode = FakeTensorMode()
     inputs = tree_map_only(Tensor, mode.from_tensor, _inputs(model, shape, boxes))
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -72,12 +89,7 @@ def step_memory(config: Config, num_classes: int, shape: tuple[int, int, int], b
             torch.func.functional_call(model, values, inputs)
     for tensor in (*values.values(), inputs[0]):
         kept.pop(tensor.untyped_storage()._cdata, None)
-    weights = sum(map(_bytes, own.values()))
-    trained = sum(_bytes(value) for value in own.values() if value.requires_grad)
-    return StepMemory(
-        fixed=weights * (2 if config.optim.ema_decay else 1) + 3 * trained,
-        batch=int(_BESIDE * sum(kept.values())) + _bytes(inputs[0]),
-    )
+    return sum(kept.values()), _bytes(inputs[0])
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -132,7 +144,8 @@ def check_memory(
     advice = (
         f"set train.micro_batch_size to {fitting} or less, or to auto: results stay the same"
         if fitting
-        else "lower data.augment.scales and max_size, take a smaller model, or train.precision=bf16"
+        else "lower data.augment.scales and max_size, take a smaller model, train.precision=bf16 or "
+        "train.recompute_encoder=true"
     )
     report.add("warning", area, f"{message}; this machine has {_gigabytes(free)} free", advice)
 

@@ -13,8 +13,8 @@ it also reads whether the previous update was finite, which needs no further wai
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -91,6 +91,20 @@ class _Update:
     numbers: HostCopy  # norm of the gradient, and the loss scale that it was computed with
     nonfinite: str | None
     rates: list[float]
+
+
+@contextmanager
+def _advice_on_memory(step: int, batch: Batch) -> Iterator[None]:
+    """Fails the run where a GPU's memory is too small for a micro-batch: the same would happen at every start."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        count, _, height, width = batch.images.shape
+        raise RunFailed(
+            f"step {step}: {count} images of {width} x {height} pixels do not fit into the GPU's memory. Set "
+            "train.micro_batch_size=auto, or a number: results stay the same. Less memory is also needed with "
+            f"train.recompute_encoder=true or train.precision=bf16.\n  {str(error).splitlines()[0]}"
+        ) from error
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -173,7 +187,7 @@ class TrainStep:
 
         Raises:
             RunFailed: an image cannot be read, or something was not finite in the previous step (`settle`), and the
-                settings do not allow that.
+                settings do not allow that; or the GPU's memory is too small.
         """
         outcome = StepOutcome(num_micro_batches=len(micro_batches))
         normalisers, info = self._agree(step, micro_batches, outcome)
@@ -183,7 +197,7 @@ class TrainStep:
         for number, padded in enumerate(micro_batches):
             batch = to_device(padded, self.context.device, self.model.pixels, self._channels_last, info)
             is_last = number == len(micro_batches) - 1
-            with nullcontext() if is_last else self.context.no_sync(self._wrapped):
+            with nullcontext() if is_last else self.context.no_sync(self._wrapped), _advice_on_memory(step, batch):
                 report = self._forward_backward(step, batch, normalisers, outcome)
             nonfinite = nonfinite or report
             outcome.padded_pixels += batch.padded_pixels
