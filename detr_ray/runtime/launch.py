@@ -137,10 +137,16 @@ class Runs:
         if self._says_how_to_resume:
             self._say(f"to go on with it after an interruption: the same command with run.name={job.run.name}")
         try:
-            with job.run.locked(self._say):
+            with job.run.locked(self._say) as is_lost:
                 if not job.run.is_new:
                     self._keep_config(job)
-                result = self._run_locked(job, hooks, last=last)
+                result = self._run_locked(job, _abandoned_if(is_lost, hooks), last=last)
+                if result.leave is not None and is_lost():
+                    raise RunFailed(
+                        f"run.name: another process goes on with {job.run.path}, since this one had stood still; this "
+                        "one has given the run up, without a checkpoint",
+                        agreed=True,
+                    )
         except StoppedBeforeWork:
             latest = job.run.checkpoints.latest()
             result = FitResult(job.run.name, job.run.path, "stopped", 0 if latest is None else latest.step)
@@ -173,6 +179,11 @@ class Runs:
         if self._workers is not None:
             self._workers.end()
             self._workers = None
+
+
+def _abandoned_if(is_lost: Callable[[], bool], hooks: JobHooks) -> JobHooks:
+    """The hooks of a run that is also given up once another process has taken it over, which writes it from then on."""
+    return dataclasses.replace(hooks, should_abandon=lambda: is_lost() or hooks.should_abandon())
 
 
 @host_process_as_before()

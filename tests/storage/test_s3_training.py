@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,10 +16,14 @@ from tiny import fit_here, make_dataset, tiny_config
 from detr_ray.data.formats import open_split
 from detr_ray.data.packing import write_shards
 from detr_ray.detector.artifact import MODEL_FILE
+from detr_ray.engine.checkpoints import run_lock
 from detr_ray.engine.checkpoints.found_model import find_model
 from detr_ray.engine.checkpoints.store import CheckpointStore
+from detr_ray.engine.errors import RunFailed
+from detr_ray.engine.hooks import JobHooks
+from detr_ray.engine.job import prepare_job
 from detr_ray.engine.loop import FitResult
-from detr_ray.runtime.launch import fit
+from detr_ray.runtime.launch import fit, run_job
 from detr_ray.tracking import MemoryTracker
 
 NUM_TRAIN = 24
@@ -130,3 +136,24 @@ def test_shards_a_few_at_a_time_give_the_same_run_after_an_interruption(folder, 
     parts = run("null", f"s3://{bucket}/parts", *keys)
     assert parts.losses == {step: loss for step, loss in whole.losses.items() if step > 1}
     assert all(torch.equal(value, whole.weights[name]) for name, value in parts.weights.items())
+
+
+def test_a_run_that_another_process_has_taken_over_is_given_up_without_a_checkpoint(
+    folder, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+):
+    """A checkpoint of this process would lie among those of the other one, and removing old ones would remove its."""
+    monkeypatch.setattr(run_lock, "BEAT_S", 0.1)
+    bucket = s3.new_bucket()
+    job = prepare_job(tiny_config(folder, f"s3://{bucket}/runs", "run.name=mine", "train.epochs=1"), lambda line: None)
+    claim = {"token": "f" * 16, "holder": "process 7 on far", "machine": "far", "pid": 7, "born": "1",
+             "state": "writing", "beat": 3}  # fmt: skip
+
+    def take_over(step: int) -> None:
+        beating = [thread for thread in threading.enumerate() if thread.name == "run claim"]
+        if step == 1 and beating:
+            s3.put(f"{bucket}/runs/mine/claims/{claim['token']}.json", json.dumps(claim).encode())
+            beating[0].join(30)
+
+    with pytest.raises(RunFailed, match=r"another process goes on with s3://.*/runs/mine"):
+        run_job(job, JobHooks(on_step=take_over))
+    assert job.run.checkpoints.latest() is None

@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -156,19 +156,22 @@ class RunDirectory:
             write_bytes(join(self.path, CONFIG), config_yaml.encode())
 
     @contextlib.contextmanager
-    def locked(self, say: Say = lambda line: None) -> Iterator[None]:
+    def locked(self, say: Say = lambda line: None) -> Iterator[Callable[[], bool]]:
         """Locks the run for this process as its only writer; other processes may still read it.
 
         Args:
             say: shows the user a line while the state of another process is being checked.
+
+        Yields:
+            Whether another process has taken the run over since; see `held`.
 
         Raises:
             ConfigError: another process has locked the run, or the storage cannot be used.
         """
         with contextlib.ExitStack() as stack:
             with storage_errors(self.path):
-                stack.enter_context(held(self.path, self.name, say))
-            yield
+                is_lost = stack.enter_context(held(self.path, self.name, say))
+            yield is_lost
 
 
 def absolute_storage(storage: str) -> str:

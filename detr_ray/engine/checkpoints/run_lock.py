@@ -19,7 +19,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -42,7 +42,7 @@ _NAMING_S = 1.0
 
 
 @contextlib.contextmanager
-def held(path: str, name: str, say: Say = lambda line: None) -> Iterator[None]:
+def held(path: str, name: str, say: Say = lambda line: None) -> Iterator[Callable[[], bool]]:
     """Locks a run, or a search, for this process.
 
     Args:
@@ -50,13 +50,17 @@ def held(path: str, name: str, say: Say = lambda line: None) -> Iterator[None]:
         name: the run's name, for messages.
         say: shows the user a line.
 
+    Yields:
+        Whether another process has taken it over since, because this one was frozen for `STALE_S`. Then this process
+        must not write any more. A folder on a disk cannot be taken over.
+
     Raises:
         ConfigError: another process has locked it.
         OSError: the storage fails.
     """
     folder = local_path(path)
-    with _locked(folder, name) if folder is not None else claimed(path, name, "writing", say):
-        yield
+    with _locked(folder, name) if folder is not None else claimed(path, name, "writing", say) as is_lost:
+        yield is_lost
 
 
 def _refusal(name: str, path: object, holder: str) -> ConfigError:
@@ -71,7 +75,7 @@ def _this_process() -> str:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, name: str) -> Iterator[None]:
+def _locked(folder: Path, name: str) -> Iterator[Callable[[], bool]]:
     """Holds the lock of a folder. The kernel releases it when the process ends, for whatever reason."""
     with (folder / ".lock").open("a+") as file:
         try:
@@ -82,7 +86,7 @@ def _locked(folder: Path, name: str) -> Iterator[None]:
         file.write(_this_process())
         file.flush()
         try:
-            yield
+            yield lambda: False
         finally:
             file.truncate(0)
 
@@ -232,7 +236,7 @@ class _Claims:
 
 
 @contextlib.contextmanager
-def claimed(path: str, name: str, state: Literal["beginning", "writing"], say: Say) -> Iterator[None]:
+def claimed(path: str, name: str, state: Literal["beginning", "writing"], say: Say) -> Iterator[Callable[[], bool]]:
     """Locks a run by a claim; see `held`.
 
     Args:
@@ -255,7 +259,7 @@ def claimed(path: str, name: str, state: Literal["beginning", "writing"], say: S
             if claims.first_before_own() is None:
                 break
             claims.write_own("waiting")  # another process took its turn before this claim was visible
-        yield
+        yield lost.is_set
     finally:
         ended.set()
         beating.join(BEAT_S)
