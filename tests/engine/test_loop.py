@@ -261,6 +261,7 @@ def test_a_gpu_that_is_too_small_is_an_error_that_says_what_to_set(
     for part in ("step 0: ", " pixels do not fit", "train.micro_batch_size=auto", "train.recompute_encoder=true",
                  "Tried to allocate 2.00 GiB."):  # fmt: skip
         assert part in str(failure.value)
+    assert failure.value.agreed, "Ray would start the only worker again, and a search the trial"
 
 
 def test_images_that_were_unreadable_before_an_interruption_count(tmp_path: Path) -> None:

@@ -94,8 +94,12 @@ class _Update:
 
 
 @contextmanager
-def _advice_on_memory(step: int, batch: Batch) -> Iterator[None]:
-    """Fails the run where a GPU's memory is too small for a micro-batch: the same would happen at every start."""
+def _advice_on_memory(step: int, batch: Batch, world_size: int) -> Iterator[None]:
+    """Fails the run where a GPU's memory is too small for a micro-batch: the same would happen at every start.
+
+    Several workers are started again all the same (`train.max_failures`), since the others know nothing of it: only one
+    alone can tell that the run cannot go on.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -103,7 +107,8 @@ def _advice_on_memory(step: int, batch: Batch) -> Iterator[None]:
         raise RunFailed(
             f"step {step}: {count} images of {width} x {height} pixels do not fit into the GPU's memory. Set "
             "train.micro_batch_size=auto, or a number: results stay the same. Less memory is also needed with "
-            f"train.recompute_encoder=true or train.precision=bf16.\n  {str(error).splitlines()[0]}"
+            f"train.recompute_encoder=true or train.precision=bf16.\n  {str(error).splitlines()[0]}",
+            agreed=world_size == 1,
         ) from error
 
 
@@ -197,7 +202,8 @@ class TrainStep:
         for number, padded in enumerate(micro_batches):
             batch = to_device(padded, self.context.device, self.model.pixels, self._channels_last, info)
             is_last = number == len(micro_batches) - 1
-            with nullcontext() if is_last else self.context.no_sync(self._wrapped), _advice_on_memory(step, batch):
+            advice = _advice_on_memory(step, batch, self.context.world_size)
+            with nullcontext() if is_last else self.context.no_sync(self._wrapped), advice:
                 report = self._forward_backward(step, batch, normalisers, outcome)
             nonfinite = nonfinite or report
             outcome.padded_pixels += batch.padded_pixels
