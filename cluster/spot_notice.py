@@ -26,6 +26,8 @@ GCP_METADATA = "http://metadata.google.internal"
 GCP_NOTICE_S = 30.0
 # Draining takes seconds, so Ray gets an earlier deadline.
 MARGIN_S = 5.0
+# A head that does not answer is asked again.
+ANSWER_WITHIN_S = 20.0
 
 
 def _get(url: str, headers: dict[str, str], method: str = "GET") -> str | None:
@@ -59,7 +61,7 @@ CLOUDS = {"aws": (seconds_left_on_aws, AWS_METADATA), "gcp": (seconds_left_on_gc
 
 
 def drain(address: str, node_id: str | None, seconds: float) -> bool:
-    """Announces to Ray that a node ends in ``seconds``; returns whether Ray accepted it."""
+    """Announces to Ray that a node ends in ``seconds``; returns whether Ray accepted it in time."""
     command = [
         "ray", "drain-node", "--address", address,
         "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "the cloud takes this spot machine away",
@@ -67,7 +69,11 @@ def drain(address: str, node_id: str | None, seconds: float) -> bool:
     ]  # fmt: skip
     if node_id is not None:
         command += ["--node-id", node_id]
-    return subprocess.run(command, env={**os.environ, "RAY_ADDRESS": address}, check=False).returncode == 0
+    environment = {**os.environ, "RAY_ADDRESS": address}
+    try:
+        return subprocess.run(command, env=environment, timeout=ANSWER_WITHIN_S, check=False).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
 
 
 def say(line: str) -> None:

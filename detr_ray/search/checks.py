@@ -17,8 +17,8 @@ from detr_ray.search.searchable import is_changeable
 if TYPE_CHECKING:
     from detr_ray.search.space import SearchSpace
 
-# If constraints refuse all of this many draws, almost nothing is left to search.
 DRAWS_TRIED = 200
+"""If constraints refuse all of this many draws, almost nothing is left to search."""
 
 
 def check_search(config: Config, space: SearchSpace, *, is_whole: bool) -> tuple[list[str], list[str]]:

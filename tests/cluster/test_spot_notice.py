@@ -157,3 +157,16 @@ sys.stdin.readline()
 ray.shutdown()
 cluster.shutdown()
 """
+
+
+def test_a_head_that_does_not_answer_is_asked_again(
+    spot_notice: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = tmp_path / "ray"
+    ray.write_text("#!/bin/sh\nexec sleep 60\n")
+    ray.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(spot_notice, "ANSWER_WITHIN_S", 0.2)
+    assert spot_notice.drain("127.0.0.1:1", None, 30.0) is False
+    ray.write_text("#!/bin/sh\nexit 0\n")
+    assert spot_notice.drain("127.0.0.1:1", None, 30.0) is True

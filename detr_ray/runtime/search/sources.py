@@ -12,12 +12,14 @@ from detr_ray.config import ConfigError, TuneConfig
 from detr_ray.runtime.search.trial_actor import Start
 from detr_ray.runtime.search.unsaved import Unsaved
 from detr_ray.search.book import Book
+from detr_ray.search.checks import DRAWS_TRIED
 from detr_ray.search.distributions import Distribution
 from detr_ray.search.space import SearchSpace
 from detr_ray.search.trials import Trial
 
-MOST_REFUSED = 20
-"""For each trial: after this many consecutive draws that the configuration refuses, the search ends."""
+MOST_REFUSED = DRAWS_TRIED
+"""For each trial: after this many consecutive draws that the configuration refuses, no more trials are begun. With a
+smaller number, a search with narrow constraints would pass the check before it, and end after a few trials."""
 
 
 class Proposer(Protocol):

@@ -254,6 +254,8 @@ class Training:
             self._put_done(**self._train())
         except RunFailed as error:
             self._put_done(problem=str(error), again=not error.agreed)
+        except REFUSALS as error:  # of the run's workers: another process may still have the run, or their room
+            self._put_done(problem=str(error), again=True)
         except BaseException as error:  # reported to the driver, which decides
             logger.exception("trial %s", self._start.trial)
             self._put_done(problem=f"{type(error).__name__}: {error}", again=True)

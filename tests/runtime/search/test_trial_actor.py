@@ -175,6 +175,17 @@ def test_what_would_come_again_is_not_tried_again(
     assert last["problem"].startswith(problem) and last["again"] is again
 
 
+def test_what_the_workers_of_a_run_refuse_may_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Place(monkeypatch)
+
+    def refuse(job: Any, hooks: JobHooks) -> None:
+        raise ConfigError("'t000' in /runs/search is being written by process 7")
+
+    monkeypatch.setattr(place.runs, "run", refuse)
+    (last,) = place.begin()
+    assert last["problem"].startswith("'t000' in /runs/search is being written") and last["again"] is True
+
+
 def test_evaluations_of_an_earlier_process_are_told_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     place = Place(monkeypatch, last_round=0)
     place.runs.evaluated = []
