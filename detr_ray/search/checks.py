@@ -39,11 +39,13 @@ def check_search(config: Config, space: SearchSpace, *, is_whole: bool) -> tuple
         return [*errors, *error.errors], []  # each trial would be refused for the same reason
     refused, warnings = _refused_values(config, space)
     errors += refused
-    if is_whole and not errors and not _has_room(space):
-        errors.append(
-            f"tune.constraints: none of {DRAWS_TRIED} random combinations fulfils all of them; widen the ranges or "
-            "remove a constraint"
-        )
+    if is_whole and not errors and space.constraints:
+        tried = _combinations(space)
+        if not any(_fulfils(space, values) for values in tried):
+            errors.append(
+                f"tune.constraints: none of {len(tried)} combinations fulfils all of them; widen the ranges or "
+                "remove a constraint"
+            )
     return errors, warnings
 
 
@@ -222,15 +224,17 @@ def _hint(distribution: Distribution, line: str) -> str:
     return "; use randint" if "whole number" in line and distribution.kind == "uniform" and is_whole else ""
 
 
-def _has_room(space: SearchSpace) -> bool:
-    """Whether any values fulfil the constraints."""
-    if not space.constraints:
-        return True
+def _combinations(space: SearchSpace) -> list[dict[str, Any]]:
+    """All points of a grid; of other spaces, random values."""
+    if all(distribution.kind == "grid" for distribution in space.parameters.values()):
+        return space.grid_points()
     rng = random.Random(0)
-    for _ in range(DRAWS_TRIED):
-        try:
-            if not space.broken_constraints(space.draw(rng)):
-                return True
-        except ConfigError:
-            continue  # an expression that cannot be computed for these values
-    return False
+    return [space.draw(rng) for _ in range(DRAWS_TRIED)]
+
+
+def _fulfils(space: SearchSpace, values: Mapping[str, Any]) -> bool:
+    """Whether values fulfil the constraints."""
+    try:
+        return not space.broken_constraints(values)
+    except ConfigError:  # an expression that cannot be computed for these values
+        return False

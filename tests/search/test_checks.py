@@ -80,7 +80,7 @@ def test_faults_of_the_space(space: dict[str, Any], message: str) -> None:
         (["data.root=null"], "data.root: no training data is given"),
         (["tune.constraints=['optim.lr <']"], "tune.constraints: 'optim.lr <' is no expression"),
         (["tune.constraints=['optim.lr < x']"], "tune.constraints: 'optim.lr < x': unknown key 'x'"),
-        (["tune.constraints=['optim.lr > 1']"], "tune.constraints: none of 200 random combinations fulfils all"),
+        (["tune.constraints=['optim.lr > 1']"], "tune.constraints: none of 200 combinations fulfils all"),
         (["train.micro_batch_size=auto"], "train.micro_batch_size: auto would count the same free memory for each of"),
         (["tune.searcher=grid"], "tune.searcher: grid needs grids alone, but optim.lr would be drawn"),
     ],
@@ -103,6 +103,8 @@ def test_a_micro_batch_is_found_where_one_trial_has_the_memory_for_itself() -> N
 def test_grids_are_for_the_grid() -> None:
     grid = {"optim.lr": {"grid": [1, 2, 3]}, "loss.ce": {"grid": [1, 2, 3]}}
     assert faults(grid, "tune.searcher=grid", "tune.trials=9") == []
+    (message,) = faults(grid, "tune.searcher=grid", "tune.trials=9", "tune.constraints=['optim.lr > 3']")
+    assert "none of 9 combinations" in message
     assert faults(grid, "tune.searcher=grid") == ["tune.trials: the grid has 9 points; set tune.trials=9 (got 8)"]
     (message,) = faults(grid)
     assert message.startswith("tune.searcher: optim.lr, loss.ce is a grid, which needs tune.searcher=grid")

@@ -25,6 +25,11 @@ smaller number, a search with narrow constraints would pass the check before it,
 class Proposer(Protocol):
     """Draws the values of trials."""
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether there is a last proposal."""
+        ...
+
     def propose(self, number: int) -> Mapping[str, Any] | None:
         """The values of the next trial; None if there are no more.
 
@@ -50,6 +55,11 @@ class Listed:
         self._space = space
         self._settings = settings
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether it is a grid."""
+        return self._settings.searcher == "grid"
+
     def propose(self, number: int) -> Mapping[str, Any] | None:
         """The values; those of trial ``number`` are always the same."""
         return self._space.proposal(number, self._settings)
@@ -69,6 +79,8 @@ class OptunaTpe:
     Raises:
         ConfigError: Optuna is not installed.
     """
+
+    is_finite = False
 
     def __init__(self, space: SearchSpace, settings: TuneConfig, earlier: list[Trial]) -> None:
         try:
@@ -217,7 +229,7 @@ class Source(Unsaved, Searcher):  # type: ignore[misc]
             self._say(f"{trial.name} is refused, and not started: {problem}")
             self._tell_proposer()
             refused += 1
-            if refused >= MOST_REFUSED:
+            if refused >= MOST_REFUSED and not self._proposer.is_finite:
                 self._say(f"WARNING: {refused} draws in a row were refused; no more trials are begun")
                 break
         self.no_more()

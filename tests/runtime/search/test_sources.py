@@ -128,6 +128,8 @@ def test_refused_draws_are_reported_and_cost_no_trial(tmp_path: Path) -> None:
 class Unlucky:
     """Proposes what is refused, from some trial on."""
 
+    is_finite = False
+
     def __init__(self, good: int) -> None:
         self.good = good
         self.told: list[tuple[int, str]] = []
@@ -171,6 +173,17 @@ def test_a_grid_has_its_points_as_trials(tmp_path: Path) -> None:
     assert [tuple(trial.values.values()) for trial in place.book.trials] == [
         (1e-4, 1), (1e-4, 2), (1e-3, 1), (1e-3, 2),
     ]  # fmt: skip
+
+
+def test_a_grid_goes_on_after_any_number_of_refused_points(tmp_path: Path) -> None:
+    points = [number / 1000 for number in range(1, MOST_REFUSED + 3)]
+    config = searching(
+        {"optim.lr": {"grid": points}}, "tune.searcher=grid", f"tune.constraints=['optim.lr > {points[-3]}']",
+        f"tune.trials={len(points)}",
+    )  # fmt: skip
+    place = Place(tmp_path, config)
+    assert place.next() == f"t{MOST_REFUSED}" and place.next() == f"t{MOST_REFUSED + 1}" and place.exhausted == 0
+    assert place.next() is None and place.exhausted == 1
 
 
 MIXED = {
