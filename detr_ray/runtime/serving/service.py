@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 
 from detr_ray.callbacks import Say
 from detr_ray.config import ConfigError
@@ -28,6 +29,10 @@ REQUEST_TIMEOUT_S = 120.0
 """Time limit of an answer in seconds; then the client gets an error."""
 START_TIMEOUT_S = 300.0
 """Time limit in seconds for the start of replicas: to get resources of the cluster, and to read the model."""
+PROXY_WITHIN_S = 60.0
+"""Time limit in seconds for the start of the process that takes HTTP requests. By default, Ray Serve ends it after
+three looks of 5 s, and with it the start of the service: too early on a machine whose cores are busy."""
+_PROXY_PATIENCE = "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"
 _QUEUED_BATCHES = 32
 """Number of batches that may wait for each replica; further requests are refused with status 503."""
 
@@ -81,8 +86,17 @@ def _start(target: serve.Application, http: dict[str, Any]) -> None:
     Raises:
         RunFailed: they cannot be started, or not within `START_TIMEOUT_S`.
     """
+    patience = os.environ.get(_PROXY_PATIENCE, f"{PROXY_WITHIN_S:g}")
     try:
-        serve.start(http_options=http)
+        serve.start(http_options=http, controller_options={"runtime_env": {"env_vars": {_PROXY_PATIENCE: patience}}})
+    except (TimeoutError, RayActorError) as error:
+        raise RunFailed(
+            f"Ray Serve's process for HTTP requests did not start within {PROXY_WITHIN_S:g} s: {reason_of(error)}; if "
+            "other programs take all cores, give the same command again when they have ended"
+        ) from error
+    except (RuntimeError, RayError) as error:
+        raise RunFailed(f"the service cannot start: {reason_of(error)}") from error
+    try:
         within(START_TIMEOUT_S, lambda: serve.run(target, name=APPLICATION, route_prefix="/"))
     except TimeoutError as error:
         found = serve.status().applications.get(APPLICATION)
