@@ -52,6 +52,11 @@ def check_search(config: Config, space: SearchSpace, *, is_whole: bool) -> tuple
 def _settings(config: Config) -> Iterator[str]:
     """Memory, the metric, and the scheduler."""
     tune = config.tune
+    if config.run.fork_from is not None:
+        yield (
+            "run.fork_from: must be null in a search: its trials, and the trainings of --confirm, start anew, each "
+            "with values or a seed of its own; to start them from another run's weights, set model.init_from"
+        )
     if config.train.micro_batch_size == "auto" and not config.train.use_gpu and tune.max_concurrent != 1:
         yield (
             "train.micro_batch_size: auto would count the same free memory for each of the trials that train at the "

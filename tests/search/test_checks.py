@@ -82,6 +82,7 @@ def test_faults_of_the_space(space: dict[str, Any], message: str) -> None:
         (["tune.constraints=['optim.lr < x']"], "tune.constraints: 'optim.lr < x': unknown key 'x'"),
         (["tune.constraints=['optim.lr > 1']"], "tune.constraints: none of 200 combinations fulfils all"),
         (["train.micro_batch_size=auto"], "train.micro_batch_size: auto would count the same free memory for each of"),
+        (["run.fork_from=runs/a"], "run.fork_from: must be null in a search"),
         (["tune.searcher=grid"], "tune.searcher: grid needs grids alone, but optim.lr would be drawn"),
     ],
 )  # fmt: skip
