@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from detr_ray.callbacks import Say
+from detr_ray.tracking.history import read_history
 from detr_ray.tracking.mlflow_client import open_client
 from detr_ray.tracking.mlflow_tracker import MlflowTracker
 from detr_ray.tracking.search_children import ChildRuns, ChildState, refuse_ambiguous
@@ -60,6 +61,9 @@ class SearchRun:
         say: Say = logger.warning,
     ) -> None:
         self._timing = timing or Timing()
+        earlier = read_history(folder)
+        steps = [int(at[-1]) for at, _ in earlier.metrics.values()] if earlier is not None else []
+        last_step = max(steps, default=-1)
         self._tracker = MlflowTracker(
             folder, uri=uri, experiment=experiment, run_name=name, run_uid=uid, timing=self._timing
         )
@@ -67,7 +71,8 @@ class SearchRun:
         self._files.mkdir(exist_ok=True)
         self._stored: dict[str, bytes] = {}
         self._progress: dict[str, float] = {}
-        self._progress_step = -1
+        self._results = -1
+        self._step = last_step
         self._writer = _StateWriter(self._tracker, uri, self._timing, say)
         self._all_sent: bool | None = None
 
@@ -104,7 +109,8 @@ class SearchRun:
         next result, or by `close` one step later.
 
         Args:
-            results: number of results that all trials gave so far; the step in MLflow.
+            results: number of results that all trials gave so far: the step in MLflow, or a later one, since each point
+                comes after those of earlier processes.
             metric: name of what is searched for (``val/AP``), recorded as ``search/best_val_AP``.
             best: the best value so far; None or NaN: there is none.
             counts: state -> number of trials, of the states of `ChildState`; missing ones count 0.
@@ -118,9 +124,10 @@ class SearchRun:
         numbers = {f"search/{state.replace(' ', '_')}": float(counts.get(state, 0)) for state in _COUNTED_STATES}
         if best is not None and not math.isnan(best):
             numbers[f"search/best_{metric.replace('/', '_')}"] = best
-        if results > self._progress_step:
-            self._tracker.log_metrics(numbers, results)
-            self._progress_step, self._progress = results, {}
+        if results > self._results:
+            self._step = max(results, self._step + 1)
+            self._tracker.log_metrics(numbers, self._step)
+            self._results, self._progress = results, {}
         else:
             self._progress = numbers
 
@@ -175,7 +182,7 @@ class SearchRun:
             return self._all_sent
         deadline = time.monotonic() + self._timing.finish
         if self._progress:
-            self._tracker.log_metrics(self._progress, self._progress_step + 1)
+            self._tracker.log_metrics(self._progress, self._step + 1)
             self._progress = {}
         if children is not None:
             self.reconcile(children)

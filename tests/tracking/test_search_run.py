@@ -102,6 +102,24 @@ def test_the_parent_shows_what_is_searched_and_how_it_goes(
     assert logged.count('"target":"trials.json"') == 1, "the same content is stored once"
 
 
+def test_a_resumed_search_adds_to_its_curves(open_search: OpenSearch, store_uri: str) -> None:
+    """MLflow keeps the first point of a step, and the results of a moved trial's former weights count no more."""
+    search = open_search()
+    for results in (1, 2, 5):
+        search.log_progress(results, "val/AP", results / 10, {"running": 2})
+    search.log_progress(5, "val/AP", 0.5, {"stopped": 2})
+    assert search.close("KILLED")
+    search = open_search()
+    for results in (3, 4):
+        search.log_progress(results, "val/AP", 0.6, {"running": 2})
+    search.log_progress(4, "val/AP", 0.6, {"finished": 2})
+    assert search.close("FINISHED")
+    run = runs_of(store_uri)["rates"]
+    best = [(1, 0.1), (2, 0.2), (5, 0.5), (6, 0.5), (7, 0.6), (8, 0.6), (9, 0.6)]
+    assert history(store_uri, run.info.run_id, "search/best_val_AP") == best
+    assert run.data.metrics["search/finished"] == 2 and run.data.metrics["search/running"] == 0
+
+
 def test_a_state_that_does_not_exist_is_refused(open_search: OpenSearch) -> None:
     with pytest.raises(ValueError, match="no states of trials: dead"):
         open_search().log_progress(1, "val/AP", None, {"dead": 1})
