@@ -87,9 +87,8 @@ def run_search(
         if not directory.is_new:
             directory = stack.enter_context(directory.locked(say))
         stack.enter_context(search_session(config))
-        preflight_nodes(
-            config, directory.path, say
-        )  # each trial looks too, at the nodes that there are then, and fails
+        # Each trial looks, too, at the nodes that there are then; what it finds is a failure of the trial.
+        preflight_nodes(config, directory.path, say)
         capacity = capacity_for(config)
         if directory.is_new:  # what the cluster refuses leaves no folder
             directory = stack.enter_context(directory.locked(say))
