@@ -241,7 +241,8 @@ class DataConfig(Section):
     pixels along each side. Faster, but not bit-identical: pixels of photos differ by 0.2 of 255 on average at 2, by 1
     at 1. Smaller images, such as all of COCO's, are not affected. null: never."""
     tasks_per_worker: Count = 2
-    """Number of data tasks for each training worker that read and augment images at the same time."""
+    """Number of data tasks for each training worker that read and augment images at the same time. With
+    `train.launcher=local`, one thread does that."""
     prefetch_batches: Count = 4
     """Number of batches that are prepared ahead for each training worker."""
     follow_links: bool = False

@@ -222,7 +222,7 @@ def run_prepared_evaluation(
         on_images(images_after[min(batches, len(images_after) - 1)])
 
     if needs_no_ray(config, job.num_images):
-        batches = LocalBatches(job.data.plan(1, 0), *job.data.loaders())
+        batches = LocalBatches(job.data.plan(1, 0), *job.data.loaders(), config.data.prefetch_batches)
         context = LocalContext(_local_device(config, Budget()), say=say, on_step=on_batches)
         result = run_evaluation(job, context, batches)
         assert result is not None, "one worker is rank 0"
@@ -245,7 +245,7 @@ def _fit_here(job: TrainJob, hooks: JobHooks, budget: Budget, say: Say) -> FitRe
     """Runs the loop in this process."""
     from detr_ray.engine.recorded_training import run_training
 
-    batches = LocalBatches(job.data.plan(1, 0), *job.data.loaders())
+    batches = LocalBatches(job.data.plan(1, 0), *job.data.loaders(), job.config.data.prefetch_batches)
     with stop_signals(hooks.should_stop) as signals:
         device = _local_device(job.config, budget)
         context = LocalContext(device, say, signals.asked, hooks.on_evaluation, hooks.should_abandon, hooks.on_step)

@@ -72,13 +72,13 @@ class WorkerPlan:
 
 
 class LocalBatches:
-    """Loads planned batches in a few threads of this process.
+    """Loads planned batches in a thread of this process.
 
     Args:
         plan: this worker's part of the plan.
         train_loader: loads training samples; None where nothing is trained.
         evaluation_loader: loads validation samples; None where there are none.
-        prefetch: steps that are loaded ahead.
+        prefetch: batches that are loaded ahead; in training whole steps, so many that there are at least these.
     """
 
     def __init__(
@@ -100,7 +100,9 @@ class LocalBatches:
             assert self._train_loader is not None
             return [self._train_loader.load(samples) for samples in self._plan.step(step)]
 
-        yield from load_ahead(load, range(first_step, last_step), self._prefetch)
+        if first_step < last_step:
+            per_step = len(self._plan.step(first_step))
+            yield from load_ahead(load, range(first_step, last_step), -(-self._prefetch // per_step))
 
     def limit_micro_batches(self, size: int) -> None:
         """See `BatchSource`."""
@@ -113,12 +115,19 @@ class LocalBatches:
 
 
 def load_ahead(load: Callable[[A], B], arguments: Iterable[A], prefetch: int) -> Iterator[B]:
-    """The results of ``load`` for all arguments, in order; a thread computes up to ``prefetch`` of them ahead."""
+    """The results of ``load`` for all arguments, in order; a thread computes up to ``prefetch`` of them ahead.
+
+    If the reader stops early, only the one that is being computed is waited for.
+    """
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as pool:
         pending: list[Future[B]] = []
-        for argument in arguments:
-            pending.append(pool.submit(load, argument))
-            if len(pending) > prefetch:
+        try:
+            for argument in arguments:
+                pending.append(pool.submit(load, argument))
+                if len(pending) > prefetch:
+                    yield pending.pop(0).result()
+            while pending:
                 yield pending.pop(0).result()
-        while pending:
-            yield pending.pop(0).result()
+        finally:
+            for future in pending:
+                future.cancel()
