@@ -77,7 +77,7 @@ FROM_SCRATCH = {
     # objects an image) 0.57 after 1,230, 0.71 after 4,920.
     "deformable_detr": FromScratch(100_000, 4_000),
     # Measured: on 250 drawn images of 96 to 128 pixels AP 0.08 after 2,500, as two-stage Deformable DETR in the same
-    # schedule; 126 photographs at 128 pixels by heart: 0.03 to 0.16 after 5,000, two-stage Deformable DETR 0.4.
+    # schedule; 126 photographs at 128 pixels by heart: 0.03 to 0.27 after 5,000, two-stage Deformable DETR 0.4.
     "dino": FromScratch(100_000, 4_000),
 }
 """Value of ``model.architecture`` -> what it needs; the check command compares it with the length of a training."""
